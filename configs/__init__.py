@@ -1,0 +1,1 @@
+"""Runs, one file each; a config's docstring is its launch line."""

@@ -1,0 +1,52 @@
+"""What configs share. Keys and their defaults are `RunSpec`'s
+(`vqrae_jax/train/config.py`)."""
+
+import ml_collections
+
+
+def base() -> ml_collections.ConfigDict:
+  """The keys that most runs want to change from the command line."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.optim = dict(b1=0.9, b2=0.999, weight_decay=0.0, clip=1.0)
+  config.mesh = dict(layout='dp', tensor=1)
+  config.log = dict(
+    every=50, images_every=1000, usage_window=100, tensorboard=True
+  )
+  return config
+
+
+def vit(
+  *, width: int, depth: int, patch: int, pixels: int, **fields
+) -> dict:
+  """A plain ViT: heads of 64 channels, an MLP four times as wide."""
+  return dict(
+    width=width,
+    depth=depth,
+    mlp_dim=4 * width,
+    num_heads=width // 64,
+    patch_size=patch,
+    grid=(pixels // patch, pixels // patch),
+    **fields,
+  )
+
+
+def arguments(text: str | None, **defaults):
+  """"steps=60,lr=1e-3" over the defaults, each of its default's type.
+
+  Raises:
+    ValueError: a name that has no default, or a value of another type.
+  """
+  values = dict(defaults)
+  for pair in filter(None, (text or '').split(',')):
+    name, equals, value = pair.partition('=')
+    if not equals or name not in defaults:
+      known = ', '.join(f'{k}={v}' for k, v in defaults.items())
+      raise ValueError(f'config argument "{pair}" is none of: {known}')
+    try:
+      values[name] = type(defaults[name])(value)
+    except ValueError:
+      raise ValueError(
+        f'config argument "{pair}" must be like {name}={defaults[name]}'
+      ) from None
+  return ml_collections.ConfigDict(values)

@@ -1,0 +1,66 @@
+"""Packaging of vqrae_jax; tool settings live in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+  r"__version__ = '(.+)'", (HERE / 'vqrae_jax/__init__.py').read_text()
+).group(1)
+
+setup(
+  name='vqrae_jax',
+  version=VERSION,
+  description='Images to discrete tokens and back, in JAX',
+  long_description=(HERE / 'README.md').read_text(encoding='utf8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  # `configs` is installed beside the package, so that
+  # --config=configs/NAME.py is found without a checkout.
+  packages=find_packages(include=['vqrae_jax', 'vqrae_jax.*', 'configs']),
+  install_requires=[
+    'absl-py',
+    'flatbuffers',  # jax.export's serialisation
+    'dm-pix',  # PSNR and SSIM
+    'flax>=0.12',
+    'grain>=0.2.18',
+    'huggingface_hub',
+    'jax>=0.10',
+    'jaxtyping',  # shapes in signatures
+    'ml_collections',
+    'numpy',
+    'optax>=0.2.6',
+    'orbax-checkpoint>=0.11',
+    'pillow>=10',
+    'safetensors',
+    'tensorboardX',  # scalars and pictures without tensorflow
+    'tqdm',  # progress bar
+    'transformers>=5',
+  ],
+  extras_require={
+    'cpu': ['jax[cpu]'],
+    'cuda12': ['jax[cuda12]'],
+    'cuda13': ['jax[cuda13]'],
+    'tpu': ['jax[tpu]'],
+    # The photographs of `bundled:photos`, and so of the quick-start.
+    'demo': ['scikit-image', 'scikit-learn'],
+    'test': [
+      'beartype',
+      'hypothesis',
+      'pytest',
+      'pytest-xdist',
+      'ruff',
+      'scikit-image',
+      'scikit-learn',
+      'torch',
+    ],
+  },
+  classifiers=[
+    'License :: OSI Approved :: Apache Software License',
+    'Programming Language :: Python :: 3',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+  ],
+)

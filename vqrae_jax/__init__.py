@@ -1,0 +1,36 @@
+"""vqrae_jax: images to discrete tokens and back, in JAX.
+
+The public door. Everything but the two that open files is pure: it jits,
+vmaps, shards over any mesh and exports with a symbolic batch.
+"""
+
+import importlib
+
+# Where each name of the door lives; imported when first used.
+_DOOR = {
+  # build and open
+  'build_tokenizer': 'vqrae_jax.models.tokenizer',
+  'load_tokenizer': 'vqrae_jax.export',
+  # images to tokens and back
+  'encode_to_indices': 'vqrae_jax.inference',
+  'decode_from_indices': 'vqrae_jax.inference',
+  'encode': 'vqrae_jax.inference',
+  'reconstruct': 'vqrae_jax.inference',
+  # health
+  'codebook_usage': 'vqrae_jax.inference',
+  # errors a user can mend
+  'UserError': 'vqrae_jax.errors',
+}
+
+__all__ = sorted(_DOOR)
+__version__ = '0.1.0'
+
+
+def __getattr__(name: str):
+  if name not in _DOOR:
+    raise AttributeError(f'module "vqrae_jax" has no attribute "{name}"')
+  return getattr(importlib.import_module(_DOOR[name]), name)
+
+
+def __dir__():
+  return [*__all__, '__version__']

@@ -1,0 +1,71 @@
+"""What every command line shares: its flags, its errors, its exit codes.
+
+Flags belong to one call, not to the process, so nothing is defined at import
+and tests may call a `main` many times. A `UserError` becomes one line on
+stderr and exit code 2; any other error keeps its traceback.
+"""
+
+import logging as std_logging
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+
+from vqrae_jax.errors import UserError, did_you_mean
+
+
+def parse(
+  values: flags.FlagValues, argv: list[str], module: str, example: str
+) -> None:
+  """Parses argv (without the program) into `values`; `--help` prints and
+  exits.
+
+  Raises:
+    UserError: an unknown flag, a bad value, or words that are no flags.
+  """
+  flags.DEFINE_bool(
+    'help', False, 'show this help', short_name='h', flag_values=values
+  )
+  try:
+    rest = values([module, *argv])
+  except flags.UnrecognizedFlagError as e:
+    raise UserError(
+      f'unknown flag --{e.flagname}{did_you_mean(e.flagname, values)}'
+    ) from None
+  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as e:
+    lines = str(e).strip().strip("'\"").split('\n')
+    raise UserError(' '.join(line.strip() for line in lines[:2])) from None
+  if values.help:
+    print(f'python -m {module}\n\nexample:\n  {example}\n\nflags:')
+    for name in sorted(values):
+      flag = values[name]
+      if name == flag.name and name != 'help':
+        default = '' if flag.default is None else f' (default: {flag.default})'
+        print(f'  --{name}: {flag.help}{default}')
+    sys.exit(0)
+  if rest[1:]:
+    raise UserError(f'unexpected argument "{rest[1]}"; flags start with --')
+
+
+def required(values: flags.FlagValues, *names: str) -> None:
+  """Each named flag must have a value."""
+  for name in names:
+    if getattr(values, name) in (None, ''):
+      raise UserError(f'flag --{name} is missing: {values[name].help}')
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs `main(argv)`; a `UserError` is one line and exit code 2."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  logging.set_stderrthreshold('info')
+  for noisy in ('jax', 'orbax', 'tensorboardX', 'PIL'):
+    std_logging.getLogger(noisy).setLevel(std_logging.WARNING)
+  try:
+    main(sys.argv[1:])
+  except UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print('stopped', file=sys.stderr)
+    sys.exit(130)

@@ -1,0 +1,1 @@
+"""Photographs to batches of uint8 on the host; no device is touched here."""

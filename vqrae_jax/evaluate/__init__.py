@@ -1,0 +1,1 @@
+"""Measuring a tokenizer: metrics, an evaluator, pictures."""

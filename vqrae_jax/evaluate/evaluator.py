@@ -1,0 +1,158 @@
+"""Evaluation on photographs cut into a fixed grid of tiles.
+
+Every tile passes through indices: images -> tokens -> images, the path that a
+user takes. Figures are over all tiles together; the baseline replaces each
+block of the tokenizer's patch by its mean colour, and shuffled codes show
+that what the tokens say matters.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from vqrae_jax import inference
+from vqrae_jax.data import pipeline
+from vqrae_jax.data.sources import ImageFiles
+from vqrae_jax.errors import UserError
+from vqrae_jax.evaluate import metrics
+from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.types import Tree
+
+
+def block_mean(tiles: np.ndarray, block: int) -> np.ndarray:
+  """f32[n h w 3]: every block x block square replaced by its mean."""
+  n, h, w, c = tiles.shape
+  x = tiles.reshape(n, h // block, block, w // block, block, c)
+  mean = x.mean((2, 4), keepdims=True)
+  return np.broadcast_to(mean, x.shape).reshape(tiles.shape)
+
+
+def _bound(fn: Callable, tokenizer: Tokenizer, variables: Tree) -> Callable:
+  """A door function, jitted, waiting for its images or indices."""
+  return functools.partial(
+    jax.jit(functools.partial(fn, tokenizer)), variables
+  )
+
+
+def in_batches(
+  fn: Callable, rows: np.ndarray, batch_size: int
+) -> np.ndarray:
+  """fn over rows in batches of one shape; the last is padded, then cut."""
+  out = []
+  for start in range(0, len(rows), batch_size):
+    part = rows[start : start + batch_size]
+    short = batch_size - len(part)
+    padded = np.pad(part, [(0, short)] + [(0, 0)] * (part.ndim - 1))
+    out.append(np.asarray(fn(padded))[: len(part)])
+  return np.concatenate(out)
+
+
+def _sums(images, targets, batch_size) -> metrics.Sums:
+  total = metrics.Sums()
+  for start in range(0, len(images), batch_size):
+    part = slice(start, start + batch_size)
+    total = total.merge(metrics.compare(images[part], targets[part]))
+  return total
+
+
+def bits_per_image(tokenizer: Tokenizer, h: int, w: int) -> float:
+  """Tokens x log2(K): the size of an image's code, before entropy coding."""
+  tokens = math.prod(tokenizer.index_shape(h, w))
+  return tokens * math.log2(tokenizer.codebook_size)
+
+
+def evaluate_tiles(
+  tokenizer: Tokenizer,
+  variables: Tree,
+  source: ImageFiles,
+  tile: int,
+  batch_size: int = 32,
+) -> dict[str, float]:
+  """The figures of a tokenizer on photographs it has not seen.
+
+  Args:
+    tokenizer, variables: what is measured.
+    source: the photographs; each is cut into tile x tile pixels from its top
+      left corner, remainders dropped.
+    tile: a multiple of the decoder's patch.
+    batch_size: tiles at once.
+
+  Returns:
+    images, psnr (pooled MSE), psnr_mean, psnr_block_mean, ssim, and for a
+    discrete tokenizer psnr_shuffled, codes_used, usage, perplexity and
+    bits_per_image.
+  """
+  gh, gw = tokenizer.grid(tile, tile)
+  cut = [pipeline.tiles(source[i], tile) for i in range(len(source))]
+  tiles = np.concatenate(cut)
+  if not len(tiles):
+    raise UserError(f'no photograph of {source.names} holds a {tile}px tile')
+  targets = tiles.astype(np.float32) / 255
+  baseline = _sums(block_mean(targets, tile // gh), targets, batch_size)
+  discrete = tokenizer.codebook_size > 0
+  if not discrete:
+    run = _bound(inference.reconstruct, tokenizer, variables)
+    images = in_batches(lambda x: run(x).images, tiles, batch_size)
+    results = _sums(images, targets, batch_size).results()
+    return results | {'psnr_block_mean': baseline.results()['psnr']}
+  encode = _bound(inference.encode_to_indices, tokenizer, variables)
+  decode = _bound(inference.decode_from_indices, tokenizer, variables)
+  indices = in_batches(encode, tiles, batch_size)
+  total = _sums(in_batches(decode, indices, batch_size), targets, batch_size)
+  q = tokenizer.quantizer.codes_per_token
+  total.counts = np.stack(
+    [
+      np.bincount(column, minlength=tokenizer.codebook_size)
+      for column in indices.reshape(-1, q).T
+    ]
+  )
+  shuffled = np.random.default_rng(0).permutation(indices.ravel())
+  shuffled = in_batches(decode, shuffled.reshape(indices.shape), batch_size)
+  return total.results() | {
+    'psnr_block_mean': baseline.results()['psnr'],
+    'psnr_shuffled': _sums(shuffled, targets, batch_size).results()['psnr'],
+    'bits_per_image': bits_per_image(tokenizer, tile, tile),
+  }
+
+
+def crop_to(image: np.ndarray, multiple: int) -> np.ndarray:
+  """The centre of uint8 [h w 3] whose sides are multiples of `multiple`."""
+  h, w = (n // multiple * multiple for n in image.shape[:2])
+  if not (h and w):
+    raise UserError(
+      f'an image of {image.shape[0]}x{image.shape[1]} is smaller than '
+      f'{multiple} pixels, the least this tokenizer takes here'
+    )
+  top, left = (image.shape[0] - h) // 2, (image.shape[1] - w) // 2
+  return image[top : top + h, left : left + w]
+
+
+def reconstruct_tiled(
+  tokenizer: Tokenizer,
+  variables: Tree,
+  image: np.ndarray,
+  tile: int,
+  batch_size: int = 32,
+) -> tuple[np.ndarray, np.ndarray]:
+  """A photograph painted tile by tile, each from its own tokens.
+
+  Args:
+    tokenizer, variables: the tokenizer.
+    image: uint8 [h w 3], of any size.
+    tile: the side that each tile has, a multiple of the patch.
+    batch_size: tiles at once.
+
+  Returns:
+    (uint8 the centre of `image` that whole tiles cover, f32 the same painted,
+    in [0, 1]).
+  """
+  image = crop_to(image, tile)
+  h, w = (n // tile for n in image.shape[:2])
+  run = _bound(inference.reconstruct, tokenizer, variables)
+  cut = pipeline.tiles(image, tile)
+  painted = in_batches(lambda x: run(x).images, cut, batch_size)
+  painted = painted.reshape(h, w, tile, tile, 3).transpose(0, 2, 1, 3, 4)
+  return image, np.clip(painted.reshape(image.shape), 0, 1)

@@ -1,0 +1,195 @@
+"""A tokenizer on disk: a directory that opens the same anywhere.
+
+  config.json         format version, the full model config, the fingerprint
+  model.safetensors   "params/…" and "codebook/…", little-endian, as trained
+
+Blocks are stored stacked, whatever `scan` was. The codebook holds the baked
+code table ("codebook/quantizer/codes"), which inference reads and never
+computes; SimVQ's basis and map lie beside it, for later training.
+
+The fingerprint is the SHA-256 of the canonical JSON of the model config and,
+for each leaf in order of its name, the name, the shape and the values as
+little-endian f32. It is the same for equal tokenizers, however they were run
+or stored, and `load_tokenizer` verifies it.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
+from vqrae_jax.ops import trees
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
+# An average's memory: training state, no part of a tokenizer.
+_TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
+
+
+def canonical_json(value: Any) -> str:
+  """JSON with sorted keys and no spaces: one text for one value."""
+  return json.dumps(
+    value, sort_keys=True, separators=(',', ':'), ensure_ascii=True
+  )
+
+
+def fingerprint(model: dict, leaves: dict[str, np.ndarray]) -> str:
+  """64 hex digits; the recipe is in this file's docstring."""
+  digest = hashlib.sha256(canonical_json(model).encode())
+  for name in sorted(leaves):
+    leaf = np.ascontiguousarray(np.asarray(leaves[name]).astype('<f4'))
+    digest.update(f'\n{name} {list(leaf.shape)}\n'.encode())
+    digest.update(leaf.tobytes())
+  return digest.hexdigest()
+
+
+def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
+  """{leaf name: array on the host} of a tokenizer, its code table baked."""
+  leaves = trees.flatten(variables)
+  # Whatever table lies there is made anew, from the weights at hand.
+  fresh = dict(variables)
+  if 'params' in variables and 'quantizer' in variables['params']:
+    codebook = dict(variables.get('codebook', {}).get('quantizer', {}))
+    if 'basis' in codebook:
+      codebook.pop('codes', None)
+      fresh['codebook'] = {'quantizer': codebook}
+  baked = jax.jit(
+    lambda v: tokenizer.apply(v, method='baked_codebook')
+  )(fresh)
+  for name, table in baked.items():
+    leaves[f'codebook/quantizer/{name}'] = table
+  host = jax.device_get(leaves)
+  return {
+    name: np.asarray(leaf)
+    for name, leaf in host.items()
+    if name not in _TRAINING_ONLY
+  }
+
+
+def save_tokenizer(
+  tokenizer: Tokenizer, variables: Any, path: str | pathlib.Path
+) -> str:
+  """Writes the directory `path`, replacing a tokenizer there; atomic.
+
+  Args:
+    tokenizer: the module.
+    variables: its variables, on any devices.
+    path: the directory; written beside itself first, then renamed.
+
+  Returns:
+    The fingerprint.
+  """
+  from safetensors.numpy import save_file
+
+  path = pathlib.Path(path)
+  if path.exists() and not (path / CONFIG).exists():
+    raise UserError(f'{path} exists and is no tokenizer; name another folder')
+  leaves = bake(tokenizer, variables)
+  model = json.loads(canonical_json(describe(tokenizer)))
+  config = {
+    'format_version': FORMAT_VERSION,
+    'fingerprint': fingerprint(model, leaves),
+    'model': model,
+  }
+  temporary = path.with_name(path.name + '.writing')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  save_file(
+    {n: np.ascontiguousarray(leaves[n]) for n in sorted(leaves)},
+    temporary / WEIGHTS,
+  )
+  (temporary / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+  old = path.with_name(path.name + '.replaced')
+  shutil.rmtree(old, ignore_errors=True)
+  if path.exists():
+    path.rename(old)
+  temporary.rename(path)
+  shutil.rmtree(old, ignore_errors=True)
+  return config['fingerprint']
+
+
+def _read_config(path: pathlib.Path) -> dict:
+  if not path.is_dir():
+    raise UserError(f'no tokenizer at {path}: there is no such folder')
+  for name in (CONFIG, WEIGHTS):
+    if not (path / name).is_file():
+      raise UserError(f'{path} is no tokenizer: it has no {name}')
+  try:
+    config = json.loads((path / CONFIG).read_text())
+    version, model = config['format_version'], config['model']
+    config['fingerprint']
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise UserError(f'{path / CONFIG} is damaged: {e!r}') from None
+  if version != FORMAT_VERSION:
+    raise UserError(
+      f'{path} has format version {version}, this package reads '
+      f'{FORMAT_VERSION}; install the version that wrote it'
+    )
+  if not isinstance(model, dict):
+    raise UserError(f'{path / CONFIG} is damaged: model is no section')
+  return config
+
+
+def load_tokenizer(
+  source: str | pathlib.Path, **options: Any
+) -> tuple[Tokenizer, dict]:
+  """Opens a tokenizer directory.
+
+  Args:
+    source: the directory that training or `save_tokenizer` wrote.
+    **options: how to run it: dtype, scan, remat.
+
+  Returns:
+    (tokenizer, variables); the variables are on the default device, and
+    `jax.device_put` lays them on any mesh.
+
+  Raises:
+    UserError: no tokenizer there, a damaged or foreign file, or values that
+      do not match the fingerprint.
+  """
+  from safetensors import SafetensorError
+  from safetensors.numpy import load_file
+
+  path = pathlib.Path(source).expanduser()
+  config = _read_config(path)
+  try:
+    leaves = load_file(path / WEIGHTS)
+  except (SafetensorError, OSError, ValueError) as e:
+    raise UserError(f'{path / WEIGHTS} cannot be read: {e}') from None
+  tokenizer = build_tokenizer(config['model'] | options)
+  _check_leaves(tokenizer, leaves, path)
+  found = fingerprint(config['model'], leaves)
+  if found != config['fingerprint']:
+    raise UserError(
+      f'{path} is damaged or was edited: its fingerprint is {found[:12]}…, '
+      f'{CONFIG} says {config["fingerprint"][:12]}…'
+    )
+  variables = trees.unflatten(leaves)
+  return tokenizer, jax.tree.map(jax.numpy.asarray, variables)
+
+
+def _check_leaves(tokenizer, leaves, path) -> None:
+  """Every leaf of the model, and no other, in its shape."""
+  p = tokenizer.patch_size
+  image = jax.ShapeDtypeStruct((1, p, p, 3), np.float32)
+
+  def make(key, image):
+    variables = tokenizer.init(key, image)
+    baked = tokenizer.apply(variables, method='baked_codebook')
+    codebook = variables.get('codebook', {}).get('quantizer', {}) | baked
+    if not codebook:
+      return {'params': variables['params']}
+    return {
+      'params': variables['params'],
+      'codebook': {'quantizer': codebook},
+    }
+
+  want = trees.flatten(jax.eval_shape(make, jax.random.key(0), image))
+  want = {n: leaf for n, leaf in want.items() if n not in _TRAINING_ONLY}
+  trees.merge_params(want, leaves, str(path))

@@ -1,0 +1,1 @@
+"""Whole networks: encoder, decoder, and the tokenizer made of both."""

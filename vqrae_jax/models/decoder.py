@@ -1,0 +1,56 @@
+"""The ViT decoder: a grid of quantised latents to pixels.
+
+The layout of RAE's decoder (arXiv 2510.11690), after MAE's (2111.06377): a
+linear embedding, a trainable cls token that is dropped at the end, fixed
+sin-cos positions, pre-norm blocks, a norm and one linear head to
+patch*patch*3 values laid out (row, column, channel). No tanh at the end:
+pixels are y * std + mean.
+"""
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vqrae_jax.nn import vit
+from vqrae_jax.ops import images as image_ops
+from vqrae_jax.specs import DecoderSpec
+
+_COMMON = dict(
+  patch_size=16,
+  grid=(16, 16),
+  norm_eps=1e-12,
+  posemb='sincos2d',
+  num_prefix_tokens=1,
+)
+
+# Published sizes, with parameters at 768 latent channels and patch 16.
+DECODERS = {
+  'B': dict(width=768, depth=12, num_heads=12, mlp_dim=3072, **_COMMON),
+  'L': dict(width=1024, depth=24, num_heads=16, mlp_dim=4096, **_COMMON),
+  'XL': dict(width=1152, depth=28, num_heads=16, mlp_dim=4096, **_COMMON),
+}
+
+
+class Decoder(nn.Module):
+  """z_q f[b gh gw d] -> (images f32[b gh*p gw*p 3] not clipped, features)."""
+
+  spec: DecoderSpec
+
+  @nn.compact
+  def __call__(
+    self, z_q: Float[Array, 'b gh gw d']
+  ) -> tuple[Float[Array, 'b h w 3'], Float[Array, 'b n e']]:
+    spec, s = self.spec, self.spec.vit
+    b, gh, gw, _ = z_q.shape
+    x = vit.Embedder(s, name='embed')(z_q)
+    x = vit.Transformer(s, name='transformer')(x)
+    features = vit.norm(s, 'norm')(x)
+    x = nn.Dense(
+      s.patch_size**2 * 3,
+      dtype=s.dtype,
+      kernel_init=vit.XAVIER,
+      name='head',
+    )(features)
+    x = x[:, s.num_prefix_tokens :].reshape(b, gh, gw, -1)
+    x = image_ops.unpatchify(x.astype('float32'), s.patch_size)
+    x = image_ops.denormalize(x, spec.pixel_norm.mean, spec.pixel_norm.std)
+    return x, features

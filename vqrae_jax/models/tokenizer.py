@@ -1,0 +1,254 @@
+"""The tokenizer: encoder, quantizer, decoder, and the size rule between them.
+
+h and w are multiples of the decoder's patch p_d; the encoder, with its patch
+p_e, sees the image resized to (h/p_d) p_e x (w/p_d) p_e, so that both have
+the grid (h/p_d, w/p_d); the output is h x w. Any aspect ratio goes.
+
+Training, `reconstruct` and `decode_from_indices` share one tail from codes to
+pixels. At inference it lies behind an optimization barrier, so that what
+compilers fuse before it cannot change what comes after it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array
+
+from vqrae_jax import quantizers
+from vqrae_jax.encoders import ENCODERS
+from vqrae_jax.errors import UserError, choose, did_you_mean
+from vqrae_jax.models.decoder import DECODERS, Decoder
+from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.ops import images as image_ops
+from vqrae_jax.specs import (
+  RUN_OPTIONS,
+  DecoderSpec,
+  EncoderSpec,
+  build_spec,
+  merge_sections,
+)
+from vqrae_jax.types import TokenizerOutput
+
+
+class Tokenizer(nn.Module):
+  """Images to tokens and back; frozen, hashable, static under jit."""
+
+  encoder_spec: EncoderSpec
+  quantizer: quantizers.Quantizer
+  decoder_spec: DecoderSpec
+
+  def setup(self):
+    self.encoder = Encoder(self.encoder_spec)
+    self.decoder = Decoder(self.decoder_spec)
+
+  @property
+  def patch_size(self) -> int:
+    """Pixels a token paints, per side: h and w are multiples of it."""
+    return self.decoder_spec.vit.patch_size
+
+  @property
+  def latent_dim(self) -> int:
+    """Channels of the continuous latents."""
+    return self.encoder_spec.vit.width
+
+  @property
+  def codebook_size(self) -> int:
+    """K, the number of codes; 0 for a continuous tokenizer."""
+    return self.quantizer.codebook_size
+
+  def grid(self, h: int, w: int) -> tuple[int, int]:
+    """(gh, gw), the grid of tokens of an h x w image.
+
+    Raises:
+      UserError: h or w is no multiple of the decoder's patch.
+    """
+    p = self.patch_size
+    if h % p or w % p or not (h and w):
+      near = [max(round(s / p), 1) * p for s in (h, w)]
+      raise UserError(
+        f'an image of {h}x{w} is no multiple of the decoder patch {p}; '
+        f'resize or crop it, to {near[0]}x{near[1]} for instance'
+      )
+    return h // p, w // p
+
+  def index_shape(self, h: int, w: int) -> tuple[int, ...]:
+    """The shape of one h x w image's indices: (gh, gw), or (gh, gw, q)."""
+    q = self.quantizer.codes_per_token
+    return self.grid(h, w) + ((q,) if q > 1 else ())
+
+  def encode(self, images: Array) -> Array:
+    """f[b h w 3] in [0, 1] (or uint8) -> latents f[b gh gw d]."""
+    images = image_ops.to_unit(images)
+    grid = self.grid(*images.shape[1:3])
+    p = self.encoder_spec.vit.patch_size
+    size = (grid[0] * p, grid[1] * p)
+    images = image_ops.resize(images, size, method=self.encoder_spec.resize)
+    return self.encoder(images)
+
+  def decode(self, z_q: Array) -> tuple[Array, Array]:
+    """z_q f[b gh gw d] -> (images f32[b h w 3] not clipped, features)."""
+    return self.decoder(z_q)
+
+  def code_tokens(self, images: Array) -> Array:
+    """Images -> f32[n c], the tokens that codes are compared with."""
+    z = self.quantizer.to_code_space(self.encode(images))
+    return z.reshape(-1, z.shape[-1])
+
+  def encode_to_indices(self, images: Array) -> Array:
+    """Images -> i32[b gh gw]; needs no decoder variables."""
+    latents = jax.lax.optimization_barrier(self.encode(images))
+    return self.quantizer.latents_to_indices(latents)
+
+  def decode_from_indices(self, indices: Array) -> Array:
+    """i32[b gh gw] -> f32[b h w 3] not clipped; needs no encoder variables."""
+    return self._inference_tail(self.quantizer.indices_to_codes(indices))[0]
+
+  def _inference_tail(self, codes: Array) -> tuple[Array, Array]:
+    codes = jax.lax.optimization_barrier(codes)
+    return jax.lax.optimization_barrier(
+      self.decoder(self.quantizer.tail(codes))
+    )
+
+  def __call__(
+    self, images: Array, *, train: bool = False, rngs: Any = None
+  ) -> TokenizerOutput:
+    """One pass: images f[b h w 3] in [0, 1] to a reconstruction.
+
+    Args:
+      images: f[b h w 3] in [0, 1], or uint8.
+      train: gradients pass straight through the quantizer.
+      rngs: keys for stochastic quantizers, by name.
+    """
+    latents = self.encode(images)
+    if not train:
+      latents = jax.lax.optimization_barrier(latents)
+    out = self.quantizer(latents, train=train, rngs=rngs)
+    if train:
+      images, features = self.decode(out.z_q)
+    else:
+      images, features = self._inference_tail(out.codes)
+    return TokenizerOutput(
+      images=images, latents=latents, quantizer=out, features=features
+    )
+
+  def baked_codebook(self) -> dict[str, Array]:
+    """The code table that inference reads: {"codes": f32[k c]} or {}."""
+    return self.quantizer.baked_codebook()
+
+  def with_run_options(self, **options: Any) -> 'Tokenizer':
+    """The same tokenizer run with another dtype, scan or remat."""
+
+    def changed(spec):
+      return dataclasses.replace(
+        spec, vit=dataclasses.replace(spec.vit, **options)
+      )
+
+    quantizer = self.quantizer
+    if 'dtype' in options:
+      quantizer = quantizer.clone(dtype=options['dtype'])
+    return self.clone(
+      encoder_spec=changed(self.encoder_spec),
+      decoder_spec=changed(self.decoder_spec),
+      quantizer=quantizer,
+    )
+
+
+def _encoder_spec(section: Mapping, options: Mapping) -> EncoderSpec:
+  section = dict(section)
+  if 'name' in section:
+    row = choose(ENCODERS, section.pop('name'), 'encoder')
+    section = merge_sections(row, section)
+  section = merge_sections(section, {'vit': options})
+  return build_spec(EncoderSpec, section, 'model.encoder')
+
+
+def _decoder_spec(
+  section: Mapping, options: Mapping, encoder: EncoderSpec
+) -> DecoderSpec:
+  section = dict(section)
+  name = section.pop('name', None)
+  if name == 'symmetric':
+    sizes = ('width', 'depth', 'num_heads', 'mlp_dim', 'patch_size', 'grid')
+    vit = dict(DECODERS['B']) | {k: getattr(encoder.vit, k) for k in sizes}
+    section = merge_sections({'vit': vit}, section)
+  elif name is not None:
+    row = choose(DECODERS | {'symmetric': None}, name, 'decoder')
+    section = merge_sections({'vit': row}, section)
+  section = merge_sections(
+    {'pixel_norm': dataclasses.asdict(encoder.pixel_norm)}, section
+  )
+  section = merge_sections(section, {'vit': options})
+  return build_spec(DecoderSpec, section, 'model.decoder')
+
+
+def build_tokenizer(model_config: Mapping) -> Tokenizer:
+  """The tokenizer that a config's `model` section describes; no arrays yet.
+
+  Args:
+    model_config: a mapping (ConfigDict or dict) with
+      encoder: dict(name=…) of the encoder table and, or, its spec's fields.
+      quantizer: dict(name="fsq"|"vq"|"simvq"|"none", …).
+      decoder: dict(name="B"|"L"|"XL"|"symmetric") and, or, its fields.
+      dtype, scan, remat: how to run; "float32", True, False by default.
+
+  Returns:
+    A linen module. `init(key, images)` makes its variables: the collections
+    "params" and, where the quantizer has tables, "codebook".
+
+  Raises:
+    UserError: an unknown or impossible key, with the nearest right one.
+  """
+  config = _as_dict(model_config)
+  known = ('encoder', 'quantizer', 'decoder', *RUN_OPTIONS)
+  for key in config:
+    if key not in known:
+      raise UserError(f'unknown key "model.{key}"{did_you_mean(key, known)}')
+  for key in known[:3]:
+    if not isinstance(config.get(key), Mapping):
+      raise UserError(f'missing section "model.{key}"')
+  options = {k: config[k] for k in RUN_OPTIONS if k in config}
+  encoder = _encoder_spec(config['encoder'], options)
+  return Tokenizer(
+    encoder_spec=encoder,
+    quantizer=quantizers.build(
+      config['quantizer'], encoder.vit.width, options.get('dtype', 'float32')
+    ),
+    decoder_spec=_decoder_spec(config['decoder'], options, encoder),
+  )
+
+
+def _as_dict(config: Mapping) -> dict:
+  """A ConfigDict (or any mapping) as nested plain dicts."""
+  to_dict = getattr(config, 'to_dict', None)
+  return to_dict() if to_dict else dict(config)
+
+
+def describe(tokenizer: Tokenizer) -> dict:
+  """`build_tokenizer`'s inverse: the full model config, run options left out.
+
+  The result is plain JSON values; `build_tokenizer(describe(t))` computes
+  what t computes.
+  """
+
+  def spec_fields(spec):
+    fields = dataclasses.asdict(spec)
+    for option in RUN_OPTIONS:
+      del fields['vit'][option]
+    return fields
+
+  quantizer = tokenizer.quantizer
+  fields = {
+    f.name: getattr(quantizer, f.name)
+    for f in dataclasses.fields(quantizer)
+    if f.name not in ('parent', 'name', 'latent_dim', 'dtype')
+  }
+  if quantizer.post_quant is not None:
+    fields['post_quant'] = dataclasses.asdict(quantizer.post_quant)
+  return {
+    'encoder': spec_fields(tokenizer.encoder_spec),
+    'quantizer': {'name': quantizers.name_of(quantizer), **fields},
+    'decoder': spec_fields(tokenizer.decoder_spec),
+  }

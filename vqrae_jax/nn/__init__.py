@@ -1,0 +1,1 @@
+"""Linen blocks: they know specs, never an encoder or a quantizer by name."""

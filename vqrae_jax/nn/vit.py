@@ -1,0 +1,169 @@
+"""The vision transformer: one stack of pre-norm blocks for every network.
+
+ViT (arXiv 2010.11929) with the variations that the published encoders need:
+LayerNorm or RMSNorm, gelu, tanh-gelu or SwiGLU, biases on q k v, RMS norm of
+queries and keys (full width, as InternViT), LayerScale (arXiv 2103.17239).
+
+The blocks' parameters are stacked [depth, ...] and stay so on disk; `scan`
+off unrolls the same loop. No patches, positions or heads here: see
+`Embedder` below for tokens and `models/` for whole networks.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vqrae_jax.ops import posemb
+from vqrae_jax.specs import ViTSpec
+
+XAVIER = nn.initializers.xavier_uniform()
+BATCH_TOKENS = ('batch', 'tokens', 'embed')
+
+
+def norm(spec: ViTSpec, name: str, affine: bool = True) -> nn.Module:
+  """The spec's norm. Variance is two-pass: E[x²] - E[x]² loses digits."""
+  if spec.norm == 'rms':
+    return nn.RMSNorm(
+      spec.norm_eps, dtype=spec.dtype, use_scale=affine, name=name
+    )
+  return nn.LayerNorm(
+    spec.norm_eps,
+    dtype=spec.dtype,
+    use_scale=affine,
+    use_bias=affine,
+    use_fast_variance=False,
+    name=name,
+  )
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention, [b n d] -> [b n d]."""
+
+  spec: ViTSpec
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    s = self.spec
+    head = s.width // s.num_heads
+
+    def project(name):
+      y = nn.Dense(
+        s.width,
+        use_bias=s.qkv_bias,
+        dtype=s.dtype,
+        kernel_init=XAVIER,
+        name=name,
+      )(x)
+      if s.qk_norm and name != 'value':
+        y = nn.RMSNorm(s.norm_eps, dtype=s.dtype, name=f'{name}_norm')(y)
+      return y.reshape(*y.shape[:-1], s.num_heads, head)
+
+    y = jax.nn.dot_product_attention(
+      project('query'), project('key'), project('value')
+    )
+    y = y.reshape(x.shape)
+    return nn.Dense(s.width, dtype=s.dtype, kernel_init=XAVIER, name='out')(y)
+
+
+class Mlp(nn.Module):
+  """Two dense layers; three with SwiGLU: fc2(silu(gate(x)) * fc1(x))."""
+
+  spec: ViTSpec
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    s = self.spec
+
+    def dense(features, name):
+      return nn.Dense(features, dtype=s.dtype, kernel_init=XAVIER, name=name)
+
+    y = dense(s.mlp_dim, 'fc1')(x)
+    if s.act == 'swiglu':
+      y = jax.nn.silu(dense(s.mlp_dim, 'gate')(x)) * y
+    else:
+      y = jax.nn.gelu(y, approximate=s.act == 'gelu_tanh')
+    return dense(s.width, 'fc2')(y)
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)); a body for `nn.scan`."""
+
+  spec: ViTSpec
+
+  @nn.compact
+  def __call__(self, x: Array, _: Any = None) -> tuple[Array, None]:
+    s = self.spec
+
+    def scaled(y, name):
+      if s.layer_scale is None:
+        return y
+      init = nn.initializers.constant(s.layer_scale)
+      # Cast: an f32 scale would change the scan's carry type in bf16.
+      return y * self.param(name, init, (s.width,)).astype(y.dtype)
+
+    x = nn.with_logical_constraint(x, BATCH_TOKENS)
+    y = Attention(s, name='attention')(norm(s, 'norm1')(x))
+    x = x + scaled(y, 'scale1')
+    y = Mlp(s, name='mlp')(norm(s, 'norm2')(x))
+    return x + scaled(y, 'scale2'), None
+
+
+class Transformer(nn.Module):
+  """`depth` blocks over tokens [b n d]; parameters stacked under "blocks"."""
+
+  spec: ViTSpec
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b n d']) -> Float[Array, 'b n d']:
+    s = self.spec
+    block = nn.remat(Block, prevent_cse=False) if s.remat else Block
+    stack = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=s.depth,
+      unroll=1 if s.scan else s.depth,
+    )
+    return stack(s, name='blocks')(x.astype(s.dtype), None)[0]
+
+
+class Embedder(nn.Module):
+  """Linear embedding of a grid, plus positions, plus prefix tokens.
+
+  [b gh gw p] -> [b prefix+gh*gw d]. Positions follow `spec.posemb`: fixed
+  sin-cos in the native grid's coordinates, or a learned table resampled (f32)
+  to the grid at hand. Prefix tokens come first.
+  """
+
+  spec: ViTSpec
+  resize: str = 'bicubic'
+  antialias: bool = False
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b gh gw p']) -> Float[Array, 'b n d']:
+    s = self.spec
+    b, *grid, _ = x.shape
+    x = nn.Dense(s.width, dtype=s.dtype, kernel_init=XAVIER, name='linear')(x)
+    x = x.reshape(b, grid[0] * grid[1], s.width)
+    small = nn.initializers.normal(0.02)
+    if s.posemb == 'sincos2d':
+      positions = posemb.sincos2d(s.width, tuple(grid), s.grid)
+    else:
+      table = self.param('positions', small, (*s.grid, s.width))
+      positions = posemb.resample(
+        table, tuple(grid), method=self.resize, antialias=self.antialias
+      )
+    x = x + jnp.asarray(positions, x.dtype)
+    if s.num_prefix_tokens:
+      shape = (s.num_prefix_tokens, s.width)
+      # Not zeros, as published: a norm with eps 1e-12 over a zero token has
+      # a slope of 1e6, and clipping would leave nothing for other leaves.
+      prefix = self.param('prefix', small, shape)
+      if s.prefix_has_posemb:
+        prefix = prefix + self.param('prefix_positions', small, shape)
+      prefix = jnp.broadcast_to(prefix.astype(x.dtype)[None], (b, *shape))
+      x = jnp.concatenate([prefix, x], axis=1)
+    return x

@@ -1,0 +1,132 @@
+"""Trees of arrays by leaf name: "encoder/blocks/mlp/fc1/kernel".
+
+Names join the keys of nested dicts and the fields of struct dataclasses with
+"/". A regex must match the whole of a name (`re.fullmatch`), and the first
+row that matches claims the leaf.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from vqrae_jax.errors import UserError, did_you_mean
+
+
+def _key(entry: Any) -> str:
+  for field in ('key', 'name', 'idx'):
+    if hasattr(entry, field):
+      return str(getattr(entry, field))
+  return str(entry)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """{leaf name: leaf}, in the tree's own order."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {'/'.join(map(_key, path)): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict:
+  """Nested dicts out of {leaf name: leaf}: `flatten`'s inverse for dicts."""
+  tree: dict = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split('/')
+    node = tree
+    for part in parents:
+      node = node.setdefault(part, {})
+    node[last] = leaf
+  return tree
+
+
+def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+  """`jax.tree.map` with the leaf's name as first argument."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: fn('/'.join(map(_key, path)), leaf), tree
+  )
+
+
+def first_match(
+  rows: Sequence[tuple[str, Any]], names: Sequence[str], what: str
+) -> dict[str, Any]:
+  """{name: value of the first row whose regex matches it whole}.
+
+  Raises:
+    UserError: a name no row claims, a row that is no regex, or a row that
+      claims nothing although no other row came before it for some name.
+  """
+  compiled = []
+  for pattern, value in rows:
+    try:
+      compiled.append((re.compile(pattern), value))
+    except re.error as e:
+      raise UserError(f'{what}: "{pattern}" is no regex ({e})') from None
+  claimed, lost, seen = {}, [], set()
+  for name in names:
+    for regex, value in compiled:
+      if regex.fullmatch(name):
+        claimed[name] = value
+        seen.add(regex.pattern)
+        break
+    else:
+      lost.append(name)
+  if lost:
+    raise UserError(
+      f'{what} claims no row for {len(lost)} leaves: {", ".join(lost[:4])}'
+      f'{" …" if len(lost) > 4 else ""}; add a row (".*" claims the rest)'
+    )
+  for regex, _ in compiled:
+    if regex.pattern not in seen and regex.pattern != '.*':
+      raise UserError(
+        f'{what}: "{regex.pattern}" matches no leaf'
+        f'{did_you_mean(regex.pattern, names)}'
+      )
+  return claimed
+
+
+def partition(
+  tree: Any, keep: Callable[[str], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """({name: leaf} kept, {name: leaf} left), both flat."""
+  kept, left = {}, {}
+  for name, leaf in flatten(tree).items():
+    (kept if keep(name) else left)[name] = leaf
+  return kept, left
+
+
+def merge(*parts: Mapping[str, Any]) -> dict:
+  """Nested dicts out of disjoint flat parts."""
+  leaves: dict[str, Any] = {}
+  for part in parts:
+    twice = leaves.keys() & part.keys()
+    if twice:
+      raise ValueError(f'leaves in two parts: {sorted(twice)[:4]}')
+    leaves.update(part)
+  return unflatten(leaves)
+
+
+def merge_params(target: Any, source: Any, what: str) -> Any:
+  """`source`'s leaves in `target`'s shape; both sides must match exactly.
+
+  Args:
+    target: a tree of arrays or ShapeDtypeStructs: names, shapes, types.
+    source: a tree of arrays with the same names and shapes.
+    what: where `source` comes from, for the error.
+
+  Raises:
+    UserError: a report of both sides, if a leaf is missing, is left over or
+      has another shape.
+  """
+  want, have = flatten(target), flatten(source)
+  report = [f'missing {n} {want[n].shape}' for n in want.keys() - have.keys()]
+  report += [f'unknown {n} {have[n].shape}' for n in have.keys() - want.keys()]
+  report += [
+    f'{n} is {have[n].shape}, not {want[n].shape}'
+    for n in want.keys() & have.keys()
+    if tuple(have[n].shape) != tuple(want[n].shape)
+  ]
+  if report:
+    shown = '; '.join(sorted(report)[:6])
+    more = f'; and {len(report) - 6} more' if len(report) > 6 else ''
+    raise UserError(f'{what} does not fit the model: {shown}{more}')
+  return map_named(lambda n, w: have[n].astype(w.dtype), target)

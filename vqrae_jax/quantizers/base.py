@@ -1,0 +1,197 @@
+"""What every quantizer is: the order of operations, the tail and the law.
+
+The order inside is: project in, to f32, assign, look up, post_quant, project
+out. A subclass writes `_assign` (latents to surrogate and indices) and
+`_lookup` (indices to codes); the base gives the straight-through value and
+the one tail that training, `reconstruct` and `decode_from_indices` share.
+
+The law that each one obeys: codes inside the forward equal
+`indices_to_codes(indices)` bitwise, and `codes_to_indices` is its inverse.
+The call never mutates anything: a codebook moves in `update_codebook`, a pure
+function that runs once per optimizer step.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.ops.codes import HIGHEST
+from vqrae_jax.specs import PostQuantSpec
+from vqrae_jax.types import QuantizerOutput
+
+
+class Quantizer(nn.Module):
+  """Latents f[... d] to codes and back.
+
+  Attributes:
+    latent_dim: d, the width of the encoder's latents.
+    projection: learned linear maps between latents and codes, in and out.
+    post_quant: a convolution in the tail, or None.
+    dtype: what the tail computes in; assignment is always f32.
+  """
+
+  latent_dim: int
+  projection: bool = True
+  post_quant: PostQuantSpec | None = None
+  dtype: str = 'float32'
+
+  # -- what a subclass says ------------------------------------------------
+  @property
+  def codebook_size(self) -> int:
+    """K, the number of codes; 0 if the quantizer is continuous."""
+    raise NotImplementedError
+
+  @property
+  def code_width(self) -> int:
+    """c, the channels of a code."""
+    raise NotImplementedError
+
+  @property
+  def codes_per_token(self) -> int:
+    """q; index shapes have an axis of q when it is above 1."""
+    return 1
+
+  @property
+  def loss_names(self) -> tuple[str, ...]:
+    """The losses that a call gives, for the config to weigh."""
+    return ()
+
+  def setup_codes(self) -> None:
+    """Makes the subclass's parameters and codebook."""
+
+  def _assign(self, z: Array, train: bool, rngs: Any) -> tuple[Array, Array]:
+    """f32[... c] -> (surrogate f32[... c], indices i32[...])."""
+    raise NotImplementedError
+
+  def _lookup(self, indices: Array) -> Array:
+    """i32[...] -> codes f32[... c]."""
+    raise NotImplementedError
+
+  def _losses(self, surrogate: Array, codes: Array) -> dict[str, Array]:
+    """Unweighted scalars named as in `loss_names`."""
+    return {}
+
+  def _stats(self, z: Array, indices: Array, train: bool) -> dict[str, Array]:
+    """Sums over the batch: counts i32[q k], and what the update needs."""
+    counts = code_ops.count_codes(indices, self.codebook_size)
+    return {'counts': counts[None]}
+
+  def init_codebook(self, codebook: dict, z: Array, rng: Array) -> dict:
+    """The codebook as the first tokens f32[n c] suggest it; pure."""
+    return codebook
+
+  def update_codebook(self, codebook: dict, stats: dict) -> dict:
+    """The codebook after one optimizer step's summed stats; pure."""
+    return codebook
+
+  def baked_codebook(self) -> dict[str, Array]:
+    """What inference reads instead of computing: {} or {"codes": f32[k c]}."""
+    return {}
+
+  # -- what the base does --------------------------------------------------
+  def setup(self):
+    c, d = self.code_width, self.latent_dim
+    if self.projection:
+      self.project_in = nn.Dense(c, precision=HIGHEST)
+      self.project_out = nn.Dense(d, dtype=self.dtype, precision=HIGHEST)
+    elif c != d:
+      raise UserError(
+        f'quantizer.projection=False needs codes as wide as the latents: '
+        f'codes have {c} channels, latents {d}; set projection=True or make '
+        'the two equal'
+      )
+    if self.post_quant is not None:
+      kernel = self.post_quant.kernel
+      self.post_conv = nn.Conv(
+        c if self.post_quant.space == 'code' else d,
+        (kernel, kernel),
+        dtype=self.dtype,
+        precision=HIGHEST,
+      )
+    self.setup_codes()
+
+  def to_code_space(self, latents: Array) -> Array:
+    """f[... d] -> f32[... c], what codes are compared with."""
+    z = latents.astype(jnp.float32)
+    return self.project_in(z) if self.projection else z
+
+  def tail(self, codes: Array) -> Array:
+    """Codes f32[... c] -> z_q f[... d]: the one path from codes to decoder."""
+    z = codes.astype(self.dtype)
+    if self.post_quant is not None and self.post_quant.space == 'code':
+      z = self._convolve(z)
+    z = self.project_out(z) if self.projection else z
+    if self.post_quant is not None and self.post_quant.space == 'latent':
+      z = self._convolve(z)
+    return z
+
+  def _convolve(self, z: Array) -> Array:
+    if self.post_quant.kernel == 1:
+      flat = z.reshape(-1, 1, 1, z.shape[-1])
+      return self.post_conv(flat).reshape(z.shape)
+    if z.ndim < 4:
+      raise UserError(
+        f'quantizer.post_quant.kernel={self.post_quant.kernel} needs a grid '
+        f'[b gh gw c], got shape {z.shape}'
+      )
+    return self.post_conv(z)
+
+  def __call__(
+    self, latents: Array, *, train: bool = False, rngs: Any = None
+  ) -> QuantizerOutput:
+    """Quantises f[... d].
+
+    Args:
+      latents: any leading shape; a post_quant kernel above 1 needs [b gh gw].
+      train: gradients pass straight through, sums for the codebook's update
+        are taken; else the looked-up codes are used as they are.
+      rngs: keys for stochastic quantizers, by name.
+
+    Returns:
+      A `QuantizerOutput`; `codes` equal `indices_to_codes(indices)` bitwise.
+    """
+    z = self.to_code_space(latents)
+    surrogate, indices = self._assign(z, train, rngs)
+    codes = self._lookup(indices)
+    losses = self._losses(surrogate, codes)
+    if train:
+      codes = code_ops.straight_through(surrogate, codes)
+    return QuantizerOutput(
+      z_q=self.tail(codes),
+      codes=codes,
+      indices=indices,
+      losses=losses,
+      stats=self._stats(surrogate, indices, train),
+    )
+
+  def latents_to_indices(self, latents: Array) -> Array:
+    """f[... d] -> i32[...]: the call without its tail."""
+    return self._assign(self.to_code_space(latents), False, None)[1]
+
+  def indices_to_codes(self, indices: Array) -> Array:
+    """i32[...] in [0, K) -> codes f32[... c]."""
+    return self._lookup(indices)
+
+  def codes_to_indices(self, codes: Array) -> Array:
+    """Codes f32[... c] -> their indices i32[...]; `indices_to_codes`' inverse."""
+    raise NotImplementedError
+
+
+def commitment(surrogate: Array, codes: Array) -> Array:
+  """mean (surrogate - sg(codes))^2: pulls latents to their codes."""
+  return jnp.mean((surrogate - jax.lax.stop_gradient(codes)) ** 2)
+
+
+def codebook_loss(surrogate: Array, codes: Array) -> Array:
+  """mean (sg(surrogate) - codes)^2: pulls codes to their latents."""
+  return jnp.mean((jax.lax.stop_gradient(surrogate) - codes) ** 2)
+
+
+def nearest_index(codes: Array, table: Array) -> Array:
+  """The row of `table` f32[k c] that equals each code f32[... c]."""
+  return code_ops.nearest_code(codes.astype(jnp.float32), table)

@@ -1,0 +1,124 @@
+"""Finite scalar quantisation (arXiv 2309.15505): each channel rounds by itself.
+
+Two published conventions, which differ in bound, values and index order:
+
+"cosmos" (the paper, NVIDIA Cosmos): half = (L-1)(1+eps)/2, off = 1/2 for even
+L, bounded = tanh(z + atanh(off/half)) half - off, code = round(bounded) /
+(L//2); the first digit is least significant.
+
+"centered": h = (L-1)/2, bounded = tanh(z) h, digit = clip(round(bounded + h)),
+code = digit - h; the last digit is least significant.
+
+No codebook is learned, so nothing collapses and there is no codebook loss; a
+commitment loss exists for "centered" only.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.quantizers import base
+
+CONVENTIONS = ('centered', 'cosmos')
+
+
+class FSQ(base.Quantizer):
+  """Rounds len(levels) bounded channels; K is the product of the levels.
+
+  Attributes:
+    levels: values per channel, each at least 2: [8, 8, 8, 5, 5, 5] is 64,000.
+    convention: "centered" or "cosmos".
+    epsilon: by how much "cosmos" widens the bound, so that the outer values
+      can be reached.
+  """
+
+  levels: tuple[int, ...] = (8, 8, 8)
+  convention: str = 'centered'
+  epsilon: float = 1e-3
+
+  def __post_init__(self):
+    levels = tuple(self.levels)
+    if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
+      raise UserError(
+        f'quantizer.levels={levels} must be whole numbers of at least 2'
+      )
+    if math.prod(levels) >= 2**31:
+      raise UserError(
+        f'quantizer.levels={levels} make {math.prod(levels)} codes; an i32 '
+        'index holds fewer than 2147483648'
+      )
+    if self.convention not in CONVENTIONS:
+      raise UserError(
+        f'quantizer.convention={self.convention!r}'
+        f'{did_you_mean(self.convention, CONVENTIONS)}'
+      )
+    super().__post_init__()
+
+  @property
+  def codebook_size(self):
+    return math.prod(self.levels)
+
+  @property
+  def code_width(self):
+    return len(self.levels)
+
+  @property
+  def loss_names(self):
+    return ('commit',) if self.convention == 'centered' else ()
+
+  @property
+  def _places(self):
+    return code_ops.place_values(
+      self.levels, last_is_least=self.convention == 'centered'
+    )
+
+  def bound(self, z):
+    """f32[... c] -> (surrogate in code units, digits i32[... c])."""
+    radix = np.asarray(self.levels, np.float64)
+    if self.convention == 'centered':
+      half = ((radix - 1) / 2).astype(np.float32)
+      bounded = jnp.tanh(z) * half
+      digits = jnp.clip(jnp.round(bounded + half), 0, 2 * half)
+      return bounded, digits.astype(jnp.int32)
+    half = (radix - 1) * (1 + self.epsilon) / 2
+    off = np.where(radix % 2 == 0, 0.5, 0.0)
+    shift = np.arctanh(off / half).astype(np.float32)
+    unit = (radix // 2).astype(np.float32)
+    off, half = off.astype(np.float32), half.astype(np.float32)
+    bounded = jnp.tanh(z + shift) * half - off
+    digits = jnp.round(bounded) + unit
+    return bounded / unit, digits.astype(jnp.int32)
+
+  def _from_digits(self, digits):
+    radix = np.asarray(self.levels, np.float32)
+    x = digits.astype(jnp.float32)
+    if self.convention == 'centered':
+      return x - (radix - 1) / 2
+    return (x - radix // 2) / (radix // 2)
+
+  def _assign(self, z, train, rngs):
+    surrogate, digits = self.bound(z)
+    return surrogate, code_ops.digits_to_index(digits, self._places)
+
+  def _lookup(self, indices):
+    return self._from_digits(
+      code_ops.index_to_digits(indices, self._places, self.levels)
+    )
+
+  def _losses(self, surrogate, codes):
+    if self.convention == 'cosmos':
+      return {}
+    return {'commit': base.commitment(surrogate, codes)}
+
+  def codes_to_indices(self, codes):
+    radix = np.asarray(self.levels, np.float32)
+    x = codes.astype(jnp.float32)
+    if self.convention == 'centered':
+      x = x + (radix - 1) / 2
+    else:
+      x = x * (radix // 2) + radix // 2
+    digits = jnp.round(x).astype(jnp.int32)
+    return code_ops.digits_to_index(digits, self._places)

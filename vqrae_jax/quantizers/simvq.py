@@ -1,0 +1,112 @@
+"""SimVQ (arXiv 2411.02038): a frozen random basis seen through one learned map.
+
+The codes are basis @ W + b. A gradient to W moves every code at once, so none
+is left behind: usage stays high at wide codes. The table is made whole, in
+the highest precision, by one function; inference reads it baked.
+
+distance="l2": tokens and codes as they are, after tokens are scaled to an RMS
+of one (`normalize`): a token of width 1536 has a norm near 39, far outside a
+table of norm one, and usage would stay low for long. distance="cosine": both
+sides are unit vectors, scaled by sqrt(c) so that losses averaged over
+channels do not vanish and the decoder reads values of order one.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.ops.codes import HIGHEST
+from vqrae_jax.quantizers import base
+
+DISTANCES = ('l2', 'cosine')
+
+
+def _unit_rms(x):
+  """x scaled to mean square 1 over channels; zeros stay zeros."""
+  return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+class SimVQ(base.Quantizer):
+  """The nearest of `num_codes` rows of basis @ W + b.
+
+  Attributes:
+    num_codes: K, 16384 in the papers.
+    code_dim: c, 1536 in VQRAE; independent of the latents' width.
+    distance: "l2" or "cosine".
+    normalize: with "l2", scale tokens to an RMS of one ("cosine" always does).
+    basis_std: of the frozen normal basis; 1 gives codes an RMS near one.
+  """
+
+  num_codes: int = 16384
+  code_dim: int = 1536
+  distance: str = 'l2'
+  normalize: bool = True
+  basis_std: float = 1.0
+
+  def __post_init__(self):
+    if self.distance not in DISTANCES:
+      raise UserError(
+        f'quantizer.distance={self.distance!r}'
+        f'{did_you_mean(self.distance, DISTANCES)}'
+      )
+    if self.num_codes < 1 or self.code_dim < 1:
+      raise UserError(
+        f'quantizer.num_codes={self.num_codes} and '
+        f'quantizer.code_dim={self.code_dim} must be above 0'
+      )
+    super().__post_init__()
+
+  @property
+  def codebook_size(self):
+    return self.num_codes
+
+  @property
+  def code_width(self):
+    return self.code_dim
+
+  @property
+  def loss_names(self):
+    return ('commit', 'codebook')
+
+  def setup_codes(self):
+    c = self.code_dim
+    self.kernel = self.param('kernel', nn.initializers.lecun_normal(), (c, c))
+    self.bias = self.param('bias', nn.initializers.zeros, (c,))
+    if self.is_initializing():
+      init = nn.initializers.normal(self.basis_std)
+      self.variable(
+        'codebook',
+        'basis',
+        lambda: init(
+          self.make_rng('params'), (self.num_codes, c), jnp.float32
+        ),
+      )
+
+  def _table(self):
+    """f32[k c], the codes: baked if they are, else basis @ W + b, whole."""
+    if self.has_variable('codebook', 'codes'):
+      return self.get_variable('codebook', 'codes')
+    basis = self.get_variable('codebook', 'basis')
+    table = jnp.matmul(basis, self.kernel, precision=HIGHEST) + self.bias
+    return _unit_rms(table) if self.distance == 'cosine' else table
+
+  def _assign(self, z, train, rngs):
+    if self.normalize or self.distance == 'cosine':
+      z = _unit_rms(z)
+    return z, code_ops.nearest_code(z, self._table())
+
+  def _lookup(self, indices):
+    return self._table()[indices]
+
+  def _losses(self, surrogate, codes):
+    return {
+      'commit': base.commitment(surrogate, codes),
+      'codebook': base.codebook_loss(surrogate, codes),
+    }
+
+  def baked_codebook(self):
+    return {'codes': self._table()}
+
+  def codes_to_indices(self, codes):
+    return base.nearest_index(codes, self._table())

@@ -1,0 +1,144 @@
+"""Vector quantisation (arXiv 1711.00937): the nearest row of a learned table.
+
+update="ema": the table is a moving average of the tokens it attracts. With
+counts n and sums s of a step, N <- g N + (1-g) n, W <- g W + (1-g) s, and the
+codes are W over the Laplace-smoothed N. update="gradient": the table is a
+parameter that the codebook loss moves.
+
+Initialised as usual (N = 0, codes random), the average kills its own codebook
+at the first step: a code that wins nothing is divided by almost nothing and
+leaves for norm 1e6. Here N starts at one a code and the codes start at tokens
+of the first batch, each a real point of the data.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.quantizers import base
+
+UPDATES = ('ema', 'gradient')
+
+
+class VQ(base.Quantizer):
+  """The nearest of `num_codes` codes in squared L2.
+
+  Attributes:
+    num_codes: K.
+    code_dim: c; None for the latents' width.
+    update: "ema" or "gradient".
+    decay: g of the moving average, usually .95 to .999.
+    epsilon: of the Laplace smoothing.
+    data_init: start the codes at tokens of the first batch.
+  """
+
+  projection: bool = False
+  num_codes: int = 8192
+  code_dim: int | None = None
+  update: str = 'ema'
+  decay: float = 0.99
+  epsilon: float = 1e-5
+  data_init: bool = True
+
+  def __post_init__(self):
+    if self.update not in UPDATES:
+      raise UserError(
+        f'quantizer.update={self.update!r}{did_you_mean(self.update, UPDATES)}'
+      )
+    if self.num_codes < 1:
+      raise UserError(f'quantizer.num_codes={self.num_codes} must be above 0')
+    if not 0 <= self.decay < 1:
+      raise UserError(f'quantizer.decay={self.decay} must lie in [0, 1)')
+    super().__post_init__()
+
+  @property
+  def codebook_size(self):
+    return self.num_codes
+
+  @property
+  def code_width(self):
+    return self.code_dim or self.latent_dim
+
+  @property
+  def loss_names(self):
+    return ('commit',) if self.update == 'ema' else ('commit', 'codebook')
+
+  def setup_codes(self):
+    shape = (self.num_codes, self.code_width)
+    init = nn.initializers.normal(1.0)
+    if self.update == 'gradient':
+      self.codes = self.param('codes', init, shape)
+      return
+    table = self.variable(
+      'codebook',
+      'codes',
+      lambda: init(self.make_rng('params'), shape, jnp.float32),
+    )
+    self.codes = table.value
+    # The average's own memory: absent from a tokenizer on disk.
+    if self.is_initializing():
+      self.variable('codebook', 'counts', jnp.ones, shape[:1], jnp.float32)
+      self.variable('codebook', 'sums', lambda: table.value)
+
+  def _assign(self, z, train, rngs):
+    return z, code_ops.nearest_code(z, self.codes)
+
+  def _lookup(self, indices):
+    return self.codes[indices]
+
+  def _losses(self, surrogate, codes):
+    losses = {'commit': base.commitment(surrogate, codes)}
+    if self.update == 'gradient':
+      losses['codebook'] = base.codebook_loss(surrogate, codes)
+    return losses
+
+  def _stats(self, z, indices, train):
+    stats = super()._stats(z, indices, train)
+    if train and self.update == 'ema':
+      z = jax.lax.stop_gradient(z)
+      stats['sums'] = code_ops.sum_by_code(z, indices, self.num_codes)[None]
+    return stats
+
+  def init_codebook(self, codebook, z, rng):
+    """Codes at tokens of the batch: all different while there are enough.
+
+    With fewer tokens than codes they repeat, moved by a hundredth of the
+    tokens' spread so that no two codes tie.
+    """
+    if not self.data_init or self.update != 'ema':
+      return codebook
+    n, k = z.shape[0], self.num_codes
+    order_key, noise_key = jax.random.split(rng)
+    order = jax.random.permutation(order_key, n)
+    codes = z[order[jnp.arange(k) % n]].astype(jnp.float32)
+    repeated = (jnp.arange(k) >= n)[:, None]
+    noise = jax.random.normal(noise_key, codes.shape) * z.std(0) * 0.01
+    codes = codes + jnp.where(repeated, noise, 0.0)
+    return self._fresh_average(codes)
+
+  def _fresh_average(self, codes):
+    counts = jnp.ones(self.num_codes, jnp.float32)
+    # A copy, since each is donated to the step and none may be donated twice.
+    return {'codes': codes, 'counts': counts, 'sums': jnp.copy(codes)}
+
+  def update_codebook(self, codebook, stats):
+    if self.update != 'ema':
+      return codebook
+    g = self.decay
+    count = stats['counts'][0].astype(jnp.float32)
+    counts = g * codebook['counts'] + (1 - g) * count
+    sums = g * codebook['sums'] + (1 - g) * stats['sums'][0]
+    total = counts.sum()
+    smooth = (counts + self.epsilon) / (
+      total + self.num_codes * self.epsilon
+    )
+    codes = sums / (smooth * total)[:, None]
+    return {'codes': codes, 'counts': counts, 'sums': sums}
+
+  def baked_codebook(self):
+    return {'codes': self.codes}
+
+  def codes_to_indices(self, codes):
+    return base.nearest_index(codes, self.codes)

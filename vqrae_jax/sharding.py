@@ -1,0 +1,115 @@
+"""Where arrays lie: one mesh, one table of rules by leaf name.
+
+The mesh has the axes ("data", "fsdp", "model"). A batch lies over data and
+fsdp; parameters lie over fsdp and model as `PARAM_RULES` say, by the end of
+their names, so that optimizer state and averages inherit their parameter's
+placement. The words "dp", "fsdp" and "fsdp+tp" only choose the mesh's shape:
+an axis of one device shards nothing.
+
+Modules name activations ("batch", "tokens", "embed") and never a mesh axis.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vqrae_jax.errors import UserError, choose
+from vqrae_jax.ops import trees
+
+AXES = ('data', 'fsdp', 'model')
+
+# End of a leaf's name -> the axes of its trailing dimensions; leading ones
+# (the stack of blocks, an average's history) are whole on every device.
+PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r'attention/(query|key|value)/kernel', ('fsdp', 'model')),
+  (r'attention/(query|key|value)/bias', ('model',)),
+  (r'attention/out/kernel', ('model', 'fsdp')),
+  (r'mlp/(fc1|gate)/kernel', ('fsdp', 'model')),
+  (r'mlp/(fc1|gate)/bias', ('model',)),
+  (r'mlp/fc2/kernel', ('model', 'fsdp')),
+  (r'embed/(linear/kernel|prefix|prefix_positions)', (None, 'fsdp')),
+  (r'embed/positions', (None, None, 'fsdp')),
+  (r'head/kernel', ('fsdp', None)),
+  (r'quantizer/(codes|basis|sums|kernel|project_\w+/kernel)', ('fsdp', None)),
+  (r'quantizer/post_conv/kernel', (None, None, 'fsdp', None)),
+  (r'(\w*norm\w*/(scale|bias)|scale[12]|bias|counts)', ()),
+  (r'(step|count|usage|rng|schedule_count)', ()),
+)
+
+ACTIVATION_RULES = (
+  ('batch', ('data', 'fsdp')),
+  ('tokens', None),
+  ('embed', None),
+)
+
+
+def make_mesh(
+  layout: str = 'dp', devices: Sequence[Any] | None = None, tensor: int = 1
+) -> Mesh:
+  """A mesh over all devices.
+
+  Args:
+    layout: "dp" (batch over all), "fsdp" (parameters too) or "fsdp+tp"
+      (`tensor` devices share each block's width as well).
+    devices: defaults to `jax.devices()`.
+    tensor: the model axis of "fsdp+tp".
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  n = len(devices)
+  if n % tensor:
+    raise UserError(f'mesh.tensor={tensor} must divide the {n} devices')
+  shapes = {'dp': (n, 1, 1), 'fsdp': (1, n, 1)}
+  shapes['fsdp+tp'] = (1, n // tensor, tensor)
+  shape = choose(shapes, layout, 'mesh layout')
+  return jax.make_mesh(
+    shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+def spec_for(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """The placement of one leaf: a pure function of name, shape and mesh.
+
+  An axis that does not divide its dimension is dropped.
+
+  Raises:
+    UserError: no rule claims the name.
+  """
+  for pattern, axes in PARAM_RULES:
+    if re.search(f'(^|/){pattern}$', name):
+      break
+  else:
+    raise UserError(f'no sharding rule claims the leaf "{name}"')
+  lead = len(shape) - len(axes)
+  if lead < 0:
+    return PartitionSpec()
+  spec = [None] * lead
+  for size, axis in zip(shape[lead:], axes, strict=True):
+    fits = axis is not None and size % mesh.shape[axis] == 0
+    spec.append(axis if fits else None)
+  return PartitionSpec(*spec)
+
+
+def shardings_for(tree: Any, mesh: Mesh) -> Any:
+  """A NamedSharding for every leaf of a tree of arrays or shapes."""
+  return trees.map_named(
+    lambda name, leaf: NamedSharding(mesh, spec_for(name, leaf.shape, mesh)),
+    tree,
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The first axis over data and fsdp."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict:
+  """This host's rows as the global arrays of the step."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows)
+    for name, rows in batch.items()
+  }

@@ -1,0 +1,1 @@
+"""Training: one step that moves a state of nothing but arrays, in a loop."""

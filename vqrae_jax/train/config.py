@@ -1,0 +1,181 @@
+"""A run's config as frozen dataclasses: every key known, checked before use.
+
+`read_config` turns the `ml_collections` config of a file in `configs/` into a
+`RunSpec`; an unknown key fails with the nearest right name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vqrae_jax.data.pipeline import CROPS, Augment
+from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.losses import IMAGE_TERMS, LATENT_TERMS
+from vqrae_jax.optim import Adam, Schedule, steps_of
+from vqrae_jax.specs import build_spec
+
+Duration = int | str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """What is trained on. `examples` is the length of a source without one."""
+
+  source: str
+  image_size: int | tuple[int, int]
+  include: tuple[str, ...] = ()
+  exclude: tuple[str, ...] = ()
+  resize: int | tuple[int, int] | None = None
+  crop: str = 'random'
+  flip: bool = True
+  examples: int | None = None
+
+  def __post_init__(self):
+    if self.crop not in CROPS:
+      raise UserError(f'data.crop={self.crop!r}{did_you_mean(self.crop, CROPS)}')
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """(h, w) of a training image."""
+    s = self.image_size
+    return s if isinstance(s, tuple) else (s, s)
+
+  def augment(self) -> Augment:
+    """The host-side half of this section."""
+    return Augment(self.size, self.resize, self.crop, self.flip)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerm:
+  """A weight, and the step or epoch from which it counts."""
+
+  weight: float
+  start: int = 0
+  unit: str = 'steps'
+
+  def weight_at(self, steps_per_epoch: int | None):
+    """step -> f32[]: zero before the start."""
+    start = steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
+    return lambda step: self.weight * (step >= start)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+  """The layout's word, and the devices that share a block's width."""
+
+  layout: str = 'dp'
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec:
+  """What is written, and how often.
+
+  Attributes:
+    every: steps between rows of metrics.jsonl, log lines and scalars.
+    images_every: steps between reconstruction grids in TensorBoard; 0: none.
+    usage_window: steps over which usage and perplexity are counted.
+    tensorboard: write event files at all.
+  """
+
+  every: int = 50
+  images_every: int = 1000
+  usage_window: int = 100
+  tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSpec:
+  """The evaluation at the run's end: photographs cut into square tiles."""
+
+  source: str
+  tile: int
+  include: tuple[str, ...] = ()
+  exclude: tuple[str, ...] = ()
+  batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+  """A whole run.
+
+  Attributes:
+    model: `build_tokenizer`'s mapping.
+    losses: {term: weight or LossTerm fields}.
+    schedules: rows (regex, None or Schedule fields).
+    duration: "30 epochs", "2000 steps" or a number of steps.
+    ema: decay of the weights' moving average; 0 for none.
+  """
+
+  model: Mapping
+  data: DataSpec
+  losses: Mapping
+  schedules: tuple
+  duration: Duration
+  batch_size: int
+  seed: int = 0
+  optim: Adam = Adam()
+  ema: float = 0.999
+  mesh: MeshSpec = MeshSpec()
+  log: LogSpec = LogSpec()
+  eval: EvalSpec | None = None
+
+  def __post_init__(self):
+    if self.batch_size < 1:
+      raise UserError(f'batch_size={self.batch_size} must be above 0')
+    if not 0 <= self.ema < 1:
+      raise UserError(f'ema={self.ema} must lie in [0, 1)')
+    if self.log.every < 1 or self.log.usage_window < 1:
+      raise UserError('log.every and log.usage_window must be above 0')
+
+  def terms(self) -> dict[str, LossTerm]:
+    """{name: LossTerm}, names checked against the loss tables."""
+    known = [*IMAGE_TERMS, *LATENT_TERMS]
+    terms = {}
+    for name, value in self.losses.items():
+      if name not in known:
+        raise UserError(f'unknown loss "{name}"{did_you_mean(name, known)}')
+      if not isinstance(value, Mapping):
+        value = {'weight': value}
+      terms[name] = build_spec(LossTerm, value, f'losses.{name}')
+    if not terms:
+      raise UserError(f'losses is empty; there are: {", ".join(known)}')
+    return terms
+
+  def schedule_rows(self) -> list[tuple[str, Schedule | None]]:
+    """The rows of `schedules`, checked."""
+    rows = []
+    for row in self.schedules:
+      if not isinstance(row, tuple) or len(row) != 2:
+        raise UserError(f'schedules row {row!r} must be (regex, schedule)')
+      pattern, fields = row
+      if fields is not None and not isinstance(fields, Mapping):
+        raise UserError(
+          f'schedules["{pattern}"]={fields!r} must be None or dict(lr=…)'
+        )
+      if fields is not None:
+        fields = build_spec(Schedule, fields, f'schedules["{pattern}"]')
+      rows.append((pattern, fields))
+    return rows
+
+
+def plain(config: Any) -> Any:
+  """ConfigDicts, lists and tuples as dicts and tuples, all the way down."""
+  if hasattr(config, 'to_dict'):
+    config = config.to_dict()
+  if isinstance(config, Mapping):
+    return {k: plain(v) for k, v in config.items()}
+  if isinstance(config, list | tuple):
+    return tuple(plain(v) for v in config)
+  return config
+
+
+def read_config(config: Any) -> RunSpec:
+  """A ConfigDict (or mapping) as a `RunSpec`.
+
+  Raises:
+    UserError: an unknown, missing, mistyped or impossible key.
+  """
+  spec = build_spec(RunSpec, plain(config), 'config')
+  spec.terms(), spec.schedule_rows()
+  return spec

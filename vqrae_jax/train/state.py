@@ -1,0 +1,180 @@
+"""The state of a run: made once, placed by the rules, nothing but arrays.
+
+Trainable and frozen leaves part here and only here. What is frozen is an
+argument of the step, never in the optimizer, the average or a checkpoint.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vqrae_jax import optim, sharding
+from vqrae_jax.errors import UserError
+from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.ops import trees
+from vqrae_jax.train.config import RunSpec
+from vqrae_jax.types import Frozen, Player, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is static about a run once shapes and lengths are known.
+
+  Attributes:
+    tokenizer: the module.
+    shapes: {"params": …, "codebook": …} as ShapeDtypeStructs.
+    trainable: names of the leaves that move.
+    optimizer: over {leaf name: leaf} of the trainable ones.
+    rates: {leaf name: step -> learning rate}.
+    weights: {loss name: step -> weight}.
+    total_steps: the run's length.
+  """
+
+  tokenizer: Tokenizer
+  shapes: Any
+  trainable: tuple[str, ...]
+  optimizer: optax.GradientTransformation
+  rates: optim.Rates
+  weights: dict[str, Any]
+  total_steps: int
+  ema: float
+  usage_window: int
+
+
+def _check_terms(names: list[str], tokenizer: Tokenizer) -> None:
+  given = tokenizer.quantizer.loss_names
+  for name in ('commit', 'codebook'):
+    if name in names and name not in given:
+      kind = type(tokenizer.quantizer).__name__
+      has = f'it gives {", ".join(given)}' if given else 'it gives none'
+      raise UserError(
+        f'losses.{name}: the quantizer {kind} as configured has no such '
+        f'loss ({has}); remove the term'
+      )
+
+
+def make_plan(
+  spec: RunSpec, tokenizer: Tokenizer, steps_per_epoch: int | None
+) -> Plan:
+  """Checks a run's config against its model; touches no device memory.
+
+  Raises:
+    UserError: a loss the quantizer lacks, a schedule row that claims nothing,
+      a leaf no row claims, an image size off the decoder's patch, nothing to
+      train.
+  """
+  tokenizer.grid(*spec.data.size)
+  terms = spec.terms()
+  _check_terms(list(terms), tokenizer)
+  image = jax.ShapeDtypeStruct((1, *spec.data.size, 3), jnp.float32)
+  shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
+  leaves = trees.flatten(shapes['params'])
+  schedules = optim.match_schedules(spec.schedule_rows(), list(leaves))
+  trainable = tuple(n for n in leaves if schedules[n] is not None)
+  if not trainable:
+    raise UserError('schedules freeze every leaf: there is nothing to train')
+  total = optim.steps_of(spec.duration, steps_per_epoch, 'duration')
+  optimizer, rates = optim.make_optimizer(
+    spec.optim,
+    schedules,
+    {n: leaves[n] for n in trainable},
+    total,
+    steps_per_epoch,
+  )
+  return Plan(
+    tokenizer=tokenizer,
+    shapes=shapes,
+    trainable=trainable,
+    optimizer=optimizer,
+    rates=rates,
+    weights={n: t.weight_at(steps_per_epoch) for n, t in terms.items()},
+    total_steps=total,
+    ema=spec.ema,
+    usage_window=spec.log.usage_window,
+  )
+
+
+def fresh_state(
+  plan: Plan, size: tuple[int, int], seed: Any
+) -> tuple[TrainState, Frozen]:
+  """The state at step 0 and the frozen leaves, from a seed; pure."""
+  init_key, run_key = jax.random.split(jax.random.key(seed))
+  image = jnp.zeros((1, *size, 3))
+  variables = plan.tokenizer.init(init_key, image)
+  keep = set(plan.trainable)
+  params, rest = trees.partition(variables['params'], keep.__contains__)
+  quantizer = plan.tokenizer.quantizer
+  ring = (
+    plan.usage_window,
+    quantizer.codes_per_token,
+    quantizer.codebook_size,
+  )
+  state = TrainState(
+    step=jnp.zeros([], jnp.int32),
+    tokenizer=Player(params, plan.optimizer.init(params), {}),
+    codebook=variables.get('codebook', {}),
+    discriminator=None,
+    # A copy: both are donated, and a buffer may be donated once.
+    ema=jax.tree.map(jnp.copy, params) if plan.ema else None,
+    usage=jnp.zeros(ring, jnp.int32),
+    rng=run_key,
+  )
+  return state, Frozen(params=rest)
+
+
+def init_state(
+  plan: Plan, mesh: jax.sharding.Mesh, size: tuple[int, int], seed: int
+) -> tuple[TrainState, Frozen]:
+  """The state at step 0 and the frozen leaves, laid on the mesh.
+
+  Args:
+    plan: from `make_plan`.
+    mesh: where they lie.
+    size: (h, w) of the training images.
+    seed: of every random weight and of the run's key.
+  """
+
+  def fresh(seed):
+    return fresh_state(plan, size, seed)
+
+  places = sharding.shardings_for(jax.eval_shape(fresh, seed), mesh)
+  return jax.jit(fresh, out_shardings=places)(seed)
+
+
+def variables_of(
+  state: TrainState, frozen: Frozen, ema: bool = False
+) -> dict[str, Any]:
+  """The tokenizer's variables: trainable (or averaged) and frozen leaves.
+
+  With `ema` the averaged weights where there are any; the codebook is always
+  the live one.
+  """
+  params = state.tokenizer.params
+  if ema and state.ema is not None:
+    params = state.ema
+  variables = {'params': trees.merge(params, frozen.params)}
+  if state.codebook:
+    variables['codebook'] = state.codebook
+  return variables
+
+
+def init_codebook(
+  plan: Plan, state: TrainState, frozen: Frozen, images: jax.Array
+) -> TrainState:
+  """The state with its codebook set from the first batch of images; pure.
+
+  Quantizers without data-dependent initialisation leave it as it is.
+  """
+  if not state.codebook:
+    return state
+  tokens = plan.tokenizer.apply(
+    variables_of(state, frozen), images, method='code_tokens'
+  )
+  key = jax.random.fold_in(state.rng, 2**31 - 1)  # a step no run reaches
+  codebook = plan.tokenizer.quantizer.init_codebook(
+    state.codebook['quantizer'], tokens, key
+  )
+  return state.replace(codebook=state.codebook | {'quantizer': codebook})

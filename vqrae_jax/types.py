@@ -1,0 +1,102 @@
+"""Traced nouns: pytrees of arrays that cross a jit boundary.
+
+They hold arrays, dicts of arrays and None; never functions, modules or specs.
+Shapes: b images, h w pixels, gh gw the grid of tokens, d latent channels,
+c code channels, q codes per token, k entries of a codebook.
+"""
+
+from typing import Any
+
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+Tree = Any  # nested dicts of arrays
+
+
+@struct.dataclass
+class QuantizerOutput:
+  """What a quantizer says of latents f[... d].
+
+  Attributes:
+    z_q: f[... d], what the decoder reads: the tail applied to `codes`.
+    codes: f32[... c], exactly the looked-up values.
+    indices: i32[...] (or i32[... q]); None if the quantizer is continuous.
+    losses: {name: f32[]}, unweighted.
+    stats: {"counts": i32[q k], ...}, what `update_codebook` and the usage
+      window need; {} if the quantizer is continuous.
+  """
+
+  z_q: Array
+  codes: Array
+  indices: Array | None
+  losses: dict[str, Array]
+  stats: dict[str, Array]
+
+
+@struct.dataclass
+class TokenizerOutput:
+  """One pass through a tokenizer.
+
+  Attributes:
+    images: f32[b h w 3], the reconstruction, not clipped.
+    latents: f[b gh gw d], the encoder's continuous features.
+    quantizer: the quantizer's output.
+    features: f[b n d], the decoder's tokens before its head, cls included.
+    losses: {name: f32[]} unweighted, if they were asked for; else None.
+  """
+
+  images: Float[Array, 'b h w 3']
+  latents: Float[Array, 'b gh gw d']
+  quantizer: QuantizerOutput
+  features: Float[Array, 'b n e']
+  losses: dict[str, Array] | None = None
+
+
+@struct.dataclass
+class LossInputs:
+  """What an image loss sees; both f32[b h w 3], targets in [0, 1]."""
+
+  reconstruction: Float[Array, 'b h w 3']
+  targets: Float[Array, 'b h w 3']
+
+
+@struct.dataclass
+class Player:
+  """One optimised network: its trainable leaves, optimizer state and stats."""
+
+  params: Tree
+  opt_state: Tree
+  stats: Tree
+
+
+@struct.dataclass
+class TrainState:
+  """All that one train step moves.
+
+  Attributes:
+    step: i32[], completed steps.
+    tokenizer: the tokenizer's trainable leaves, keyed by full leaf name.
+    codebook: the linen `codebook` collection ({} if there is none).
+    discriminator: the second player, or None.
+    ema: moving average of `tokenizer.params`, or None.
+    usage: i32[w q k], code counts of the last w steps (a ring by step).
+    rng: the run's key; every step folds its number in, none splits it.
+  """
+
+  step: Int[Array, '']
+  tokenizer: Player
+  codebook: Tree
+  discriminator: Player | None
+  ema: Tree
+  usage: Tree
+  rng: Array
+
+
+@struct.dataclass
+class Frozen:
+  """Arrays that no step moves: an argument, never donated, never saved."""
+
+  params: Tree
+  lpips: Tree = None
+  teacher: Tree = None
+  discriminator: Tree = None
