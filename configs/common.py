@@ -16,9 +16,7 @@ def base() -> ml_collections.ConfigDict:
   return config
 
 
-def vit(
-  *, width: int, depth: int, patch: int, pixels: int, **fields
-) -> dict:
+def vit(*, width: int, depth: int, patch: int, pixels: int, **fields) -> dict:
   """A plain ViT: heads of 64 channels, an MLP four times as wide."""
   return dict(
     width=width,
@@ -32,7 +30,7 @@ def vit(
 
 
 def arguments(text: str | None, **defaults):
-  """"steps=60,lr=1e-3" over the defaults, each of its default's type.
+  """ "steps=60,lr=1e-3" over the defaults, each of its default's type.
 
   Raises:
     ValueError: a name that has no default, or a value of another type.

@@ -16,18 +16,12 @@ def get_config(arguments=None):
   config = common.base()
   config.model = dict(
     encoder=dict(vit=common.vit(width=192, depth=4, patch=8, pixels=64)),
-    quantizer=dict(
-      name='fsq', levels=(8, 8, 8, 5, 5, 5), convention='cosmos'
-    ),
+    quantizer=dict(name='fsq', levels=(8, 8, 8, 5, 5, 5), convention='cosmos'),
     decoder=dict(
-      vit=common.vit(
-        width=192, depth=4, patch=8, pixels=64, posemb='sincos2d'
-      )
+      vit=common.vit(width=192, depth=4, patch=8, pixels=64, posemb='sincos2d')
     ),
   )
-  config.data = dict(
-    source='bundled:photos', exclude=HELD_OUT, image_size=64
-  )
+  config.data = dict(source='bundled:photos', exclude=HELD_OUT, image_size=64)
   config.losses = dict(l2=1.0)
   config.schedules = ((r'.*', dict(lr=arg.lr, warmup=arg.steps // 10)),)
   config.duration = arg.steps

@@ -33,7 +33,7 @@ def parse(
       f'unknown flag --{e.flagname}{did_you_mean(e.flagname, values)}'
     ) from None
   except (flags.Error, AttributeError, KeyError, TypeError, OSError) as e:
-    lines = str(e).strip().strip("'\"").split('\n')
+    lines = str(e).strip().strip('\'"').split('\n')
     raise UserError(' '.join(line.strip() for line in lines[:2])) from None
   if values.help:
     print(f'python -m {module}\n\nexample:\n  {example}\n\nflags:')

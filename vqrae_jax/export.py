@@ -59,9 +59,7 @@ def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
     if 'basis' in codebook:
       codebook.pop('codes', None)
       fresh['codebook'] = {'quantizer': codebook}
-  baked = jax.jit(
-    lambda v: tokenizer.apply(v, method='baked_codebook')
-  )(fresh)
+  baked = jax.jit(lambda v: tokenizer.apply(v, method='baked_codebook'))(fresh)
   for name, table in baked.items():
     leaves[f'codebook/quantizer/{name}'] = table
   host = jax.device_get(leaves)

@@ -10,6 +10,7 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from vqrae_jax import losses as loss_terms
@@ -32,7 +33,7 @@ def _apply(tokenizer, variables, x, method=None, *, precision, **kwargs):
     return tokenizer.apply(variables, x, method=method, **kwargs)
 
 
-def _batched(images: Array) -> Array:
+def _batched(images: ArrayLike) -> ArrayLike:
   if images.ndim != 4:
     raise UserError(
       f'images must be [b h w 3]; got shape {images.shape}'
@@ -44,7 +45,7 @@ def _batched(images: Array) -> Array:
 def encode_to_indices(
   tokenizer: Tokenizer,
   variables: Tree,
-  images: Array,
+  images: ArrayLike,
   *,
   precision: str = 'default',
 ) -> Array:
@@ -74,7 +75,7 @@ def encode_to_indices(
 def decode_from_indices(
   tokenizer: Tokenizer,
   variables: Tree,
-  indices: Array,
+  indices: ArrayLike,
   *,
   precision: str = 'default',
 ) -> Array:
@@ -108,7 +109,7 @@ def decode_from_indices(
 def encode(
   tokenizer: Tokenizer,
   variables: Tree,
-  images: Array,
+  images: ArrayLike,
   *,
   precision: str = 'default',
 ) -> Array:
@@ -121,7 +122,7 @@ def encode(
 def reconstruct(
   tokenizer: Tokenizer,
   variables: Tree,
-  images: Array,
+  images: ArrayLike,
   losses: bool = False,
   *,
   precision: str = 'default',

@@ -78,10 +78,9 @@ def spec_for(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   Raises:
     UserError: no rule claims the name.
   """
-  for pattern, axes in PARAM_RULES:
-    if re.search(f'(^|/){pattern}$', name):
-      break
-  else:
+  rules = (a for p, a in PARAM_RULES if re.search(f'(^|/){p}$', name))
+  axes = next(rules, None)
+  if axes is None:
     raise UserError(f'no sharding rule claims the leaf "{name}"')
   lead = len(shape) - len(axes)
   if lead < 0:

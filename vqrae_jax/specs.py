@@ -207,9 +207,7 @@ def build_spec(cls: type[Spec], section: Mapping[str, Any], where: str) -> Spec:
   values = {}
   for key, value in section.items():
     if key not in fields:
-      raise UserError(
-        f'unknown key "{where}.{key}"{did_you_mean(key, fields)}'
-      )
+      raise UserError(f'unknown key "{where}.{key}"{did_you_mean(key, fields)}')
     kind = hints[key]
     inner = _nested(kind)
     if inner is not None and isinstance(value, Mapping):

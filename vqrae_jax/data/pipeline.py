@@ -45,7 +45,7 @@ def _target_side(image: np.ndarray, augment: Augment, rng) -> int:
   side = augment.resize or min(h, w)
   if isinstance(side, tuple):
     low, high = side
-    side = int(round(low * (high / low) ** rng.random()))
+    side = round(low * (high / low) ** rng.random())
   # Never smaller than the crop, on either side.
   fit = max(augment.size[0] * min(h, w) / h, augment.size[1] * min(h, w) / w)
   return max(side, int(np.ceil(fit)))
@@ -130,9 +130,12 @@ class TrainBatches:
     return iterator
 
 
-def tiles(image: np.ndarray, side: int) -> np.ndarray:
-  """uint8 [n side side 3]: a photograph cut into a grid from its top left."""
-  h, w = (n // side for n in image.shape[:2])
-  image = image[: h * side, : w * side]
-  image = image.reshape(h, side, w, side, 3).transpose(0, 2, 1, 3, 4)
-  return image.reshape(h * w, side, side, 3)
+def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """uint8 [n *size 3]: a photograph cut into a grid from its top left.
+
+  What is left over at the right and the bottom is dropped.
+  """
+  h, w = (n // s for n, s in zip(image.shape[:2], size, strict=True))
+  image = image[: h * size[0], : w * size[1]]
+  image = image.reshape(h, size[0], w, size[1], 3).transpose(0, 2, 1, 3, 4)
+  return image.reshape(h * w, *size, 3)

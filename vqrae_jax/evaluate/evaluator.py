@@ -32,14 +32,10 @@ def block_mean(tiles: np.ndarray, block: int) -> np.ndarray:
 
 def _bound(fn: Callable, tokenizer: Tokenizer, variables: Tree) -> Callable:
   """A door function, jitted, waiting for its images or indices."""
-  return functools.partial(
-    jax.jit(functools.partial(fn, tokenizer)), variables
-  )
+  return functools.partial(jax.jit(functools.partial(fn, tokenizer)), variables)
 
 
-def in_batches(
-  fn: Callable, rows: np.ndarray, batch_size: int
-) -> np.ndarray:
+def in_batches(fn: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
   """fn over rows in batches of one shape; the last is padded, then cut."""
   out = []
   for start in range(0, len(rows), batch_size):
@@ -85,13 +81,15 @@ def evaluate_tiles(
     discrete tokenizer psnr_shuffled, codes_used, usage, perplexity and
     bits_per_image.
   """
-  gh, gw = tokenizer.grid(tile, tile)
-  cut = [pipeline.tiles(source[i], tile) for i in range(len(source))]
+  tokenizer.grid(tile, tile)
+  cut = [pipeline.tiles(source[i], (tile, tile)) for i in range(len(source))]
   tiles = np.concatenate(cut)
   if not len(tiles):
     raise UserError(f'no photograph of {source.names} holds a {tile}px tile')
   targets = tiles.astype(np.float32) / 255
-  baseline = _sums(block_mean(targets, tile // gh), targets, batch_size)
+  baseline = _sums(
+    block_mean(targets, tokenizer.patch_size), targets, batch_size
+  )
   discrete = tokenizer.codebook_size > 0
   if not discrete:
     run = _bound(inference.reconstruct, tokenizer, variables)
@@ -136,6 +134,7 @@ def reconstruct_tiled(
   image: np.ndarray,
   tile: int,
   batch_size: int = 32,
+  whole: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """A photograph painted tile by tile, each from its own tokens.
 
@@ -144,15 +143,25 @@ def reconstruct_tiled(
     image: uint8 [h w 3], of any size.
     tile: the side that each tile has, a multiple of the patch.
     batch_size: tiles at once.
+    whole: the image is one piece, cropped to a multiple of `tile`.
 
   Returns:
     (uint8 the centre of `image` that whole tiles cover, f32 the same painted,
     in [0, 1]).
   """
   image = crop_to(image, tile)
-  h, w = (n // tile for n in image.shape[:2])
+  sides = image.shape[:2] if whole else (tile, tile)
+  if whole:
+    batch_size = 1
+  h, w = (n // s for n, s in zip(image.shape[:2], sides, strict=True))
   run = _bound(inference.reconstruct, tokenizer, variables)
-  cut = pipeline.tiles(image, tile)
+  cut = pipeline.tiles(image, sides)
   painted = in_batches(lambda x: run(x).images, cut, batch_size)
-  painted = painted.reshape(h, w, tile, tile, 3).transpose(0, 2, 1, 3, 4)
+  painted = painted.reshape(h, w, *sides, 3).transpose(0, 2, 1, 3, 4)
   return image, np.clip(painted.reshape(image.shape), 0, 1)
+
+
+def psnr(original: np.ndarray, painted: np.ndarray) -> float:
+  """dB between uint8 [h w 3] and f32 [h w 3] in [0, 1]."""
+  mse = np.mean((original / 255.0 - painted) ** 2)
+  return float(-10 * np.log10(max(mse, 1e-10)))

@@ -40,7 +40,10 @@ def comparison(
   side = 118
   page = Image.new(
     'RGB',
-    (side + sum(widths) + GAP * (len(widths) + 1), 2 * (height + GAP) + 3 * BAND),
+    (
+      side + sum(widths) + GAP * (len(widths) + 1),
+      2 * (height + GAP) + 3 * BAND,
+    ),
     PAPER,
   )
   draw = ImageDraw.Draw(page)

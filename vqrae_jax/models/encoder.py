@@ -6,7 +6,8 @@ pool, or project.
 """
 
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.nn import vit
@@ -25,7 +26,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, images: Float[Array, 'b h w 3']
+    self, images: Shaped[ArrayLike, 'b h w 3']
   ) -> Float[Array, 'b gh gw d']:
     spec, s = self.spec, self.spec.vit
     images = image_ops.to_unit(images)

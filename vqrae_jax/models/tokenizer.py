@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from vqrae_jax import quantizers
@@ -79,7 +80,7 @@ class Tokenizer(nn.Module):
     q = self.quantizer.codes_per_token
     return self.grid(h, w) + ((q,) if q > 1 else ())
 
-  def encode(self, images: Array) -> Array:
+  def encode(self, images: ArrayLike) -> Array:
     """f[b h w 3] in [0, 1] (or uint8) -> latents f[b gh gw d]."""
     images = image_ops.to_unit(images)
     grid = self.grid(*images.shape[1:3])
@@ -92,17 +93,17 @@ class Tokenizer(nn.Module):
     """z_q f[b gh gw d] -> (images f32[b h w 3] not clipped, features)."""
     return self.decoder(z_q)
 
-  def code_tokens(self, images: Array) -> Array:
+  def code_tokens(self, images: ArrayLike) -> Array:
     """Images -> f32[n c], the tokens that codes are compared with."""
     z = self.quantizer.to_code_space(self.encode(images))
     return z.reshape(-1, z.shape[-1])
 
-  def encode_to_indices(self, images: Array) -> Array:
+  def encode_to_indices(self, images: ArrayLike) -> Array:
     """Images -> i32[b gh gw]; needs no decoder variables."""
     latents = jax.lax.optimization_barrier(self.encode(images))
     return self.quantizer.latents_to_indices(latents)
 
-  def decode_from_indices(self, indices: Array) -> Array:
+  def decode_from_indices(self, indices: ArrayLike) -> Array:
     """i32[b gh gw] -> f32[b h w 3] not clipped; needs no encoder variables."""
     return self._inference_tail(self.quantizer.indices_to_codes(indices))[0]
 
@@ -113,7 +114,7 @@ class Tokenizer(nn.Module):
     )
 
   def __call__(
-    self, images: Array, *, train: bool = False, rngs: Any = None
+    self, images: ArrayLike, *, train: bool = False, rngs: Any = None
   ) -> TokenizerOutput:
     """One pass: images f[b h w 3] in [0, 1] to a reconstruction.
 
@@ -184,7 +185,7 @@ def _decoder_spec(
   return build_spec(DecoderSpec, section, 'model.decoder')
 
 
-def build_tokenizer(model_config: Mapping) -> Tokenizer:
+def build_tokenizer(model_config: Any) -> Tokenizer:
   """The tokenizer that a config's `model` section describes; no arrays yet.
 
   Args:
@@ -220,7 +221,7 @@ def build_tokenizer(model_config: Mapping) -> Tokenizer:
   )
 
 
-def _as_dict(config: Mapping) -> dict:
+def _as_dict(config: Any) -> dict:
   """A ConfigDict (or any mapping) as nested plain dicts."""
   to_dict = getattr(config, 'to_dict', None)
   return to_dict() if to_dict else dict(config)

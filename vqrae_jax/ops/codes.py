@@ -76,15 +76,15 @@ def nearest_code(
   axes = tuple(a for a in BATCH_AXES if mesh.shape.get(a, 1) > 1)
   shards = math.prod(mesh.shape[a] for a in axes)
   search = _nearest
-  if shards > 1 and isinstance(flat.shape[0], int):
-    if flat.shape[0] % shards == 0:
-      tokens = jax.sharding.PartitionSpec(axes)
-      search = jax.shard_map(
-        _nearest,
-        in_specs=(tokens, jax.sharding.PartitionSpec()),
-        out_specs=tokens,
-        check_vma=False,
-      )
+  n = flat.shape[0]
+  if shards > 1 and isinstance(n, int) and n % shards == 0:
+    tokens = jax.sharding.PartitionSpec(axes)
+    search = jax.shard_map(
+      _nearest,
+      in_specs=(tokens, jax.sharding.PartitionSpec()),
+      out_specs=tokens,
+      check_vma=False,
+    )
   return search(flat, codes).reshape(shape)
 
 
@@ -123,8 +123,10 @@ def sum_by_code(
   """f32[k c]: the sum of the tokens assigned to each code."""
   flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
   index = indices.reshape(math.prod(indices.shape))
-  return jnp.zeros((size, z.shape[-1]), jnp.float32).at[index].add(
-    flat.astype(jnp.float32)
+  return (
+    jnp.zeros((size, z.shape[-1]), jnp.float32)
+    .at[index]
+    .add(flat.astype(jnp.float32))
   )
 
 

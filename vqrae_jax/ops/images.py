@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from vqrae_jax.errors import UserError, choose
 
 
-def to_unit(images: Array) -> Float[Array, '... h w 3']:
+def to_unit(images: ArrayLike) -> Float[Array, '... h w 3']:
   """uint8 images / 255, float images as they are, as f32 in [0, 1].
 
   Raises:
@@ -28,13 +29,13 @@ def to_unit(images: Array) -> Float[Array, '... h w 3']:
       f'images must be [b h w 3], channels last; got shape {images.shape}'
     )
   if images.dtype == jnp.uint8:
-    return images.astype(jnp.float32) / 255.0
+    return jnp.asarray(images, jnp.float32) / 255.0
   if not jnp.issubdtype(images.dtype, jnp.floating):
     raise UserError(
       f'images of type {images.dtype} have no known range; give uint8 in '
       '[0, 255] or float in [0, 1]'
     )
-  return images.astype(jnp.float32)
+  return jnp.asarray(images, jnp.float32)
 
 
 def normalize(
@@ -127,7 +128,7 @@ def resize(
 def patchify(
   images: Float[Array, 'b h w c'], patch: int
 ) -> Float[Array, 'b gh gw p']:
-  """[b h w c] to [b h/patch w/patch patch*patch*c], laid (row, col, channel)."""
+  """[b h w c] to [b h/p w/p p*p*c], each patch laid (row, column, channel)."""
   b, h, w, c = images.shape
   gh, gw = h // patch, w // patch
   x = images.reshape(b, gh, patch, gw, patch, c)

@@ -178,7 +178,7 @@ class Quantizer(nn.Module):
     return self._lookup(indices)
 
   def codes_to_indices(self, codes: Array) -> Array:
-    """Codes f32[... c] -> their indices i32[...]; `indices_to_codes`' inverse."""
+    """Codes f32[... c] -> i32[...]: the inverse of `indices_to_codes`."""
     raise NotImplementedError
 
 

@@ -11,6 +11,7 @@ sides are unit vectors, scaled by sqrt(c) so that losses averaged over
 channels do not vanish and the decoder reads values of order one.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -78,9 +79,7 @@ class SimVQ(base.Quantizer):
       self.variable(
         'codebook',
         'basis',
-        lambda: init(
-          self.make_rng('params'), (self.num_codes, c), jnp.float32
-        ),
+        lambda: init(self.make_rng('params'), (self.num_codes, c), jnp.float32),
       )
 
   def _table(self):
@@ -89,7 +88,10 @@ class SimVQ(base.Quantizer):
       return self.get_variable('codebook', 'codes')
     basis = self.get_variable('codebook', 'basis')
     table = jnp.matmul(basis, self.kernel, precision=HIGHEST) + self.bias
-    return _unit_rms(table) if self.distance == 'cosine' else table
+    if self.distance == 'cosine':
+      table = _unit_rms(table)
+    # The rows are the same to the last bit whatever reads them.
+    return jax.lax.optimization_barrier(table)
 
   def _assign(self, z, train, rngs):
     if self.normalize or self.distance == 'cosine':

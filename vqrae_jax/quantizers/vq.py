@@ -131,9 +131,7 @@ class VQ(base.Quantizer):
     counts = g * codebook['counts'] + (1 - g) * count
     sums = g * codebook['sums'] + (1 - g) * stats['sums'][0]
     total = counts.sum()
-    smooth = (counts + self.epsilon) / (
-      total + self.num_codes * self.epsilon
-    )
+    smooth = (counts + self.epsilon) / (total + self.num_codes * self.epsilon)
     codes = sums / (smooth * total)[:, None]
     return {'codes': codes, 'counts': counts, 'sums': sums}
 

@@ -29,9 +29,7 @@ def find_config(path: str) -> str:
     if not installed.is_file():
       folder = file.parent if file.parent.is_dir() else root / 'configs'
       known = [f'configs/{p.name}' for p in folder.glob('*.py')]
-      raise UserError(
-        f'no config at {path}{did_you_mean(path, known)}'
-      )
+      raise UserError(f'no config at {path}{did_you_mean(path, known)}')
     file = installed
   home = str(file.resolve().parents[1])
   if home not in sys.path[:1]:
@@ -44,7 +42,7 @@ def _resolved(argv: list[str]) -> list[str]:
   """argv with the config's path resolved, its `:args` kept."""
   out = []
   for word in argv:
-    if word.startswith('--config=') or word.startswith('-config='):
+    if word.startswith(('--config=', '-config=')):
       path, colon, args = word.split('=', 1)[1].partition(':')
       word = f'--config={find_config(path)}{colon}{args}'
     out.append(word)
@@ -108,9 +106,7 @@ def main(argv: list[str]) -> None:
     for name, value in loop.dry_run(values.config).items():
       print(f'{name} {value:.6g}')
     return
-  name = pathlib.Path(
-    config_flags.get_config_filename(values['config'])
-  ).stem
+  name = pathlib.Path(config_flags.get_config_filename(values['config'])).stem
   workdir = pathlib.Path(values.workdir or f'runs/{name}')
   figures = loop.train(values.config, workdir, profile)
   print(f'\n{workdir}\n{summary.table(figures)}\n\n{_next_steps(workdir)}')

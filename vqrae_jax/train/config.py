@@ -32,7 +32,9 @@ class DataSpec:
 
   def __post_init__(self):
     if self.crop not in CROPS:
-      raise UserError(f'data.crop={self.crop!r}{did_you_mean(self.crop, CROPS)}')
+      raise UserError(
+        f'data.crop={self.crop!r}{did_you_mean(self.crop, CROPS)}'
+      )
 
   @property
   def size(self) -> tuple[int, int]:

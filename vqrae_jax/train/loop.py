@@ -83,9 +83,7 @@ class Run:
     state, frozen = jax.eval_shape(
       lambda: state_lib.fresh_state(self.plan, data.size, spec.seed)
     )
-    image = jax.ShapeDtypeStruct(
-      (spec.batch_size, *data.size, 3), jnp.uint8
-    )
+    image = jax.ShapeDtypeStruct((spec.batch_size, *data.size, 3), jnp.uint8)
     step_lib.check_reach(self.plan, state, frozen, image)
 
   def start(self):

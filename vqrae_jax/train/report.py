@@ -35,7 +35,7 @@ class Report:
     self._since = (time.perf_counter(), start_step)
     if not self._writes:
       return
-    self._rows = open(workdir / 'metrics.jsonl', 'w', encoding='utf8')
+    self._rows = (workdir / 'metrics.jsonl').open('w', encoding='utf8')
     if tensorboard:
       from tensorboardX import SummaryWriter
 

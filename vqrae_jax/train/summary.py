@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 from vqrae_jax import export
@@ -71,10 +70,9 @@ def picture_of(tokenizer, variables, source, tile: int):
     original, image = evaluator.reconstruct_tiled(
       tokenizer, variables, source[i], tile
     )
-    mse = np.mean((original / 255.0 - image) ** 2)
     originals.append(original)
     painted.append(pictures.to_uint8(image))
-    labels.append(f'{name}  {-10 * np.log10(max(mse, 1e-10)):.1f} dB')
+    labels.append(f'{name}  {evaluator.psnr(original, image):.1f} dB')
   title = f'originals above reconstructions, in tiles of {tile} px'
   return pictures.comparison(originals, painted, labels, title)
 
@@ -88,4 +86,3 @@ def table(figures: dict[str, Any]) -> str:
   ]
   width = max(len(words) for words, _ in rows)
   return '\n'.join(f'  {words:<{width}}  {value:>9}' for words, value in rows)
-

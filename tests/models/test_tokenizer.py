@@ -1,0 +1,141 @@
+"""The size rule, index shapes, configs in and out."""
+
+import functools
+import json
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+import vqrae_jax
+from tests import tiny
+from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.tokenizer import build_tokenizer, describe
+
+UNEVEN = dict(
+  encoder=dict(vit=tiny.VIT | dict(patch_size=6)),
+  quantizer=tiny.quantizer('vq-ema'),
+  decoder=dict(vit=tiny.VIT | tiny.PAINTER | dict(patch_size=8)),
+)
+
+
+@pytest.mark.parametrize('h, w', ((32, 32), (16, 40), (48, 8)))
+def test_size_rule_with_unlike_patches(h, w):
+  """Decoder patch 8, encoder patch 6: the grid is h/8 x w/8."""
+  tokenizer = build_tokenizer(UNEVEN)
+  variables = jax.jit(tokenizer.init)(jax.random.key(0), tiny.images(1, 32, 32))
+  images = tiny.images(2, h, w)
+  indices = vqrae_jax.encode_to_indices(tokenizer, variables, images)
+  assert tokenizer.index_shape(h, w) == (h // 8, w // 8) == indices.shape[1:]
+  out = vqrae_jax.reconstruct(tokenizer, variables, images)
+  assert out.images.shape == images.shape
+  assert out.latents.shape == (2, h // 8, w // 8, 32)
+  assert out.features.shape == (2, 1 + h * w // 64, 32)
+  latents = vqrae_jax.encode(tokenizer, variables, images)
+  np.testing.assert_allclose(latents, out.latents, atol=1e-5)
+
+
+def test_an_encoder_alone_crops_the_remainder():
+  tokenizer = build_tokenizer(tiny.model())
+  encoder = Encoder(tokenizer.encoder_spec)
+  x = tiny.images(1, 19, 22) / np.float32(255)
+  variables = encoder.init(jax.random.key(0), x)
+  whole = encoder.apply(variables, x)
+  assert whole.shape == (1, 4, 5, 32)
+  np.testing.assert_array_equal(whole, encoder.apply(variables, x[:, :16, :20]))
+
+
+def test_output_norms():
+  """Affine starts at the identity, so it equals plain; none is before it."""
+  outs = {}
+  for kind in ('affine', 'plain', 'none'):
+    config = tiny.model() | dict(encoder=dict(vit=tiny.VIT, output_norm=kind))
+    tokenizer, variables = tiny.built(config)
+    has_norm = 'norm' in variables['params']['encoder']
+    assert has_norm == (kind == 'affine')
+    outs[kind] = np.asarray(
+      vqrae_jax.encode(tokenizer, variables, tiny.images(1))
+    )
+  np.testing.assert_allclose(outs['affine'], outs['plain'], atol=1e-5)
+  x = outs['none']
+  x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+  np.testing.assert_allclose(x, outs['plain'], atol=1e-4)
+
+
+def test_a_family_without_a_final_norm():
+  config = tiny.model() | dict(encoder=dict(vit=tiny.VIT, final_norm=False))
+  _, variables = tiny.built(config)
+  assert 'norm' not in variables['params']['encoder']
+
+
+@pytest.mark.parametrize('kind', [*tiny.QUANTIZERS, 'none'])
+def test_describe_inverts_build(kind):
+  config = tiny.model(kind, post_quant=dict(kernel=3, space='latent'))
+  tokenizer = build_tokenizer(ml_collections.ConfigDict(config))
+  text = json.dumps(describe(tokenizer))
+  assert build_tokenizer(json.loads(text)) == tokenizer
+  assert hash(build_tokenizer(json.loads(text))) == hash(tokenizer)
+
+
+def test_run_options_are_no_part_of_what_a_tokenizer_is():
+  plain = build_tokenizer(tiny.model())
+  fast = build_tokenizer(tiny.model(dtype='bfloat16', remat=True, scan=False))
+  assert describe(plain) == describe(fast)
+  assert fast.with_run_options(dtype='float32', remat=False, scan=True) == plain
+
+
+def test_named_rows_and_overrides():
+  config = dict(
+    encoder=dict(name='siglip-large-patch16-384', output_norm='plain'),
+    quantizer=dict(name='simvq'),
+    decoder=dict(name='symmetric', vit=dict(depth=3)),
+  )
+  tokenizer = build_tokenizer(config)
+  encoder, decoder = tokenizer.encoder_spec, tokenizer.decoder_spec
+  assert encoder.vit.grid == (24, 24) and encoder.output_norm == 'plain'
+  assert (decoder.vit.width, decoder.vit.depth) == (1024, 3)
+  assert decoder.pixel_norm == encoder.pixel_norm
+  assert decoder.vit.posemb == 'sincos2d'
+
+
+DECODER_SIZES = {'B': 86.4, 'L': 304.2, 'XL': 415.4}  # M, published
+
+
+@pytest.mark.parametrize('name', DECODER_SIZES)
+def test_decoder_sizes_are_the_published(name):
+  """At 768 latent channels; the published count holds the fixed positions."""
+  config = dict(
+    encoder=dict(vit=tiny.VIT | dict(width=768, patch_size=16)),
+    quantizer=dict(name='none'),
+    decoder=dict(name=name),
+  )
+  tokenizer = build_tokenizer(config)
+  shapes = jax.eval_shape(
+    functools.partial(tokenizer.init, jax.random.key(0)),
+    np.zeros((1, 32, 32, 3), np.float32),
+  )
+  leaves = jax.tree.leaves(shapes['params']['decoder'])
+  positions = 257 * tokenizer.decoder_spec.vit.width
+  total = sum(np.prod(leaf.shape) for leaf in leaves) + positions
+  assert round(total / 1e6, 1) == DECODER_SIZES[name]
+
+
+@pytest.mark.parametrize(
+  'change, words',
+  [
+    (dict(encodr={}), 'did you mean "encoder"'),
+    (dict(decoder=None), 'missing section "model.decoder"'),
+    (dict(encoder=dict(name='siglip-large')), 'unknown encoder'),
+    (dict(decoder=dict(name='M')), 'unknown decoder "M"'),
+    (dict(quantizer={}), 'unknown quantizer'),
+    (dict(dtype='half'), 'vit.dtype'),
+    (
+      dict(encoder=dict(vit=tiny.VIT, output_norm='affin')),
+      'did you mean "affine"',
+    ),
+  ],
+)
+def test_a_wrong_config_says_what_is_right(change, words):
+  with pytest.raises(vqrae_jax.UserError, match=words):
+    build_tokenizer(tiny.model() | change)

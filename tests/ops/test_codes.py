@@ -1,0 +1,93 @@
+"""Nearest codes, counts, digits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqrae_jax import sharding
+from vqrae_jax.ops import codes
+
+
+def brute(z, table):
+  z, table = np.asarray(z, np.float64), np.asarray(table, np.float64)
+  return ((z[:, None] - table[None]) ** 2).sum(-1).argmin(1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+  n=st.integers(1, 40),
+  k=st.integers(1, 30),
+  c=st.integers(1, 9),
+  shift=st.sampled_from((0.0, 10.0, -100.0)),
+)
+def test_nearest_is_brute_force(n, k, c, shift):
+  keys = jax.random.split(jax.random.key(n * 1000 + k * 10 + c))
+  z = jax.random.normal(keys[0], (n, c)) + shift
+  table = jax.random.normal(keys[1], (k, c)) + shift
+  found, want = codes.nearest_code(z, table), brute(z, table)
+  gap = ((z - table[found]) ** 2).sum(-1) - ((z - table[want]) ** 2).sum(-1)
+  assert float(jnp.abs(gap).max()) < 1e-4
+
+
+def test_chunks_do_not_change_the_answer(monkeypatch):
+  z = jax.random.normal(jax.random.key(0), (103, 5))
+  table = jax.random.normal(jax.random.key(1), (17, 5))
+  whole = codes.nearest_code(z, table)
+  monkeypatch.setattr(codes, 'SCORES_PER_CHUNK', 17 * 10)
+  np.testing.assert_array_equal(codes.nearest_code(z, table), whole)
+
+
+def test_nothing_larger_than_a_chunk_is_made(monkeypatch):
+  monkeypatch.setattr(codes, 'SCORES_PER_CHUNK', 512 * 64)
+  z = jax.ShapeDtypeStruct((1 << 14, 8), jnp.float32)
+  table = jax.ShapeDtypeStruct((512, 8), jnp.float32)
+  compiled = jax.jit(codes.nearest_code).lower(z, table).compile()
+  used = compiled.memory_analysis().temp_size_in_bytes
+  assert used < (1 << 14) * 512 * 4 / 10, used
+
+
+def test_equal_distances_go_to_the_lowest_index():
+  table = jnp.array([[1.0, 0], [0, 1.0], [1.0, 0]])
+  assert int(codes.nearest_code(jnp.array([2.0, 0.0]), table)) == 0
+
+
+@pytest.mark.parametrize('layout', ('dp', 'fsdp'))
+def test_each_device_searches_its_own_tokens(layout):
+  mesh = sharding.make_mesh(layout)
+  z = jax.random.normal(jax.random.key(0), (8, 4, 4, 6))
+  table = jax.random.normal(jax.random.key(1), (50, 6))
+  whole = codes.nearest_code(z, table)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(z, sharding.batch_sharding(mesh))
+    search = jax.jit(codes.nearest_code)
+    np.testing.assert_array_equal(search(placed, table), whole)
+    text = search.lower(placed, table).compile().as_text()
+    assert 'all-gather' not in text
+
+
+def test_counts_and_sums():
+  indices = jnp.array([[0, 2, 2], [-1, 4, 2]])
+  np.testing.assert_array_equal(codes.count_codes(indices, 5), [1, 0, 3, 0, 1])
+  z = jnp.arange(12.0).reshape(2, 3, 2)
+  indices = jnp.array([[0, 1, 1], [0, 2, 2]])
+  np.testing.assert_array_equal(
+    codes.sum_by_code(z, indices, 3), [[6, 8], [6, 8], [18, 20]]
+  )
+
+
+def test_usage_and_perplexity():
+  counts = jnp.array([[1, 1, 1, 1], [4, 0, 0, 0], [0, 0, 0, 0]])
+  np.testing.assert_allclose(codes.usage(counts), [1, 0.25, 0])
+  np.testing.assert_allclose(codes.perplexity(counts), [4, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize('last', (True, False))
+def test_digits_round_trip(last):
+  levels = (8, 5, 3, 2)
+  places = codes.place_values(levels, last_is_least=last)
+  indices = jnp.arange(8 * 5 * 3 * 2)
+  digits = codes.index_to_digits(indices, places, levels)
+  np.testing.assert_array_equal(codes.digits_to_index(digits, places), indices)

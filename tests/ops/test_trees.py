@@ -1,0 +1,59 @@
+"""Leaf names, first matches, partitions, and reports of misfits."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.ops import trees
+
+TREE = {'a': {'b': jnp.ones(2), 'c': jnp.zeros(3)}, 'd': jnp.ones(1)}
+
+
+def test_names_round_trip():
+  flat = trees.flatten(TREE)
+  assert list(flat) == ['a/b', 'a/c', 'd']
+  assert trees.unflatten(flat)['a']['c'] is TREE['a']['c']
+
+
+def test_partition_and_merge():
+  kept, left = trees.partition(TREE, lambda n: n.startswith('a'))
+  assert set(kept) == {'a/b', 'a/c'} and set(left) == {'d'}
+  assert set(trees.merge(kept, left)) == {'a', 'd'}
+  with pytest.raises(ValueError, match='two parts'):
+    trees.merge(kept, kept)
+
+
+def test_the_first_row_that_matches_whole_claims():
+  rows = [('a/b', 1), ('a/.*', 2), ('.*', 3)]
+  found = trees.first_match(rows, list(trees.flatten(TREE)), 'rows')
+  assert found == {'a/b': 1, 'a/c': 2, 'd': 3}
+
+
+@pytest.mark.parametrize(
+  'rows, words',
+  [
+    ([('a/.*', 1)], r'claims no row for 1 leaves: d; add a row'),
+    ([('a/q', 1), ('.*', 2)], '"a/q" matches no leaf; did you mean'),
+    ([('a/(', 1)], 'is no regex'),
+    ([('a', 1), ('.*', 2)], '"a" matches no leaf'),
+  ],
+)
+def test_rows_that_cannot_be_right(rows, words):
+  with pytest.raises(UserError, match=words):
+    trees.first_match(rows, list(trees.flatten(TREE)), 'rows')
+
+
+def test_merge_params_reports_both_sides():
+  fit = trees.merge_params(TREE, {**TREE}, 'file')
+  np.testing.assert_array_equal(fit['a']['b'], 1)
+  source = {'a': {'b': jnp.ones(4), 'x': jnp.ones(1)}, 'd': jnp.ones(1)}
+  with pytest.raises(UserError) as error:
+    trees.merge_params(TREE, source, 'file F')
+  for words in (
+    'file F',
+    'a/b is (4,), not (2,)',
+    'missing a/c',
+    'unknown a/x',
+  ):
+    assert words in str(error.value)

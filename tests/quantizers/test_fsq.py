@@ -1,0 +1,121 @@
+"""FSQ against the papers' formulas, and its index order, which is a format."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqrae_jax import quantizers
+from vqrae_jax.errors import UserError
+
+CONVENTIONS = ('centered', 'cosmos')
+LEVELS = st.lists(st.integers(2, 9), min_size=1, max_size=5)
+
+
+def fsq(levels, convention, **fields):
+  section = dict(
+    name='fsq', levels=tuple(levels), convention=convention, projection=False
+  )
+  return quantizers.build(section | fields, len(levels), 'float32')
+
+
+@settings(max_examples=25, deadline=None)
+@given(levels=LEVELS, convention=st.sampled_from(CONVENTIONS))
+def test_every_index_is_its_own_code(levels, convention):
+  quantizer = fsq(levels, convention)
+  size = math.prod(levels)
+  indices = jnp.arange(min(size, 4096))
+  codes = quantizer.apply({}, indices, method='indices_to_codes')
+  back = quantizer.apply({}, codes, method='codes_to_indices')
+  np.testing.assert_array_equal(back, indices)
+  assert len(np.unique(np.asarray(codes), axis=0)) == len(indices)
+
+
+@settings(max_examples=25, deadline=None)
+@given(levels=LEVELS, convention=st.sampled_from(CONVENTIONS))
+def test_extreme_latents_reach_every_outer_value_and_no_further(
+  levels, convention
+):
+  quantizer = fsq(levels, convention)
+  z = jnp.linspace(-30, 30, 2001)[:, None] * jnp.ones(len(levels))
+  out = quantizer.apply({}, z)
+  codes = np.asarray(out.codes)
+  for channel, n in enumerate(levels):
+    assert len(np.unique(codes[:, channel])) == n
+  assert out.indices.min() >= 0
+  assert out.indices.max() < quantizer.codebook_size
+
+
+@pytest.mark.parametrize(
+  'convention, levels, digits, index',
+  [
+    # The last digit is least significant, as in meshgrid "ij".
+    ('centered', (8, 5, 4), (0, 0, 1), 1),
+    ('centered', (8, 5, 4), (0, 1, 0), 4),
+    ('centered', (8, 5, 4), (7, 4, 3), 159),
+    # The first digit is least significant.
+    ('cosmos', (8, 5, 4), (1, 0, 0), 1),
+    ('cosmos', (8, 5, 4), (0, 1, 0), 8),
+    ('cosmos', (8, 5, 4), (0, 0, 3), 120),
+  ],
+)
+def test_index_order(convention, levels, digits, index):
+  half = np.array(levels) // 2
+  codes = {
+    'centered': np.array(digits) - (np.array(levels) - 1) / 2,
+    'cosmos': (np.array(digits) - half) / half,
+  }[convention]
+  quantizer = fsq(levels, convention)
+  found = quantizer.apply({}, jnp.array(codes), method='codes_to_indices')
+  assert int(found) == index
+
+
+def test_cosmos_is_the_papers_formula():
+  levels = np.array([8, 8, 8, 5, 5, 5])
+  z = np.random.default_rng(0).normal(0, 2, (500, 6))
+  half = (levels - 1) * (1 + 1e-3) / 2
+  off = np.where(levels % 2 == 0, 0.5, 0)
+  shift = np.arctanh(off / half)
+  rounded = np.round(np.tanh(z + shift) * half - off)
+  place = np.cumprod([1, *levels[:-1]])
+  index = ((rounded + levels // 2) * place).sum(-1)
+  out = fsq(levels.tolist(), 'cosmos').apply({}, jnp.array(z))
+  np.testing.assert_array_equal(out.indices, index)
+  np.testing.assert_allclose(out.codes, rounded / (levels // 2), atol=1e-7)
+
+
+def test_centered_is_the_requests_formula():
+  levels = np.array([8, 5, 4])
+  z = np.random.default_rng(0).normal(0, 2, (500, 3))
+  half = (levels - 1) / 2
+  digits = np.clip(np.round(np.tanh(z) * half + half), 0, levels - 1)
+  place = np.array([20, 4, 1])
+  out = fsq(levels.tolist(), 'centered').apply({}, jnp.array(z))
+  np.testing.assert_array_equal(out.indices, (digits * place).sum(-1))
+  np.testing.assert_allclose(out.codes, digits - half, atol=1e-7)
+
+
+def test_width_mismatch_names_both():
+  with pytest.raises(UserError, match=r'codes have 3 channels, latents 32'):
+    section = dict(name='fsq', levels=(8, 8, 8), projection=False)
+    quantizer = quantizers.build(section, 32, 'float32')
+    quantizer.apply({}, jnp.zeros((2, 32)))
+
+
+@pytest.mark.parametrize(
+  'fields, words',
+  [
+    (dict(levels=(8, 1)), 'at least 2'),
+    (dict(levels=()), 'at least 2'),
+    (dict(levels=(64,) * 6), '2147483648'),
+    (dict(levels=(8, 8), convention='center'), 'did you mean "centered"'),
+    (dict(level=(8, 8)), 'did you mean "levels"'),
+    (dict(levels='8,8'), 'must be of type'),
+  ],
+)
+def test_bad_fields_say_what_is_right(fields, words):
+  with pytest.raises(UserError, match=words):
+    quantizers.build(dict(name='fsq') | fields, 6, 'float32')

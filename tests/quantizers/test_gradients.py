@@ -1,0 +1,113 @@
+"""Gradients through quantisation against the analytic ones, to 1e-6."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from vqrae_jax import quantizers
+
+D = 6
+
+
+def made(kind, **fields):
+  section = tiny.quantizer(kind) | dict(projection=False) | fields
+  if section['name'] == 'fsq':
+    section['levels'] = (8, 5, 4, 7, 2, 3)
+  else:
+    section['code_dim'] = D
+  quantizer = quantizers.build(section, D, 'float32')
+  z = jax.random.normal(jax.random.key(0), (5, 7, D))
+  return quantizer, quantizer.init(jax.random.key(1), z), z
+
+
+def gradient(quantizer, variables, z, weights):
+  """d(sum weights * z_q) / dz of the training forward."""
+
+  def total(z):
+    return jnp.sum(weights * quantizer.apply(variables, z, train=True).z_q)
+
+  return jax.jit(jax.grad(total))(z)
+
+
+def analytic(kind, quantizer, z, w):
+  z, w = np.asarray(z, np.float64), np.asarray(w, np.float64)
+  if kind == 'fsq-centered':
+    half = (np.array(quantizer.levels) - 1) / 2
+    return w * half * (1 - np.tanh(z) ** 2)
+  if kind == 'fsq-cosmos':
+    levels = np.array(quantizer.levels)
+    half = (levels - 1) * (1 + quantizer.epsilon) / 2
+    shift = np.arctanh(np.where(levels % 2 == 0, 0.5, 0) / half)
+    return w * half * (1 - np.tanh(z + shift) ** 2) / (levels // 2)
+  if kind.startswith('vq'):
+    return w
+  # z -> sqrt(D) z / |z|: the part of w across z, over the token's RMS.
+  rms = np.sqrt((z**2).mean(-1, keepdims=True))
+  unit = z / rms
+  return (w - unit * (w * unit).mean(-1, keepdims=True)) / rms
+
+
+@pytest.mark.parametrize('kind', tiny.QUANTIZERS)
+def test_surrogate_derivative(kind):
+  quantizer, variables, z = made(kind)
+  weights = jax.random.normal(jax.random.key(2), z.shape)
+  found = np.asarray(gradient(quantizer, variables, z, weights))
+  want = analytic(kind, quantizer, z, weights)
+  error = np.abs(found - want).max() / np.abs(want).max()
+  assert error < 1e-6, error
+
+
+def test_simvq_without_normalisation_passes_straight():
+  quantizer, variables, z = made('simvq-l2', normalize=False)
+  weights = jax.random.normal(jax.random.key(2), z.shape)
+  found = gradient(quantizer, variables, z, weights)
+  np.testing.assert_array_equal(found, weights)
+
+
+@pytest.mark.parametrize('kind', ('vq-gradient', 'simvq-l2', 'simvq-cosine'))
+def test_each_loss_moves_its_own_side(kind):
+  """commit moves latents only, codebook moves codes only; both are means."""
+  quantizer, variables, z = made(kind)
+  out = quantizer.apply(variables, z, train=True)
+  np.testing.assert_allclose(out.losses['commit'], out.losses['codebook'])
+
+  def loss(params, z, name):
+    v = variables | {'params': params}
+    return quantizer.apply(v, z, train=True).losses[name]
+
+  for name, moved in (('commit', 'z'), ('codebook', 'params')):
+    by_params, by_z = jax.grad(loss, (0, 1))(variables['params'], z, name)
+    size = sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(by_params))
+    assert (size > 0) == (moved == 'params')
+    assert (float(jnp.abs(by_z).sum()) > 0) == (moved == 'z')
+
+
+def test_cosine_losses_do_not_vanish_with_width():
+  """Tokens and codes have an RMS of one: the mean loss stays of order one."""
+  section = dict(
+    name='simvq',
+    num_codes=32,
+    code_dim=512,
+    distance='cosine',
+    projection=False,
+  )
+  quantizer = quantizers.build(section, 512, 'float32')
+  z = jax.random.normal(jax.random.key(0), (64, 512))
+  variables = quantizer.init(jax.random.key(1), z)
+  out = quantizer.apply(variables, z)
+  np.testing.assert_allclose(
+    np.sqrt((np.asarray(out.codes) ** 2).mean(-1)), 1.0, rtol=1e-5
+  )
+  assert 0.5 < out.losses['commit'] < 4
+
+
+def test_straight_through_is_exact_in_bf16():
+  from vqrae_jax.ops import codes
+
+  s = jax.random.normal(jax.random.key(0), (4096,)).astype(jnp.bfloat16)
+  q = jax.random.normal(jax.random.key(1), (4096,)).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(
+    np.asarray(jax.jit(codes.straight_through)(s, q)), np.asarray(q)
+  )

@@ -1,0 +1,94 @@
+"""Small tokenizers and runs, the same in every test."""
+
+import functools
+
+import jax
+import numpy as np
+
+import vqrae_jax
+
+VIT = dict(
+  width=32, depth=2, mlp_dim=48, num_heads=4, patch_size=4, grid=(4, 4)
+)
+PAINTER = dict(
+  posemb='sincos2d', num_prefix_tokens=1, norm_eps=1e-12, patch_size=4
+)
+
+QUANTIZERS = {
+  'fsq-cosmos': dict(
+    name='fsq', levels=(8, 8, 8, 5, 5, 5), convention='cosmos'
+  ),
+  'fsq-centered': dict(name='fsq', levels=(8, 5, 4), convention='centered'),
+  'vq-ema': dict(name='vq', num_codes=64),
+  'vq-gradient': dict(
+    name='vq', num_codes=64, update='gradient', projection=True, code_dim=12
+  ),
+  'simvq-l2': dict(name='simvq', num_codes=96, code_dim=24),
+  'simvq-cosine': dict(
+    name='simvq', num_codes=96, code_dim=24, distance='cosine'
+  ),
+}
+
+# Losses that move every leaf of each quantizer.
+LOSSES = {
+  'fsq-cosmos': dict(l2=1.0),
+  'fsq-centered': dict(l2=1.0, commit=0.25),
+  'vq-ema': dict(l2=1.0, commit=0.25),
+  'vq-gradient': dict(l1=1.0, commit=0.25, codebook=1.0),
+  'simvq-l2': dict(l2=1.0, commit=0.25, codebook=1.0),
+  'simvq-cosine': dict(l2=1.0, commit=0.25, codebook=1.0),
+  'none': dict(l2=1.0),
+}
+
+
+def quantizer(kind: str, **fields) -> dict:
+  return (dict(name='none') if kind == 'none' else QUANTIZERS[kind]) | fields
+
+
+def model(kind: str = 'fsq-cosmos', depth: int = 2, **options) -> dict:
+  """A model config; `options` are quantizer fields but dtype, scan, remat."""
+  run = {k: options.pop(k) for k in ('dtype', 'scan', 'remat') if k in options}
+  vit = VIT | dict(depth=depth)
+  return dict(
+    encoder=dict(vit=vit),
+    quantizer=quantizer(kind, **options),
+    decoder=dict(vit=vit | PAINTER),
+    **run,
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def images(batch: int, h: int = 16, w: int = 16, seed: int = 0):
+  """uint8 [b h w 3], smooth enough to be photographs of a kind."""
+  rng = np.random.default_rng(seed)
+  coarse = rng.random((batch, 4, 4, 3))
+  smooth = np.asarray(jax.image.resize(coarse, (batch, h, w, 3), 'linear'))
+  noise = rng.normal(0, 0.05, smooth.shape)
+  return np.round(np.clip(smooth + noise, 0, 1) * 255).astype(np.uint8)
+
+
+def built(config: dict, seed: int = 1, spread: float = 1.0):
+  """(tokenizer, variables), the code table spread over the latents.
+
+  Fresh latents are nearly the same for every token; the learned positions
+  are made large so that many codes occur.
+  """
+  tokenizer = vqrae_jax.build_tokenizer(config)
+  variables = jax.jit(tokenizer.init)(jax.random.key(seed), images(1))
+  embed = variables['params']['encoder']['embed']
+  if 'positions' in embed:
+    embed['positions'] = embed['positions'] * (50.0 * spread)
+  return tokenizer, variables
+
+
+def run(kind: str = 'fsq-cosmos', **keys) -> dict:
+  """A run config over `model(kind)`, of 16-pixel images."""
+  config = dict(
+    model=model(kind),
+    data=dict(source='bundled:photos', image_size=16),
+    losses=LOSSES[kind],
+    schedules=(('.*', dict(lr=1e-3)),),
+    duration=4,
+    batch_size=8,
+  )
+  return config | keys

@@ -1,0 +1,101 @@
+"""python -m vqrae_jax.reconstruct_images --tokenizer=DIR --images=X --out=DIR
+
+Photographs through tokens and back: a PNG each, a side-by-side page, and the
+PSNR of each. An image's remainder modulo the patch (or the tile) is cropped.
+"""
+
+import pathlib
+
+from absl import flags
+
+from vqrae_jax import command
+from vqrae_jax.errors import UserError
+
+MODULE = 'vqrae_jax.reconstruct_images'
+EXAMPLE = (
+  f'python -m {MODULE} --tokenizer=runs/quickstart/tokenizer '
+  '--images=photos/ --out=out'
+)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, reconstructs, prints a line a photograph."""
+  values = flags.FlagValues()
+  flags.DEFINE_string(
+    'tokenizer', None, 'a tokenizer directory', flag_values=values
+  )
+  flags.DEFINE_string(
+    'images',
+    None,
+    'an image, a folder, a glob or bundled:photos',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'out', None, 'the folder for the PNGs, made if absent', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'tile',
+    None,
+    'pixels of the square tiles that are tokenized one by one; 0 takes each '
+    'image whole; the size the tokenizer was made for by default',
+    flag_values=values,
+  )
+  command.parse(values, argv, MODULE, EXAMPLE)
+  command.required(values, 'tokenizer', 'images', 'out')
+  reconstruct_folder(
+    values.tokenizer, values.images, pathlib.Path(values.out), values.tile
+  )
+
+
+def reconstruct_folder(
+  tokenizer_dir: str, images: str, out: pathlib.Path, tile: int | None
+) -> None:
+  """Writes out/NAME.png for each image and out/comparison.png.
+
+  Args:
+    tokenizer_dir: what `load_tokenizer` opens.
+    images: what `open_source` opens.
+    out: the folder.
+    tile: None for the decoder's native size, 0 for whole images.
+  """
+  from PIL import Image
+  from tqdm import tqdm
+
+  from vqrae_jax import export
+  from vqrae_jax.data.sources import open_source
+  from vqrae_jax.evaluate import evaluator, pictures
+
+  if out.exists() and not out.is_dir():
+    raise UserError(f'--out={out} is a file; name a folder')
+  source = open_source(images)
+  tokenizer, variables = export.load_tokenizer(tokenizer_dir)
+  if not tokenizer.codebook_size:
+    print('this tokenizer is continuous: images pass through latents')
+  p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
+  if tile is None:
+    tile = p * min(vit.grid)
+  if tile < 0 or tile % p:
+    raise UserError(
+      f'--tile={tile} must be 0 or a multiple of the decoder patch {p}'
+    )
+  shown = []
+  for i, name in enumerate(
+    tqdm(source.names, unit='img', disable=len(source) < 4)
+  ):
+    original, painted = evaluator.reconstruct_tiled(
+      tokenizer, variables, source[i], tile or p, whole=tile == 0
+    )
+    picture = pictures.to_uint8(painted)
+    db = evaluator.psnr(original, painted)
+    pictures.save_png(Image.fromarray(picture), out / f'{name}.png')
+    tqdm.write(f'{name}  {db:.2f} dB  {picture.shape[1]}x{picture.shape[0]}')
+    if len(shown) < 8:
+      shown.append((original, picture, f'{name}  {db:.1f} dB'))
+  how = f'in tiles of {tile} px' if tile else 'whole'
+  page = pictures.comparison(*zip(*shown, strict=True), title=f'images {how}')
+  pictures.save_png(page, out / 'comparison.png')
+  print(f'{len(source)} images in {out}, side by side in {out}/comparison.png')
+
+
+if __name__ == '__main__':
+  command.run(main)
