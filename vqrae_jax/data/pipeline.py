@@ -110,7 +110,10 @@ class TrainBatches:
         'index': np.int64(index),
       }
 
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    # Endless in practice; grain's own endless length overflows when batched.
+    epochs = 2**48 // len(source)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    order = order.repeat(epochs)
     order = order.map_with_index(lambda index, photo: (index, photo))
     self._batches = order.random_map(make).batch(local)
     self._first, self._stride = process_index, process_count

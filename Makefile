@@ -1,0 +1,38 @@
+# make quickstart   environment, install, a small tokenizer trained on real
+#                   photographs, figures and pictures in runs/quickstart
+# make test         environment with the test extra, the whole fast suite
+# make test-slow    the tests that take minutes each
+# make lint         ruff, format and rules
+PYTHON ?= python3
+VENV ?= .venv
+STEPS ?=
+BIN = $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: quickstart test test-slow lint clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(BIN)/python setup.py constraints.txt
+	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,$*]'
+	@touch $@
+
+quickstart: $(VENV)/.demo
+	JAX_PLATFORMS=cpu $(BIN)/python -m vqrae_jax.train \
+	  --config=configs/quickstart.py$(if $(STEPS),:steps=$(STEPS))
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache

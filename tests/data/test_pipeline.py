@@ -1,0 +1,197 @@
+"""Sample i is a function of seed and i, on any number of hosts."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqrae_jax.data import pipeline, sources
+from vqrae_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+  rng = np.random.default_rng(0)
+  for i in range(7):
+    size = (40 + 3 * i, 50)
+    pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    where = tmp_path / ('deep' if i % 2 else '.')
+    where.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(where / f'photo{i}.png')
+  (tmp_path / 'notes.txt').write_text('no image')
+  return tmp_path
+
+
+def batches(folder, **keys):
+  keys = dict(batch_size=4, seed=3) | keys
+  source = sources.open_source(str(folder))
+  return pipeline.TrainBatches(source, pipeline.Augment((16, 16)), **keys)
+
+
+def test_the_position_is_the_step(folder):
+  whole = batches(folder).iterate(0)
+  steps = [next(whole) for _ in range(9)]
+  assert steps[2]['images'].dtype == np.uint8
+  assert steps[2]['images'].shape == (4, 16, 16, 3)
+  np.testing.assert_array_equal(steps[2]['index'], [8, 9, 10, 11])
+  for start in (0, 1, 5):
+    resumed = batches(folder).iterate(start)
+    for step in range(start, 9):
+      found = next(resumed)
+      for key in found:
+        np.testing.assert_array_equal(found[key], steps[step][key])
+      np.testing.assert_array_equal(
+        batches(folder).batch(step)['images'], steps[step]['images']
+      )
+
+
+@pytest.mark.parametrize('hosts', (2, 4))
+def test_hosts_take_slices_of_one_global_batch(folder, hosts):
+  whole = batches(folder).iterate(2)
+  parts = [
+    batches(folder, process_index=p, process_count=hosts).iterate(2)
+    for p in range(hosts)
+  ]
+  for _ in range(4):
+    want = next(whole)
+    rows = [next(part) for part in parts]
+    for key in want:
+      np.testing.assert_array_equal(
+        np.concatenate([r[key] for r in rows]), want[key]
+      )
+
+
+def test_each_epoch_sees_every_photograph_once_in_a_new_order(folder):
+  source = sources.open_source(str(folder))
+  seen = []
+
+  class Spy:
+    def __len__(self):
+      return len(source)
+
+    def __getitem__(self, i):
+      seen.append(i)
+      return source[i]
+
+  loader = pipeline.TrainBatches(
+    Spy(), pipeline.Augment((16, 16)), batch_size=7, seed=0
+  )
+  epochs = []
+  for step in range(3):
+    seen.clear()
+    loader.batch(step)
+    assert sorted(seen) == list(range(7))
+    epochs.append(tuple(seen))
+  assert len(set(epochs)) == 3
+
+
+def test_seeds_differ(folder):
+  a, b = batches(folder, seed=0).batch(0), batches(folder, seed=1).batch(0)
+  assert (a['images'] != b['images']).any()
+
+
+def test_a_batch_must_divide_over_hosts(folder):
+  with pytest.raises(UserError, match='multiple of the 3 hosts'):
+    batches(folder, process_count=3)
+
+
+@pytest.mark.parametrize('resize', (None, 20, (20, 30)))
+@pytest.mark.parametrize('size', ((16, 16), (8, 32), (64, 48)))
+def test_augmented_images_have_the_size(resize, size):
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (37, 23, 3), dtype=np.uint8)
+  for crop in ('random', 'center'):
+    augment = pipeline.Augment(size, resize=resize, crop=crop)
+    out = pipeline.augment_image(image, augment, rng)
+    assert out.shape == (*size, 3) and out.dtype == np.uint8
+
+
+def test_crops_are_parts_of_the_photograph_flipped_or_not():
+  image = np.arange(20 * 30 * 3, dtype=np.uint32).reshape(20, 30, 3) % 251
+  image = image.astype(np.uint8)
+  rng = np.random.default_rng(0)
+  corners = {
+    image[i : i + 8, j : j + 8].tobytes() for i in range(13) for j in range(23)
+  }
+  flips = 0
+  for _ in range(40):
+    out = pipeline.augment_image(image, pipeline.Augment((8, 8)), rng)
+    mirrored = np.ascontiguousarray(out[:, ::-1])
+    assert out.tobytes() in corners or mirrored.tobytes() in corners
+    flips += out.tobytes() not in corners
+  assert 8 < flips < 32
+
+
+def test_tiles_cover_from_the_top_left():
+  image = np.random.default_rng(0).integers(0, 256, (21, 34, 3), np.uint8)
+  cut = pipeline.tiles(image, (8, 16))
+  assert cut.shape == (4, 8, 16, 3)
+  np.testing.assert_array_equal(cut[3], image[8:16, 16:32])
+
+
+def test_folders_are_searched_in_depth_and_sorted(folder):
+  source = sources.open_source(str(folder))
+  assert len(source) == 7
+  assert source.paths == sorted(source.paths)
+  assert len(sources.open_source(str(folder / '*.png'))) == 4
+  kept = sources.open_source(str(folder), exclude=('photo0',))
+  assert len(kept) == 6 and 'photo0' not in kept.names
+  kept = sources.open_source(str(folder), include=('photo[12]',))
+  assert sorted(kept.names) == ['photo1', 'photo2']
+
+
+@pytest.mark.parametrize('mode', ('L', 'P', 'RGBA', 'CMYK', 'I;16', '1'))
+def test_every_mode_becomes_rgb(tmp_path, mode):
+  path = tmp_path / ('x.tif' if mode in ('CMYK', 'I;16') else 'x.png')
+  if mode == 'I;16':
+    image = Image.fromarray(np.full((9, 8), 40000, np.uint16))
+  else:
+    image = Image.new('RGB', (8, 9), (250, 10, 10)).convert(mode)
+  image.save(path)
+  assert sources.read_image(path).shape == (9, 8, 3)
+
+
+def test_photographs_stand_upright_by_their_exif(tmp_path):
+  image = Image.new('RGB', (8, 4))
+  exif = image.getexif()
+  exif[0x0112] = 6  # rotated by a quarter
+  image.save(tmp_path / 'x.jpg', exif=exif)
+  assert sources.read_image(tmp_path / 'x.jpg').shape == (8, 4, 3)
+
+
+@pytest.mark.parametrize(
+  'data, keys, words',
+  [
+    ('nowhere', {}, 'no folder, file, glob or "bundled:photos"'),
+    ('bundled:cats', {}, 'did you mean "bundled:photos"'),
+    ('bundled:photos', dict(include=('chelsee',)), 'did you mean "chelsea"'),
+    ('bundled:photos', dict(exclude=('*',)), 'holds no image'),
+  ],
+)
+def test_bad_sources_say_what_is_right(data, keys, words):
+  with pytest.raises(UserError, match=words):
+    sources.open_source(data, **keys)
+
+
+def test_an_empty_folder_and_a_broken_file_are_named(tmp_path):
+  with pytest.raises(UserError, match='holds no image'):
+    sources.open_source(str(tmp_path))
+  (tmp_path / 'broken.jpg').write_bytes(b'\xff\xd8 no jpeg')
+  with pytest.raises(UserError, match=r'cannot read the image .*broken\.jpg'):
+    sources.open_source(str(tmp_path))[0]
+
+
+def test_bundled_photographs_are_in_colour():
+  source = sources.open_source('bundled:photos')
+  assert len(source) == 11
+  image = source[source.names.index('chelsea')]
+  assert image.shape == (300, 451, 3)
+  assert (image[..., 0] != image[..., 2]).any()
+
+
+def test_real_photographs(shared_data):
+  source = sources.open_source(str(shared_data / 'kodak'))
+  loader = pipeline.TrainBatches(
+    source, pipeline.Augment((64, 64), resize=96), batch_size=4, seed=0
+  )
+  assert len(source) == 24
+  assert loader.batch(0)['images'].std() > 10

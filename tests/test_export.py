@@ -1,0 +1,218 @@
+"""Tokenizers on disk: round trips, fingerprints, damage."""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import vqrae_jax
+from tests import tiny
+from vqrae_jax import export, sharding
+from vqrae_jax.ops import trees
+
+KINDS = [*tiny.QUANTIZERS, 'none']
+
+
+@functools.cache
+def made(kind):
+  return tiny.built(tiny.model(kind, post_quant=dict(kernel=3)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+  def save(kind):
+    tokenizer, variables = made(kind)
+    export.save_tokenizer(tokenizer, variables, tmp_path / 'tokenizer')
+    return tmp_path / 'tokenizer'
+
+  return save
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_is_opened_computes_what_was_saved(kind, saved):
+  tokenizer, variables = made(kind)
+  path = saved(kind)
+  opened, opened_variables = vqrae_jax.load_tokenizer(path)
+  assert opened == tokenizer
+  images = tiny.images(3)
+  run = jax.jit(vqrae_jax.reconstruct, static_argnums=0)
+  before = run(tokenizer, variables, images)
+  after = run(opened, opened_variables, images)
+  if kind != 'none':
+    np.testing.assert_array_equal(
+      before.quantizer.indices, after.quantizer.indices
+    )
+  np.testing.assert_allclose(before.images, after.images, atol=1e-5)
+  # Once more through the disk: the same bytes.
+  again = path.with_name('again')
+  first = json.loads((path / 'config.json').read_text())
+  second = export.save_tokenizer(opened, opened_variables, again)
+  assert second == first['fingerprint']
+  assert (again / export.WEIGHTS).read_bytes() == (
+    path / export.WEIGHTS
+  ).read_bytes()
+  assert {p.name for p in path.parent.iterdir()} == {'tokenizer', 'again'}
+
+
+@pytest.mark.parametrize('kind', ('vq-ema', 'simvq-l2', 'simvq-cosine'))
+def test_the_table_is_baked(kind, saved):
+  tokenizer, variables = made(kind)
+  leaves = load_file(saved(kind) / export.WEIGHTS)
+  want = tokenizer.apply(variables, method='baked_codebook')['codes']
+  np.testing.assert_allclose(leaves['codebook/quantizer/codes'], want, atol=1e-6)
+  assert not any(n.endswith(('counts', 'sums')) for n in leaves)
+  _, opened = vqrae_jax.load_tokenizer(saved(kind))
+  program = jax.make_jaxpr(
+    functools.partial(vqrae_jax.decode_from_indices, tokenizer)
+  )(opened, np.zeros((1, 4, 4), np.int32))
+  table = f'f32[{tokenizer.codebook_size},'
+  dots = [e for e in program.jaxpr.eqns if e.primitive.name == 'dot_general']
+  assert not any(table in str(e) for e in dots)
+
+
+def test_run_options_change_neither_file_nor_fingerprint(tmp_path):
+  _, variables = made('fsq-cosmos')
+  prints = {
+    export.save_tokenizer(
+      vqrae_jax.build_tokenizer(
+        tiny.model('fsq-cosmos', post_quant=dict(kernel=3), **options)
+      ),
+      variables,
+      tmp_path / f'{i}',
+    )
+    for i, options in enumerate(
+      ({}, dict(dtype='bfloat16'), dict(scan=False, remat=True))
+    )
+  }
+  assert len(prints) == 1
+  tokenizer, _ = vqrae_jax.load_tokenizer(tmp_path / '0', dtype='bfloat16')
+  assert tokenizer.encoder_spec.vit.dtype == 'bfloat16'
+  assert tokenizer.quantizer.dtype == 'bfloat16'
+
+
+def test_the_fingerprint_is_pinned():
+  """The recipe is a file format. Renew this only with a new format version.
+
+  The text hashed is spelt out here by hand: canonical JSON, then a line and
+  the bytes of each leaf in order of name.
+  """
+  import hashlib
+
+  leaves = {'b': np.array([1.5, -0.0], '<f4'), 'a': np.ones((1, 2), '<f4')}
+  text = (
+    b'{"k":[1,2],"n":"\\u00e9"}'
+    b'\na [1, 2]\n' + b'\x00\x00\x80\x3f' * 2 +
+    b'\nb [2]\n' + b'\x00\x00\xc0\x3f' + b'\x00\x00\x00\x80'
+  )  # fmt: skip
+  found = export.fingerprint({'n': 'é', 'k': [1, 2]}, leaves)
+  assert found == hashlib.sha256(text).hexdigest()
+  assert found.startswith('fe55ac5c4ddf1d2c')
+
+
+@pytest.mark.parametrize('layout', ('dp', 'fsdp', 'fsdp+tp'))
+def test_opens_on_any_devices(layout, saved):
+  """Variables laid on eight devices give the indices of one."""
+  tokenizer, variables = vqrae_jax.load_tokenizer(saved('simvq-cosine'))
+  images = tiny.images(8)
+  encode = functools.partial(vqrae_jax.encode_to_indices, tokenizer)
+  want = jax.jit(encode)(variables, images)
+  mesh = sharding.make_mesh(layout, tensor=2 if 'tp' in layout else 1)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(variables, sharding.shardings_for(variables, mesh))
+    found = jax.jit(encode)(
+      placed, sharding.place_batch({'x': images}, mesh)['x']
+    )
+  assert (np.asarray(found) == np.asarray(want)).mean() > 0.98
+
+
+def damage(path, how):
+  weights, config = path / export.WEIGHTS, path / export.CONFIG
+  if how == 'no folder':
+    shutil.rmtree(path)
+  elif how == 'no config':
+    config.unlink()
+  elif how == 'no weights':
+    weights.unlink()
+  elif how == 'no json':
+    config.write_text('{')
+  elif how == 'a list':
+    config.write_text('[]')
+  elif how == 'future':
+    text = config.read_text()
+    config.write_text(text.replace('"format_version": 1', '"format_version": 9'))
+  elif how == 'unknown key':
+    config.write_text(config.read_text().replace('"levels"', '"levles"'))
+  elif how == 'truncated':
+    weights.write_bytes(weights.read_bytes()[:-100])
+  elif how == 'bit':
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(bytes(data))
+  else:
+    leaves = load_file(weights)
+    name = 'params/decoder/head/bias'
+    if how == 'missing':
+      del leaves[name]
+    if how == 'extra':
+      leaves['params/decoder/more'] = leaves[name]
+    if how == 'shape':
+      leaves[name] = leaves[name][:-1].copy()
+    save_file(leaves, weights)
+
+
+@pytest.mark.parametrize(
+  'how, words',
+  [
+    ('no folder', 'there is no such folder'),
+    ('no config', r'it has no config\.json'),
+    ('no weights', r'it has no model\.safetensors'),
+    ('no json', 'is damaged'),
+    ('a list', 'is damaged'),
+    ('future', 'format version 9'),
+    ('unknown key', 'did you mean "levels"'),
+    ('truncated', 'cannot be read'),
+    ('bit', 'damaged or was edited: its fingerprint'),
+    ('missing', 'missing params/decoder/head/bias'),
+    ('extra', 'unknown params/decoder/more'),
+    ('shape', r'head/bias is \(47,\), not \(48,\)'),
+  ],
+)
+def test_damage_is_named(how, words, saved):
+  path = saved('fsq-cosmos')
+  damage(path, how)
+  with pytest.raises(vqrae_jax.UserError, match=words):
+    vqrae_jax.load_tokenizer(path)
+
+
+def test_a_folder_that_is_no_tokenizer_is_not_replaced(tmp_path):
+  (tmp_path / 'thesis.txt').write_text('years of work')
+  with pytest.raises(vqrae_jax.UserError, match='is no tokenizer'):
+    export.save_tokenizer(*made('fsq-cosmos'), tmp_path)
+  assert (tmp_path / 'thesis.txt').exists()
+
+
+def test_a_failed_write_leaves_the_old_tokenizer(saved, monkeypatch):
+  path = saved('fsq-cosmos')
+  before = (path / export.WEIGHTS).read_bytes()
+  tokenizer, variables = made('fsq-cosmos')
+
+  def full(*_):
+    raise OSError('disk full')
+
+  monkeypatch.setattr('safetensors.numpy.save_file', full)
+  with pytest.raises(OSError, match='disk full'):
+    export.save_tokenizer(tokenizer, variables, path)
+  assert (path / export.WEIGHTS).read_bytes() == before
+  vqrae_jax.load_tokenizer(path)
+
+
+def test_names_on_disk_are_the_leaves_stacked(saved):
+  leaves = load_file(saved('fsq-cosmos') / export.WEIGHTS)
+  _, variables = made('fsq-cosmos')
+  assert set(leaves) == set(trees.flatten(variables))
+  name = 'params/encoder/transformer/blocks/mlp/fc1/kernel'
+  assert leaves[name].shape == (2, 32, 48)

@@ -1,0 +1,74 @@
+"""Placement is a pure function of names, shapes and mesh; all is claimed."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests import tiny
+from vqrae_jax import sharding
+from vqrae_jax.errors import UserError
+from vqrae_jax.models.tokenizer import build_tokenizer
+from vqrae_jax.ops import trees
+from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import state as state_lib
+
+
+@pytest.mark.parametrize(
+  'layout, tensor, shape',
+  [('dp', 1, (8, 1, 1)), ('fsdp', 1, (1, 8, 1)), ('fsdp+tp', 2, (1, 4, 2))],
+)
+def test_layouts(layout, tensor, shape):
+  mesh = sharding.make_mesh(layout, tensor=tensor)
+  assert tuple(mesh.shape.values()) == shape
+  assert mesh.axis_names == ('data', 'fsdp', 'model')
+
+
+@pytest.mark.parametrize('kind', tiny.LOSSES)
+def test_every_leaf_of_a_state_is_claimed(kind):
+  """Optimizer state and averages lie where their parameter lies."""
+  spec = config_lib.read_config(tiny.run(kind))
+  plan = state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
+  fresh = functools.partial(state_lib.fresh_state, plan, (16, 16), 0)
+  state, frozen = jax.eval_shape(fresh)
+  mesh = sharding.make_mesh('fsdp+tp', tensor=2)
+  places = trees.flatten(sharding.shardings_for((state, frozen), mesh))
+  assert all(p.mesh == mesh for p in places.values())
+  for name, place in places.items():
+    if '/mu/' in name:
+      mine = '0/tokenizer/params/' + name.split('/mu/')[1]
+      assert place == places[mine]
+
+
+def test_specs():
+  mesh = sharding.make_mesh('fsdp+tp', tensor=2)
+  spec = functools.partial(sharding.spec_for, mesh=mesh)
+  block = 'params/encoder/transformer/blocks'
+  assert spec(f'{block}/attention/query/kernel', (2, 32, 64)) == P(
+    None, 'fsdp', 'model'
+  )
+  assert spec(f'{block}/mlp/fc2/kernel', (2, 64, 32)) == P(
+    None, 'model', 'fsdp'
+  )
+  assert spec(f'{block}/norm1/scale', (2, 32)) == P(None, None)
+  assert spec('codebook/quantizer/codes', (64, 7)) == P('fsdp', None)
+  # 6 is no multiple of 4 devices: whole on each.
+  assert spec('codebook/quantizer/codes', (6, 7)) == P(None, None)
+  with pytest.raises(UserError, match='no sharding rule claims'):
+    spec('encoder/mystery', (3,))
+
+
+def test_batches_lie_over_data_and_fsdp():
+  mesh = sharding.make_mesh('fsdp+tp', tensor=2)
+  batch = sharding.place_batch({'images': tiny.images(8)}, mesh)['images']
+  assert batch.sharding.spec == P(('data', 'fsdp'))
+  np.testing.assert_array_equal(batch, tiny.images(8))
+
+
+def test_bad_meshes_say_what_is_right():
+  with pytest.raises(UserError, match='did you mean "fsdp"'):
+    sharding.make_mesh('fdsp')
+  with pytest.raises(UserError, match='must divide the 8 devices'):
+    sharding.make_mesh('fsdp+tp', tensor=3)
