@@ -5,10 +5,25 @@ import ml_collections
 
 
 def base() -> ml_collections.ConfigDict:
-  """The keys that most runs want to change from the command line."""
+  """Every key but `model`, `losses` and `schedules`, so that each can be
+  changed from the command line. Durations are words: "500 steps"."""
+  optional = ml_collections.config_dict.placeholder
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.optim = dict(b1=0.9, b2=0.999, weight_decay=0.0, clip=1.0)
+  config.duration = '1000 steps'
+  config.batch_size = 32
+  config.ema = 0.999
+  config.data = dict(
+    source='FOLDER',
+    image_size=256,
+    include=(),
+    exclude=(),
+    resize=optional(int),
+    crop='random',
+    flip=True,
+    examples=optional(int),
+  )
+  config.optim = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0)
   config.mesh = dict(layout='dp', tensor=1)
   config.log = dict(
     every=50, images_every=1000, usage_window=100, tensorboard=True
@@ -29,6 +44,12 @@ def vit(*, width: int, depth: int, patch: int, pixels: int, **fields) -> dict:
   )
 
 
+def _like(default, value: str):
+  if isinstance(default, bool):
+    return {'true': True, 'false': False}[value.lower()]
+  return type(default)(value)
+
+
 def arguments(text: str | None, **defaults):
   """ "steps=60,lr=1e-3" over the defaults, each of its default's type.
 
@@ -42,8 +63,8 @@ def arguments(text: str | None, **defaults):
       known = ', '.join(f'{k}={v}' for k, v in defaults.items())
       raise ValueError(f'config argument "{pair}" is none of: {known}')
     try:
-      values[name] = type(defaults[name])(value)
-    except ValueError:
+      values[name] = _like(defaults[name], value)
+    except (KeyError, ValueError):
       raise ValueError(
         f'config argument "{pair}" must be like {name}={defaults[name]}'
       ) from None

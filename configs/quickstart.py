@@ -21,10 +21,10 @@ def get_config(arguments=None):
       vit=common.vit(width=192, depth=4, patch=8, pixels=64, posemb='sincos2d')
     ),
   )
-  config.data = dict(source='bundled:photos', exclude=HELD_OUT, image_size=64)
+  config.data.update(source='bundled:photos', exclude=HELD_OUT, image_size=64)
   config.losses = dict(l2=1.0)
   config.schedules = ((r'.*', dict(lr=arg.lr, warmup=arg.steps // 10)),)
-  config.duration = arg.steps
+  config.duration = f'{arg.steps} steps'
   config.batch_size = 32
   config.ema = 0.99
   config.eval = dict(source='bundled:photos', include=HELD_OUT, tile=64)

@@ -21,7 +21,7 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=True,
   )
-  config.data = dict(source='FOLDER', image_size=224, resize=256)
+  config.data.update(image_size=224, resize=256)
   config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
   rows = [(r'.*', dict(lr=1e-3, end_lr=1e-5, warmup=2000))]
   if arg.frozen:

@@ -63,7 +63,9 @@ def test_the_table_is_baked(kind, saved):
   tokenizer, variables = made(kind)
   leaves = load_file(saved(kind) / export.WEIGHTS)
   want = tokenizer.apply(variables, method='baked_codebook')['codes']
-  np.testing.assert_allclose(leaves['codebook/quantizer/codes'], want, atol=1e-6)
+  np.testing.assert_allclose(
+    leaves['codebook/quantizer/codes'], want, atol=1e-6
+  )
   assert not any(n.endswith(('counts', 'sums')) for n in leaves)
   _, opened = vqrae_jax.load_tokenizer(saved(kind))
   program = jax.make_jaxpr(
@@ -143,7 +145,9 @@ def damage(path, how):
     config.write_text('[]')
   elif how == 'future':
     text = config.read_text()
-    config.write_text(text.replace('"format_version": 1', '"format_version": 9'))
+    config.write_text(
+      text.replace('"format_version": 1', '"format_version": 9')
+    )
   elif how == 'unknown key':
     config.write_text(config.read_text().replace('"levels"', '"levles"'))
   elif how == 'truncated':

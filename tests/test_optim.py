@@ -90,13 +90,22 @@ def test_rates():
 
 @pytest.mark.parametrize(
   'text, steps',
-  [(7, 7), ('7 steps', 7), ('1.5 epochs', 15), ('1 epoch', 10), ('1 step', 1)],
+  [
+    (7, 7),
+    ('7', 7),
+    ('7 steps', 7),
+    ('1.5 epochs', 15),
+    ('1 epoch', 10),
+    ('1 step', 1),
+  ],
 )
 def test_durations(text, steps):
   assert optim.steps_of(text, 10, 'duration') == steps
 
 
-@pytest.mark.parametrize('text', ('7', 'epochs', '7 days', -1, 1.5, True, ''))
+@pytest.mark.parametrize(
+  'text', ('epochs', '7 days', -1, 1.5, True, '', '1 2 3', 'x steps')
+)
 def test_durations_that_are_none(text):
   with pytest.raises(UserError, match='duration='):
     optim.steps_of(text, 10, 'duration')

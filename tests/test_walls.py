@@ -38,9 +38,7 @@ def test_frozen_trees_are_hashed_and_apart():
   assert stacked in sizes
   held = [x.shape for x in jax.tree.leaves(state)].count(stacked)
   assert held == 4  # decoder: parameter, average, two moments
-  hashes = [
-    export.fingerprint({}, jax.device_get(f.params)) for _, f in states
-  ]
+  hashes = [export.fingerprint({}, jax.device_get(f.params)) for _, f in states]
   assert hashes[0] == hashes[1] and len(hashes[0]) == 64
   name = next(iter(frozen.params))
   changed = {n: np.array(p) for n, p in frozen.params.items()}

@@ -6,6 +6,7 @@ stderr and exit code 2; any other error keeps its traceback.
 """
 
 import logging as std_logging
+import re
 import sys
 from collections.abc import Callable
 
@@ -33,8 +34,7 @@ def parse(
       f'unknown flag --{e.flagname}{did_you_mean(e.flagname, values)}'
     ) from None
   except (flags.Error, AttributeError, KeyError, TypeError, OSError) as e:
-    lines = str(e).strip().strip('\'"').split('\n')
-    raise UserError(' '.join(line.strip() for line in lines[:2])) from None
+    raise UserError(_one_line(e, argv)) from None
   if values.help:
     print(f'python -m {module}\n\nexample:\n  {example}\n\nflags:')
     for name in sorted(values):
@@ -45,6 +45,23 @@ def parse(
     sys.exit(0)
   if rest[1:]:
     raise UserError(f'unexpected argument "{rest[1]}"; flags start with --')
+
+
+def _one_line(error: Exception, argv: list[str]) -> str:
+  """What a flag, config file or override failed with, in one line."""
+  text = str(error.args[0] if error.args else error)
+  lines = [line.strip() for line in text.split('\n') if line.strip()]
+  if 'Traceback' in text:  # the config file itself failed: its last line
+    kind, _, words = lines[-1].partition(': ')
+    return words if kind == 'ValueError' else f'config file: {lines[-1]}'
+  near = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
+  word = near[2] if near else text.strip('\'"\\()').removeprefix('KeyError')
+  word = word.strip('\'"\\()')
+  flag = next((a for a in argv if re.search(rf'\.{word}[.=]', a)), None)
+  if flag is None:
+    return ' '.join(lines)
+  hint = f'; did you mean "{near[1]}"?' if near else ''
+  return f'unknown key "{flag.lstrip("-").split("=")[0]}"{hint}'
 
 
 def required(values: flags.FlagValues, *names: str) -> None:

@@ -34,21 +34,20 @@ def steps_of(
   Raises:
     UserError: another form, or epochs of a source without a length.
   """
-  if isinstance(duration, int) and not isinstance(duration, bool):
-    number, unit = float(duration), 'steps'
-  else:
-    words = str(duration).split()
-    try:
-      number, unit = float(words[0]), words[1]
-    except (IndexError, ValueError):
-      number, unit = -1.0, ''
-    if unit and unit + 's' in UNITS:
-      unit += 's'
-    if unit not in UNITS:
-      raise UserError(
-        f'{where}={duration!r} must be a number of steps, "300 steps" or '
-        f'"1.5 epochs"{did_you_mean(unit, UNITS) if unit else ""}'
-      )
+  words = str(duration).split()
+  unit = words[1] if len(words) == 2 else 'steps'
+  unit = unit if unit.endswith('s') else f'{unit}s'
+  try:
+    number = float(words[0]) if len(words) in (1, 2) else None
+  except ValueError:
+    number = None
+  if number is None or unit not in UNITS or isinstance(duration, bool):
+    raise UserError(
+      f'{where}={duration!r} must be a number of steps, "300 steps" or '
+      f'"1.5 epochs"{did_you_mean(unit, UNITS) if unit not in UNITS else ""}'
+    )
+  if unit == 'steps' and number != int(number):
+    raise UserError(f'{where}={duration!r} must be a whole number of steps')
   if number < 0:
     raise UserError(f'{where}={duration!r} must not be negative')
   if unit == 'epochs':

@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
   """Parses flags, joins the other hosts, trains."""
   from ml_collections import config_flags
 
+  if not {'--help', '-h', '-help'} & set(argv):
+    argv = _resolved(argv)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     'config',
@@ -72,6 +74,8 @@ def main(argv: list[str]) -> None:
     'the run: a file with get_config(), :args after it; --config.a.b=v changes '
     'one key',
     flag_values=values,
+    # Or it would look for --config.a.b=v in the process's own arguments.
+    sys_argv=[MODULE, *argv],
   )
   flags.DEFINE_string(
     'workdir', None, 'where the run is left; runs/<config>', flag_values=values
@@ -91,8 +95,6 @@ def main(argv: list[str]) -> None:
     'join the other hosts by jax.distributed.initialize()',
     flag_values=values,
   )
-  if not {'--help', '-h', '-help'} & set(argv):
-    argv = _resolved(argv)
   command.parse(values, argv, MODULE, EXAMPLE)
   command.required(values, 'config')
   profile = _steps(values.profile)

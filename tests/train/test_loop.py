@@ -1,0 +1,131 @@
+"""A whole run on files: what it leaves, says, and refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import vqrae_jax
+from tests import tiny
+from vqrae_jax.train import loop, summary
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('photos')
+  for i in range(4):
+    pixels = tiny.images(1, 40, 48, seed=i)[0]
+    Image.fromarray(pixels).save(folder / f'photo{i}.png')
+  return folder
+
+
+def config(photos, kind='fsq-cosmos', **keys):
+  data = dict(source=str(photos), image_size=16, exclude=('photo0',))
+  held_out = dict(source=str(photos), include=('photo0',), tile=16)
+  log = dict(every=2, images_every=3, usage_window=3)
+  base = dict(data=data, eval=held_out, log=log, duration=5)
+  return tiny.run(kind, **(base | keys))
+
+
+@pytest.fixture(scope='module')
+def ran(photos, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run')
+  return loop.train(config(photos), workdir), workdir
+
+
+def rows(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def test_what_a_run_leaves(ran, photos):
+  figures, workdir = ran
+  left = {p.name for p in workdir.iterdir()}
+  assert left == {
+    'config.json',
+    'metrics.jsonl',
+    'reconstructions.png',
+    'summary.json',
+    'tensorboard',
+    'tokenizer',
+  }
+  summary_json = json.loads((workdir / 'summary.json').read_text())
+  assert summary_json == json.loads(json.dumps(figures))
+  for key in (
+    'psnr', 'psnr_block_mean', 'ssim', 'bits_per_image', 'codes_used',
+    'train_seconds', 'images_per_second',
+  ):  # fmt: skip
+    assert np.isfinite(summary_json[key]), key
+  assert summary_json['images'] == 6  # 40x48 in tiles of 16
+  kept = json.loads((workdir / 'config.json').read_text())
+  assert kept['data']['source'] == str(photos)
+  with Image.open(workdir / 'reconstructions.png') as page:
+    assert page.width > 100
+  assert any((workdir / 'tensorboard').iterdir())
+
+
+def test_rows_of_metrics(ran):
+  _, workdir = ran
+  found = rows(workdir)
+  assert [r['step'] for r in found] == [2, 4, 5]
+  for row in found:
+    assert set(row) >= {'loss/l2', 'psnr', 'grad_norm', 'usage'}
+    assert set(row) >= {'perplexity', 'images_per_second', 'lr/decoder'}
+
+
+def test_the_figures_are_of_the_files(ran, photos):
+  """Anyone who opens the directory gets what summary.json says."""
+  figures, workdir = ran
+  tokenizer, variables = vqrae_jax.load_tokenizer(workdir / 'tokenizer')
+  photo = np.asarray(Image.open(photos / 'photo0.png'))[:32]
+  tiles = photo.reshape(2, 16, 3, 16, 3).swapaxes(1, 2).reshape(6, 16, 16, 3)
+  indices = vqrae_jax.encode_to_indices(tokenizer, variables, tiles)
+  painted = vqrae_jax.decode_from_indices(tokenizer, variables, indices)
+  psnr = -10 * np.log10(((np.asarray(painted) - tiles / 255.0) ** 2).mean())
+  np.testing.assert_allclose(figures['psnr'], psnr, rtol=1e-4)
+  assert figures['codes_used'] == len(np.unique(indices))
+
+
+def test_the_same_run_again_is_the_same(ran, photos, tmp_path):
+  figures, workdir = ran
+  (tmp_path / 'metrics.jsonl').write_text('left over from another run\n')
+  again = loop.train(config(photos), tmp_path)
+  assert again['fingerprint'] == figures['fingerprint']
+  for a, b in zip(rows(workdir), rows(tmp_path), strict=True):
+    a.pop('images_per_second'), b.pop('images_per_second')
+    assert a == b
+
+
+@pytest.mark.parametrize('kind', ('vq-ema', 'none'))
+def test_other_quantizers_run_too(kind, photos, tmp_path):
+  figures = loop.train(config(photos, kind), tmp_path)
+  assert ('codes_used' in figures) == (kind != 'none')
+  assert 'PSNR' in summary.table(figures)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path):
+  bad = config(photos, schedules=(('.*', dict(lr=1e30)),), duration=50)
+  with pytest.raises(loop.NonFinite, match=r'loss/l2.*not finite at step \d+'):
+    loop.train(bad, tmp_path)
+  assert not (tmp_path / 'tokenizer').exists()
+
+
+def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  metrics = loop.dry_run(config(photos))
+  assert np.isfinite(metrics['loss/l2'])
+  assert not list(tmp_path.iterdir())
+
+
+def test_profile_leaves_a_trace(photos, tmp_path):
+  loop.train(config(photos, eval=None), tmp_path, profile=(2, 3))
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+  assert not (tmp_path / 'reconstructions.png').exists()
+
+
+def test_a_batch_must_divide_over_devices(photos):
+  assert jax.device_count() == 8
+  with pytest.raises(vqrae_jax.UserError, match='multiple of the 8 devices'):
+    loop.Run(config(photos, batch_size=12))

@@ -1,0 +1,281 @@
+"""The step: what moves, what stays, and that one pullback is the gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from vqrae_jax import sharding
+from vqrae_jax.errors import UserError
+from vqrae_jax.models.tokenizer import build_tokenizer
+from vqrae_jax.ops import trees
+from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import state as state_lib
+from vqrae_jax.train import step as step_lib
+
+FROZEN_ENCODER = (('encoder/.*', None), ('.*', dict(lr=1e-3)))
+
+
+def planned(kind='fsq-cosmos', **keys):
+  spec = config_lib.read_config(tiny.run(kind, **keys))
+  return state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
+
+
+def started(plan, mesh=None, images=None):
+  mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+  images = tiny.images(8) if images is None else images
+  with jax.set_mesh(mesh):
+    state, frozen = state_lib.init_state(plan, mesh, (16, 16), 0)
+    begin = jax.jit(functools.partial(state_lib.init_codebook, plan))
+    state = begin(state, frozen, images)
+  return state, frozen
+
+
+def jitted(plan):
+  return jax.jit(functools.partial(step_lib.train_step, plan))
+
+
+def host(tree):
+  return {n: np.array(x) for n, x in trees.flatten(tree).items()}
+
+
+def changed(before, after):
+  return {n for n in before if before[n].tobytes() != after[n].tobytes()}
+
+
+@pytest.mark.parametrize('schedule', ('all', 'frozen encoder'))
+@pytest.mark.parametrize('kind', tiny.LOSSES)
+def test_exactly_what_should_move_moves(kind, schedule):
+  """After one step every trainable leaf has moved and nothing else has."""
+  rows = (
+    FROZEN_ENCODER if schedule == 'frozen encoder' else (('.*', dict(lr=1e-3)),)
+  )
+  post = dict(post_quant=dict(kernel=3))
+  plan = planned(kind, schedules=rows, model=tiny.model(kind, **post))
+  state, frozen = started(plan)
+  step_lib.check_reach(plan, state, frozen, tiny.images(8))
+  after, _ = jitted(plan)(state, frozen, tiny.images(8))
+
+  leaves = set(trees.flatten(plan.shapes['params']))
+  encoder = {n for n in leaves if n.startswith('encoder/')}
+  frozen_names = encoder if schedule == 'frozen encoder' else set()
+  assert set(frozen.params) == frozen_names
+  trainable = leaves - frozen_names
+  assert set(state.tokenizer.params) == trainable
+  moved = changed(host(state.tokenizer.params), host(after.tokenizer.params))
+  assert moved == trainable
+  assert changed(host(state.ema), host(after.ema)) == trainable
+  assert any('post_conv' in n for n in trainable)
+  if kind.startswith(('fsq', 'simvq', 'vq-gradient')):
+    assert any('project_in' in n for n in trainable)
+    assert any('project_out' in n for n in trainable)
+  if kind.startswith('simvq'):
+    assert {'quantizer/kernel', 'quantizer/bias'} <= trainable
+  tables = changed(host(state.codebook), host(after.codebook))
+  table = {'quantizer/codes', 'quantizer/counts', 'quantizer/sums'}
+  assert tables == (table if kind == 'vq-ema' else set())
+  assert int(after.step) == 1
+
+
+@pytest.mark.parametrize(
+  'kind, losses, lost',
+  [
+    ('simvq-l2', dict(l2=1.0, commit=0.25), 'quantizer/bias, quantizer/kernel'),
+    ('vq-gradient', dict(l2=1.0, commit=0.25), 'quantizer/codes'),
+    ('vq-ema', dict(commit=1.0), 'decoder/embed/linear/bias'),
+    ('simvq-l2', dict(codebook=1.0), 'decoder/'),
+  ],
+)
+def test_a_leaf_without_gradient_is_named(kind, losses, lost):
+  plan = planned(kind, losses=losses)
+  fresh = functools.partial(state_lib.fresh_state, plan, (16, 16), 0)
+  state, frozen = jax.eval_shape(fresh)
+  with pytest.raises(UserError, match=f'no loss moves .*{lost}'):
+    step_lib.check_reach(plan, state, frozen, tiny.images(8))
+
+
+@pytest.mark.parametrize('kind', tiny.LOSSES)
+def test_gradients_equal_one_loss(kind):
+  """The pullback of cotangents is the gradient of the weighted sum."""
+  plan = planned(kind)
+  state, frozen = started(plan)
+  images = tiny.images(8)
+  found, metrics, _ = jax.jit(functools.partial(step_lib.loss_gradients, plan))(
+    state, frozen, images
+  )
+
+  def total(params):
+    variables = {'params': trees.merge(params, frozen.params)}
+    if state.codebook:
+      variables['codebook'] = state.codebook
+    out = plan.tokenizer.apply(variables, images, train=True)
+    error = out.images - images.astype(jnp.float32) / 255
+    values = out.quantizer.losses | {
+      'l1': jnp.abs(error).mean(),
+      'l2': (error**2).mean(),
+    }
+    return sum(w * values[n] for n, w in tiny.LOSSES[kind].items())
+
+  value, want = jax.jit(jax.value_and_grad(total))(state.tokenizer.params)
+  weighted = sum(w * metrics[f'loss/{n}'] for n, w in tiny.LOSSES[kind].items())
+  np.testing.assert_allclose(weighted, value, rtol=1e-5)
+  scale = max(float(jnp.abs(g).max()) for g in want.values())
+  for name in want:
+    np.testing.assert_allclose(
+      found[name], want[name], rtol=1e-4, atol=1e-5 * scale
+    )
+
+
+def test_a_frozen_encoder_gets_no_backward():
+  """Compiled FLOPs: at least 1.8 encoder forwards fewer than trainable."""
+  model = tiny.model('fsq-cosmos', depth=4, scan=False)
+  flops = {}
+  for name, rows in (('free', (('.*', dict(lr=1e-3)),)),
+                     ('frozen', FROZEN_ENCODER)):  # fmt: skip
+    plan = planned(schedules=rows, model=model)
+    fresh = functools.partial(state_lib.fresh_state, plan, (16, 16), 0)
+    shapes = jax.eval_shape(fresh)
+    images = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)
+    compiled = jitted(plan).lower(*shapes, images).compile()
+    flops[name] = compiled.cost_analysis()['flops']
+  params = plan.shapes['params']
+  encode = jax.jit(
+    lambda p, x: plan.tokenizer.apply({'params': p}, x, method='encode')
+  )
+  forward = encode.lower(params, images).compile().cost_analysis()['flops']
+  assert flops['free'] - flops['frozen'] > 1.8 * forward, (flops, forward)
+
+
+def test_the_codebook_moves_once_from_the_steps_sums():
+  plan = planned('vq-ema')
+  state, frozen = started(plan)
+  after, _ = jitted(plan)(state, frozen, tiny.images(8))
+  out = plan.tokenizer.apply(
+    state_lib.variables_of(state, frozen), tiny.images(8), train=True
+  )
+  want = plan.tokenizer.quantizer.update_codebook(
+    state.codebook['quantizer'], out.quantizer.stats
+  )
+  for name, table in want.items():
+    np.testing.assert_allclose(
+      after.codebook['quantizer'][name], table, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_ema_follows_the_weights():
+  plan = planned(ema=0.5)
+  state, frozen = started(plan)
+  step = jitted(plan)
+  want = host(state.tokenizer.params)
+  for t in range(3):
+    state, _ = step(state, frozen, tiny.images(8))
+    d = min(0.5, (1 + t) / (10 + t))
+    now = host(state.tokenizer.params)
+    want = {n: d * want[n] + (1 - d) * now[n] for n in want}
+  for name, value in host(state.ema).items():
+    np.testing.assert_allclose(value, want[name], rtol=1e-4, atol=1e-6)
+  assert planned(ema=0.0).ema == 0
+  assert started(planned(ema=0.0))[0].ema is None
+
+
+def test_usage_counts_the_last_steps_only():
+  log = dict(usage_window=2)
+  plan = planned('vq-ema', log=log, schedules=(('.*', dict(lr=0.0)),))
+  state, frozen = started(plan)
+  step = jitted(plan)
+  for i in range(3):
+    state, metrics = step(state, frozen, tiny.images(8, seed=i))
+  assert state.usage.shape == (2, 1, 64)
+  assert state.usage.sum() == 2 * 8 * 16
+  window = np.asarray(state.usage).sum((0, 1))
+  np.testing.assert_allclose(metrics['usage'], (window > 0).mean())
+
+
+def test_a_loss_starts_when_its_config_says():
+  losses = dict(l2=1.0, l1=dict(weight=2.0, start=3, unit='steps'))
+  plan = planned(losses=losses)
+  assert [float(plan.weights['l1'](s)) for s in range(5)] == [0, 0, 0, 2, 2]
+  epochs = dict(l2=dict(weight=1.0, start=2, unit='epochs'))
+  spec = config_lib.read_config(tiny.run(losses=epochs))
+  plan = state_lib.make_plan(spec, build_tokenizer(spec.model), 10)
+  assert [float(plan.weights['l2'](s)) for s in (19, 20)] == [0, 1]
+
+
+def test_bf16_computes_over_f32_parameters():
+  plan = planned('simvq-l2', model=tiny.model('simvq-l2', dtype='bfloat16'))
+  state, frozen = started(plan)
+  after, metrics = jitted(plan)(state, frozen, tiny.images(8))
+  for leaf in jax.tree.leaves((after.tokenizer, after.codebook, after.ema)):
+    assert leaf.dtype in (jnp.float32, jnp.int32)
+  full = planned('simvq-l2')
+  _, exact = jitted(full)(*started(full), tiny.images(8))
+  np.testing.assert_allclose(metrics['loss/l2'], exact['loss/l2'], rtol=1e-2)
+
+
+@pytest.mark.parametrize('layout, tensor', [('dp', 1), ('fsdp+tp', 2)])
+@pytest.mark.parametrize('kind', ('vq-ema', 'simvq-cosine'))
+def test_eight_devices_are_one(kind, layout, tensor):
+  plan = planned(kind)
+  losses = []
+  for mesh in (
+    sharding.make_mesh(devices=jax.devices()[:1]),
+    sharding.make_mesh(layout, tensor=tensor),
+  ):
+    with jax.set_mesh(mesh):
+      images = sharding.place_batch({'x': tiny.images(8)}, mesh)['x']
+      state, frozen = started(plan, mesh, images)
+      step = jitted(plan)
+      rows = []
+      for _ in range(3):
+        state, metrics = step(state, frozen, images)
+        rows.append([float(metrics[f'loss/{n}']) for n in tiny.LOSSES[kind]])
+    losses.append(rows)
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5, atol=1e-7)
+
+
+def test_vector_schedules_reach_the_step():
+  """The first block keeps every bit, the second moves."""
+  rows = (
+    ('encoder/transformer/.*', dict(lr=1e-3, layers=(None, 1.0))),
+    ('.*', dict(lr=1e-3)),
+  )
+  plan = planned(schedules=rows)
+  state, frozen = started(plan)
+  after, _ = jitted(plan)(state, frozen, tiny.images(8))
+  before, now = host(state.tokenizer.params), host(after.tokenizer.params)
+  for name in before:
+    if name.startswith('encoder/transformer/'):
+      assert before[name][0].tobytes() == now[name][0].tobytes(), name
+      assert (before[name][1] != now[name][1]).any(), name
+
+
+@pytest.mark.parametrize(
+  'keys, words',
+  [
+    (dict(losses=dict(l3=1.0)), 'unknown loss "l3"; did you mean "l2"'),
+    (dict(losses={}), 'losses is empty'),
+    (dict(losses=dict(l2=1.0, commit=0.1)), 'FSQ as configured has no such'),
+    (dict(losses=dict(l2=dict(wieght=1.0))), 'did you mean "weight"'),
+    (dict(losses=dict(l2=dict(weight=1.0, unit='days'))), 'losses='),
+    (dict(schedules=(('.*', None),)), 'nothing to train'),
+    (dict(schedules=(('.*', dict(rl=1.0)),)), 'did you mean "lr"'),
+    (dict(schedules=(('.*', 1.0),)), r'must be None or dict\(lr='),
+    (dict(schedules=('.*',)), r'must be \(regex, schedule\)'),
+    (dict(schedules=(('decoder/.*', None),)), 'claims no row'),
+    (dict(batch_sise=4), 'unknown key "config.batch_sise"; did you mean'),
+    (dict(batch_size=0), 'batch_size=0'),
+    (dict(ema=1.0), r'ema=1.0 must lie in \[0, 1\)'),
+    (dict(duration='soon'), "duration='soon'"),
+    (dict(data=dict(source='x', image_size=18)), '18x18 is no multiple'),
+    (dict(data=dict(source='x', image_size=16, crop='c')), 'data.crop'),
+    (dict(data=dict(source='x')), 'missing key "config.data.image_size"'),
+    (dict(log=dict(evry=5)), 'did you mean "every"'),
+    (dict(optim=dict(b1='x')), 'must be of type float'),
+  ],
+)
+def test_a_wrong_config_says_what_is_right(keys, words):
+  with pytest.raises(UserError, match=words):
+    planned(**keys)
