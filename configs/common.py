@@ -18,7 +18,7 @@ def base() -> ml_collections.ConfigDict:
     image_size=256,
     include=(),
     exclude=(),
-    resize=optional(int),
+    resize=optional(object),
     crop='random',
     flip=True,
     examples=optional(int),

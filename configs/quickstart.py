@@ -2,8 +2,12 @@
 
 A small tokenizer from scratch on eight photographs, on two CPU cores, in
 minutes: 64-pixel crops, patch 8, FSQ with 64,000 codes, l2. Three photographs
-stay out of training and are what it is measured on. Arguments: `:steps=500`,
-`:lr=1e-3`.
+stay out of training and are what it is measured on. Arguments: `:steps=1000`,
+`:lr=5e-4`.
+
+What made a short run work, by trial: many small steps (batch 16), a second
+moment that forgets the first large gradients (b2 = .95), photographs scaled
+down at random, so that crops hold detail, and two blocks a side, not four.
 """
 
 from configs import common
@@ -12,20 +16,23 @@ HELD_OUT = ('astronaut', 'chelsea', 'coffee')
 
 
 def get_config(arguments=None):
-  arg = common.arguments(arguments, steps=500, lr=1e-3)
+  arg = common.arguments(arguments, steps=1000, lr=5e-4)
   config = common.base()
+  vit = common.vit(width=192, depth=2, patch=8, pixels=64)
   config.model = dict(
-    encoder=dict(vit=common.vit(width=192, depth=4, patch=8, pixels=64)),
+    encoder=dict(vit=vit),
     quantizer=dict(name='fsq', levels=(8, 8, 8, 5, 5, 5), convention='cosmos'),
-    decoder=dict(
-      vit=common.vit(width=192, depth=4, patch=8, pixels=64, posemb='sincos2d')
-    ),
+    decoder=dict(vit=vit | dict(posemb='sincos2d')),
   )
-  config.data.update(source='bundled:photos', exclude=HELD_OUT, image_size=64)
+  config.data.update(
+    source='bundled:photos', exclude=HELD_OUT, image_size=64, resize=(100, 400)
+  )
   config.losses = dict(l2=1.0)
-  config.schedules = ((r'.*', dict(lr=arg.lr, warmup=arg.steps // 10)),)
+  config.schedules = ((r'.*', dict(lr=arg.lr, warmup=arg.steps // 12)),)
+  config.optim.b2 = 0.95
   config.duration = f'{arg.steps} steps'
-  config.batch_size = 32
+  config.batch_size = 16
   config.ema = 0.99
+  config.log.every = 100
   config.eval = dict(source='bundled:photos', include=HELD_OUT, tile=64)
   return config

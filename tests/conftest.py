@@ -1,4 +1,4 @@
-"""Eight fake devices, and array shapes checked at every call.
+"""Eight fake devices, shared compilations, array shapes checked at every call.
 
 The import hook checks jaxtyping annotations in every module of the package
 but `types.py`, whose pytrees also hold shapes and shardings.
@@ -13,6 +13,7 @@ os.environ['XLA_FLAGS'] = (
 
 import pathlib
 
+import jax
 import jaxtyping
 import pytest
 
@@ -22,6 +23,10 @@ jaxtyping.install_import_hook(
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# Compiling is most of the suite's time, and many tests share a program.
+jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 @pytest.fixture(scope='session')

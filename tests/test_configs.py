@@ -55,7 +55,7 @@ def test_simvq_siglip_l():
 
 
 def test_arguments_are_checked():
-  with pytest.raises(ValueError, match='step=3.* is none of: steps=500'):
+  with pytest.raises(ValueError, match='step=3.* is none of: steps=1000'):
     planned('quickstart', 'step=3')
-  with pytest.raises(ValueError, match='must be like steps=500'):
+  with pytest.raises(ValueError, match='must be like steps=1000'):
     planned('quickstart', 'steps=many')

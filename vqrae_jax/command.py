@@ -73,6 +73,8 @@ def required(values: flags.FlagValues, *names: str) -> None:
 
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs `main(argv)`; a `UserError` is one line and exit code 2."""
+  # absl asks the process-wide flags, which stay empty here, how to log.
+  flags.FLAGS.mark_as_parsed()
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold('info')

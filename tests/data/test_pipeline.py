@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import tiny
 from vqrae_jax.data import pipeline, sources
 from vqrae_jax.errors import UserError
 
@@ -60,28 +61,34 @@ def test_hosts_take_slices_of_one_global_batch(folder, hosts):
       )
 
 
-def test_each_epoch_sees_every_photograph_once_in_a_new_order(folder):
-  source = sources.open_source(str(folder))
-  seen = []
+class Spy:
+  """n photographs that note which were asked for."""
 
-  class Spy:
-    def __len__(self):
-      return len(source)
+  def __init__(self, n):
+    self.n, self.seen = n, []
 
-    def __getitem__(self, i):
-      seen.append(i)
-      return source[i]
+  def __len__(self):
+    return self.n
 
+  def __getitem__(self, i):
+    self.seen.append(i)
+    return np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize('n', (7, 4096))
+def test_each_epoch_sees_every_photograph_once_in_a_new_order(n):
+  """Both for a small source and for one of grain's own shuffle."""
+  spy = Spy(n)
   loader = pipeline.TrainBatches(
-    Spy(), pipeline.Augment((16, 16)), batch_size=7, seed=0
+    spy, pipeline.Augment((8, 8)), batch_size=n, seed=0
   )
-  epochs = []
+  epochs = set()
   for step in range(3):
-    seen.clear()
+    spy.seen.clear()
     loader.batch(step)
-    assert sorted(seen) == list(range(7))
-    epochs.append(tuple(seen))
-  assert len(set(epochs)) == 3
+    assert sorted(spy.seen) == list(range(n))
+    epochs.add(tuple(spy.seen))
+  assert len(epochs) == 3
 
 
 def test_seeds_differ(folder):
@@ -119,6 +126,20 @@ def test_crops_are_parts_of_the_photograph_flipped_or_not():
     assert out.tobytes() in corners or mirrored.tobytes() in corners
     flips += out.tobytes() not in corners
   assert 8 < flips < 32
+
+
+@pytest.mark.parametrize('side', (20, 33, 60, 200))
+def test_a_crop_is_a_window_of_the_resized_photograph(side):
+  """One pass gives what resizing all and cropping would, but for borders."""
+  image = tiny.images(1, 90, 130)[0]
+  augment = pipeline.Augment((16, 16), resize=side, crop='center', flip=False)
+  found = pipeline.augment_image(image, augment, np.random.default_rng(0))
+  width = round(130 * side / 90)
+  whole = Image.fromarray(image).resize((width, side), Image.BICUBIC)
+  top, left = (side - 16) // 2, (width - 16) // 2
+  want = np.asarray(whole)[top : top + 16, left : left + 16]
+  inner = np.abs(found[2:-2, 2:-2].astype(int) - want[2:-2, 2:-2])
+  assert inner.max() <= 6 and inner.mean() < 1, (inner.max(), inner.mean())
 
 
 def test_tiles_cover_from_the_top_left():

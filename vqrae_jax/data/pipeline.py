@@ -9,6 +9,7 @@ Images stay uint8 here; the device scales them to [0, 1].
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import grain
@@ -51,29 +52,59 @@ def _target_side(image: np.ndarray, augment: Augment, rng) -> int:
   return max(side, int(np.ceil(fit)))
 
 
-def resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
-  """uint8 [h w 3] with its shorter side at `side` pixels, bicubic (PIL)."""
-  h, w = image.shape[:2]
-  if min(h, w) == side:
-    return image
-  size = [max(side, round(n * side / min(h, w))) for n in (w, h)]
-  return np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
-
-
 def augment_image(
   image: np.ndarray, augment: Augment, rng: np.random.Generator
 ) -> np.ndarray:
-  """uint8 [h w 3] -> uint8 [*augment.size 3], by the draws of `rng`."""
-  image = resize_shorter(image, _target_side(image, augment, rng))
-  (h, w), (ch, cw) = image.shape[:2], augment.size
+  """uint8 [h w 3] -> uint8 [*augment.size 3], by the draws of `rng`.
+
+  Bicubic (PIL), in one pass: only the part that the crop keeps is resized, so
+  that a huge photograph costs no more than a small one.
+  """
+  h, w = image.shape[:2]
+  side = _target_side(image, augment, rng)
+  # The whole photograph at its new size, of which the crop is a window.
+  rh, rw = (max(side, round(n * side / min(h, w))) for n in (h, w))
+  ch, cw = augment.size
   if augment.crop == 'random':
-    top, left = rng.integers(h - ch + 1), rng.integers(w - cw + 1)
+    top, left = rng.integers(rh - ch + 1), rng.integers(rw - cw + 1)
   else:
-    top, left = (h - ch) // 2, (w - cw) // 2
-  image = image[top : top + ch, left : left + cw]
+    top, left = (rh - ch) // 2, (rw - cw) // 2
+  if (rh, rw) == (h, w):
+    image = image[top : top + ch, left : left + cw]
+  else:
+    box = (
+      left * w / rw,
+      top * h / rh,
+      (left + cw) * w / rw,
+      (top + ch) * h / rh,
+    )
+    box = tuple(np.minimum(box, (w, h, w, h)).tolist())
+    picture = Image.fromarray(image)
+    # Shrinks by whole factors first where three pixels or more become one.
+    resized = picture.resize((cw, ch), Image.BICUBIC, box=box, reducing_gap=3)
+    image = np.asarray(resized)
   if augment.flip and rng.random() < 0.5:
     image = image[:, ::-1]
   return np.ascontiguousarray(image)
+
+
+def _global_order(n: int, seed: int) -> grain.MapDataset:
+  """i -> (i, photograph): a new permutation of n photographs each epoch."""
+  # Endless in practice; grain's own endless length overflows when batched.
+  epochs = 2**48 // n
+  order = grain.MapDataset.range(n).seed(seed)
+  if n >= 4096:
+    order = order.shuffle().repeat(epochs)
+    return order.map_with_index(lambda i, photo: (i, int(photo)))
+
+  # grain's shuffle takes 1.6 ms a sample for 8 photographs, .02 for 1000
+  # (grain 0.2.18, 2026-11): a small epoch's permutation is drawn whole.
+  @functools.lru_cache(maxsize=4)
+  def permutation(epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+  order = order.repeat(epochs)
+  return order.map_with_index(lambda i, _: (i, int(permutation(i // n)[i % n])))
 
 
 class TrainBatches:
@@ -103,18 +134,14 @@ class TrainBatches:
       )
     local = batch_size // process_count
 
-    def make(index_image, rng):
-      index, photo = index_image
+    def make(index_photo, rng):
+      index, photo = index_photo
       return {
-        'images': augment_image(source[int(photo)], augment, rng),
+        'images': augment_image(source[photo], augment, rng),
         'index': np.int64(index),
       }
 
-    # Endless in practice; grain's own endless length overflows when batched.
-    epochs = 2**48 // len(source)
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-    order = order.repeat(epochs)
-    order = order.map_with_index(lambda index, photo: (index, photo))
+    order = _global_order(len(source), seed)
     self._batches = order.random_map(make).batch(local)
     self._first, self._stride = process_index, process_count
 
