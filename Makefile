@@ -11,11 +11,14 @@ WORKERS ?= 2
 
 .PHONY: quickstart test test-slow lint clean
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "vqrae_jax needs Python 3.11 or newer; try make PYTHON=python3.11 …"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
+	@touch $@
 
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(BIN)/python setup.py constraints.txt
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made setup.py constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,$*]'
 	@touch $@

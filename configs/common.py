@@ -15,7 +15,7 @@ def base() -> ml_collections.ConfigDict:
   config.ema = 0.999
   config.data = dict(
     source='FOLDER',
-    image_size=256,
+    image_size=ml_collections.FieldReference(256, field_type=object),
     include=(),
     exclude=(),
     resize=optional(object),

@@ -23,6 +23,8 @@ def get_config(arguments=None):
     encoder=dict(vit=vit),
     quantizer=dict(name='fsq', levels=(8, 8, 8, 5, 5, 5), convention='cosmos'),
     decoder=dict(vit=vit | dict(posemb='sincos2d')),
+    dtype='float32',
+    remat=False,
   )
   config.data.update(
     source='bundled:photos', exclude=HELD_OUT, image_size=64, resize=(100, 400)

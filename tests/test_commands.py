@@ -55,7 +55,15 @@ def test_the_installed_configs_are_found_from_anywhere(tmp_path):
     ([], 'flag --config is missing'),
     (['--config=configs/quickstrt.py'], 'did you mean "configs/quickstart.py"'),
     ([CONFIG, '--config.batch_sise=3'], 'did you mean .batch_size'),
-    ([CONFIG, '--config.optim.b3=3'], 'b3'),
+    ([CONFIG, '--config.optim.b3=3'], 'config.optim.b3"; did you mean "b2"'),
+    ([CONFIG, '--config.mesh.foo=3'], 'there are: layout, tensor'),
+    ([CONFIG, '--config.seed.x=3'], '"config.seed" has no keys'),
+    ([CONFIG, '--config.data.image_size=(64,30)', '--dry_run'], '64x30'),
+    (['--config', 'configs/quickstrt.py'], 'no config at'),
+    ([CONFIG, '--profile=1:2', '--dry_run'], 'no --profile'),
+    ([CONFIG + ':steps=3', '--profile=2:9'], 'after the 3 steps'),
+    ([CONFIG, '--config.eval.tile=4096'], 'smaller than eval.tile=4096'),
+    ([CONFIG, '--workdir=/dev/null/x'], '/dev/null is a file'),
     ([CONFIG, '--config.batch_size=many'], 'batch_size'),
     ([CONFIG + ':stepz=3'], 'stepz=3'),
     ([CONFIG, '--workdri=x'], 'did you mean "workdir"'),
@@ -146,6 +154,30 @@ def test_reconstruct_images_says_what_is_right(
   with pytest.raises(UserError, match=words):
     reconstruct_images.main(argv)
   assert not (tmp_path / 'out').exists()
+
+
+def test_originals_are_never_overwritten(tokenizer_dir, tmp_path):
+  photos = tmp_path / 'photos'
+  (photos / 'deep').mkdir(parents=True)
+  for name in ('a.png', 'deep/a.png'):
+    Image.fromarray(tiny.images(1)[0]).save(photos / name)
+  before = (photos / 'a.png').read_bytes()
+  flags = [f'--tokenizer={tokenizer_dir}']
+  for argv, words in (
+    ([f'--images={photos}', f'--out={tmp_path}/out'], 'would both be'),
+    ([f'--images={photos}/a.png', f'--out={photos}'], 'would overwrite'),
+  ):
+    with pytest.raises(UserError, match=words):
+      reconstruct_images.main(flags + argv)
+  assert (photos / 'a.png').read_bytes() == before
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_broken_config_file_is_named(tmp_path, monkeypatch):
+  (tmp_path / 'mine.py').write_text('def get_config(:\n')
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=r'mine\.py:1: '):
+    train_main.main(['--config=mine.py'])
 
 
 def test_an_image_smaller_than_a_tile_is_named(tokenizer_dir, tmp_path):

@@ -14,6 +14,7 @@ from jax import export
 
 import vqrae_jax
 from tests import tiny
+from vqrae_jax import sharding
 
 HEAVY = ('orbax', 'grain', 'optax', 'torch', 'transformers', 'tensorflow')
 
@@ -143,6 +144,31 @@ def test_reconstruct_gives_losses_if_asked():
   error = np.asarray(out.images, np.float64) - images / 255.0
   np.testing.assert_allclose(out.losses['l1'], np.abs(error).mean(), rtol=1e-5)
   np.testing.assert_allclose(out.losses['l2'], (error**2).mean(), rtol=1e-5)
+
+
+def test_inside_a_callers_shard_map():
+  """Each device searches alone; no second shard_map is nested."""
+  mesh = sharding.make_mesh()
+  tokenizer, variables = tiny.built(tiny.model('vq-ema'))
+  images = tiny.images(8)
+  encode = functools.partial(vqrae_jax.encode_to_indices, tokenizer)
+  want = jax.jit(encode)(variables, images)
+  spec = jax.sharding.PartitionSpec('data')
+  with jax.set_mesh(mesh):
+    mapped = jax.shard_map(
+      functools.partial(encode, variables), in_specs=spec, out_specs=spec
+    )
+    found = jax.jit(mapped)(images)
+  assert (np.asarray(found) == np.asarray(want)).mean() > 0.99
+
+
+def test_lists_are_arrays():
+  tokenizer, variables = tiny.built(tiny.model())
+  indices = np.zeros((1, 4, 4), np.int32)
+  np.testing.assert_array_equal(
+    vqrae_jax.decode_from_indices(tokenizer, variables, indices.tolist()),
+    vqrae_jax.decode_from_indices(tokenizer, variables, indices),
+  )
 
 
 def test_usage():

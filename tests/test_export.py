@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import vqrae_jax
+from tests import test_stability as stability
 from tests import tiny
 from vqrae_jax import export, sharding
 from vqrae_jax.ops import trees
@@ -128,7 +129,9 @@ def test_opens_on_any_devices(layout, saved):
     found = jax.jit(encode)(
       placed, sharding.place_batch({'x': images}, mesh)['x']
     )
-  assert (np.asarray(found) == np.asarray(want)).mean() > 0.98
+  margin, scale = stability.margins(tokenizer, variables, images)
+  moved = (np.asarray(found) != np.asarray(want)).ravel()
+  assert not (moved & (margin > 1e-4 * scale)).any()
 
 
 def damage(path, how):
@@ -141,6 +144,8 @@ def damage(path, how):
     weights.unlink()
   elif how == 'no json':
     config.write_text('{')
+  elif how == 'no text':
+    config.write_bytes(b'\xff\xfe{}')
   elif how == 'a list':
     config.write_text('[]')
   elif how == 'future':
@@ -176,6 +181,7 @@ def damage(path, how):
     ('no weights', r'it has no model\.safetensors'),
     ('no json', 'is damaged'),
     ('a list', 'is damaged'),
+    ('no text', 'is damaged'),
     ('future', 'format version 9'),
     ('unknown key', 'did you mean "levels"'),
     ('truncated', 'cannot be read'),
@@ -194,9 +200,19 @@ def test_damage_is_named(how, words, saved):
 
 def test_a_folder_that_is_no_tokenizer_is_not_replaced(tmp_path):
   (tmp_path / 'thesis.txt').write_text('years of work')
-  with pytest.raises(vqrae_jax.UserError, match='is no tokenizer'):
+  with pytest.raises(vqrae_jax.UserError, match='is not replaced'):
     export.save_tokenizer(*made('fsq-cosmos'), tmp_path)
   assert (tmp_path / 'thesis.txt').exists()
+
+
+def test_a_folder_with_a_config_of_another_kind_is_not_replaced(tmp_path):
+  (tmp_path / 'config.json').write_text('{"model_type": "siglip"}')
+  with pytest.raises(vqrae_jax.UserError, match='is not replaced'):
+    export.save_tokenizer(*made('fsq-cosmos'), tmp_path)
+  export.save_tokenizer(*made('fsq-cosmos'), tmp_path / 'tokenizer')
+  (tmp_path / 'tokenizer' / 'notes.txt').write_text('mine')
+  with pytest.raises(vqrae_jax.UserError, match=r'it holds notes\.txt'):
+    export.save_tokenizer(*made('fsq-cosmos'), tmp_path / 'tokenizer')
 
 
 def test_a_failed_write_leaves_the_old_tokenizer(saved, monkeypatch):

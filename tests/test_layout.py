@@ -130,7 +130,8 @@ def test_door_names():
 
 
 DOTS = re.compile(
-  r'(?:jnp|jax\.numpy|lax)\.(?:dot|matmul|einsum|tensordot|vdot|inner)\('
+  r'\.(?:dot|matmul|einsum|tensordot|vdot|inner|dot_general'
+  r'|conv_general_dilated)\('
   r'|nn\.(?:Dense|Conv|DenseGeneral|Einsum)\('
 )
 PRECISE = ('quantizers', 'losses', 'ops')

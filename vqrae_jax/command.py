@@ -6,13 +6,23 @@ stderr and exit code 2; any other error keeps its traceback.
 """
 
 import logging as std_logging
-import re
 import sys
 from collections.abc import Callable
 
 from absl import flags, logging
 
 from vqrae_jax.errors import UserError, did_you_mean
+
+# What absl and ml_collections raise on flags and config overrides.
+_FLAG_ERRORS = (
+  flags.Error,
+  AttributeError,
+  ImportError,
+  KeyError,
+  OSError,
+  TypeError,
+  ValueError,
+)
 
 
 def parse(
@@ -33,8 +43,10 @@ def parse(
     raise UserError(
       f'unknown flag --{e.flagname}{did_you_mean(e.flagname, values)}'
     ) from None
-  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as e:
-    raise UserError(_one_line(e, argv)) from None
+  except SyntaxError as e:
+    raise UserError(f'{e.filename}:{e.lineno}: {e.msg}') from None
+  except _FLAG_ERRORS as e:
+    raise UserError(_one_line(e)) from None
   if values.help:
     print(f'python -m {module}\n\nexample:\n  {example}\n\nflags:')
     for name in sorted(values):
@@ -47,21 +59,14 @@ def parse(
     raise UserError(f'unexpected argument "{rest[1]}"; flags start with --')
 
 
-def _one_line(error: Exception, argv: list[str]) -> str:
+def _one_line(error: Exception) -> str:
   """What a flag, config file or override failed with, in one line."""
   text = str(error.args[0] if error.args else error)
   lines = [line.strip() for line in text.split('\n') if line.strip()]
   if 'Traceback' in text:  # the config file itself failed: its last line
     kind, _, words = lines[-1].partition(': ')
     return words if kind == 'ValueError' else f'config file: {lines[-1]}'
-  near = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
-  word = near[2] if near else text.strip('\'"\\()').removeprefix('KeyError')
-  word = word.strip('\'"\\()')
-  flag = next((a for a in argv if re.search(rf'\.{word}[.=]', a)), None)
-  if flag is None:
-    return ' '.join(lines)
-  hint = f'; did you mean "{near[1]}"?' if near else ''
-  return f'unknown key "{flag.lstrip("-").split("=")[0]}"{hint}'
+  return ' '.join(lines)
 
 
 def required(values: flags.FlagValues, *names: str) -> None:

@@ -70,6 +70,26 @@ def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   }
 
 
+def check_target(path: pathlib.Path) -> None:
+  """A tokenizer may be written to `path`: nothing, or a tokenizer, is there.
+
+  Raises:
+    UserError: something else is, which replacing would destroy.
+  """
+  if not path.exists():
+    return
+  try:
+    foreign = {p.name for p in path.iterdir()} - {CONFIG, WEIGHTS}
+    ours = 'format_version' in json.loads((path / CONFIG).read_bytes())
+  except (OSError, ValueError, TypeError):
+    ours, foreign = False, set()
+  if foreign or not ours:
+    what = f'it holds {sorted(foreign)[0]}' if foreign else 'no tokenizer'
+    raise UserError(
+      f'{path} exists and is not replaced: {what}; name another folder'
+    )
+
+
 def save_tokenizer(
   tokenizer: Tokenizer, variables: Any, path: str | pathlib.Path
 ) -> str:
@@ -86,8 +106,7 @@ def save_tokenizer(
   from safetensors.numpy import save_file
 
   path = pathlib.Path(path)
-  if path.exists() and not (path / CONFIG).exists():
-    raise UserError(f'{path} exists and is no tokenizer; name another folder')
+  check_target(path)
   leaves = bake(tokenizer, variables)
   model = json.loads(canonical_json(describe(tokenizer)))
   config = {
@@ -119,10 +138,10 @@ def _read_config(path: pathlib.Path) -> dict:
     if not (path / name).is_file():
       raise UserError(f'{path} is no tokenizer: it has no {name}')
   try:
-    config = json.loads((path / CONFIG).read_text())
+    config = json.loads((path / CONFIG).read_bytes())
     version, model = config['format_version'], config['model']
-    config['fingerprint']
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    config['fingerprint'] = str(config['fingerprint'])
+  except (ValueError, KeyError, TypeError) as e:
     raise UserError(f'{path / CONFIG} is damaged: {e!r}') from None
   if version != FORMAT_VERSION:
     raise UserError(

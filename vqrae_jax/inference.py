@@ -10,6 +10,7 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -33,7 +34,13 @@ def _apply(tokenizer, variables, x, method=None, *, precision, **kwargs):
     return tokenizer.apply(variables, x, method=method, **kwargs)
 
 
+def _array(x: ArrayLike) -> Array:
+  """Lists and the like as arrays; arrays, traced or not, as they are."""
+  return x if hasattr(x, 'dtype') else np.asarray(x)
+
+
 def _batched(images: ArrayLike) -> ArrayLike:
+  images = _array(images)
   if images.ndim != 4:
     raise UserError(
       f'images must be [b h w 3]; got shape {images.shape}'
@@ -93,6 +100,7 @@ def decode_from_indices(
   Raises:
     UserError: indices that are no integers or have another shape.
   """
+  indices = _array(indices)
   if not jnp.issubdtype(indices.dtype, jnp.integer):
     raise UserError(f'indices must be integers, got {indices.dtype}')
   want = 3 + (tokenizer.quantizer.codes_per_token > 1)
@@ -134,13 +142,14 @@ def reconstruct(
     variables: all of its variables.
     images: f[b h w 3] in [0, 1] or uint8.
     losses: also give {name: f32[]} of the losses that need no network of
-      their own (l1, l2, and the quantizer's), unweighted.
+      their own (l1, l2, and the quantizer's), unweighted. Static under jit.
     precision: "default" or "canonical".
 
   Returns:
     A `TokenizerOutput`; its `images` f32[b h w 3] are not clipped.
   """
-  out = _apply(tokenizer, variables, _batched(images), precision=precision)
+  images = _batched(images)
+  out = _apply(tokenizer, variables, images, precision=precision)
   if not losses:
     return out
   seen = LossInputs(out.images, image_ops.to_unit(images))

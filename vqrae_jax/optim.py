@@ -27,7 +27,7 @@ Rates = dict[str, Callable[[Any], Any]]
 
 
 def steps_of(
-  duration: int | str, steps_per_epoch: int | None, where: str
+  duration: int | str, steps_per_epoch: float | None, where: str
 ) -> int:
   """Steps of 300, "300 steps" or "1.5 epochs".
 
@@ -41,7 +41,12 @@ def steps_of(
     number = float(words[0]) if len(words) in (1, 2) else None
   except ValueError:
     number = None
-  if number is None or unit not in UNITS or isinstance(duration, bool):
+  if (
+    number is None
+    or not np.isfinite(number)
+    or unit not in UNITS
+    or isinstance(duration, bool)
+  ):
     raise UserError(
       f'{where}={duration!r} must be a number of steps, "300 steps" or '
       f'"1.5 epochs"{did_you_mean(unit, UNITS) if unit not in UNITS else ""}'
@@ -83,9 +88,10 @@ class Schedule:
       raise UserError(
         f'schedule decay={self.decay!r}{did_you_mean(self.decay, DECAYS)}'
       )
-    if self.lr < 0 or self.end_lr < 0:
+    if not (0 <= self.lr < np.inf and 0 <= self.end_lr < np.inf):
       raise UserError(
-        f'schedule lr={self.lr}, end_lr={self.end_lr} must not be negative'
+        f'schedule lr={self.lr}, end_lr={self.end_lr} must be finite and not '
+        'negative'
       )
 
   def rate(self, total: int, warmup: int) -> Callable[[Any], Any]:
@@ -150,13 +156,29 @@ class Adam:
   weight_decay: float = 0.0
   clip: float | None = 1.0
 
+  def __post_init__(self):
+    for name in ('b1', 'b2'):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(
+          f'optim.{name}={getattr(self, name)} must lie in [0, 1)'
+        )
+    if self.eps <= 0 or self.weight_decay < 0:
+      raise UserError(
+        f'optim.eps={self.eps} must be above 0 and '
+        f'optim.weight_decay={self.weight_decay} not below'
+      )
+    if self.clip is not None and self.clip <= 0:
+      raise UserError(
+        f'optim.clip={self.clip} must be above 0, or None for no clipping'
+      )
+
 
 def make_optimizer(
   adam: Adam,
   schedules: Mapping[str, Schedule],
   params: Mapping[str, Any],
   total_steps: int,
-  steps_per_epoch: int | None,
+  steps_per_epoch: float | None,
 ) -> tuple[optax.GradientTransformation, Rates]:
   """AdamW over {leaf name: leaf}, each leaf at its own rate.
 

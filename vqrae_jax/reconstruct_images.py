@@ -65,9 +65,11 @@ def reconstruct_folder(
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, pictures
 
-  if out.exists() and not out.is_dir():
-    raise UserError(f'--out={out} is a file; name a folder')
+  existing = next(p for p in (out, *out.resolve().parents) if p.exists())
+  if not existing.is_dir():
+    raise UserError(f'--out={out}: {existing} is a file, not a folder')
   source = open_source(images)
+  _check_outputs(source, out)
   tokenizer, variables = export.load_tokenizer(tokenizer_dir)
   if not tokenizer.codebook_size:
     print('this tokenizer is continuous: images pass through latents')
@@ -95,6 +97,24 @@ def reconstruct_folder(
   page = pictures.comparison(*zip(*shown, strict=True), title=f'images {how}')
   pictures.save_png(page, out / 'comparison.png')
   print(f'{len(source)} images in {out}, side by side in {out}/comparison.png')
+
+
+def _check_outputs(source, out: pathlib.Path) -> None:
+  """No picture is written over an original, nor two to one name."""
+  taken: dict[str, pathlib.Path] = {'comparison': out / 'comparison.png'}
+  originals = {p.resolve() for p in source.paths}
+  for name, path in zip(source.names, source.paths, strict=True):
+    if name in taken:
+      raise UserError(
+        f'{path} and {taken[name]} would both be {out / name}.png; '
+        'reconstruct them in two runs, or rename one'
+      )
+    taken[name] = path
+    if (out / f'{name}.png').resolve() in originals:
+      raise UserError(
+        f'--out={out} would overwrite {out / name}.png, one of the images; '
+        'name another folder'
+      )
 
 
 if __name__ == '__main__':

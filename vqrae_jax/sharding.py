@@ -60,8 +60,12 @@ def make_mesh(
   """
   devices = list(jax.devices() if devices is None else devices)
   n = len(devices)
-  if n % tensor:
+  if tensor < 1 or n % tensor:
     raise UserError(f'mesh.tensor={tensor} must divide the {n} devices')
+  if tensor > 1 and layout != 'fsdp+tp':
+    raise UserError(
+      f'mesh.tensor={tensor} needs mesh.layout="fsdp+tp", not "{layout}"'
+    )
   shapes = {'dp': (n, 1, 1), 'fsdp': (1, n, 1)}
   shapes['fsdp+tp'] = (1, n // tensor, tensor)
   shape = choose(shapes, layout, 'mesh layout')
@@ -98,6 +102,28 @@ def shardings_for(tree: Any, mesh: Mesh) -> Any:
     lambda name, leaf: NamedSharding(mesh, spec_for(name, leaf.shape, mesh)),
     tree,
   )
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+  """The batch divides over its devices, and a host holds its share of it.
+
+  Raises:
+    UserError: it does not, or devices of several hosts share the same rows.
+  """
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  if batch_size % shards:
+    raise UserError(
+      f'batch_size={batch_size} must be a multiple of the {shards} devices '
+      'that share it'
+    )
+  hosts = jax.process_count()
+  mine = [d.process_index == jax.process_index() for d in mesh.devices.flat]
+  rows = np.array(mine).reshape(shards, -1)
+  if shards % hosts or rows.any(1).sum() * hosts != shards:
+    raise UserError(
+      f'mesh.tensor={mesh.shape["model"]} spreads one image over several '
+      f'hosts; it must divide the {sum(mine)} devices of a host'
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from vqrae_jax.errors import UserError, did_you_mean
 
 RUN_OPTIONS = ('scan', 'remat', 'dtype')
-DTYPES = ('float32', 'bfloat16', 'float16')
+DTYPES = ('float32', 'bfloat16')
 RESIZES = ('bicubic', 'bilinear')
 
 Spec = TypeVar('Spec')
@@ -92,8 +92,13 @@ class ViTSpec:
     _one_of('vit.act', self.act, ('gelu', 'gelu_tanh', 'swiglu'))
     _one_of('vit.posemb', self.posemb, ('learned', 'sincos2d'))
     _one_of('vit.dtype', self.dtype, DTYPES)
-    if len(self.grid) != 2 or min(self.grid) < 1:
+    whole = all(isinstance(n, int) and n > 0 for n in self.grid)
+    if len(self.grid) != 2 or not whole:
       raise UserError(f'vit.grid={self.grid} must be (rows, columns)')
+    if self.num_prefix_tokens < 0:
+      raise UserError(
+        f'vit.num_prefix_tokens={self.num_prefix_tokens} must not be negative'
+      )
     if self.width % self.num_heads:
       raise UserError(
         f'vit.width={self.width} must be a multiple of '

@@ -171,6 +171,27 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
   assert sources.read_image(path).shape == (9, 8, 3)
 
 
+def test_16_bits_and_alpha_keep_their_meaning(tmp_path):
+  ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+  Image.fromarray(ramp).save(tmp_path / 'x.png')
+  found = sources.read_image(tmp_path / 'x.png')
+  assert np.abs(found[0, :, 1].astype(int) - np.arange(256)).max() <= 1
+  Image.new('RGBA', (2, 2), (9, 9, 9, 0)).save(tmp_path / 'y.png')
+  assert (sources.read_image(tmp_path / 'y.png') == 255).all()
+  Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / 'z.tif')
+  with pytest.raises(UserError, match='mode F'):
+    sources.read_image(tmp_path / 'z.tif')
+
+
+def test_sizes_come_from_headers(tmp_path):
+  image = Image.new('RGB', (8, 4))
+  exif = image.getexif()
+  exif[0x0112] = 6
+  image.save(tmp_path / 'x.jpg', exif=exif)
+  source = sources.open_source(str(tmp_path))
+  assert source.size(0) == (8, 4) == source[0].shape[:2]
+
+
 def test_photographs_stand_upright_by_their_exif(tmp_path):
   image = Image.new('RGB', (8, 4))
   exif = image.getexif()

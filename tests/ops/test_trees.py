@@ -33,9 +33,10 @@ def test_the_first_row_that_matches_whole_claims():
 @pytest.mark.parametrize(
   'rows, words',
   [
-    ([('a/.*', 1)], r'claims no row for 1 leaves: d; add a row'),
+    ([('a/.*', 1)], r'no row of rows claims 1 leaves: d; add a row'),
     ([('a/q', 1), ('.*', 2)], '"a/q" matches no leaf; did you mean'),
     ([('a/(', 1)], 'is no regex'),
+    ([('.*', 1), ('a/b', 2)], 'earlier rows claim all that "a/b"'),
     ([('a', 1), ('.*', 2)], '"a" matches no leaf'),
   ],
 )

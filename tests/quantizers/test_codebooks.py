@@ -76,14 +76,34 @@ def test_ema_update_is_the_formula():
   )
   rng = np.random.default_rng(0)
   n, w = rng.random(5) * 4, rng.normal(size=(5, 3))
-  count, total = rng.integers(0, 9, 5), rng.normal(size=(5, 3))
+  count, total = np.array([3, 0, 1, 8, 0]), rng.normal(size=(5, 3))
   old = dict(codes=jnp.array(w), counts=jnp.array(n), sums=jnp.array(w))
   stats = dict(counts=jnp.array(count)[None], sums=jnp.array(total)[None])
   new = quantizer.update_codebook(old, stats)
   n2, w2 = 0.9 * n + 0.1 * count, 0.9 * w + 0.1 * total
   smooth = (n2 + 1e-3) / (n2.sum() + 5e-3) * n2.sum()
   np.testing.assert_allclose(new['counts'], n2, rtol=1e-5)
-  np.testing.assert_allclose(new['codes'], w2 / smooth[:, None], rtol=1e-5)
+  assert (count > 0).any() and (count == 0).any()
+  want = np.where((count > 0)[:, None], w2 / smooth[:, None], w)
+  np.testing.assert_allclose(new['codes'], want, rtol=1e-5)
+
+
+def test_idle_codes_stay_where_they_are():
+  """Not at the origin, beside each other, after thousands of steps."""
+  quantizer = quantizers.build(dict(name='vq', num_codes=3), 2, 'float32')
+  codes = jnp.array([[1.0, 0], [5.0, 5.0], [-5.0, 5.0]])
+  codebook = dict(codes=codes, counts=jnp.ones(3), sums=codes)
+  stats = dict(
+    counts=jnp.array([[9, 0, 0]]), sums=jnp.array([[[9.0, 0]] + [[0.0, 0]] * 2])
+  )
+  step = jax.jit(quantizer.update_codebook)
+  for _ in range(4000):
+    codebook = step(codebook, stats)
+  np.testing.assert_array_equal(codebook['codes'][1:], codes[1:])
+  # One that wins again moves to its tokens.
+  back = dict(counts=jnp.array([[9, 1, 0]]), sums=jnp.full((1, 3, 2), 2.0))
+  moved = step(codebook, back)['codes'][1]
+  np.testing.assert_allclose(moved, 2.0, rtol=2e-2)
 
 
 def test_stats_are_sums_over_tokens():
@@ -143,6 +163,12 @@ def test_simvq_reads_the_baked_table_and_never_multiplies():
     (dict(name='vq', update='sgd'), 'gradient'),
     (dict(name='vq', decay=1.0), r'\[0, 1\)'),
     (dict(name='vq', num_codes=0), 'above 0'),
+    (dict(name='vq', epsilon=-1.0), 'epsilon'),
+    (dict(name='vq', code_dim=-3), 'code_dim=-3'),
+    (dict(name='none', code_dim=-3), 'code_dim=-3'),
+    (dict(name='vq', latent_dim=7), 'follows the encoder'),
+    (dict(name='vq', dtype='foo'), r'follows model\.dtype'),
+    (dict(name='simvq', basis_std=0.0), 'basis_std'),
     (dict(name='simvq', distance='cos'), 'did you mean "cosine"'),
     (dict(name='simvq', code_dim=0), 'above 0'),
     (dict(name='fqs'), 'did you mean "fsq"'),

@@ -12,7 +12,11 @@ from vqrae_jax import quantizers
 from vqrae_jax.errors import UserError
 
 CONVENTIONS = ('centered', 'cosmos')
-LEVELS = st.lists(st.integers(2, 9), min_size=1, max_size=5)
+LEVELS = st.lists(
+  st.one_of(st.integers(2, 9), st.sampled_from((16, 255, 900))),
+  min_size=1,
+  max_size=3,
+)
 
 
 def fsq(levels, convention, **fields):
@@ -40,7 +44,8 @@ def test_extreme_latents_reach_every_outer_value_and_no_further(
   levels, convention
 ):
   quantizer = fsq(levels, convention)
-  z = jnp.linspace(-30, 30, 2001)[:, None] * jnp.ones(len(levels))
+  line = jnp.concatenate([jnp.linspace(-4, 4, 40001), jnp.array([-30.0, 30])])
+  z = line[:, None] * jnp.ones(len(levels))
   out = quantizer.apply({}, z)
   codes = np.asarray(out.codes)
   for channel, n in enumerate(levels):
@@ -112,6 +117,8 @@ def test_width_mismatch_names_both():
     (dict(levels=()), 'at least 2'),
     (dict(levels=(64,) * 6), '2147483648'),
     (dict(levels=(8, 8), convention='center'), 'did you mean "centered"'),
+    (dict(levels=(8, 5), epsilon=0.5), r'must lie in \(0, 1/\(L-1\)\)'),
+    (dict(levels=(2048, 4)), 'epsilon=0.001'),
     (dict(level=(8, 8)), 'did you mean "levels"'),
     (dict(levels='8,8'), 'must be of type'),
   ],

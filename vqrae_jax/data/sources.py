@@ -47,9 +47,32 @@ def read_image(path: pathlib.Path) -> np.ndarray:
   """
   try:
     with Image.open(path) as image:
-      return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
-  except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as e:
+      return _to_rgb(ImageOps.exif_transpose(image))
+  except _UNREADABLE as e:
     raise UserError(f'cannot read the image {path}: {e}') from None
+
+
+_UNREADABLE = (
+  OSError,
+  UnidentifiedImageError,
+  SyntaxError,
+  ValueError,
+  Image.DecompressionBombError,
+)
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+  """Any mode as uint8 [h w 3]: 16 bits scaled down, alpha over white."""
+  if image.mode.startswith('I;16'):
+    grey = np.round(np.asarray(image).astype(np.float32) / 257)
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+  if image.mode in ('I', 'F'):
+    raise ValueError(f'values of mode {image.mode} have no known range')
+  if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+    image = image.convert('RGBA')
+    page = Image.new('RGBA', image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(page, image)
+  return np.asarray(image.convert('RGB'))
 
 
 class ImageFiles:
@@ -65,6 +88,18 @@ class ImageFiles:
     self.paths = list(paths)
     self.names = [p.stem for p in self.paths]
     self._kept: dict[int, np.ndarray] | None = {} if keep else None
+
+  def size(self, index: int) -> tuple[int, int]:
+    """(h, w) from the file's header; a quarter turn by EXIF counts."""
+    try:
+      with Image.open(self.paths[index]) as image:
+        w, h = image.size
+        turned = image.getexif().get(0x0112, 1) >= 5
+    except _UNREADABLE as e:
+      raise UserError(
+        f'cannot read the image {self.paths[index]}: {e}'
+      ) from None
+    return (w, h) if turned else (h, w)
 
   def __len__(self) -> int:
     return len(self.paths)

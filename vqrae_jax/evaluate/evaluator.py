@@ -32,7 +32,28 @@ def block_mean(tiles: np.ndarray, block: int) -> np.ndarray:
 
 def _bound(fn: Callable, tokenizer: Tokenizer, variables: Tree) -> Callable:
   """A door function, jitted, waiting for its images or indices."""
-  return functools.partial(jax.jit(functools.partial(fn, tokenizer)), variables)
+  return functools.partial(_jitted(fn), tokenizer, variables)
+
+
+@functools.cache
+def _jitted(fn: Callable) -> Callable:
+  """One jit a function: a shape compiles once, however many images come."""
+  return jax.jit(fn, static_argnums=0)
+
+
+def check_tiles(source: ImageFiles, tile: int) -> None:
+  """Every photograph holds a tile; reads sizes only.
+
+  Raises:
+    UserError: with the first that does not.
+  """
+  for i, name in enumerate(source.names):
+    h, w = source.size(i)
+    if min(h, w) < tile:
+      raise UserError(
+        f'the held-out photograph {name} of {h}x{w} is smaller than '
+        f'eval.tile={tile}'
+      )
 
 
 def in_batches(fn: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
@@ -85,7 +106,7 @@ def evaluate_tiles(
   cut = [pipeline.tiles(source[i], (tile, tile)) for i in range(len(source))]
   tiles = np.concatenate(cut)
   if not len(tiles):
-    raise UserError(f'no photograph of {source.names} holds a {tile}px tile')
+    raise UserError(f'no photograph holds a tile of {tile} px')
   targets = tiles.astype(np.float32) / 255
   baseline = _sums(
     block_mean(targets, tokenizer.patch_size), targets, batch_size

@@ -49,16 +49,18 @@ class Sums:
     )
 
   def results(self) -> dict[str, float]:
-    """psnr (of the pooled MSE), psnr_mean (over images), ssim, and, with
-    counts, codes_used, usage and perplexity over the set."""
+    """psnr (of the pooled MSE), psnr_mean (over images), ssim (of images of
+    11 pixels or more) and, with counts, codes_used, usage and perplexity over
+    the set."""
     mse = max(self.squared / max(self.pixels, 1), 1e-10)
     n = max(self.images, 1)
     results = {
       'images': self.images,
       'psnr': -10 * math.log10(mse),
       'psnr_mean': self.psnr / n,
-      'ssim': self.ssim / n,
     }
+    if math.isfinite(self.ssim):
+      results['ssim'] = self.ssim / n
     if self.counts is not None:
       used = (self.counts > 0).sum(-1)
       p = self.counts / np.maximum(self.counts.sum(-1, keepdims=True), 1)

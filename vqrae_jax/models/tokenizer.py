@@ -67,7 +67,7 @@ class Tokenizer(nn.Module):
       UserError: h or w is no multiple of the decoder's patch.
     """
     p = self.patch_size
-    if h % p or w % p or not (h and w):
+    if h % p or w % p or h < 1 or w < 1:
       near = [max(round(s / p), 1) * p for s in (h, w)]
       raise UserError(
         f'an image of {h}x{w} is no multiple of the decoder patch {p}; '

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -73,7 +74,11 @@ def nearest_code(
   shape = z.shape[:-1]
   flat = z.reshape(math.prod(shape), z.shape[-1])
   mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(a for a in BATCH_AXES if mesh.shape.get(a, 1) > 1)
+  # Not inside a caller's own shard_map, nor over axes typed Explicit.
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types or (), strict=True))
+  axes = tuple(
+    a for a in BATCH_AXES if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1
+  )
   shards = math.prod(mesh.shape[a] for a in axes)
   search = _nearest
   n = flat.shape[0]

@@ -52,8 +52,8 @@ def first_match(
   """{name: value of the first row whose regex matches it whole}.
 
   Raises:
-    UserError: a name no row claims, a row that is no regex, or a row that
-      claims nothing although no other row came before it for some name.
+    UserError: a name no row claims, a row that is no regex, or one that
+      claims nothing: it matches no name, or earlier rows took them all.
   """
   compiled = []
   for pattern, value in rows:
@@ -61,26 +61,31 @@ def first_match(
       compiled.append((re.compile(pattern), value))
     except re.error as e:
       raise UserError(f'{what}: "{pattern}" is no regex ({e})') from None
-  claimed, lost, seen = {}, [], set()
+  claimed, lost, used = {}, [], set()
   for name in names:
-    for regex, value in compiled:
-      if regex.fullmatch(name):
-        claimed[name] = value
-        seen.add(regex.pattern)
-        break
+    matching = [i for i, (r, _) in enumerate(compiled) if r.fullmatch(name)]
+    if matching:
+      claimed[name] = compiled[matching[0]][1]
+      used.add(matching[0])
     else:
       lost.append(name)
   if lost:
     raise UserError(
-      f'{what} claims no row for {len(lost)} leaves: {", ".join(lost[:4])}'
+      f'no row of {what} claims {len(lost)} leaves: {", ".join(lost[:4])}'
       f'{" …" if len(lost) > 4 else ""}; add a row (".*" claims the rest)'
     )
-  for regex, _ in compiled:
-    if regex.pattern not in seen and regex.pattern != '.*':
+  for i, (regex, _) in enumerate(compiled):
+    if i in used or regex.pattern == '.*':
+      continue
+    if any(regex.fullmatch(name) for name in names):
       raise UserError(
-        f'{what}: "{regex.pattern}" matches no leaf'
-        f'{did_you_mean(regex.pattern, names)}'
+        f'{what}: earlier rows claim all that "{regex.pattern}" matches; '
+        'put it before them'
       )
+    raise UserError(
+      f'{what}: "{regex.pattern}" matches no leaf'
+      f'{did_you_mean(regex.pattern, names)}'
+    )
   return claimed
 
 

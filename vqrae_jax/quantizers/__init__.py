@@ -6,7 +6,7 @@ apart: `base.Quantizer` is the protocol.
 
 from collections.abc import Mapping
 
-from vqrae_jax.errors import choose
+from vqrae_jax.errors import UserError, choose
 from vqrae_jax.quantizers.base import Quantizer
 from vqrae_jax.quantizers.continuous import Continuous
 from vqrae_jax.quantizers.fsq import FSQ
@@ -30,6 +30,12 @@ def build(section: Mapping, latent_dim: int, dtype: str) -> Quantizer:
   """
   fields = {k: v for k, v in section.items() if k != 'name'}
   cls = choose(QUANTIZERS, section.get('name', '(none given)'), 'quantizer')
+  for key in ('latent_dim', 'dtype'):
+    if key in fields:
+      raise UserError(
+        f'model.quantizer.{key} is not set here: it follows '
+        f'{"the encoder" if key == "latent_dim" else "model.dtype"}'
+      )
   fields = dict(latent_dim=latent_dim, dtype=dtype) | fields
   return build_spec(cls, fields, 'model.quantizer')
 

@@ -19,6 +19,11 @@ class Continuous(base.Quantizer):
   projection: bool = False
   code_dim: int | None = None
 
+  def __post_init__(self):
+    if self.code_dim is not None and self.code_dim < 1:
+      raise UserError(f'quantizer.code_dim={self.code_dim} must be above 0')
+    super().__post_init__()
+
   @property
   def codebook_size(self):
     return 0

@@ -50,6 +50,11 @@ class FSQ(base.Quantizer):
         f'quantizer.levels={levels} make {math.prod(levels)} codes; an i32 '
         'index holds fewer than 2147483648'
       )
+    if not 0 < self.epsilon < 1 / (max(levels) - 1):
+      raise UserError(
+        f'quantizer.epsilon={self.epsilon} must lie in (0, 1/(L-1)), here '
+        f'below {1 / (max(levels) - 1):.3g}, or a bound would pass its levels'
+      )
     if self.convention not in CONVENTIONS:
       raise UserError(
         f'quantizer.convention={self.convention!r}'
@@ -86,10 +91,10 @@ class FSQ(base.Quantizer):
     half = (radix - 1) * (1 + self.epsilon) / 2
     off = np.where(radix % 2 == 0, 0.5, 0.0)
     shift = np.arctanh(off / half).astype(np.float32)
-    unit = (radix // 2).astype(np.float32)
+    unit, top = ((radix // 2).astype('f4'), (radix - 1).astype('f4'))
     off, half = off.astype(np.float32), half.astype(np.float32)
     bounded = jnp.tanh(z + shift) * half - off
-    digits = jnp.round(bounded) + unit
+    digits = jnp.clip(jnp.round(bounded) + unit, 0, top)
     return bounded / unit, digits.astype(jnp.int32)
 
   def _from_digits(self, digits):

@@ -56,6 +56,8 @@ class SimVQ(base.Quantizer):
         f'quantizer.num_codes={self.num_codes} and '
         f'quantizer.code_dim={self.code_dim} must be above 0'
       )
+    if self.basis_std <= 0:
+      raise UserError(f'quantizer.basis_std={self.basis_std} must be above 0')
     super().__post_init__()
 
   @property

@@ -8,7 +8,8 @@ parameter that the codebook loss moves.
 Initialised as usual (N = 0, codes random), the average kills its own codebook
 at the first step: a code that wins nothing is divided by almost nothing and
 leaves for norm 1e6. Here N starts at one a code and the codes start at tokens
-of the first batch, each a real point of the data.
+of the first batch, each a real point of the data. A code moves only when it
+wins a token; what revives one that never does is not here yet.
 """
 
 import jax
@@ -51,6 +52,10 @@ class VQ(base.Quantizer):
       raise UserError(f'quantizer.num_codes={self.num_codes} must be above 0')
     if not 0 <= self.decay < 1:
       raise UserError(f'quantizer.decay={self.decay} must lie in [0, 1)')
+    if self.epsilon <= 0:
+      raise UserError(f'quantizer.epsilon={self.epsilon} must be above 0')
+    if self.code_dim is not None and self.code_dim < 1:
+      raise UserError(f'quantizer.code_dim={self.code_dim} must be above 0')
     super().__post_init__()
 
   @property
@@ -132,7 +137,10 @@ class VQ(base.Quantizer):
     sums = g * codebook['sums'] + (1 - g) * stats['sums'][0]
     total = counts.sum()
     smooth = (counts + self.epsilon) / (total + self.num_codes * self.epsilon)
-    codes = sums / (smooth * total)[:, None]
+    # A code that won nothing stays: its count decays below epsilon in time,
+    # and the quotient would draw it to the origin, beside all other idle ones.
+    won = (count > 0)[:, None]
+    codes = jnp.where(won, sums / (smooth * total)[:, None], codebook['codes'])
     return {'codes': codes, 'counts': counts, 'sums': sums}
 
   def baked_codebook(self):

@@ -6,6 +6,7 @@ Flags and `jax.distributed` only; the run is in `loop.py`.
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -27,9 +28,8 @@ def find_config(path: str) -> str:
     root = pathlib.Path(__file__).resolve().parents[2]
     installed = root / file
     if not installed.is_file():
-      folder = file.parent if file.parent.is_dir() else root / 'configs'
-      known = [f'configs/{p.name}' for p in folder.glob('*.py')]
-      raise UserError(f'no config at {path}{did_you_mean(path, known)}')
+      known = [f'configs/{p.name}' for p in (root / 'configs').glob('[!_]*.py')]
+      raise UserError(f'no config at "{path}"{did_you_mean(path, known)}')
     file = installed
   home = str(file.resolve().parents[1])
   if home not in sys.path[:1]:
@@ -40,13 +40,33 @@ def find_config(path: str) -> str:
 
 def _resolved(argv: list[str]) -> list[str]:
   """argv with the config's path resolved, its `:args` kept."""
-  out = []
-  for word in argv:
+  out, words = [], iter(argv)
+  for word in words:
+    if word in ('--config', '-config'):  # the value is the next word
+      word = f'{word}={next(words, "")}'
     if word.startswith(('--config=', '-config=')):
       path, colon, args = word.split('=', 1)[1].partition(':')
       word = f'--config={find_config(path)}{colon}{args}'
     out.append(word)
   return out
+
+
+def _check_overrides(config: Any, argv: list[str]) -> None:
+  """Every --config.a.b=v names a key that the config has."""
+  for word in argv:
+    dotted = word.lstrip('-').split('=')[0]
+    if not (word.startswith('-') and dotted.startswith('config.')):
+      continue
+    node, path = config, 'config'
+    for key in dotted.split('.')[1:]:
+      keys = list(node.keys()) if hasattr(node, 'keys') else []
+      if key not in keys:
+        raise UserError(
+          f'unknown key "{path}.{key}"{did_you_mean(key, keys)}'
+          if keys
+          else f'"{path}" has no keys, so no "{path}.{key}"'
+        )
+      node, path = node[key], f'{path}.{key}'
 
 
 def _steps(profile: str | None) -> tuple[int, int] | None:
@@ -61,18 +81,18 @@ def _steps(profile: str | None) -> tuple[int, int] | None:
   return first, last
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, joins the other hosts, trains."""
+def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
+  """The parsed flags; without overrides the config is as its file says."""
   from ml_collections import config_flags
 
-  if not {'--help', '-h', '-help'} & set(argv):
-    argv = _resolved(argv)
+  if not overrides:
+    argv = [w for w in argv if not w.lstrip('-').startswith('config.')]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     'config',
     None,
     'the run: a file with get_config(), :args after it; --config.a.b=v changes '
-    'one key',
+    'a key that it has',
     flag_values=values,
     # Or it would look for --config.a.b=v in the process's own arguments.
     sys_argv=[MODULE, *argv],
@@ -92,16 +112,33 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_bool(
     'distributed',
     'JAX_COORDINATOR_ADDRESS' in os.environ,
-    'join the other hosts by jax.distributed.initialize()',
+    'join the other hosts by jax.distributed.initialize(), which finds them '
+    'itself on TPU pods and under Slurm',
     flag_values=values,
   )
   command.parse(values, argv, MODULE, EXAMPLE)
+  return values
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, joins the other hosts, trains."""
+  from ml_collections import config_flags
+
+  values = _flags(argv := _resolved(argv), overrides=False)
+  if values.config is not None:
+    _check_overrides(values.config, argv)
+    values = _flags(argv, overrides=True)
   command.required(values, 'config')
   profile = _steps(values.profile)
+  if values.dry_run and profile:
+    raise UserError('--dry_run has one step and no --profile')
   if values.distributed:
     import jax
 
-    jax.distributed.initialize()
+    try:
+      jax.distributed.initialize()
+    except (RuntimeError, ValueError) as e:
+      raise UserError(f'--distributed: {" ".join(str(e).split())}') from None
   from vqrae_jax.train import loop, summary
 
   if values.dry_run:
@@ -121,7 +158,7 @@ def _next_steps(workdir: pathlib.Path) -> str:
   lines += [
     f'your images: python -m vqrae_jax.reconstruct_images '
     f'--tokenizer={workdir}/tokenizer --images=FOLDER --out=out',
-    f'curves:      tensorboard --logdir={workdir}',
+    f'curves:      pip install tensorboard; tensorboard --logdir={workdir}',
   ]
   return '\n'.join(lines)
 

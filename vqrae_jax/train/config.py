@@ -17,6 +17,14 @@ from vqrae_jax.specs import build_spec
 Duration = int | str
 
 
+def _sides(value, length: int) -> bool:
+  """Whether `value` is a positive whole number, or a tuple of `length`."""
+  numbers = value if isinstance(value, tuple) else (value,) * length
+  return len(numbers) == length and all(
+    isinstance(n, int) and n > 0 for n in numbers
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
   """What is trained on. `examples` is the length of a source without one."""
@@ -35,6 +43,17 @@ class DataSpec:
       raise UserError(
         f'data.crop={self.crop!r}{did_you_mean(self.crop, CROPS)}'
       )
+    if not _sides(self.image_size, 2):
+      raise UserError(
+        f'data.image_size={self.image_size} must be pixels, or (h, w)'
+      )
+    if self.resize is not None and not _sides(self.resize, 2):
+      raise UserError(
+        f'data.resize={self.resize} must be pixels of the shorter side, or '
+        '(lowest, highest)'
+      )
+    if self.examples is not None and self.examples < 1:
+      raise UserError(f'data.examples={self.examples} must be above 0')
 
   @property
   def size(self) -> tuple[int, int]:
@@ -52,12 +71,23 @@ class LossTerm:
   """A weight, and the step or epoch from which it counts."""
 
   weight: float
-  start: int = 0
+  start: int | float = 0
   unit: str = 'steps'
 
-  def weight_at(self, steps_per_epoch: int | None):
+  def __post_init__(self):
+    if not 0 < self.weight < float('inf'):
+      raise UserError(
+        f'a loss with weight={self.weight} trains nothing; give a number '
+        'above 0, or leave the term out'
+      )
+
+  def start_step(self, steps_per_epoch: float | None) -> int:
+    """The first step that counts."""
+    return steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
+
+  def weight_at(self, steps_per_epoch: float | None):
     """step -> f32[]: zero before the start."""
-    start = steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
+    start = self.start_step(steps_per_epoch)
     return lambda step: self.weight * (step >= start)
 
 
@@ -96,6 +126,13 @@ class EvalSpec:
   exclude: tuple[str, ...] = ()
   batch_size: int = 32
 
+  def __post_init__(self):
+    if self.tile < 1 or self.batch_size < 1:
+      raise UserError(
+        f'eval.tile={self.tile} and eval.batch_size={self.batch_size} must be '
+        'above 0'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
@@ -125,6 +162,8 @@ class RunSpec:
   def __post_init__(self):
     if self.batch_size < 1:
       raise UserError(f'batch_size={self.batch_size} must be above 0')
+    if not 0 <= self.seed < 2**31:
+      raise UserError(f'seed={self.seed} must lie in [0, 2147483648)')
     if not 0 <= self.ema < 1:
       raise UserError(f'ema={self.ema} must lie in [0, 1)')
     if self.log.every < 1 or self.log.usage_window < 1:
@@ -151,6 +190,8 @@ class RunSpec:
       if not isinstance(row, tuple) or len(row) != 2:
         raise UserError(f'schedules row {row!r} must be (regex, schedule)')
       pattern, fields = row
+      if not isinstance(pattern, str):
+        raise UserError(f'schedules row {row!r}: {pattern!r} is no regex')
       if fields is not None and not isinstance(fields, Mapping):
         raise UserError(
           f'schedules["{pattern}"]={fields!r} must be None or dict(lr=…)'

@@ -11,21 +11,17 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from vqrae_jax import sharding
-from vqrae_jax.data.pipeline import TrainBatches
-from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import pictures
-from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.train import step as step_lib
 from vqrae_jax.train import summary
 from vqrae_jax.train.report import Report, write_json
+from vqrae_jax.train.run import Run, check_workdir, host_copy
 
 
 class NonFinite(UserError):
@@ -45,74 +41,6 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
       f'{", ".join(bad)} not finite at step {step} ({values}); lower the '
       'learning rate, lengthen the warm-up, or compute in float32'
     )
-
-
-class Run:
-  """The pieces of a run, made from its config, before the first step."""
-
-  def __init__(self, config: Any, mesh: jax.sharding.Mesh | None = None):
-    self.spec = spec = config_lib.read_config(config)
-    self.tokenizer = build_tokenizer(spec.model)
-    data = spec.data
-    self.source = open_source(data.source, data.include, data.exclude)
-    if spec.eval is not None:
-      e = spec.eval
-      self.held_out = open_source(e.source, e.include, e.exclude)
-      self.tokenizer.grid(e.tile, e.tile)
-    self.batches = TrainBatches(
-      self.source,
-      data.augment(),
-      batch_size=spec.batch_size,
-      seed=spec.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    examples = data.examples or len(self.source)
-    per_epoch = max(examples // spec.batch_size, 1)
-    self.plan = state_lib.make_plan(spec, self.tokenizer, per_epoch)
-    self.mesh = mesh or sharding.make_mesh(
-      spec.mesh.layout, tensor=spec.mesh.tensor
-    )
-    shards = self.mesh.shape['data'] * self.mesh.shape['fsdp']
-    if spec.batch_size % shards:
-      raise UserError(
-        f'batch_size={spec.batch_size} must be a multiple of the {shards} '
-        'devices that share it'
-      )
-    # Shapes suffice to see that every leaf is moved: nothing compiles yet.
-    state, frozen = jax.eval_shape(
-      lambda: state_lib.fresh_state(self.plan, data.size, spec.seed)
-    )
-    image = jax.ShapeDtypeStruct((spec.batch_size, *data.size, 3), jnp.uint8)
-    step_lib.check_reach(self.plan, state, frozen, image)
-
-  def start(self):
-    """(state, frozen, compiled step) at step 0, on the mesh."""
-    spec, plan = self.spec, self.plan
-    state, frozen = state_lib.init_state(
-      plan, self.mesh, spec.data.size, spec.seed
-    )
-    places = sharding.shardings_for(state, self.mesh)
-    first = sharding.place_batch(self.batches.batch(0), self.mesh)
-    begin = jax.jit(
-      functools.partial(state_lib.init_codebook, plan),
-      out_shardings=places,
-      donate_argnums=0,
-    )
-    state = begin(state, frozen, first['images'])
-    step = jax.jit(
-      functools.partial(step_lib.train_step, plan),
-      out_shardings=(places, None),
-      donate_argnums=0,
-    )
-    return state, frozen, step
-
-  def rates_at(self, step: int) -> dict[str, float]:
-    """{"lr/NAME": rate} of encoder, quantizer and decoder, where they move."""
-    rates: dict[str, float] = {}
-    for name, rate in self.plan.rates.items():
-      rates.setdefault(f'lr/{name.split("/")[0]}', rate)
-    return {name: float(rate(step)) for name, rate in rates.items()}
 
 
 def _read(metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -150,13 +78,19 @@ def train(
   Raises:
     UserError: a config that cannot run, or a loss that is no number.
   """
+  workdir = pathlib.Path(workdir)
+  check_workdir(workdir)
   run = Run(config)
   spec, total = run.spec, run.plan.total_steps
-  workdir = pathlib.Path(workdir)
+  if profile and profile[1] > total:
+    raise UserError(
+      f'--profile={profile[0]}:{profile[1]} ends after the {total} steps of '
+      'the run'
+    )
   workdir.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
     write_json(workdir / 'config.json', config_lib.plain(config))
-  logging.info('%s', describe_run(run))
+  logging.info('%s', run.describe())
   report = Report(
     workdir,
     total_steps=total,
@@ -191,7 +125,9 @@ def train(
     if pending is not None:
       _settle(run, report, *pending, last=True)
     ended = time.perf_counter()
-    variables = state_lib.variables_of(state, frozen, ema=True)
+    variables = host_copy(
+      state_lib.variables_of(state, frozen, ema=True), run.mesh
+    )
   report.close()
   rate = (total - 1) * spec.batch_size / max(ended - compiled_at, 1e-9)
   figures = {
@@ -213,27 +149,13 @@ def _settle(run, report, number, metrics, last=False) -> None:
 
 def _picture(run, state, frozen, images) -> np.ndarray:
   """The first images of the run above what the averaged weights make of
-  them."""
-  images = images[: min(8, images.shape[0])]
+  them; every host takes part."""
   variables = state_lib.variables_of(state, frozen, ema=True)
   painted = _reconstruct(run.tokenizer, variables, images)
-  return pictures.grid(np.asarray(images), pictures.to_uint8(painted))
+  shown, painted = host_copy((images, painted), run.mesh)
+  return pictures.grid(shown[:8], pictures.to_uint8(painted[:8]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reconstruct(tokenizer, variables, images):
   return tokenizer.apply(variables, images).images
-
-
-def describe_run(run: Run) -> str:
-  """One line: what is trained, on what, where."""
-  leaves = jax.tree.leaves(run.plan.shapes['params'])
-  parameters = sum(int(np.prod(leaf.shape)) for leaf in leaves)
-  h, w = run.spec.data.size
-  return (
-    f'{parameters / 1e6:.1f}M parameters, '
-    f'{type(run.tokenizer.quantizer).__name__} with '
-    f'{run.tokenizer.codebook_size} codes, {len(run.source)} photographs at '
-    f'{h}x{w}, batch {run.spec.batch_size}, {run.plan.total_steps} steps on '
-    f'{run.mesh.size} {jax.devices()[0].platform} device(s)'
-  )

@@ -43,6 +43,16 @@ class Plan:
   ema: float
   usage_window: int
 
+  @property
+  def leaves(self) -> dict[str, Any]:
+    """{leaf name: shape} of all parameters, frozen ones too."""
+    return trees.flatten(self.shapes['params'])
+
+  @property
+  def parts(self) -> set[tuple[Any, str]]:
+    """(rate, "encoder" | "quantizer" | "decoder"), one of each kind."""
+    return {(rate, name.split('/')[0]) for name, rate in self.rates.items()}
+
 
 def _check_terms(names: list[str], tokenizer: Tokenizer) -> None:
   given = tokenizer.quantizer.loss_names
@@ -56,8 +66,18 @@ def _check_terms(names: list[str], tokenizer: Tokenizer) -> None:
       )
 
 
+def _check_window(window: int, tokenizer: Tokenizer) -> None:
+  q = tokenizer.quantizer
+  size = 4 * window * q.codes_per_token * q.codebook_size
+  if size > 2**30:
+    raise UserError(
+      f'log.usage_window={window} steps of {q.codebook_size} counts take '
+      f'{size / 2**30:.1f} GiB on each device; shorten the window'
+    )
+
+
 def make_plan(
-  spec: RunSpec, tokenizer: Tokenizer, steps_per_epoch: int | None
+  spec: RunSpec, tokenizer: Tokenizer, steps_per_epoch: float | None
 ) -> Plan:
   """Checks a run's config against its model; touches no device memory.
 
@@ -77,6 +97,15 @@ def make_plan(
   if not trainable:
     raise UserError('schedules freeze every leaf: there is nothing to train')
   total = optim.steps_of(spec.duration, steps_per_epoch, 'duration')
+  if total < 1:
+    raise UserError(f'duration={spec.duration!r} is no step at all')
+  for name, term in terms.items():
+    if term.start_step(steps_per_epoch) >= total:
+      raise UserError(
+        f'losses.{name} starts at {term.start} {term.unit}, after the '
+        f'{total} steps of the run'
+      )
+  _check_window(spec.log.usage_window, tokenizer)
   optimizer, rates = optim.make_optimizer(
     spec.optim,
     schedules,
