@@ -128,7 +128,7 @@ def test_every_leaf_is_claimed():
 @pytest.mark.parametrize(
   'fields, words',
   [
-    (dict(lr=-1.0), 'must not be negative'),
+    (dict(lr=-1.0), 'must be finite and not negative'),
     (dict(lr=1.0, decay='cosin'), 'did you mean "cosine"'),
     (dict(lr=1.0, warmup=10), 'leaves none of the 10 steps'),
     (dict(lr=1.0, layers=(1.0, 1.0)), 'which stacks'),

@@ -10,7 +10,6 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -36,7 +35,7 @@ def _apply(tokenizer, variables, x, method=None, *, precision, **kwargs):
 
 def _array(x: ArrayLike) -> Array:
   """Lists and the like as arrays; arrays, traced or not, as they are."""
-  return x if hasattr(x, 'dtype') else np.asarray(x)
+  return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _batched(images: ArrayLike) -> ArrayLike:

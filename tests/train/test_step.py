@@ -199,7 +199,7 @@ def test_a_loss_starts_when_its_config_says():
   plan = planned(losses=losses)
   assert [float(plan.weights['l1'](s)) for s in range(5)] == [0, 0, 0, 2, 2]
   epochs = dict(l2=dict(weight=1.0, start=2, unit='epochs'))
-  spec = config_lib.read_config(tiny.run(losses=epochs))
+  spec = config_lib.read_config(tiny.run(losses=epochs, duration='9 epochs'))
   plan = state_lib.make_plan(spec, build_tokenizer(spec.model), 10)
   assert [float(plan.weights['l2'](s)) for s in (19, 20)] == [0, 1]
 
