@@ -13,6 +13,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import run as run_lib
 from vqrae_jax.train import state as state_lib
 
 
@@ -72,3 +73,14 @@ def test_bad_meshes_say_what_is_right():
     sharding.make_mesh('fdsp')
   with pytest.raises(UserError, match='must divide the 8 devices'):
     sharding.make_mesh('fsdp+tp', tensor=3)
+
+
+def test_activations_get_their_axes():
+  """The rules reach the step: blocks' activations lie over the batch axes."""
+  started = run_lib.Run(tiny.run('fsq-cosmos', mesh=dict(layout='fsdp')))
+  with jax.set_mesh(started.mesh):
+    state, frozen, step = started.start()
+    images = sharding.place_batch({'x': tiny.images(8)}, started.mesh)['x']
+    text = step.lower(state, frozen, images).as_text()
+  lines = [x for x in text.split('\n') if 'sharding_constraint' in x]
+  assert any('"data", "fsdp"' in x and '8x16x32' in x for x in lines), lines

@@ -1,5 +1,8 @@
 """Walls of docs/architecture.md that no other test file holds."""
 
+import pathlib
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +11,40 @@ from tests import tiny
 from vqrae_jax import export, sharding
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import run as run_lib
 from vqrae_jax.train import state as state_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def test_the_plan_is_true_to_the_code():
+  """Every test and file that docs/architecture.md names exists."""
+  text = (ROOT / 'docs/architecture.md').read_text()
+  names = re.findall(r'`(tests/[\w/]+\.py)?(?:::(\w+))?`', text)
+  file = None
+  assert sum(bool(test) for _, test in names) >= 9
+  for path, test in names:
+    file = path or file
+    if test:
+      assert f'def {test}(' in (ROOT / file).read_text(), (file, test)
+  files = {p.name for p in (ROOT / 'vqrae_jax').rglob('*.py')}
+  tree = text.split('## The rooms')[1].split('```')[1]
+  said = set(re.findall(r'[\w]+\.py', tree))
+  assert said <= files, said - files
+  rooms = {p.name for p in (ROOT / 'vqrae_jax').iterdir() if p.is_dir()}
+  assert {r for r in rooms if f'{r}/' not in tree} <= {'__pycache__'}
+
+
+def test_frozen_leaves_survive_the_step():
+  """The step donates its state, never what is frozen."""
+  keys = dict(schedules=(('encoder/.*', None), ('.*', dict(lr=1e-3))))
+  started = run_lib.Run(tiny.run('fsq-cosmos', **keys))
+  with jax.set_mesh(started.mesh):
+    state, frozen, step = started.start()
+    leaf = next(iter(state.tokenizer.params.values()))
+    step(state, frozen, tiny.images(8))
+  assert leaf.is_deleted()
+  assert not any(p.is_deleted() for p in frozen.params.values())
 
 
 @pytest.mark.parametrize('kind', tiny.QUANTIZERS)

@@ -10,6 +10,7 @@ import pytest
 
 import vqrae_jax
 from tests import tiny
+from tests.golden import make_describe
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.tokenizer import build_tokenizer, describe
 
@@ -76,6 +77,12 @@ def test_describe_inverts_build(kind):
   text = json.dumps(describe(tokenizer))
   assert build_tokenizer(json.loads(text)) == tokenizer
   assert hash(build_tokenizer(json.loads(text))) == hash(tokenizer)
+
+
+def test_descriptions_are_pinned():
+  """They are part of every fingerprint; see tests/golden/make_describe.py."""
+  golden = json.loads(make_describe.PATH.read_text())
+  assert make_describe.described() == golden
 
 
 def test_run_options_are_no_part_of_what_a_tokenizer_is():
