@@ -1,7 +1,8 @@
-"""Eight fake devices, shared compilations, array shapes checked at every call.
+"""Eight fake devices, shared compilations, shapes checked at every call.
 
-The import hook checks jaxtyping annotations in every module of the package
-but `types.py`, whose pytrees also hold shapes and shardings.
+The import hook checks annotations in every module but `types.py`, whose
+pytrees also hold shapes and shardings, `specs.py`, which checks its own fields,
+and the thin command lines.
 """
 
 import os
@@ -17,9 +18,14 @@ import jax
 import jaxtyping
 import pytest
 
-CHECKED = ('errors', 'ops', 'nn', 'losses', 'models', 'quantizers')
+import tests.typecheck  # noqa: F401, the hook finds it by its name
+
+CHECKED = (
+  'errors', 'ops', 'nn', 'losses', 'models', 'quantizers',
+  'inference', 'optim', 'sharding', 'export', 'data', 'evaluate', 'train',
+)  # fmt: skip
 jaxtyping.install_import_hook(
-  [f'vqrae_jax.{name}' for name in CHECKED], 'beartype.beartype'
+  [f'vqrae_jax.{name}' for name in CHECKED], 'tests.typecheck.checked'
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -163,15 +163,6 @@ def test_inside_a_callers_shard_map():
   assert (np.asarray(found) == np.asarray(want)).mean() > 0.99
 
 
-def test_lists_are_arrays():
-  tokenizer, variables = tiny.built(tiny.model())
-  indices = np.zeros((1, 4, 4), np.int32)
-  np.testing.assert_array_equal(
-    vqrae_jax.decode_from_indices(tokenizer, variables, indices.tolist()),
-    vqrae_jax.decode_from_indices(tokenizer, variables, indices),
-  )
-
-
 def test_usage():
   counts = jnp.array([[0, 3, 1, 0], [1, 1, 1, 1]])
   np.testing.assert_array_equal(vqrae_jax.codebook_usage(counts), [0.5, 1.0])
@@ -186,6 +177,7 @@ def test_usage():
     (np.zeros((16, 16, 3), np.uint8), 'add a batch axis'),
     (np.zeros((2, 3, 16, 16), np.uint8), 'channels last'),
     (np.zeros((2, 0, 16, 3), np.uint8), 'no multiple'),
+    ([[0.0]], 'an array is needed here, not a list'),
   ],
 )
 def test_bad_images_say_what_is_right(images, words):
@@ -199,6 +191,7 @@ def test_bad_indices_say_what_is_right():
   for indices, words in (
     (np.zeros((2, 4, 4)), 'integers'),
     (np.zeros((4, 4), np.int32), 'axes'),
+    ([1, 2], 'not a list'),
   ):
     with pytest.raises(vqrae_jax.UserError, match=words):
       vqrae_jax.decode_from_indices(tokenizer, variables, indices)

@@ -7,10 +7,10 @@ with the highest matmul precision, for indices that must not move.
 """
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from vqrae_jax import losses as loss_terms
@@ -33,12 +33,14 @@ def _apply(tokenizer, variables, x, method=None, *, precision, **kwargs):
     return tokenizer.apply(variables, x, method=method, **kwargs)
 
 
-def _array(x: ArrayLike) -> Array:
-  """Lists and the like as arrays; arrays, traced or not, as they are."""
-  return x if isinstance(x, jax.Array) else jnp.asarray(x)
+def _array(x: Any) -> Any:
+  """x, which must be an array of jax or numpy, traced or not."""
+  if not hasattr(x, 'ndim'):
+    raise UserError(f'an array is needed here, not a {type(x).__name__}')
+  return x
 
 
-def _batched(images: ArrayLike) -> ArrayLike:
+def _batched(images: Any) -> Any:
   images = _array(images)
   if images.ndim != 4:
     raise UserError(
@@ -51,7 +53,7 @@ def _batched(images: ArrayLike) -> ArrayLike:
 def encode_to_indices(
   tokenizer: Tokenizer,
   variables: Tree,
-  images: ArrayLike,
+  images: Any,
   *,
   precision: str = 'default',
 ) -> Array:
@@ -81,7 +83,7 @@ def encode_to_indices(
 def decode_from_indices(
   tokenizer: Tokenizer,
   variables: Tree,
-  indices: ArrayLike,
+  indices: Any,
   *,
   precision: str = 'default',
 ) -> Array:
@@ -116,7 +118,7 @@ def decode_from_indices(
 def encode(
   tokenizer: Tokenizer,
   variables: Tree,
-  images: ArrayLike,
+  images: Any,
   *,
   precision: str = 'default',
 ) -> Array:
@@ -129,7 +131,7 @@ def encode(
 def reconstruct(
   tokenizer: Tokenizer,
   variables: Tree,
-  images: ArrayLike,
+  images: Any,
   losses: bool = False,
   *,
   precision: str = 'default',

@@ -27,7 +27,7 @@ Rates = dict[str, Callable[[Any], Any]]
 
 
 def steps_of(
-  duration: int | str, steps_per_epoch: float | None, where: str
+  duration: int | float | str, steps_per_epoch: float | None, where: str
 ) -> int:
   """Steps of 300, "300 steps" or "1.5 epochs".
 

@@ -96,7 +96,8 @@ def reconstruct_folder(
   how = f'in tiles of {tile} px' if tile else 'whole'
   page = pictures.comparison(*zip(*shown, strict=True), title=f'images {how}')
   pictures.save_png(page, out / 'comparison.png')
-  print(f'{len(source)} images in {out}, side by side in {out}/comparison.png')
+  many = f'{len(source)} images' if len(source) > 1 else '1 image'
+  print(f'{many} in {out}, side by side in {out}/comparison.png')
 
 
 def _check_outputs(source, out: pathlib.Path) -> None:

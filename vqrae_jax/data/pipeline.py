@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from vqrae_jax.data.sources import ImageFiles
+from vqrae_jax.data.sources import Photographs
 from vqrae_jax.errors import UserError
 
 CROPS = ('random', 'center')
@@ -112,7 +112,7 @@ class TrainBatches:
 
   def __init__(
     self,
-    source: ImageFiles,
+    source: Photographs,
     augment: Augment,
     *,
     batch_size: int,

@@ -10,6 +10,7 @@ import glob
 import importlib.util
 import pathlib
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -73,6 +74,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
   return np.asarray(image.convert('RGB'))
+
+
+@runtime_checkable
+class Photographs(Protocol):
+  """What the pipeline reads: random access to uint8 [h w 3]."""
+
+  def __len__(self) -> int:
+    """How many there are."""
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """uint8 [h w 3]."""
 
 
 class ImageFiles:
