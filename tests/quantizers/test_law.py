@@ -84,6 +84,27 @@ def test_decode_is_the_forward_eagerly(kind):
   np.testing.assert_array_equal(bits(painted), bits(jnp.clip(out.images, 0, 1)))
 
 
+@pytest.mark.parametrize('kind', ('fsq-centered', 'simvq-l2'))
+def test_post_quant_in_latent_space(kind):
+  """The convolution after the projection is part of the same tail."""
+  config = tiny.model(kind, depth=1, post_quant=dict(kernel=3, space='latent'))
+  tokenizer, variables = tiny.built(config)
+  kernel = variables['params']['quantizer']['post_conv']['kernel']
+  assert kernel.shape == (3, 3, 32, 32)
+  images = tiny.images(2)
+  encode, decode, reconstruct = (
+    jax.jit(functools.partial(f, tokenizer))
+    for f in (
+      vqrae_jax.encode_to_indices,
+      vqrae_jax.decode_from_indices,
+      vqrae_jax.reconstruct,
+    )
+  )
+  painted = decode(variables, encode(variables, images))
+  want = np.clip(reconstruct(variables, images).images, 0, 1)
+  np.testing.assert_array_equal(bits(painted), bits(want))
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('kind', tiny.QUANTIZERS)
 def test_training_forward_uses_the_same_codes(kind, dtype):
