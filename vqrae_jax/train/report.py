@@ -6,6 +6,7 @@ each step appears once.
 
 import json
 import pathlib
+import shutil
 import sys
 import time
 from typing import Any
@@ -39,6 +40,8 @@ class Report:
     if tensorboard:
       from tensorboardX import SummaryWriter
 
+      if not start_step:  # as metrics.jsonl: no curve of an earlier run
+        shutil.rmtree(workdir / 'tensorboard', ignore_errors=True)
       self._events = SummaryWriter(str(workdir / 'tensorboard'))
     self._bar = tqdm(
       total=total_steps * batch_size,
@@ -76,7 +79,12 @@ class Report:
     if self._bar is None or self._bar.disable:
       logging.info(line)
     else:
-      self._bar.set_postfix_str(words, refresh=False)
+      brief = {
+        k.removeprefix('loss/'): f'{v:.3g}'
+        for k, v in metrics.items()
+        if k.startswith('loss/') or k in ('psnr', 'usage')
+      }
+      self._bar.set_postfix(brief, refresh=False)
     if self._events is not None:
       for name, value in row.items():
         if name != 'step':
