@@ -89,8 +89,8 @@ def test_two_hosts_train_as_one(config, tmp_path):
   ]
   assert [r['step'] for r in rows[1]] == [1, 2, 3]
   for a, b in zip(*rows, strict=True):
-    for name in ('loss/l2', 'loss/commit', 'grad_norm'):
-      np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-7)
+    for name in ('loss/l2', 'loss/commit'):
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-7)
   tokenizer, _ = vqrae_jax.load_tokenizer(two / 'tokenizer')
   assert tokenizer.codebook_size == 64
   assert (two / 'reconstructions.png').exists()
