@@ -194,11 +194,14 @@ def make_optimizer(
   """
   rates: Rates = {}
   factors = {}
+  made: dict[Schedule, Callable[[Any], Any]] = {}  # leaves share their rate
   for name, leaf in params.items():
     schedule = schedules[name]
     _check_layers(name, leaf, schedule)
     warmup = steps_of(schedule.warmup, steps_per_epoch, 'schedule warmup')
-    rates[name] = schedule.rate(total_steps, warmup)
+    if schedule not in made:
+      made[schedule] = schedule.rate(total_steps, warmup)
+    rates[name] = made[schedule]
     if schedule.layers is not None:
       factors[name] = _layer_factors(schedule.layers, leaf.ndim)
 
@@ -212,8 +215,10 @@ def make_optimizer(
   def scaled(updates, step):
     """-rate × update; exactly zero in a frozen slice."""
 
+    now = {rate: rate(step) for rate in made.values()}
+
     def one(name, update):
-      update = -rates[name](step).astype(update.dtype) * update
+      update = -now[rates[name]].astype(update.dtype) * update
       if name not in factors:
         return update
       factor, moves = factors[name]

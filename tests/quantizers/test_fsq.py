@@ -117,8 +117,11 @@ def test_width_mismatch_names_both():
     (dict(levels=()), 'at least 2'),
     (dict(levels=(64,) * 6), '2147483648'),
     (dict(levels=(8, 8), convention='center'), 'did you mean "centered"'),
-    (dict(levels=(8, 5), epsilon=0.5), r'must lie in \(0, 1/\(L-1\)\)'),
-    (dict(levels=(2048, 4)), 'epsilon=0.001'),
+    (
+      dict(levels=(8, 5), convention='cosmos', epsilon=0.5),
+      r'must lie in \(0, 1/\(L-1\)\)',
+    ),
+    (dict(levels=(2048, 4), convention='cosmos'), 'epsilon=0.001'),
     (dict(level=(8, 8)), 'did you mean "levels"'),
     (dict(levels='8,8'), 'must be of type'),
   ],
@@ -126,3 +129,7 @@ def test_width_mismatch_names_both():
 def test_bad_fields_say_what_is_right(fields, words):
   with pytest.raises(UserError, match=words):
     quantizers.build(dict(name='fsq') | fields, 6, 'float32')
+
+
+def test_centered_has_no_epsilon_to_outgrow():
+  assert fsq((2048, 4), 'centered').codebook_size == 8192

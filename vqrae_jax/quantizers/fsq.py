@@ -50,10 +50,11 @@ class FSQ(base.Quantizer):
         f'quantizer.levels={levels} make {math.prod(levels)} codes; an i32 '
         'index holds fewer than 2147483648'
       )
-    if not 0 < self.epsilon < 1 / (max(levels) - 1):
+    widest = 1 / (max(levels) - 1)
+    if self.convention == 'cosmos' and not 0 < self.epsilon < widest:
       raise UserError(
         f'quantizer.epsilon={self.epsilon} must lie in (0, 1/(L-1)), here '
-        f'below {1 / (max(levels) - 1):.3g}, or a bound would pass its levels'
+        f'below {widest:.3g}, or a bound would pass its levels'
       )
     if self.convention not in CONVENTIONS:
       raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vqrae_jax import optim
 from vqrae_jax.errors import UserError
@@ -105,8 +106,7 @@ def train_step(
     window = usage.sum(0)
     metrics['usage'] = code_ops.usage(window).mean()
     metrics['perplexity'] = code_ops.perplexity(window).mean()
-  norms = [jnp.sum(g.astype(jnp.float32) ** 2) for g in gradients.values()]
-  metrics['grad_norm'] = jnp.sqrt(sum(norms))
+  metrics['grad_norm'] = optax.global_norm(gradients)
   state = state.replace(
     step=state.step + 1,
     tokenizer=player.replace(params=params, opt_state=opt_state),
