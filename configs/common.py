@@ -12,6 +12,7 @@ def base() -> ml_collections.ConfigDict:
   config.seed = 0
   config.duration = '1000 steps'
   config.batch_size = 32
+  config.accumulate = 1
   config.ema = 0.999
   config.data = dict(
     source='FOLDER',
@@ -22,12 +23,16 @@ def base() -> ml_collections.ConfigDict:
     crop='random',
     flip=True,
     examples=optional(int),
+    max_skipped=0.01,
   )
+  config.init_from = optional(str)
+  config.init = dict(decoder=optional(str))
   config.optim = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0)
   config.mesh = dict(layout='dp', tensor=1)
   config.log = dict(
     every=50, images_every=1000, usage_window=100, tensorboard=True
   )
+  config.checkpoint = dict(every=1000, keep=3)
   return config
 
 

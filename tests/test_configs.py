@@ -29,9 +29,7 @@ def planned(name, arguments=None):
 @pytest.mark.parametrize('name', NAMES)
 def test_builds_and_every_leaf_is_moved(name):
   spec, plan = planned(name)
-  state, frozen = jax.eval_shape(
-    lambda: state_lib.fresh_state(plan, spec.data.size, 0)
-  )
+  state, frozen = jax.eval_shape(lambda: state_lib.fresh_state(plan, 0))
   images = jax.ShapeDtypeStruct((2, *spec.data.size, 3), 'uint8')
   step_lib.check_reach(plan, state, frozen, images)
 

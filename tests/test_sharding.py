@@ -32,7 +32,7 @@ def test_every_leaf_of_a_state_is_claimed(kind):
   """Optimizer state and averages lie where their parameter lies."""
   spec = config_lib.read_config(tiny.run(kind))
   plan = state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
-  fresh = functools.partial(state_lib.fresh_state, plan, (16, 16), 0)
+  fresh = functools.partial(state_lib.fresh_state, plan, 0)
   state, frozen = jax.eval_shape(fresh)
   mesh = sharding.make_mesh('fsdp+tp', tensor=2)
   places = trees.flatten(sharding.shardings_for((state, frozen), mesh))
@@ -80,7 +80,7 @@ def test_activations_get_their_axes():
   started = run_lib.Run(tiny.run('fsq-cosmos', mesh=dict(layout='fsdp')))
   with jax.set_mesh(started.mesh):
     state, frozen, step = started.start()
-    images = sharding.place_batch({'x': tiny.images(8)}, started.mesh)['x']
-    text = step.lower(state, frozen, images).as_text()
+    batch = started.place(started.batches.batch(0))
+    text = step.lower(state, frozen, batch).as_text()
   lines = [x for x in text.split('\n') if 'sharding_constraint' in x]
   assert any('"data", "fsdp"' in x and '8x16x32' in x for x in lines), lines

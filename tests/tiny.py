@@ -92,3 +92,9 @@ def run(kind: str = 'fsq-cosmos', **keys) -> dict:
     batch_size=8,
   )
   return config | keys
+
+
+def without_clocks(row: dict) -> dict:
+  """A row of metrics.jsonl without what depends on the machine's speed."""
+  clocks = ('images_per_second', 'data_wait')
+  return {k: v for k, v in row.items() if k not in clocks}

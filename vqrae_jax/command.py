@@ -2,7 +2,9 @@
 
 Flags belong to one call, not to the process, so nothing is defined at import
 and tests may call a `main` many times. A `UserError` becomes one line on
-stderr and exit code 2; any other error keeps its traceback.
+stderr and exit code 2; a run that a signal stopped, and that saved itself, one
+line and 143, as the shell has it for SIGTERM. Any other error keeps its
+traceback.
 """
 
 import logging as std_logging
@@ -11,7 +13,7 @@ from collections.abc import Callable
 
 from absl import flags, logging
 
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import Stopped, UserError, did_you_mean
 
 # What absl and ml_collections raise on flags and config overrides.
 _FLAG_ERRORS = (
@@ -90,6 +92,9 @@ def run(main: Callable[[list[str]], None]) -> None:
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(2)
+  except Stopped as e:
+    print(f'stopped: {e}', file=sys.stderr)
+    sys.exit(143)
   except KeyboardInterrupt:
     print('stopped', file=sys.stderr)
     sys.exit(130)

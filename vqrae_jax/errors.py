@@ -30,3 +30,7 @@ def choose(table, word: str, what: str):
     raise UserError(
       f'unknown {what} "{word}"{did_you_mean(word, table)}'
     ) from None
+
+
+class Stopped(Exception):
+  """A run that was asked to stop, and has saved where it is."""

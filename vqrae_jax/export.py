@@ -17,6 +17,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,11 +40,21 @@ def canonical_json(value: Any) -> str:
   )
 
 
-def fingerprint(model: dict, leaves: dict[str, np.ndarray]) -> str:
-  """64 hex digits; the recipe is in this file's docstring."""
+def fingerprint(
+  model: dict,
+  leaves: Mapping[str, Any],
+  read: Callable[[Any], np.ndarray] = np.asarray,
+) -> str:
+  """64 hex digits; the recipe is in this file's docstring.
+
+  Args:
+    model: the full model config; {} for a tree of weights alone.
+    leaves: {leaf name: array}.
+    read: brings one array to the host; called leaf by leaf.
+  """
   digest = hashlib.sha256(canonical_json(model).encode())
   for name in sorted(leaves):
-    leaf = np.ascontiguousarray(np.asarray(leaves[name]).astype('<f4'))
+    leaf = np.ascontiguousarray(read(leaves[name]).astype('<f4'))
     digest.update(f'\n{name} {list(leaf.shape)}\n'.encode())
     digest.update(leaf.tobytes())
   return digest.hexdigest()

@@ -104,17 +104,23 @@ def shardings_for(tree: Any, mesh: Mesh) -> Any:
   )
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
   """The batch divides over its devices, and a host holds its share of it.
+
+  Args:
+    batch_size: of all hosts.
+    mesh: whose data and fsdp axes share it.
+    parts: that it is computed in, one after another.
 
   Raises:
     UserError: it does not, or devices of several hosts share the same rows.
   """
   shards = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch_size % shards:
+  if batch_size % (shards * parts):
+    times = f', times accumulate={parts}' if parts > 1 else ''
     raise UserError(
       f'batch_size={batch_size} must be a multiple of the {shards} devices '
-      'that share it'
+      f'that share it{times}'
     )
   hosts = jax.process_count()
   mine = [d.process_index == jax.process_index() for d in mesh.devices.flat]

@@ -28,7 +28,7 @@ def started(plan, mesh=None, images=None):
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   images = tiny.images(8) if images is None else images
   with jax.set_mesh(mesh):
-    state, frozen = state_lib.init_state(plan, mesh, (16, 16), 0)
+    state, frozen = state_lib.init_state(plan, mesh, 0)
     begin = jax.jit(functools.partial(state_lib.init_codebook, plan))
     state = begin(state, frozen, images)
   return state, frozen
@@ -39,7 +39,9 @@ def jitted(plan):
 
 
 def host(tree):
-  return {n: np.array(x) for n, x in trees.flatten(tree).items()}
+  """{leaf name: numpy}, but for keys."""
+  leaves = trees.flatten(tree).items()
+  return {n: np.array(x) for n, x in leaves if n != 'rng'}
 
 
 def changed(before, after):
@@ -91,7 +93,7 @@ def test_exactly_what_should_move_moves(kind, schedule):
 )
 def test_a_leaf_without_gradient_is_named(kind, losses, lost):
   plan = planned(kind, losses=losses)
-  fresh = functools.partial(state_lib.fresh_state, plan, (16, 16), 0)
+  fresh = functools.partial(state_lib.fresh_state, plan, 0)
   state, frozen = jax.eval_shape(fresh)
   with pytest.raises(UserError, match=f'no loss moves .*{lost}'):
     step_lib.check_reach(plan, state, frozen, tiny.images(8))
@@ -136,7 +138,7 @@ def test_a_frozen_encoder_gets_no_backward():
   for name, rows in (('free', (('.*', dict(lr=1e-3)),)),
                      ('frozen', FROZEN_ENCODER)):  # fmt: skip
     plan = planned(schedules=rows, model=model)
-    fresh = functools.partial(state_lib.fresh_state, plan, (16, 16), 0)
+    fresh = functools.partial(state_lib.fresh_state, plan, 0)
     shapes = jax.eval_shape(fresh)
     images = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)
     compiled = jitted(plan).lower(*shapes, images).compile()
@@ -292,3 +294,37 @@ def test_vector_schedules_reach_the_step():
 def test_a_wrong_config_says_what_is_right(keys, words):
   with pytest.raises(UserError, match=words):
     planned(**keys)
+
+
+@pytest.mark.parametrize('kind', ('vq-ema', 'simvq-l2'))
+def test_accumulation_is_one_big_batch(kind):
+  """Four parts give the step of the whole: weights, codebook, figures."""
+  ends = []
+  for parts in (1, 4):
+    # An eps above the gradients: Adam would make ±1 of a rounding error.
+    plan = planned(
+      kind, accumulate=parts, ema=0.5, optim=dict(eps=0.1, clip=None)
+    )
+    state, frozen = started(plan)
+    step = jitted(plan)
+    rows = []
+    for i in range(2):
+      state, metrics = step(state, frozen, tiny.images(8, seed=i))
+      rows.append({n: float(v) for n, v in metrics.items()})
+    ends.append((host(state), rows))
+  (one, one_rows), (four, four_rows) = ends
+  assert one.keys() == four.keys()
+  for name in one:
+    if name.endswith('key/bias'):
+      continue  # its true gradient is zero: softmax does not see it
+    if one[name].dtype == np.int32:
+      np.testing.assert_array_equal(four[name], one[name], err_msg=name)
+      continue
+    scale = np.abs(one[name]).max()
+    np.testing.assert_allclose(
+      four[name], one[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name
+    )
+  for a, b in zip(one_rows, four_rows, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)

@@ -139,11 +139,14 @@ class TrainBatches:
       return {
         'images': augment_image(source[photo], augment, rng),
         'index': np.int64(index),
+        'photo': np.int64(photo),
+        'skipped': np.int32(0),
       }
 
     order = _global_order(len(source), seed)
     self._batches = order.random_map(make).batch(local)
     self._first, self._stride = process_index, process_count
+    self.unreadable: dict[str, str] = {}
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """This host's rows of step's batch: images uint8 [b h w 3], index [b]."""

@@ -110,12 +110,12 @@ def merge(*parts: Mapping[str, Any]) -> dict:
   return unflatten(leaves)
 
 
-def merge_params(target: Any, source: Any, what: str) -> Any:
-  """`source`'s leaves in `target`'s shape; both sides must match exactly.
+def check_same(target: Any, source: Any, what: str) -> None:
+  """Both trees have the same leaf names and shapes.
 
   Args:
-    target: a tree of arrays or ShapeDtypeStructs: names, shapes, types.
-    source: a tree of arrays with the same names and shapes.
+    target: a tree of arrays or ShapeDtypeStructs: what is wanted.
+    source: another: what there is.
     what: where `source` comes from, for the error.
 
   Raises:
@@ -134,4 +134,14 @@ def merge_params(target: Any, source: Any, what: str) -> Any:
     shown = '; '.join(sorted(report)[:6])
     more = f'; and {len(report) - 6} more' if len(report) > 6 else ''
     raise UserError(f'{what} does not fit the model: {shown}{more}')
+
+
+def merge_params(target: Any, source: Any, what: str) -> Any:
+  """`source`'s leaves in `target`'s form and types, both sides the same.
+
+  Raises:
+    UserError: as `check_same` does.
+  """
+  check_same(target, source, what)
+  have = flatten(source)
   return map_named(lambda n, w: have[n].astype(w.dtype), target)

@@ -61,6 +61,11 @@ class Quantizer(nn.Module):
     """The losses that a call gives, for the config to weigh."""
     return ()
 
+  @property
+  def moving_tables(self) -> tuple[str, ...]:
+    """Codebook tables that `update_codebook` moves; schedules may freeze."""
+    return ()
+
   def setup_codes(self) -> None:
     """Makes the subclass's parameters and codebook."""
 
@@ -92,6 +97,11 @@ class Quantizer(nn.Module):
   def baked_codebook(self) -> dict[str, Array]:
     """What inference reads instead of computing: {} or {"codes": f32[k c]}."""
     return {}
+
+  def training_codebook(self, tables: dict) -> dict:
+    """The codebook that training needs, out of a tokenizer's tables on disk:
+    without what is baked from weights."""
+    return {n: x for n, x in tables.items() if n != 'codes'}
 
   # -- what the base does --------------------------------------------------
   def setup(self):

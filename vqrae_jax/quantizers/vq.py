@@ -70,6 +70,10 @@ class VQ(base.Quantizer):
   def loss_names(self):
     return ('commit',) if self.update == 'ema' else ('commit', 'codebook')
 
+  @property
+  def moving_tables(self):
+    return ('codes',) if self.update == 'ema' else ()
+
   def setup_codes(self):
     shape = (self.num_codes, self.code_width)
     init = nn.initializers.normal(1.0)
@@ -127,6 +131,12 @@ class VQ(base.Quantizer):
     counts = jnp.ones(self.num_codes, jnp.float32)
     # A copy, since each is donated to the step and none may be donated twice.
     return {'codes': codes, 'counts': counts, 'sums': jnp.copy(codes)}
+
+  def training_codebook(self, tables):
+    """An average that begins at the codes; its own memory is not on disk."""
+    if self.update != 'ema':
+      return super().training_codebook(tables)
+    return self._fresh_average(jnp.asarray(tables['codes']))
 
   def update_codebook(self, codebook, stats):
     if self.update != 'ema':

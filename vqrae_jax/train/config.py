@@ -27,7 +27,17 @@ def _sides(value, length: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-  """What is trained on. `examples` is the length of a source without one."""
+  """What is trained on.
+
+  Attributes:
+    source: a DATA word (`data.sources.open_source`).
+    image_size: pixels, or (h, w).
+    include, exclude: globs of photographs' names.
+    resize, crop, flip: as in `data.pipeline.Augment`.
+    examples: the length of a source without one.
+    max_skipped: the share of photographs that may be unreadable and are then
+      replaced; more stop the run.
+  """
 
   source: str
   image_size: int | tuple[int, int]
@@ -37,8 +47,13 @@ class DataSpec:
   crop: str = 'random'
   flip: bool = True
   examples: int | None = None
+  max_skipped: float = 0.01
 
   def __post_init__(self):
+    if not 0 <= self.max_skipped <= 1:
+      raise UserError(
+        f'data.max_skipped={self.max_skipped} must be a share in [0, 1]'
+      )
     if self.crop not in CROPS:
       raise UserError(
         f'data.crop={self.crop!r}{did_you_mean(self.crop, CROPS)}'
@@ -117,6 +132,38 @@ class LogSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+  """Checkpoints in workdir/checkpoints.
+
+  Attributes:
+    every: steps between them; the last step always has one. 0: none at all,
+      and the run starts over when it is started again.
+    keep: how many of the newest stay.
+  """
+
+  every: int = 1000
+  keep: int = 3
+
+  def __post_init__(self):
+    if self.every < 0 or self.keep < 1:
+      raise UserError(
+        f'checkpoint.every={self.every} must not be negative and '
+        f'checkpoint.keep={self.keep} must be above 0'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitSpec:
+  """Where parts of a new run's weights come from; None: its seed.
+
+  Attributes:
+    decoder: "rae:FILE", a published RAE decoder.
+  """
+
+  decoder: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalSpec:
   """The evaluation at the run's end: photographs cut into square tiles."""
 
@@ -143,7 +190,13 @@ class RunSpec:
     losses: {term: weight or LossTerm fields}.
     schedules: rows (regex, None or Schedule fields).
     duration: "30 epochs", "2000 steps" or a number of steps.
+    batch_size: B, images of one optimizer step over all hosts.
+    accumulate: micro-batches that a step's batch is computed in, one after
+      another; the result is that of the whole batch.
     ema: decay of the weights' moving average; 0 for none.
+    init_from: a run's workdir or a tokenizer's directory whose weights the
+      run begins with; its optimizer and step count begin anew.
+    init: parts of the weights from elsewhere.
   """
 
   model: Mapping
@@ -152,14 +205,25 @@ class RunSpec:
   schedules: tuple
   duration: Duration
   batch_size: int
+  accumulate: int = 1
   seed: int = 0
   optim: Adam = Adam()
   ema: float = 0.999
+  init_from: str | None = None
+  init: InitSpec = InitSpec()
   mesh: MeshSpec = MeshSpec()
   log: LogSpec = LogSpec()
+  checkpoint: CheckpointSpec = CheckpointSpec()
   eval: EvalSpec | None = None
 
   def __post_init__(self):
+    if self.accumulate < 1:
+      raise UserError(f'accumulate={self.accumulate} must be above 0')
+    if self.init_from is not None and self.init.decoder is not None:
+      raise UserError(
+        'init_from brings a whole tokenizer, so init.decoder has no place; '
+        'give one of the two'
+      )
     if self.batch_size < 1:
       raise UserError(f'batch_size={self.batch_size} must be above 0')
     if not 0 <= self.seed < 2**31:

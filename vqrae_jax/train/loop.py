@@ -5,23 +5,29 @@ export, open the export again and evaluate that: the figures are of the files
 that a user gets.
 """
 
+import contextlib
+import dataclasses
 import functools
+import json
 import pathlib
 import time
+import zlib
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from vqrae_jax import sharding
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.evaluate import pictures
+from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import summary
+from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.train.report import Report, write_json
 from vqrae_jax.train.run import Run, check_workdir, host_copy
+from vqrae_jax.train.stop import StopRequest
 
 
 class NonFinite(UserError):
@@ -52,8 +58,8 @@ def dry_run(config: Any) -> dict[str, float]:
   run = Run(config)
   with jax.set_mesh(run.mesh):
     state, frozen, step = run.start()
-    batch = sharding.place_batch(run.batches.batch(0), run.mesh)
-    _, metrics = step(state, frozen, batch['images'])
+    batch = run.place(run.batches.batch(0))
+    _, metrics = step(state, frozen, batch)
     metrics = _read(metrics)
   check_finite(1, metrics)
   return metrics
@@ -66,85 +72,247 @@ def train(
 ) -> dict[str, Any]:
   """Trains as `config` says and leaves everything in `workdir`.
 
+  A workdir with checkpoints goes on from the newest one that is whole.
+
   Args:
     config: a ConfigDict or mapping (`configs/`).
-    workdir: made if absent: config.json, metrics.jsonl, tensorboard/,
-      tokenizer/, summary.json and, with `eval`, reconstructions.png.
+    workdir: made if absent: config.json, metrics.jsonl, checkpoints/,
+      tensorboard/, tokenizer/, summary.json and, with `eval`,
+      reconstructions.png.
     profile: (first, last) step of a jax.profiler trace in workdir/profile.
 
   Returns:
     What summary.json holds.
 
   Raises:
-    UserError: a config that cannot run, or a loss that is no number.
+    UserError: a config that cannot run, a checkpoint of another run, or a
+      loss that is no number.
+    Stopped: a signal asked for it; the state is saved.
   """
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
   run = Run(config)
-  spec, total = run.spec, run.plan.total_steps
+  _check_profile(profile, run.plan.total_steps)
+  every = run.spec.checkpoint.every
+  kept = Checkpoints(workdir / 'checkpoints', run.spec.checkpoint.keep)
+  manifest = kept.latest() if every else None
+  with jax.set_mesh(run.mesh), contextlib.closing(kept):
+    if manifest is None:
+      state, frozen, step_fn = run.start()
+      position = Position()
+    else:
+      state, frozen, step_fn = run.resume(kept, manifest)
+      position = Position(**manifest['position'])
+      if position.step > run.plan.total_steps:
+        raise UserError(
+          f'{workdir} is at step {position.step}, past the '
+          f'{run.plan.total_steps} steps of duration={run.spec.duration!r}; '
+          'lengthen it, or name another --workdir'
+        )
+      logging.info('goes on from step %d', position.step)
+    _note_config(config, workdir, changed=manifest is not None)
+    logging.info('%s', run.describe())
+    if every:
+      kept.begin_from(position.step)
+    going = _Going(run, workdir, kept, frozen, position, profile)
+    with contextlib.closing(going.report), StopRequest() as stop:
+      state = going.steps(state, step_fn, stop)
+    variables = host_copy(
+      state_lib.variables_of(state, frozen, ema=True), run.mesh
+    )
+  return summary.finish(run, variables, workdir, going.figures())
+
+
+def _check_profile(profile: tuple[int, int] | None, total: int) -> None:
   if profile and profile[1] > total:
     raise UserError(
       f'--profile={profile[0]}:{profile[1]} ends after the {total} steps of '
       'the run'
     )
+
+
+def _note_config(config: Any, workdir: pathlib.Path, changed: bool) -> None:
+  """Writes config.json; says what a resumed run changes in it."""
+  if jax.process_index():
+    return
   workdir.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
-    write_json(workdir / 'config.json', config_lib.plain(config))
-  logging.info('%s', run.describe())
-  report = Report(
-    workdir,
-    total_steps=total,
-    batch_size=spec.batch_size,
-    tensorboard=spec.log.tensorboard,
-  )
-  began = time.perf_counter()
-  with jax.set_mesh(run.mesh):
-    state, frozen, step_fn = run.start()
-    batches = run.batches.iterate(0)
-    shown = sharding.place_batch(run.batches.batch(0), run.mesh)['images']
-    pending: tuple[int, Any] | None = None
-    compiled_at = time.perf_counter()
-    for number in range(1, total + 1):
-      if profile and number == profile[0]:
-        jax.profiler.start_trace(str(workdir / 'profile'))
-      batch = sharding.place_batch(next(batches), run.mesh)
-      state, metrics = step_fn(state, frozen, batch['images'])
-      if pending is not None:
-        # One step behind, so the device always has work.
-        _settle(run, report, *pending)
-      else:
+  path, now = workdir / 'config.json', config_lib.plain(config)
+  if changed and path.exists():
+    old = trees.flatten(json.loads(path.read_bytes()))
+    new = trees.flatten(json.loads(json.dumps(now, default=str)))
+    for name in sorted(old.keys() | new.keys()):
+      if old.get(name) != new.get(name):
+        logging.warning(
+          'the config changed: %s was %s, is %s',
+          name.replace('/', '.'),
+          old.get(name),
+          new.get(name),
+        )
+  write_json(path, now)
+
+
+@dataclasses.dataclass
+class Position:
+  """Where a run is in its data: all that a checkpoint needs beside arrays.
+
+  Attributes:
+    step: completed steps; the next sample is step x batch_size.
+    samples: a running CRC of which photograph each sample was.
+    skipped: unreadable photographs met so far, over all hosts.
+  """
+
+  step: int = 0
+  samples: int = 0
+  skipped: int = 0
+
+  def after(self, step: int, metrics: dict[str, float]) -> 'Position':
+    """The position after a step, by what the step read."""
+    mark = int(metrics['samples']).to_bytes(4, 'little')
+    return Position(
+      step=step,
+      samples=zlib.crc32(mark, self.samples),
+      skipped=self.skipped + int(metrics['skipped']),
+    )
+
+
+class _Going:
+  """The loop's bookkeeping: what is pending, written, saved and measured."""
+
+  def __init__(self, run, workdir, kept, frozen, position, profile):
+    self.run, self.workdir, self.kept = run, workdir, kept
+    self.frozen, self.position, self.profile = frozen, position, profile
+    self.first = position.step
+    spec = run.spec
+    self.report = Report(
+      workdir,
+      total_steps=run.plan.total_steps,
+      batch_size=spec.batch_size,
+      tensorboard=spec.log.tensorboard,
+      start_step=self.first,
+    )
+    self.pending: tuple[int, Any] | None = None
+    self.began = self.compiled = self.ended = time.perf_counter()
+    self.waited = 0.0
+    if spec.checkpoint.every:
+      self.says = {
+        'run': run.identity(),
+        'frozen': run.frozen_record(frozen),
+      }
+
+  def steps(self, state, step_fn, stop) -> Any:
+    """All that is left of the run; the last state."""
+    run, spec, total = self.run, self.run.spec, self.run.plan.total_steps
+    batches = run.batches.iterate(self.first)
+    shown = run.place(run.batches.batch(0))['images']
+    for number in range(self.first + 1, total + 1):
+      self._profile(number, start=True)
+      asked = time.perf_counter()
+      batch = run.place(next(batches))
+      self.waited += time.perf_counter() - asked
+      state, metrics = step_fn(state, self.frozen, batch)
+      # One step behind, so the device always has work.
+      self._settle()
+      self.pending = (number, metrics)
+      if number == self.first + 1:
         jax.block_until_ready(metrics)
-        compiled_at = time.perf_counter()
-      pending = (number, metrics)
-      if profile and number == profile[1]:
-        jax.block_until_ready(metrics)
-        jax.profiler.stop_trace()
+        self.compiled, self.waited = time.perf_counter(), 0.0
+      self._profile(number, start=False)
       every = spec.log.images_every
       if every and (number % every == 0 or number == total):
-        report.images(number, _picture(run, state, frozen, shown))
-    if pending is not None:
-      _settle(run, report, *pending, last=True)
-    ended = time.perf_counter()
-    variables = host_copy(
-      state_lib.variables_of(state, frozen, ema=True), run.mesh
+        picture = _picture(run, state, self.frozen, shown)
+        self.report.images(number, picture)
+      stopping = stop.wanted(number) and number < total
+      every = spec.checkpoint.every
+      if every and (number % every == 0 or number == total or stopping):
+        self._settle()
+        self._save(state)
+      if stopping:
+        self._stop(stop, number)
+    self._settle()
+    self.ended = time.perf_counter()
+    return state
+
+  def _settle(self) -> None:
+    """Reads the pending step's metrics: stops on no-numbers, writes its row."""
+    if self.pending is None:
+      return
+    run, (number, metrics) = self.run, self.pending
+    self.pending = None
+    metrics = _read(metrics)
+    check_finite(number, metrics)
+    self.position = self.position.after(number, metrics)
+    self.report.unreadable(run.batches.unreadable)
+    check_skipped(run, self.position, self.workdir)
+    self.report.step()
+    if number % run.spec.log.every == 0 or number == run.plan.total_steps:
+      wait, self.waited = self.waited, 0.0
+      row = metrics | run.rates_at(number - 1)
+      row['skipped'] = self.position.skipped
+      row['samples'] = f'{self.position.samples:08x}'
+      self.report.row(number, row, wait)
+
+  def _save(self, state) -> None:
+    position = dataclasses.asdict(self.position)
+    self.kept.save(
+      self.position.step, state, {**self.says, 'position': position}
     )
-  report.close()
-  rate = (total - 1) * spec.batch_size / max(ended - compiled_at, 1e-9)
-  figures = {
-    'steps': total,
-    'train_seconds': ended - began,
-    'images_per_second': rate,
-  }
-  return summary.finish(run, variables, workdir, figures)
+
+  def _stop(self, stop, number) -> None:
+    if not self.run.spec.checkpoint.every:
+      raise Stopped(
+        f'by {stop.name} after step {number}; without checkpoints '
+        '(checkpoint.every=0) the run starts over'
+      )
+    self.kept.wait()
+    raise Stopped(
+      f'by {stop.name} after step {number}, which is saved in '
+      f'{self.workdir}/checkpoints; the same command goes on from there'
+    )
+
+  def _profile(self, number: int, start: bool) -> None:
+    if not self.profile:
+      return
+    if start and number == self.profile[0]:
+      jax.profiler.start_trace(str(self.workdir / 'profile'))
+    if not start and number == self.profile[1]:
+      jax.block_until_ready(self.pending)
+      jax.profiler.stop_trace()
+
+  def figures(self) -> dict[str, Any]:
+    """Steps and speed, this process's own."""
+    total, run = self.run.plan.total_steps, self.run
+    found: dict[str, Any] = {
+      'steps': total,
+      'samples': f'{self.position.samples:08x}',
+      'skipped': self.position.skipped,
+      'train_seconds': self.ended - self.began,
+    }
+    done = total - self.first - 1
+    if done > 0:
+      seconds = max(self.ended - self.compiled, 1e-9)
+      found['images_per_second'] = done * run.spec.batch_size / seconds
+    return found
 
 
-def _settle(run, report, number, metrics, last=False) -> None:
-  """Reads a step's metrics: stops on no-numbers, writes its row."""
-  metrics = _read(metrics)
-  check_finite(number, metrics)
-  report.step()
-  if number % run.spec.log.every == 0 or last:
-    report.row(number, metrics | run.rates_at(number - 1))
+def check_skipped(run: Any, position: Position, workdir: pathlib.Path) -> None:
+  """Stops a run whose photographs are unreadable more often than allowed.
+
+  Raises:
+    UserError: with the last name met on this host.
+  """
+  samples = position.step * run.spec.batch_size
+  share = run.spec.data.max_skipped
+  if position.skipped <= share * max(samples, len(run.source)):
+    return
+  name, reason = next(
+    reversed(run.batches.unreadable.items()), ('another host', 'see its log')
+  )
+  raise UserError(
+    f'{position.skipped} photographs of {samples} samples could not be read, '
+    f'more than data.max_skipped={share} allows; the last was {name}: '
+    f'{reason}; {workdir}/unreadable.jsonl names them: mend or remove them, '
+    'or raise data.max_skipped'
+  )
 
 
 def _picture(run, state, frozen, images) -> np.ndarray:

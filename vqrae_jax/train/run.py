@@ -6,14 +6,16 @@ schedules, losses, devices.
 """
 
 import functools
+import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 
 from vqrae_jax import export, sharding
@@ -21,10 +23,13 @@ from vqrae_jax.data.pipeline import TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
-from vqrae_jax.models.tokenizer import build_tokenizer
+from vqrae_jax.models.tokenizer import build_tokenizer, describe
+from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import origin
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
+from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.types import Frozen, TrainState
 
 
@@ -34,6 +39,22 @@ def check_workdir(workdir: pathlib.Path) -> None:
   if not existing.is_dir():
     raise UserError(f'--workdir={workdir}: {existing} is a file, not a folder')
   export.check_target(workdir / 'tokenizer')
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  """A checkpoint's run is the one that the config describes.
+
+  Raises:
+    UserError: with the first key that differs.
+  """
+  old, new = trees.flatten(before), trees.flatten(now)
+  for name in sorted(old.keys() | new.keys()):
+    if old.get(name) != new.get(name):
+      key = name.replace('/', '.')
+      raise UserError(
+        f'the run in this workdir has {key}={old.get(name)}, the config says '
+        f'{new.get(name)}; go back to that, or name another --workdir'
+      )
 
 
 class Run:
@@ -52,7 +73,7 @@ class Run:
     self.mesh = mesh or sharding.make_mesh(
       spec.mesh.layout, tensor=spec.mesh.tensor
     )
-    sharding.check_batch(spec.batch_size, self.mesh)
+    sharding.check_batch(spec.batch_size, self.mesh, spec.accumulate)
     self.batches = TrainBatches(
       self.source,
       data.augment(),
@@ -66,32 +87,94 @@ class Run:
       spec, self.tokenizer, examples / spec.batch_size
     )
     # Shapes suffice to see that every leaf is moved.
-    shapes = jax.eval_shape(
-      lambda: state_lib.fresh_state(self.plan, data.size, spec.seed)
-    )
+    shapes = jax.eval_shape(lambda: state_lib.fresh_state(self.plan, 0))
     image = jax.ShapeDtypeStruct((spec.batch_size, *data.size, 3), jnp.uint8)
     step_lib.check_reach(self.plan, *shapes, image)
 
   def start(self) -> tuple[TrainState, Frozen, Callable]:
     """(state, frozen, jitted step) at step 0, on the ambient mesh."""
     spec, plan = self.spec, self.plan
-    state, frozen = state_lib.init_state(
-      plan, self.mesh, spec.data.size, spec.seed
-    )
-    places = sharding.shardings_for(state, self.mesh)
-    first = sharding.place_batch(self.batches.batch(0), self.mesh)
-    begin = jax.jit(
-      _placed(functools.partial(state_lib.init_codebook, plan)),
-      out_shardings=places,
+    given, says = origin.given_leaves(self.tokenizer, spec.init_from, spec.init)
+    if says:
+      logging.info('begins with %s', says)
+    state, frozen = state_lib.init_state(plan, self.mesh, spec.seed, given)
+    if not any(n.startswith('codebook/') for n in given):
+      first = sharding.place_batch(self.batches.batch(0), self.mesh)
+      begin = jax.jit(
+        _placed(functools.partial(state_lib.init_codebook, plan)),
+        out_shardings=sharding.shardings_for(state, self.mesh),
+        donate_argnums=0,
+      )
+      state = begin(state, frozen, first['images'])
+    return state, frozen, self._step(state)
+
+  def resume(
+    self, kept: Checkpoints, manifest: Mapping[str, Any]
+  ) -> tuple[TrainState, Frozen, Callable]:
+    """(state, frozen, jitted step) as a checkpoint left them.
+
+    Raises:
+      UserError: the checkpoint is of another run, or frozen leaves differ.
+    """
+    check_same_run(manifest['run'], self.identity())
+    shapes, frozen = state_lib.abstract_state(self.plan, self.mesh)
+    state = kept.restore(manifest, shapes)
+    if jax.tree.leaves(frozen):
+      spec = self.spec
+      given, _ = origin.given_leaves(self.tokenizer, spec.init_from, spec.init)
+      # By the same program as at the run's start: bitwise the same leaves.
+      _, frozen = state_lib.init_state(self.plan, self.mesh, spec.seed, given)
+    where = f'checkpoint {manifest["step"]}'
+    origin.check_frozen(self.frozen_hashes(frozen), manifest['frozen'], where)
+    return state, frozen, self._step(state)
+
+  def _step(self, state: TrainState) -> Callable:
+    def step(state, frozen, batch):
+      state, metrics = step_lib.train_step(
+        self.plan, state, frozen, batch['images']
+      )
+      # What was read, over all hosts: a mark of the samples, and the misses.
+      metrics['samples'] = batch['mark'].sum(dtype=jnp.uint32)
+      metrics['skipped'] = batch['skipped'].sum()
+      return state, metrics
+
+    return jax.jit(
+      _placed(step),
+      out_shardings=(sharding.shardings_for(state, self.mesh), None),
       donate_argnums=0,
     )
-    state = begin(state, frozen, first['images'])
-    step = jax.jit(
-      _placed(functools.partial(step_lib.train_step, plan)),
-      out_shardings=(places, None),
-      donate_argnums=0,
-    )
-    return state, frozen, step
+
+  def frozen_hashes(self, frozen: Frozen) -> dict[str, str]:
+    """{tree: SHA-256}; every host takes part."""
+    return origin.hash_frozen(frozen, lambda x: host_copy(x, self.mesh))
+
+  def frozen_record(self, frozen: Frozen) -> dict[str, dict]:
+    """What a manifest says of the frozen trees."""
+    source = self.spec.init_from or f'seed {self.spec.seed}'
+    return {
+      name: {'sha256': sha256, 'source': source, 'revision': None}
+      for name, sha256 in self.frozen_hashes(frozen).items()
+    }
+
+  def identity(self) -> dict[str, Any]:
+    """What must stay as it is while a run goes on: plain JSON."""
+    spec = self.spec
+    return {
+      'seed': spec.seed,
+      'batch_size': spec.batch_size,
+      'photographs': len(self.source),
+      'image_size': list(spec.data.size),
+      'model': json.loads(export.canonical_json(describe(self.tokenizer))),
+    }
+
+  def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This host's batch from `batches`, as the step takes it."""
+    rows = {
+      'images': batch['images'],
+      'mark': sample_marks(batch['index'], batch['photo']),
+      'skipped': batch['skipped'],
+    }
+    return sharding.place_batch(rows, self.mesh)
 
   def rates_at(self, step: int) -> dict[str, float]:
     """{"lr/PART": the highest rate} of encoder, quantizer and decoder."""
@@ -120,6 +203,15 @@ class Run:
       f'{self.spec.batch_size}, {self.plan.total_steps} steps on '
       f'{self.mesh.size} {jax.devices()[0].platform} device(s)'
     )
+
+
+def sample_marks(index: np.ndarray, photo: np.ndarray) -> np.ndarray:
+  """uint32[b], a hash of (sample index, photograph) each; sums of them tell
+  one batch from another, on any number of hosts."""
+  odd = np.uint64(0x9E3779B97F4A7C15)
+  mixed = (index.astype(np.uint64) + np.uint64(1)) * odd
+  mixed = (mixed ^ (mixed >> np.uint64(29)) ^ photo.astype(np.uint64)) * odd
+  return (mixed >> np.uint64(32)).astype(np.uint32)
 
 
 def _placed(fn: Callable) -> Callable:

@@ -5,16 +5,20 @@ argument of the step, never in the optimizer, the average or a checkpoint.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vqrae_jax import optim, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
+from vqrae_jax.train import origin
 from vqrae_jax.train.config import RunSpec
 from vqrae_jax.types import Frozen, Player, TrainState
 
@@ -31,6 +35,8 @@ class Plan:
     rates: {leaf name: step -> learning rate}.
     weights: {loss name: step -> weight}.
     total_steps: the run's length.
+    accumulate: parts that a step's batch is computed in.
+    moves_codebook: whether the `codebook` collection follows its updates.
   """
 
   tokenizer: Tokenizer
@@ -42,6 +48,8 @@ class Plan:
   total_steps: int
   ema: float
   usage_window: int
+  accumulate: int
+  moves_codebook: bool
 
   @property
   def leaves(self) -> dict[str, Any]:
@@ -92,7 +100,9 @@ def make_plan(
   image = jax.ShapeDtypeStruct((1, *spec.data.size, 3), jnp.float32)
   shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
   leaves = trees.flatten(shapes['params'])
-  schedules = optim.match_schedules(spec.schedule_rows(), list(leaves))
+  # A table that follows an average has no rate, but may be frozen too.
+  tables = [f'quantizer/{n}' for n in tokenizer.quantizer.moving_tables]
+  schedules = optim.match_schedules(spec.schedule_rows(), [*leaves, *tables])
   trainable = tuple(n for n in leaves if schedules[n] is not None)
   if not trainable:
     raise UserError('schedules freeze every leaf: there is nothing to train')
@@ -123,16 +133,14 @@ def make_plan(
     total_steps=total,
     ema=spec.ema,
     usage_window=spec.log.usage_window,
+    accumulate=spec.accumulate,
+    moves_codebook=any(schedules[n] is not None for n in tables),
   )
 
 
-def fresh_state(
-  plan: Plan, size: tuple[int, int], seed: Any
-) -> tuple[TrainState, Frozen]:
+def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
   """The state at step 0 and the frozen leaves, from a seed; pure."""
-  init_key, run_key = jax.random.split(jax.random.key(seed))
-  image = jnp.zeros((1, *size, 3))
-  variables = plan.tokenizer.init(init_key, image)
+  variables = origin.from_seed(plan.tokenizer, seed)
   keep = set(plan.trainable)
   params, rest = trees.partition(variables['params'], keep.__contains__)
   quantizer = plan.tokenizer.quantizer
@@ -149,28 +157,81 @@ def fresh_state(
     # A copy: both are donated, and a buffer may be donated once.
     ema=jax.tree.map(jnp.copy, params) if plan.ema else None,
     usage=jnp.zeros(ring, jnp.int32),
-    rng=run_key,
+    rng=origin.seed_keys(seed)[1],
   )
   return state, Frozen(params=rest)
 
 
+def abstract_state(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+  """(state, frozen) as shapes with their places on the mesh."""
+  shapes = jax.eval_shape(lambda: fresh_state(plan, 0))
+  return jax.tree.map(
+    lambda leaf, place: leaf.update(sharding=place),
+    shapes,
+    sharding.shardings_for(shapes, mesh),
+  )
+
+
 def init_state(
-  plan: Plan, mesh: jax.sharding.Mesh, size: tuple[int, int], seed: int
+  plan: Plan,
+  mesh: jax.sharding.Mesh,
+  seed: int,
+  given: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[TrainState, Frozen]:
   """The state at step 0 and the frozen leaves, laid on the mesh.
 
   Args:
     plan: from `make_plan`.
     mesh: where they lie.
-    size: (h, w) of the training images.
     seed: of every random weight and of the run's key.
+    given: {"params/…" or "codebook/…": array} to begin with instead
+      (`origin.given_leaves`).
   """
+  places = sharding.shardings_for(
+    jax.eval_shape(lambda: fresh_state(plan, seed)), mesh
+  )
+  fresh = jax.jit(functools.partial(fresh_state, plan), out_shardings=places)
+  return with_leaves(*fresh(seed), given or {})
 
-  def fresh(seed):
-    return fresh_state(plan, size, seed)
 
-  places = sharding.shardings_for(jax.eval_shape(fresh, seed), mesh)
-  return jax.jit(fresh, out_shardings=places)(seed)
+def _replaced(
+  leaves: Mapping[str, jax.Array],
+  prefix: str,
+  given: Mapping[str, np.ndarray],
+) -> dict[str, jax.Array]:
+  """{leaf name: the given one where there is one, laid where the old lay}."""
+
+  def placed(old, new):
+    return jax.make_array_from_callback(
+      # A copy: states are donated, and what was given may be used again.
+      old.shape,
+      old.sharding,
+      lambda index: np.array(new[index], old.dtype),
+    )
+
+  return {
+    name: placed(leaf, given[prefix + name]) if prefix + name in given else leaf
+    for name, leaf in leaves.items()
+  }
+
+
+def with_leaves(
+  state: TrainState, frozen: Frozen, given: Mapping[str, np.ndarray]
+) -> tuple[TrainState, Frozen]:
+  """Both with the given leaves in place; the average begins at them too."""
+  ema = state.ema
+  if ema is not None:
+    ema = _replaced(ema, 'params/', given)
+  tables = _replaced(trees.flatten(state.codebook), 'codebook/', given)
+  player = state.tokenizer
+  params = _replaced(player.params, 'params/', given)
+  state = state.replace(
+    tokenizer=player.replace(params=params),
+    ema=ema,
+    codebook=trees.unflatten(tables),
+  )
+  params = _replaced(frozen.params, 'params/', given)
+  return state, frozen.replace(params=params)
 
 
 def variables_of(
@@ -195,9 +256,10 @@ def init_codebook(
 ) -> TrainState:
   """The state with its codebook set from the first batch of images; pure.
 
-  Quantizers without data-dependent initialisation leave it as it is.
+  Quantizers without data-dependent initialisation leave it as it is, and so
+  does a schedule that freezes it.
   """
-  if not state.codebook:
+  if not (state.codebook and plan.moves_codebook):
     return state
   tokens = plan.tokenizer.apply(
     variables_of(state, frozen), images, method='code_tokens'

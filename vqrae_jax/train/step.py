@@ -8,6 +8,7 @@ frozen are no argument of the pullback, so they cost no backward.
 The codebook moves once, from the step's sums, after the parameters.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,10 @@ Metrics = dict[str, jax.Array]
 def loss_gradients(
   plan: Plan, state: TrainState, frozen: Frozen, images: jax.Array
 ) -> tuple[dict[str, jax.Array], Metrics, dict[str, jax.Array]]:
-  """({leaf: gradient}, {"loss/…": value}, the quantizer's stats)."""
+  """({leaf: gradient}, means over the images, the quantizer's summed stats).
+
+  The means are "loss/NAME" and "mse", the clipped reconstruction's.
+  """
   targets = image_ops.to_unit(images)
   weights = {n: w(state.step) for n, w in plan.weights.items()}
   latent_names = [n for n in weights if n in LATENT_TERMS]
@@ -62,8 +66,33 @@ def loss_gradients(
   (gradients,) = pullback((cotangent, sent))
   metrics = {f'loss/{name}': value for name, value in values.items()}
   clipped = jnp.clip(images_out, 0.0, 1.0)
-  mse = jnp.mean((clipped - targets) ** 2)
-  metrics['psnr'] = -10 * jnp.log10(jnp.maximum(mse, 1e-10))
+  metrics['mse'] = jnp.mean((clipped - targets) ** 2)
+  return gradients, metrics, stats
+
+
+def accumulated(
+  plan: Plan, state: TrainState, frozen: Frozen, images: jax.Array
+) -> tuple[dict[str, jax.Array], Metrics, dict[str, jax.Array]]:
+  """`loss_gradients` of a batch, computed in `plan.accumulate` parts.
+
+  Part m holds rows m, m + A, …: each device keeps the rows it has. Parts are
+  equally large, so that means of gradients and losses are those of the whole
+  batch; stats are sums.
+  """
+  parts = plan.accumulate
+  if parts == 1:
+    return loss_gradients(plan, state, frozen, images)
+  rows = images.reshape(-1, parts, *images.shape[1:])
+  rows = jnp.moveaxis(rows, 1, 0)
+  one = functools.partial(loss_gradients, plan, state, frozen)
+
+  def add(total, images):
+    return jax.tree.map(jnp.add, total, one(images)), None
+
+  shapes = jax.eval_shape(one, rows[0])
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  (gradients, metrics, stats), _ = jax.lax.scan(add, zero, rows)
+  gradients, metrics = jax.tree.map(lambda x: x / parts, (gradients, metrics))
   return gradients, metrics, stats
 
 
@@ -83,7 +112,8 @@ def train_step(
     clipped batch, "grad_norm" before clipping, "usage" and "perplexity" over
     the window.
   """
-  gradients, metrics, stats = loss_gradients(plan, state, frozen, images)
+  gradients, metrics, stats = accumulated(plan, state, frozen, images)
+  metrics['psnr'] = -10 * jnp.log10(jnp.maximum(metrics.pop('mse'), 1e-10))
   player = state.tokenizer
   updates, opt_state = plan.optimizer.update(
     gradients, player.opt_state, player.params
@@ -96,7 +126,7 @@ def train_step(
     decay = jnp.minimum(plan.ema, (1 + t) / (10 + t))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
   codebook, usage = state.codebook, state.usage
-  if codebook:
+  if codebook and plan.moves_codebook:
     moved = plan.tokenizer.quantizer.update_codebook(
       codebook['quantizer'], stats
     )

@@ -1,0 +1,157 @@
+"""A run begins with another's weights, all of them, or says why not."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import vqrae_jax
+from tests import tiny
+from vqrae_jax.errors import UserError
+from vqrae_jax.ops import trees
+from vqrae_jax.train import loop
+from vqrae_jax.train.run import Run
+
+FROZEN = (('encoder/.*', None), ('.*', dict(lr=1e-3)))
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('photos')
+  for i in range(3):
+    pixels = tiny.images(1, 24, 24, seed=i)[0]
+    Image.fromarray(pixels).save(folder / f'photo{i}.png')
+  return folder
+
+
+def config(photos, kind='vq-ema', **keys):
+  base = dict(
+    data=dict(source=str(photos), image_size=16),
+    log=dict(every=1, images_every=0, tensorboard=False),
+    schedules=FROZEN,
+    duration=2,
+    checkpoint=dict(every=1),
+  )
+  return tiny.run(kind, **(base | keys))
+
+
+def begun(config):
+  """{leaf name: numpy} of a run's variables at its first step."""
+  run = Run(config)
+  with jax.set_mesh(run.mesh):
+    state, frozen, _ = run.start()
+  params = state.tokenizer.params | frozen.params
+  tables = trees.flatten(state.codebook)
+  return {n: np.array(x) for n, x in {**params, **tables}.items()}, state
+
+
+@pytest.fixture(scope='module', params=('vq-ema', 'simvq-l2', 'vq-gradient'))
+def parent(request, photos, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp(request.param)
+  loop.train(config(photos, request.param, seed=5), workdir)
+  return request.param, workdir
+
+
+@pytest.mark.parametrize('what', ('run', 'tokenizer'))
+def test_all_leaves_come_along(parent, photos, what):
+  kind, workdir = parent
+  path = workdir if what == 'run' else workdir / 'tokenizer'
+  found, state = begun(config(photos, kind, init_from=str(path)))
+  _, variables = vqrae_jax.load_tokenizer(workdir / 'tokenizer')
+  want = trees.flatten(variables['params'])
+  want |= trees.flatten(variables.get('codebook', {}))
+  for name, leaf in found.items():
+    if name.endswith(('/counts', '/sums')):
+      continue
+    np.testing.assert_array_equal(leaf, want[name], err_msg=name)
+  for name, leaf in state.ema.items():
+    np.testing.assert_array_equal(leaf, want[name], err_msg=name)
+  assert int(state.step) == 0
+  if kind == 'vq-ema':
+    counts = found['quantizer/counts']
+    assert (counts == 1).all() == (what == 'tokenizer')
+
+
+def test_an_unfinished_run_will_do(photos, tmp_path):
+  loop.train(config(photos), tmp_path)
+  found, _ = begun(config(photos, init_from=str(tmp_path)))
+  for path in (tmp_path / 'tokenizer').iterdir():
+    path.unlink()
+  (tmp_path / 'tokenizer').rmdir()
+  again, _ = begun(config(photos, init_from=str(tmp_path)))
+  for name in found:
+    np.testing.assert_array_equal(found[name], again[name])
+
+
+def test_decoder_only_and_a_frozen_codebook(parent, photos, tmp_path):
+  """By schedules alone: everything but the decoder keeps its bits."""
+  kind, workdir = parent
+  rows = (('decoder/.*', dict(lr=1e-3)), ('.*', None))
+  child = config(photos, kind, schedules=rows, init_from=str(workdir))
+  child['losses'] = dict(l2=1.0)
+  before, _ = begun(child)
+  loop.train(child, tmp_path)
+  _, variables = vqrae_jax.load_tokenizer(tmp_path / 'tokenizer')
+  after = trees.flatten(variables['params'])
+  after |= trees.flatten(variables.get('codebook', {}))
+  for name, leaf in before.items():
+    if name in after:
+      moved = leaf.tobytes() != np.asarray(after[name]).tobytes()
+      assert moved == name.startswith('decoder/'), name
+
+
+def test_a_child_of_a_child_resumes(parent, photos, tmp_path):
+  """Frozen leaves are made again from init_from, and verified."""
+  kind, workdir = parent
+  child = config(photos, kind, init_from=str(workdir))
+  first = loop.train(child, tmp_path)
+  again = loop.train(child, tmp_path)
+  assert again['fingerprint'] == first['fingerprint']
+  grandchild = config(photos, kind, init_from=str(tmp_path))
+  found, _ = begun(grandchild)
+  _, variables = vqrae_jax.load_tokenizer(tmp_path / 'tokenizer')
+  want = trees.flatten(variables['params'])
+  for name in want:
+    np.testing.assert_array_equal(found[name], want[name], err_msg=name)
+
+
+def test_frozen_leaves_are_verified(photos, tmp_path):
+  loop.train(config(photos), tmp_path)
+  path = tmp_path / 'checkpoints' / '00000002.json'
+  told = json.loads(path.read_text())
+  assert told['frozen']['params']['source'] == 'seed 0'
+  told['frozen']['params']['sha256'] = 64 * '0'
+  path.write_text(json.dumps(told))
+  words = 'the frozen tree "params" is not the one .*from seed 0'
+  with pytest.raises(UserError, match=words):
+    loop.train(config(photos), tmp_path)
+  with pytest.raises(UserError, match=words):
+    begun(config(photos, init_from=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+  'keys, words',
+  [
+    (dict(init_from='nowhere'), 'init_from=nowhere: there is no such folder'),
+    (dict(init_from='{photos}'), 'is no tokenizer: it has no config.json'),
+    (
+      dict(init_from='{run}', model=tiny.model('fsq-cosmos')),
+      'init_from=.* does not fit the model: missing params/quantizer',
+    ),
+    (
+      dict(init_from='{run}', init=dict(decoder='rae:x.pt')),
+      'give one of the two',
+    ),
+  ],
+)
+def test_what_does_not_fit_is_named(keys, words, photos, tmp_path):
+  loop.train(config(photos), tmp_path)
+  keys = {
+    k: v.format(photos=photos, run=tmp_path) if isinstance(v, str) else v
+    for k, v in keys.items()
+  }
+  kind = 'fsq-cosmos' if 'model' in keys else 'vq-ema'
+  with pytest.raises(UserError, match=words):
+    begun(config(photos, kind, **keys))

@@ -1,0 +1,188 @@
+"""Where a new run's weights come from, when not from its seed alone.
+
+`init_from` names a tokenizer's directory or another run's workdir: of a run,
+the averaged weights and the live codebook of its newest checkpoint, with the
+leaves it kept frozen made again as that run made them and held against their
+hash. `init.decoder` takes the decoder alone. Nothing is loaded in part: both
+sides have the same leaves, or the run stops with both lists.
+
+Learning rates, optimizer, averages and the step count begin anew.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqrae_jax import export
+from vqrae_jax.errors import UserError
+from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
+from vqrae_jax.ops import trees
+from vqrae_jax.specs import build_spec
+from vqrae_jax.train import config as config_lib
+from vqrae_jax.train.checkpoint import Checkpoints
+from vqrae_jax.types import Frozen
+
+Leaves = dict[str, Any]
+
+
+def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:
+  """(the key of a run's random weights, the key of its steps)."""
+  init_key, run_key = jax.random.split(jax.random.key(seed))
+  return init_key, run_key
+
+
+def from_seed(tokenizer: Tokenizer, seed: Any) -> Any:
+  """The random variables of a run that begins with this seed; pure."""
+  image = jnp.zeros((1, tokenizer.patch_size, tokenizer.patch_size, 3))
+  return tokenizer.init(seed_keys(seed)[0], image)
+
+
+def given_leaves(
+  tokenizer: Tokenizer, init_from: str | None, init: config_lib.InitSpec
+) -> tuple[Leaves, str]:
+  """The leaves that a config brings, on the host.
+
+  Args:
+    tokenizer: the new run's.
+    init_from, init: the config's keys.
+
+  Returns:
+    {"params/…" or "codebook/…": array}, a subset of the tokenizer's
+    variables as training has them, and a line that says what was taken.
+
+  Raises:
+    UserError: nothing to open there, or leaves of another tokenizer.
+  """
+  if init_from is None:
+    return {}, ''
+  path = pathlib.Path(init_from).expanduser()
+  if (path / 'checkpoints').is_dir():
+    leaves, says = _of_run(path)
+  elif (path / 'tokenizer').is_dir() and not (path / export.WEIGHTS).exists():
+    leaves, says = _of_tokenizer(path / 'tokenizer')
+  elif path.is_dir():
+    leaves, says = _of_tokenizer(path)
+  else:
+    raise UserError(
+      f"init_from={init_from}: there is no such folder; name a run's workdir "
+      "or a tokenizer's directory"
+    )
+  want = trees.flatten(jax.eval_shape(lambda: from_seed(tokenizer, 0)))
+  trees.check_same(want, leaves, f'init_from={init_from}')
+  return leaves, says
+
+
+def _of_tokenizer(path: pathlib.Path) -> tuple[Leaves, str]:
+  tokenizer, variables = export.load_tokenizer(path)
+  leaves = trees.flatten({'params': variables['params']})
+  tables = dict(variables.get('codebook', {}).get('quantizer', {}))
+  tables = tokenizer.quantizer.training_codebook(tables)
+  leaves |= {f'codebook/quantizer/{n}': x for n, x in tables.items()}
+  leaves = jax.tree.map(np.asarray, leaves)
+  return leaves, f'all {len(leaves)} leaves of the tokenizer {path}'
+
+
+def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
+  """The newest checkpoint's averaged weights, live codebook, frozen leaves."""
+  try:
+    config = json.loads((workdir / 'config.json').read_bytes())
+    model, seed = config['model'], config['seed']
+    init = build_spec(config_lib.InitSpec, config.get('init', {}), 'init')
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise UserError(
+      f'init_from={workdir}: its config.json cannot be read ({e!r})'
+    ) from None
+  kept = Checkpoints(workdir / 'checkpoints')
+  manifest = kept.latest()
+  if manifest is None:
+    raise UserError(
+      f'init_from={workdir}: the run has no checkpoint yet; wait for its '
+      'first one'
+    )
+  tokenizer = build_tokenizer(config_lib.plain(model))
+  places = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=places)
+    for name, (shape, dtype) in manifest['leaves'].items()
+  }
+  averaged = any(n.startswith('ema/') for n in shapes)
+  prefixes = {
+    'ema/' if averaged else 'tokenizer/params/': 'params/',
+    'codebook/': 'codebook/',
+  }
+  wanted = {n: x for n, x in shapes.items() if n.startswith(tuple(prefixes))}
+  found = kept.restore(manifest, wanted, part=True)
+  leaves: Leaves = {}
+  for name, leaf in found.items():
+    old = next(p for p in prefixes if name.startswith(p))
+    leaves[prefixes[old] + name.removeprefix(old)] = np.asarray(leaf)
+  fresh = _began_with(tokenizer, seed, config.get('init_from'), init)
+  frozen = {
+    n: x
+    for n, x in fresh.items()
+    if n.startswith('params/') and n not in leaves
+  }
+  held = Frozen({n.removeprefix('params/'): x for n, x in frozen.items()})
+  check_frozen(hash_frozen(held), manifest['frozen'], f'init_from={workdir}')
+  kind = 'averaged' if averaged else 'last'
+  return leaves | frozen, (
+    f'{len(leaves)} leaves of step {manifest["step"]} of {workdir} ({kind} '
+    f'weights, live codebook) and the {len(frozen)} it kept frozen'
+  )
+
+
+def _began_with(
+  tokenizer: Tokenizer, seed: int, init_from: str | None, init: Any
+) -> Leaves:
+  """The variables that a run began with, on the host."""
+  fresh = trees.flatten(jax.jit(lambda: from_seed(tokenizer, seed))())
+  fresh = jax.tree.map(np.asarray, fresh)
+  return fresh | given_leaves(tokenizer, init_from, init)[0]
+
+
+def hash_frozen(
+  frozen: Frozen, read: Callable[[Any], np.ndarray] = np.asarray
+) -> dict[str, str]:
+  """{tree's name: SHA-256 by the fingerprint's recipe} of what is there.
+
+  Args:
+    frozen: the trees that no step moves.
+    read: brings one array to the host.
+  """
+  named = {f.name: getattr(frozen, f.name) for f in dataclasses.fields(frozen)}
+  return {
+    name: export.fingerprint({}, trees.flatten(tree), read)
+    for name, tree in named.items()
+    if tree
+  }
+
+
+def check_frozen(
+  hashes: Mapping[str, str], recorded: Mapping[str, Any], where: str
+) -> None:
+  """The frozen trees at hand are those that a checkpoint was made with.
+
+  Args:
+    hashes: from `hash_frozen`.
+    recorded: the manifest's {name: {"sha256": …, "source": …}}.
+    where: for the error.
+
+  Raises:
+    UserError: another hash, or other trees.
+  """
+  for name in sorted(hashes.keys() | recorded.keys()):
+    have = hashes.get(name, 'absent')
+    want = recorded.get(name, {'sha256': 'absent', 'source': 'nowhere'})
+    if have != want['sha256']:
+      raise UserError(
+        f'{where}: the frozen tree "{name}" is not the one that the '
+        f'checkpoint was made with: SHA-256 {have[:12]}…, not '
+        f'{want["sha256"][:12]}… from {want["source"]}; bring that back, or '
+        'begin a new run with init_from'
+      )
