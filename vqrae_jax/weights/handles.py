@@ -83,7 +83,7 @@ def arrays(name: str, values: Mapping[str, np.ndarray]) -> Source:
 
   def handle(value: np.ndarray) -> Handle:
     def fetch(block: Bounds) -> np.ndarray:
-      return value[tuple(slice(*pair) for pair in block)]
+      return np.asarray(value[tuple(slice(*pair) for pair in block)])
 
     return Handle(tuple(value.shape), value.dtype, fetch)
 

@@ -125,7 +125,7 @@ class Pretrained:
     values = self.source[key].read(inner)
     where = f'{self.source.name}: {handles.shown(key)}'
     with np.errstate(over='ignore', invalid='ignore'):
-      values = _finite(values.astype(dtype), where)
+      values = _finite(np.asarray(values.astype(dtype)), where)
     ours = piece.shape
     if transform.index is not None:
       ours = tuple(b.stop - b.start for b in block)
