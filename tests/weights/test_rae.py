@@ -171,6 +171,7 @@ def test_foreign_positions_are_named_or_carried(tmp_path, state):
   message = error(path)
   assert re.search(r'differs by up to 0\.75', message)
   assert 'posemb="learned"' in message
+  assert 'prefix_has_posemb' in error(path, vit(posemb='learned'))
   spec = vit(posemb='learned', prefix_has_posemb=True)
   leaves = rae.load_rae_decoder(path, spec, LATENT)
   z = latents()
@@ -182,6 +183,17 @@ def test_foreign_positions_are_named_or_carried(tmp_path, state):
   back = rae.export_rae_decoder(leaves, spec)
   for key, value in foreign.items():
     assert back[key].tobytes() == value.numpy().tobytes(), key
+
+
+def test_what_was_taken_and_what_was_left_is_said(tmp_path, state):
+  dress = dict(
+    ema={f'decoder.{k}': v for k, v in state.items()}
+    | {'encoder.w': torch.ones(2)},
+    step=3,
+  )
+  fitted = rae.fit_rae_decoder(saved(tmp_path, dress), SPEC, LATENT)
+  assert fitted.source.note == 'took "ema", left step'
+  assert set(fitted.skipped) == {'encoder.w', 'decoder.decoder_pos_embed'}
 
 
 def test_nan_is_named(tmp_path, state):

@@ -245,6 +245,10 @@ def test_broken_programs_are_errors(tmp_path, whole):
     (tensor(size=(4,), stride=(-1,)), 'no storage and numbers'),
     (tensor(size=(2, 2), stride=(1,)), 'no storage and numbers'),
     (tensor(size=(2**30, 2**30), stride=(0, 0)), 'reaches past'),
+    (
+      tensor(tail=b'\x89N}' + files.text('neg') + b'\x88s'),
+      'to be negated',
+    ),
     (tensor(files.storage(count=8)), 'wants 8 elements'),
     (tensor(files.storage(key='1')), 'archive/data/1, which is missing'),
     (tensor(files.storage(key='../x')), 'which is missing'),

@@ -111,6 +111,11 @@ def _check_spec(spec: DecoderSpec) -> None:
         f'decoder.vit.{field}={getattr(s, field)!r}, and RAE decoders were '
         f'trained with {want!r}; set it so'
       )
+  if s.posemb == 'learned' and not s.prefix_has_posemb:
+    raise UserError(
+      'decoder.vit.posemb="learned" takes the positions of an RAE file, which '
+      'has one for the cls token: set decoder.vit.prefix_has_posemb=True'
+    )
   for name, row in DECODERS.items():
     same = all(row[f] == getattr(s, f) for f in ('width', 'depth', 'mlp_dim'))
     if same and s.num_heads != row['num_heads']:
@@ -145,10 +150,13 @@ def _sizes(source: weights.Source) -> str:
   )
 
 
-def load_rae_decoder(
+def fit_rae_decoder(
   path: str | pathlib.Path, spec: DecoderSpec, latent_dim: int
-) -> dict[str, np.ndarray]:
-  """{leaf name under params/decoder: array} of a published RAE decoder.
+) -> weights.Pretrained:
+  """A published RAE decoder held to `spec`, whole, its values not read yet.
+
+  `.source.note` says which section of a training file was taken, `.skipped`
+  what was left out and why; `.read` and `.load` give leaves.
 
   Args:
     path: the `.pt` (or `.safetensors`), flat or under "decoder.", or a
@@ -160,14 +168,23 @@ def load_rae_decoder(
     UserError: no such file, a damaged one, or one that does not fit.
   """
   _check_spec(spec)
-  s = spec.vit
-  latents = jax.ShapeDtypeStruct((1, *s.grid, latent_dim), jnp.float32)
+  latents = jax.ShapeDtypeStruct((1, *spec.vit.grid, latent_dim), jnp.float32)
   target = jax.eval_shape(Decoder(spec).init, jax.random.key(0), latents)
   source = weights.open_weights(path)
-  fitted = weights.Pretrained(
+  return weights.Pretrained(
     source, rae_table(spec), target['params'], way_out=_sizes(source)
   )
-  return fitted.load()
+
+
+def load_rae_decoder(
+  path: str | pathlib.Path, spec: DecoderSpec, latent_dim: int
+) -> dict[str, np.ndarray]:
+  """{leaf name under params/decoder: array}; arguments of `fit_rae_decoder`.
+
+  Raises:
+    UserError: as there, and a value that is NaN or infinite.
+  """
+  return fit_rae_decoder(path, spec, latent_dim).load()
 
 
 def export_rae_decoder(leaves: dict, spec: DecoderSpec) -> dict:

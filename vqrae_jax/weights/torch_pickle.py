@@ -74,6 +74,8 @@ def _tensor(*args: Any) -> Tensor:
   if len(args) not in (6, 7):
     raise _Refused(f'a tensor of {len(args)} parts')
   storage, offset, shape, strides = args[:4]
+  if len(args) == 7 and args[6]:
+    raise _Refused('a tensor to be negated or conjugated on reading')
   good = (
     isinstance(storage, Storage)
     and isinstance(shape, tuple)
