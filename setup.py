@@ -31,6 +31,7 @@ setup(
     'jax>=0.10',
     'jaxtyping',  # shapes in signatures
     'ml_collections',
+    'ml_dtypes',  # bfloat16 of weight files
     'numpy',
     'optax>=0.2.6',
     'orbax-checkpoint>=0.11',

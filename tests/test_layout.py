@@ -30,6 +30,7 @@ ONLY = {
   'specs': {'errors'},
   'types': set(),
   'ops': {'ops', 'errors'},
+  'weights': {'weights', 'ops', 'errors'},
   'losses': {'losses', 'nn', 'weights', 'types', 'ops', 'specs', 'errors'},
   'optim': {'ops', 'specs', 'types', 'errors'},
   'sharding': {'ops', 'specs', 'types', 'errors'},
@@ -41,6 +42,7 @@ OUTSIDE = {
   'ops': {'jax', 'jaxtyping', 'numpy'},
   'data': {'PIL', 'grain', 'numpy'},
   'encoders': set(),
+  'weights': {'jax', 'ml_dtypes', 'numpy', 'safetensors'},
 }
 
 # `train.__main__` is a command line that lives in its room.
@@ -94,7 +96,8 @@ def test_import_order(path):
 
 STDLIB = {
   'collections', 'dataclasses', 'difflib', 'fnmatch', 'functools', 'glob',
-  'importlib', 'math', 'pathlib', 're', 'typing', 'types',
+  'importlib', 'io', 'json', 'math', 'pathlib', 'pickletools', 're', 'struct',
+  'typing', 'types', 'zipfile', 'zlib',
 }  # fmt: skip
 
 

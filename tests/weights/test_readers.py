@@ -1,0 +1,248 @@
+"""safetensors, shards, npz, and what the one door says of other files."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from tests.weights import files
+from tests.weights.files import refused
+from vqrae_jax import weights
+from vqrae_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+  'params/img/kernel': RNG.normal(size=(3, 4, 5)).astype('f4'),
+  'half': RNG.normal(size=(4, 6)).astype('f2'),
+  'bf16': RNG.normal(size=(4, 6)).astype(ml_dtypes.bfloat16),
+  'wide': RNG.normal(size=7),
+  'count': np.arange(4),
+  'scalar': np.array(2.5, 'f4'),
+  'empty': np.zeros((0, 3), 'f4'),
+}
+
+
+def same(path, want=ARRAYS):
+  source = weights.open_weights(path)
+  assert set(source) == set(want)
+  for key, value in want.items():
+    handle = source[key]
+    assert handle.shape == value.shape and handle.dtype == value.dtype, key
+    assert handle.read().tobytes() == value.tobytes(), key
+    block = tuple(slice(n // 3, n - n // 4) for n in value.shape)
+    np.testing.assert_array_equal(handle.read(block), value[block])
+    np.testing.assert_array_equal(handle.read(block[:1]), value[block[:1]])
+
+
+def test_safetensors(tmp_path):
+  save_file(ARRAYS, tmp_path / 'w.safetensors')
+  same(tmp_path / 'w.safetensors')
+  same(tmp_path)
+  same(str(tmp_path))
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+def test_npz(tmp_path, save):
+  extra = {'fortran': np.asfortranarray(ARRAYS['half'])}
+  save(tmp_path / 'w.npz', **ARRAYS, **extra)
+  same(tmp_path / 'w.npz', ARRAYS | {'fortran': ARRAYS['half']})
+  swapped = {'w': ARRAYS['wide'].astype('>f8')}
+  save(tmp_path / 's.npz', **swapped)
+  have = files.read_all(tmp_path / 's.npz')['w']
+  assert have.dtype == np.float64
+  np.testing.assert_array_equal(have, ARRAYS['wide'])
+
+
+@pytest.mark.parametrize(
+  'value',
+  [
+    np.array([{'a': 1}], object),
+    np.array(['text']),
+    np.zeros(2, [('a', 'f4')]),
+    np.zeros(2, 'V3'),
+    np.zeros(2, 'c16'),
+    np.zeros(2, 'M8[s]'),
+  ],
+  ids=lambda v: str(v.dtype),
+)
+def test_npz_holds_numbers_only(tmp_path, value):
+  np.savez(tmp_path / 'w.npz', good=np.ones(2), bad=value)
+  refused(tmp_path / 'w.npz', '"bad"')
+
+
+def shards(tmp_path, suffix='safetensors'):
+  names = list(ARRAYS)
+  where = {}
+  for i, keys in enumerate((names[:3], names[3:])):
+    shard = f'model-{i}.{suffix}'
+    save_file({k: ARRAYS[k] for k in keys}, tmp_path / shard)
+    where |= dict.fromkeys(keys, shard)
+  return index(tmp_path, where), where
+
+
+def index(tmp_path, where):
+  path = tmp_path / 'model.safetensors.index.json'
+  path.write_text(json.dumps({'metadata': {}, 'weight_map': where}))
+  return path
+
+
+def test_shards(tmp_path):
+  path, where = shards(tmp_path)
+  same(path)
+  same(tmp_path)
+  index(tmp_path, where | {'extra': 'model-0.safetensors'})
+  refused(path, '"extra" is not in model-0.safetensors')
+  index(tmp_path, {k: v for k, v in where.items() if k != 'wide'})
+  refused(path, 'model-1.safetensors holds "wide"')
+  index(tmp_path, where | {'wide': 'model-0.safetensors'})
+  refused(path, 'disagree')
+  index(tmp_path, where)
+  (tmp_path / 'model-1.safetensors').unlink()
+  refused(path, 'model-1.safetensors is missing', 'fetch it into')
+  with pytest.raises(UserError, match='is missing'):
+    weights.open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    '',
+    '{',
+    '[]',
+    '{"weight_map": 3}',
+    '{"weight_map": {"a": 3}}',
+    '{"weight_map": {"a": ""}}',
+    '{"weight_map": {"a": ["b"]}}',
+    '{"weight_map": {"a": "../x.safetensors"}}',
+    '{"weight_map": {"a": "/etc/passwd"}}',
+    '{"weight_map": {"a": "model.safetensors.index.json"}}',
+    '{"weight_map": {"a": ".."}}',
+  ],
+)
+def test_no_index(tmp_path, content):
+  path = tmp_path / 'model.safetensors.index.json'
+  path.write_text(content)
+  refused(path)
+
+
+def test_pytorch_shards(tmp_path):
+  torch.save({'a': torch.ones(2)}, tmp_path / 'pytorch_model-1.bin')
+  torch.save({'b': torch.zeros(3)}, tmp_path / 'pytorch_model-2.bin')
+  where = {'a': 'pytorch_model-1.bin', 'b': 'pytorch_model-2.bin'}
+  path = tmp_path / 'pytorch_model.bin.index.json'
+  path.write_text(json.dumps({'weight_map': where}))
+  assert set(files.read_all(tmp_path)) == {'a', 'b'}
+
+
+def test_truncated_anywhere(tmp_path):
+  for path, save in (
+    (tmp_path / 'w.safetensors', lambda p: save_file(ARRAYS, p)),
+    (tmp_path / 'w.npz', lambda p: np.savez(p, **ARRAYS)),
+  ):
+    save(path)
+    data = path.read_bytes()
+    for stop in (0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1):
+      path.write_bytes(data[:stop])
+      refused(path, 'empty' if stop == 0 else 'damaged')
+
+
+def test_a_flipped_bit_of_an_npz(tmp_path):
+  path = tmp_path / 'w.npz'
+  np.savez(path, **ARRAYS)
+  data = bytearray(path.read_bytes())
+  at = data.index(ARRAYS['wide'].tobytes())
+  data[at + 9] ^= 8
+  path.write_bytes(data)
+  refused(path, 'CRC')
+
+
+def test_names_and_contents_that_disagree(tmp_path):
+  save_file(ARRAYS, tmp_path / 'a.safetensors')
+  np.savez(tmp_path / 'a.npz', w=np.ones(2))
+  torch.save({'w': torch.ones(2)}, tmp_path / 'a.pt')
+  torch.save(
+    {'w': torch.ones(2)},
+    tmp_path / 'o.pt',
+    _use_new_zipfile_serialization=False,
+  )
+
+  def renamed(old, new, *words):
+    (tmp_path / new).write_bytes((tmp_path / old).read_bytes())
+    refused(tmp_path / new, *words)
+
+  renamed('a.safetensors', 'b.pt', 'is safetensors', 'rename')
+  renamed('a.safetensors', 'b.npz', 'is safetensors', 'rename')
+  renamed('a.pt', 'b.safetensors', 'a zip archive', 'rename')
+  renamed('a.npz', 'c.pt', 'which no PyTorch checkpoint has')
+  renamed('a.pt', 'c.npz', 'which no .npz')
+  renamed('o.pt', 'o.safetensors', 'before 1.6')
+  renamed('a.pt', 'b.onnx', 'says no format', '.safetensors')
+
+
+@pytest.mark.parametrize(
+  ('content', 'words'),
+  [
+    (b'', 'is empty'),
+    (b'version https://git-lfs.github.com/spec/v1\noid', 'Git LFS pointer'),
+    (b'\n<!DOCTYPE html><html>', 'web page'),
+    (b'\0' * 100, 'damaged'),
+    (b'\xff' * 8 + b'{', 'damaged'),
+    (b'PK\x05\x06' + bytes(18), ''),
+  ],
+)
+@pytest.mark.parametrize('ending', ['safetensors', 'npz', 'pt', 'pth', 'bin'])
+def test_contents_that_are_no_weights(tmp_path, content, words, ending):
+  path = tmp_path / f'w.{ending}'
+  path.write_bytes(content)
+  if content.startswith(b'\xff') and ending != 'safetensors':
+    words = 'rename'
+  refused(path, words)
+
+
+def test_places_without_weights(tmp_path):
+  refused(tmp_path / 'none.pt', 'there is no such file')
+  with pytest.raises(UserError, match='it has no model.safetensors'):
+    weights.open_weights(tmp_path)
+  save_file({}, tmp_path / 'a.safetensors')
+  save_file({}, tmp_path / 'b.safetensors')
+  with pytest.raises(UserError, match='2 .safetensors files'):
+    weights.open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('word', 'want'),
+  [
+    ('hf:google/siglip-large', ('hf', 'google/siglip-large', None)),
+    ('hf:a/b.c@refs/pr/1', ('hf', 'a/b.c', 'refs/pr/1')),
+    ('rae:x/decoder.pt', ('rae', 'x/decoder.pt', None)),
+    ('vqrae_torch:m.pt', ('vqrae_torch', 'm.pt', None)),
+    ('./weights', ('path', 'weights', None)),
+    ('a/b:c', ('path', 'a/b:c', None)),
+    ('siglip', ('row', 'siglip', None)),
+  ],
+)
+def test_source_words(word, want):
+  parsed = weights.parse_source(word, ('siglip', 'dinov2'))
+  assert (parsed.kind, parsed.value, parsed.revision) == want
+
+
+@pytest.mark.parametrize(
+  ('word', 'words'),
+  [
+    ('ra:x.pt', 'did you mean "rae"'),
+    ('s3://bucket/x', 'unknown scheme "s3:"'),
+    ('rae:', 'rae:FILE'),
+    ('hf:google', 'hf:ORG/NAME'),
+    ('hf:../x', 'hf:ORG/NAME'),
+    ('hf:a/b@', 'hf:ORG/NAME'),
+    ('siglp', 'did you mean "siglip"'),
+    (' ', 'an empty source'),
+  ],
+)
+def test_source_words_that_are_none(word, words):
+  with pytest.raises(UserError) as caught:
+    weights.parse_source(word, ('siglip', 'dinov2'))
+  assert words in str(caught.value) and '\n' not in str(caught.value)

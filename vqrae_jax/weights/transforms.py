@@ -1,0 +1,102 @@
+"""How a published array lies beside ours: the words that rules use.
+
+A transform says, for one destination block, the shape of its part of the
+source array, and carries values both ways, bitwise. What it does not do:
+choose keys (`rules.py`) or read files.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Shape = tuple[int, ...]
+_CHANNELS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """One layout of the source and ours.
+
+  `shape` gives the source part's shape from ours; `forward` turns the part
+  into our array (its second argument is our shape), `backward` is its
+  inverse. `index` maps a block of ours to the block of the part that holds
+  it, None where a block is cut only after `forward`. Several destinations of
+  one source lie beside each other along `axis` of it.
+  """
+
+  shape: Callable[[Shape], Shape]
+  forward: Callable[[np.ndarray, Shape], np.ndarray]
+  backward: Callable[[np.ndarray], np.ndarray]
+  index: Callable[[tuple[slice, ...]], tuple[slice, ...]] | None = None
+  axis: int = 0
+
+
+def _patch_side(ours: Shape) -> int:
+  side = math.isqrt(ours[0] // _CHANNELS)
+  if side * side * _CHANNELS != ours[0]:
+    raise ValueError(f'{ours} is no embedding of square patches')
+  return side
+
+
+def _conv_shape(ours: Shape) -> Shape:
+  side = _patch_side(ours)
+  return (ours[1], _CHANNELS, side, side)
+
+
+def _conv_forward(part: np.ndarray, ours: Shape) -> np.ndarray:
+  return part.transpose(2, 3, 1, 0).reshape(ours)
+
+
+def _conv_backward(ours: np.ndarray) -> np.ndarray:
+  side = _patch_side(ours.shape)
+  cube = ours.reshape(side, side, _CHANNELS, ours.shape[1])
+  return cube.transpose(3, 2, 0, 1)
+
+
+def _rows(ours: Shape) -> Shape:
+  return (math.prod(ours[:-1]), ours[-1])
+
+
+TRANSFORMS = {
+  # As it is.
+  'same': Transform(
+    shape=lambda ours: ours,
+    forward=lambda part, ours: part,
+    backward=lambda ours: ours,
+    index=lambda block: block,
+  ),
+  # A dense kernel: [out in] to [in out].
+  'linear': Transform(
+    shape=lambda ours: ours[::-1],
+    forward=lambda part, ours: part.T,
+    backward=lambda ours: ours.T,
+    index=lambda block: block[::-1],
+  ),
+  # A convolution that cuts patches: [d 3 p p] to [p*p*3 d], each patch laid
+  # (row, column, channel) as ops.images.patchify lays it.
+  'conv_patch': Transform(
+    shape=_conv_shape, forward=_conv_forward, backward=_conv_backward
+  ),
+  # A batch axis of one in front.
+  'batched': Transform(
+    shape=lambda ours: (1, *ours),
+    forward=lambda part, ours: part[0],
+    backward=lambda ours: ours[None],
+    index=lambda block: (slice(0, 1), *block),
+    axis=1,
+  ),
+  # Positions: [gh*gw d] to [gh gw d], and the same behind a batch axis.
+  'grid': Transform(
+    shape=_rows,
+    forward=lambda part, ours: part.reshape(ours),
+    backward=lambda ours: ours.reshape(_rows(ours.shape)),
+  ),
+  'batched grid': Transform(
+    shape=lambda ours: (1, *_rows(ours)),
+    forward=lambda part, ours: part.reshape(ours),
+    backward=lambda ours: ours.reshape(1, *_rows(ours.shape)),
+    axis=1,
+  ),
+}
