@@ -144,6 +144,7 @@ class RunSpec:
     schedules: rows (regex, None or Schedule fields).
     duration: "30 epochs", "2000 steps" or a number of steps.
     ema: decay of the weights' moving average; 0 for none.
+    init_from: a run or a tokenizer whose weights this run starts with.
   """
 
   model: Mapping
@@ -155,6 +156,7 @@ class RunSpec:
   seed: int = 0
   optim: Adam = Adam()
   ema: float = 0.999
+  init_from: str | None = None
   mesh: MeshSpec = MeshSpec()
   log: LogSpec = LogSpec()
   eval: EvalSpec | None = None
