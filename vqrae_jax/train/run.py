@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 
 from vqrae_jax import export, sharding
@@ -23,6 +24,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import ranges
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.types import Frozen, TrainState
@@ -42,6 +44,8 @@ class Run:
   def __init__(self, config: Any, mesh: jax.sharding.Mesh | None = None):
     self.spec = spec = config_lib.read_config(config)
     self.tokenizer = build_tokenizer(spec.model)
+    if odd := ranges.unusual(spec, self.tokenizer):
+      logging.warning(odd)
     data = spec.data
     self.source = open_source(data.source, data.include, data.exclude)
     if spec.eval is not None:
