@@ -87,8 +87,8 @@ def below(cls, path, dotted):
   assert having or name == 'name', f'no key {dotted}'
   if rest:
     hint = typing.get_type_hints(having[0])[name]
-    inner = [t for t in (hint, *typing.get_args(hint)) if hasattr(t, '__mro__')]
-    inner = [t for t in inner if dataclasses.is_dataclass(t)]
+    kinds = (hint, *typing.get_args(hint))
+    inner = [t for t in kinds if dataclasses.is_dataclass(t)]
     assert inner, f'{dotted}: {name} holds no keys'
     below(inner[0], rest, dotted)
 
