@@ -49,6 +49,19 @@ def vit(*, width: int, depth: int, patch: int, pixels: int, **fields) -> dict:
   )
 
 
+def encoder_frozen(**schedule) -> tuple:
+  """Schedule rows: the encoder keeps every bit, all else follows `schedule`
+  (lr, end_lr, warmup)."""
+  return ((r'encoder/.*', None), (r'.*', schedule))
+
+
+def second_stage(config, *, duration: str, **schedule) -> None:
+  """Goes on from a finished run with everything open, at a lower rate."""
+  config.init_from = 'RUN'  # --config.init_from=runs/NAME
+  config.duration = duration
+  config.schedules = ((r'.*', schedule),)
+
+
 def _like(default, value: str):
   if isinstance(default, bool):
     return {'true': True, 'false': False}[value.lower()]
@@ -58,19 +71,30 @@ def _like(default, value: str):
 def arguments(text: str | None, **defaults):
   """ "steps=60,lr=1e-3" over the defaults, each of its default's type.
 
+  A default that is a tuple lists the choices, the first of them the default.
+
   Raises:
-    ValueError: a name that has no default, or a value of another type.
+    ValueError: a name that has no default, a value of another type, or none
+      of the choices.
   """
-  values = dict(defaults)
+  choices = {k: v for k, v in defaults.items() if isinstance(v, tuple)}
+  values = defaults | {k: v[0] for k, v in choices.items()}
+  known = ', '.join(f'{k}={v}' for k, v in values.items())
   for pair in filter(None, (text or '').split(',')):
     name, equals, value = pair.partition('=')
     if not equals or name not in defaults:
-      known = ', '.join(f'{k}={v}' for k, v in defaults.items())
       raise ValueError(f'config argument "{pair}" is none of: {known}')
+    allowed = choices.get(name)
     try:
-      values[name] = _like(defaults[name], value)
+      found = _like(values[name], value)
     except (KeyError, ValueError):
+      found = None
+    if allowed and found not in allowed:
+      options = ' or '.join(f'{name}={v}' for v in allowed)
+      raise ValueError(f'config argument "{pair}" must be {options}')
+    if found is None:
       raise ValueError(
-        f'config argument "{pair}" must be like {name}={defaults[name]}'
-      ) from None
+        f'config argument "{pair}" must be like {name}={values[name]}'
+      )
+    values[name] = found
   return ml_collections.ConfigDict(values)

@@ -1,19 +1,29 @@
 """python -m vqrae_jax.train --config=configs/simvq_siglip_l.py --config.data.source=FOLDER
 
-SimVQ on SigLIP-L/16: 16,384 codes of 1536 channels, cosine distance, a ViT-L
-decoder, 224 pixels, the encoder frozen. The request's recipe, pixel losses
-only so far; the encoder's weights are random until published ones can be
-read, and it trains from scratch with `:frozen=False`.
+SimVQ on SigLIP-L/16: 16,384 codes of 1536 channels by cosine similarity, a
+ViT-L decoder, the 384-pixel weights at 224 pixels, so 14 x 14 tokens.
+
+The request's recipe: L2, AdamW at 1e-3, batch 4096, 30 epochs with the encoder
+frozen. What it leaves open (betas, warm-up, crop and flip) is VQRAE's (arXiv
+2511.23386); SimVQ is 2411.02038. The latents are the encoder's last norm
+without its affine part, as RAE's (2510.11690).
+
+`:stage=2` with `--config.init_from=runs/simvq_siglip_l` goes on for 10 epochs
+at 1e-5 with the encoder open. `:frozen=False` trains the encoder from the
+start.
+
+Not here yet: the published encoder weights (they are random), LPIPS, the GAN
+and the second stage's distillation.
 """
 
 from configs import common
 
 
 def get_config(arguments=None):
-  arg = common.arguments(arguments, frozen=True)
+  arg = common.arguments(arguments, stage=(1, 2), frozen=True)
   config = common.base()
   config.model = dict(
-    encoder=dict(name='siglip-large-patch16-384'),
+    encoder=dict(name='siglip-large-patch16-384', output_norm='plain'),
     quantizer=dict(
       name='simvq', num_codes=16384, code_dim=1536, distance='cosine'
     ),
@@ -21,14 +31,19 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=True,
   )
-  config.data.update(image_size=224, resize=256)
+  config.data.update(image_size=224, resize=256, crop='random', flip=True)
   config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
-  rows = [(r'.*', dict(lr=1e-3, end_lr=1e-5, warmup=2000))]
-  if arg.frozen:
-    rows.insert(0, (r'encoder/.*', None))
-  config.schedules = tuple(rows)
+  rate = dict(lr=1e-3, end_lr=1e-5, warmup=2000)
+  config.schedules = (
+    common.encoder_frozen(**rate) if arg.frozen else ((r'.*', rate),)
+  )
   config.duration = '30 epochs'
   config.batch_size = 4096
-  config.optim.weight_decay = 1e-4
+  config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
+  config.ema = 0.999
   config.mesh.layout = 'fsdp'
+  if arg.stage == 2:
+    common.second_stage(
+      config, duration='10 epochs', lr=1e-5, end_lr=1e-6, warmup=2000
+    )
   return config

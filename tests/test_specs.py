@@ -38,6 +38,7 @@ def test_nested_sections_and_lists_become_hashable_specs():
     (dict(grid=(4,)), 'rows, columns'),
     (dict(grid=(4.0, 4)), 'rows, columns'),
     (dict(num_prefix_tokens=-1), 'must not be negative'),
+    (dict(num_registers=1), r'num_registers=1 must lie in \[0, 0\]'),
     (dict(dtype='float16'), 'vit.dtype'),
     (dict(width=6, num_heads=1, posemb='sincos2d'), 'multiple of 4'),
     (dict(qkv_bias=1), 'must be of type bool'),

@@ -31,7 +31,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'mlp/(fc1|gate)/kernel', ('fsdp', 'model')),
   (r'mlp/(fc1|gate)/bias', ('model',)),
   (r'mlp/fc2/kernel', ('model', 'fsdp')),
-  (r'embed/(linear/kernel|prefix|prefix_positions)', (None, 'fsdp')),
+  (r'embed/(linear/kernel|prefix\w*|registers)', (None, 'fsdp')),
   (r'embed/positions', (None, None, 'fsdp')),
   (r'head/kernel', ('fsdp', None)),
   (r'quantizer/(codes|basis|sums|kernel|project_\w+/kernel)', ('fsdp', None)),

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 from vqrae_jax.errors import UserError, did_you_mean
 
 RUN_OPTIONS = ('scan', 'remat', 'dtype')
+# Younger than format 1: absent from a `config.json` where they say nothing,
+# so that the fingerprint of what came before them stays.
+LATER_FIELDS = {'num_registers': 0}
 DTYPES = ('float32', 'bfloat16')
 RESIZES = ('bicubic', 'bilinear')
 
@@ -57,6 +60,8 @@ class ViTSpec:
   `grid` is the native grid of patches (rows, columns); others are reached by
   interpolating positions. `layer_scale` is the initial value, None for none.
   `qk_norm` normalises queries and keys over the full width (InternViT).
+  Of the `num_prefix_tokens` the last `num_registers` have no position; the
+  others (cls) have one each if `prefix_has_posemb`.
   """
 
   width: int
@@ -74,6 +79,7 @@ class ViTSpec:
   posemb: str = 'learned'
   num_prefix_tokens: int = 0
   prefix_has_posemb: bool = False
+  num_registers: int = 0
   scan: bool = True
   remat: bool = False
   dtype: str = 'float32'
@@ -98,6 +104,12 @@ class ViTSpec:
     if self.num_prefix_tokens < 0:
       raise UserError(
         f'vit.num_prefix_tokens={self.num_prefix_tokens} must not be negative'
+      )
+    if not 0 <= self.num_registers <= self.num_prefix_tokens:
+      raise UserError(
+        f'vit.num_registers={self.num_registers} must lie in '
+        f'[0, {self.num_prefix_tokens}]: registers are some of the '
+        'vit.num_prefix_tokens'
       )
     if self.width % self.num_heads:
       raise UserError(

@@ -79,6 +79,16 @@ def test_describe_inverts_build(kind):
   assert hash(build_tokenizer(json.loads(text))) == hash(tokenizer)
 
 
+def test_a_named_encoder_with_registers_is_described_whole():
+  """A field younger than the format is written where it says something."""
+  config = tiny.model() | dict(encoder=dict(name='dinov2-with-registers-small'))
+  tokenizer = build_tokenizer(config)
+  said = describe(tokenizer)
+  assert said['encoder']['vit']['num_registers'] == 4
+  assert 'num_registers' not in said['decoder']['vit']
+  assert build_tokenizer(json.loads(json.dumps(said))) == tokenizer
+
+
 def test_descriptions_are_pinned():
   """They are part of every fingerprint; see tests/golden/make_describe.py."""
   golden = json.loads(make_describe.PATH.read_text())

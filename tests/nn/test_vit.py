@@ -153,3 +153,21 @@ def test_prefix_comes_first_and_positions_fit_any_grid(posemb, grid):
   np.testing.assert_allclose(
     out[0, :3], p['prefix'] + p['prefix_positions'], atol=1e-6
   )
+
+
+def test_registers_follow_the_other_prefix_tokens_without_positions():
+  s = spec(num_prefix_tokens=5, prefix_has_posemb=True, num_registers=4)
+  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 5))
+  model = vit.Embedder(s)
+  variables = randomised(model.init(jax.random.key(1), x))
+  p = variables['params']
+  out = model.apply(variables, x)
+  assert out.shape == (2, 5 + 16, s.width)
+  np.testing.assert_allclose(
+    out[1, :1], p['prefix'] + p['prefix_positions'], atol=1e-6
+  )
+  np.testing.assert_array_equal(out[1, 1:5], p['registers'])
+  # The grid does not know of them.
+  bare = vit.Embedder(spec())
+  fewer = {'params': {k: p[k] for k in ('linear', 'positions')}}
+  np.testing.assert_array_equal(out[:, 5:], bare.apply(fewer, x))

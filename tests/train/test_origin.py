@@ -10,6 +10,7 @@ from PIL import Image
 import vqrae_jax
 from tests import tiny
 from vqrae_jax.errors import UserError
+from vqrae_jax.models import rae
 from vqrae_jax.ops import trees
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import Run
@@ -131,6 +132,32 @@ def test_frozen_leaves_are_verified(photos, tmp_path):
     begun(config(photos, init_from=str(tmp_path)))
 
 
+def test_a_published_decoder(photos, tmp_path):
+  """`rae:FILE` fills the decoder and nothing else."""
+  torch = pytest.importorskip('torch')
+  model = tiny.model('vq-ema')
+  tokenizer, variables = tiny.built(model, seed=7)
+  leaves = jax.tree.map(np.asarray, variables['params']['decoder'])
+  told = rae.export_rae_decoder(leaves, tokenizer.decoder_spec)
+  told = {k: torch.from_numpy(np.array(v)) for k, v in told.items()}
+  torch.save(told, tmp_path / 'model.pt')
+  given = dict(decoder=f'rae:{tmp_path}/model.pt')
+  found, _ = begun(config(photos, init=given))
+  want = trees.flatten(leaves)
+  plain, _ = begun(config(photos))
+  for name, leaf in found.items():
+    if name.startswith('decoder/'):
+      theirs = want[name.removeprefix('decoder/')]
+      np.testing.assert_array_equal(leaf, theirs, err_msg=name)
+    elif not name.startswith('quantizer/'):  # its codes start at the data
+      np.testing.assert_array_equal(leaf, plain[name], err_msg=name)
+  assert loop.dry_run(config(photos, init=given, duration=1))
+  wide = tiny.model('vq-ema')
+  wide['decoder'] = dict(vit=tiny.VIT | tiny.PAINTER | dict(width=64))
+  with pytest.raises(UserError, match='the model wants'):
+    begun(config(photos, init=given, model=wide))
+
+
 @pytest.mark.parametrize(
   'keys, words',
   [
@@ -140,6 +167,9 @@ def test_frozen_leaves_are_verified(photos, tmp_path):
       dict(init_from='{run}', model=tiny.model('fsq-cosmos')),
       'init_from=.* does not fit the model: missing params/quantizer',
     ),
+    (dict(init=dict(decoder='rae:nowhere.pt')), 'nowhere.pt'),
+    (dict(init=dict(decoder='hf:a/b')), 'a decoder comes from "rae:FILE"'),
+    (dict(init=dict(decoder='rea:x.pt')), 'did you mean "rae"'),
     (
       dict(init_from='{run}', init=dict(decoder='rae:x.pt')),
       'give one of the two',

@@ -5,6 +5,8 @@ do: resize images to the model's size (the tokenizer does, by its size rule),
 pool, or project.
 """
 
+import dataclasses
+
 from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
@@ -43,8 +45,9 @@ class Encoder(nn.Module):
       s, spec.posemb_resize, spec.posemb_antialias, name='embed'
     )(x)
     x = vit.Transformer(s, name='transformer')(x)
-    if spec.output_norm == 'plain':
-      x = vit.norm(s, 'norm', affine=False)(x)
+    if spec.output_norm == 'plain':  # a LayerNorm in every family
+      layer = dataclasses.replace(s, norm='layer')
+      x = vit.norm(layer, 'norm', affine=False)(x)
     elif spec.output_norm == 'affine' and spec.final_norm:
       x = vit.norm(s, 'norm')(x)
     return x[:, s.num_prefix_tokens :].reshape(b, gh, gw, s.width)

@@ -25,6 +25,7 @@ from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.specs import (
+  LATER_FIELDS,
   RUN_OPTIONS,
   DecoderSpec,
   EncoderSpec,
@@ -238,6 +239,9 @@ def describe(tokenizer: Tokenizer) -> dict:
     fields = dataclasses.asdict(spec)
     for option in RUN_OPTIONS:
       del fields['vit'][option]
+    for field, default in LATER_FIELDS.items():
+      if fields['vit'][field] == default:
+        del fields['vit'][field]
     return fields
 
   quantizer = tokenizer.quantizer

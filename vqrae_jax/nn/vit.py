@@ -135,7 +135,7 @@ class Embedder(nn.Module):
 
   [b gh gw p] -> [b prefix+gh*gw d]. Positions follow `spec.posemb`: fixed
   sin-cos in the native grid's coordinates, or a learned table resampled (f32)
-  to the grid at hand. Prefix tokens come first.
+  to the grid at hand. Prefix tokens come first, registers last among them.
   """
 
   spec: ViTSpec
@@ -157,13 +157,18 @@ class Embedder(nn.Module):
         table, tuple(grid), method=self.resize, antialias=self.antialias
       )
     x = x + jnp.asarray(positions, x.dtype)
-    if s.num_prefix_tokens:
-      shape = (s.num_prefix_tokens, s.width)
+    ahead = []
+    if others := s.num_prefix_tokens - s.num_registers:
       # Not zeros, as published: a norm with eps 1e-12 over a zero token has
       # a slope of 1e6, and clipping would leave nothing for other leaves.
-      prefix = self.param('prefix', small, shape)
+      prefix = self.param('prefix', small, (others, s.width))
       if s.prefix_has_posemb:
-        prefix = prefix + self.param('prefix_positions', small, shape)
-      prefix = jnp.broadcast_to(prefix.astype(x.dtype)[None], (b, *shape))
-      x = jnp.concatenate([prefix, x], axis=1)
-    return x
+        prefix = prefix + self.param('prefix_positions', small, prefix.shape)
+      ahead.append(prefix)
+    if s.num_registers:
+      shape = (s.num_registers, s.width)
+      ahead.append(self.param('registers', small, shape))
+    ahead = [
+      jnp.broadcast_to(t.astype(x.dtype)[None], (b, *t.shape)) for t in ahead
+    ]
+    return jnp.concatenate([*ahead, x], axis=1) if ahead else x

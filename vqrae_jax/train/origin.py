@@ -21,12 +21,14 @@ import numpy as np
 
 from vqrae_jax import export
 from vqrae_jax.errors import UserError
+from vqrae_jax.models import rae
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.specs import build_spec
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.types import Frozen
+from vqrae_jax.weights import parse_source
 
 Leaves = dict[str, Any]
 
@@ -59,6 +61,8 @@ def given_leaves(
   Raises:
     UserError: nothing to open there, or leaves of another tokenizer.
   """
+  if init.decoder is not None:
+    return _decoder(tokenizer, init.decoder)
   if init_from is None:
     return {}, ''
   path = pathlib.Path(init_from).expanduser()
@@ -76,6 +80,23 @@ def given_leaves(
   want = trees.flatten(jax.eval_shape(lambda: from_seed(tokenizer, 0)))
   trees.check_same(want, leaves, f'init_from={init_from}')
   return leaves, says
+
+
+def _decoder(tokenizer: Tokenizer, word: str) -> tuple[Leaves, str]:
+  """The decoder's leaves out of "rae:FILE"."""
+  source = parse_source(word)
+  if source.kind != 'rae':
+    raise UserError(
+      f'init.decoder={word}: a decoder comes from "rae:FILE", a published RAE '
+      'decoder; a whole tokenizer from init_from'
+    )
+  fit = rae.fit_rae_decoder(
+    source.value, tokenizer.decoder_spec, tokenizer.latent_dim
+  )
+  leaves = {f'params/decoder/{n}': x for n, x in fit.load().items()}
+  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  note = f' ({fit.source.note})' if fit.source.note else ''
+  return leaves, f'the decoder of {source.value}{note}{skipped}'
 
 
 def _of_tokenizer(path: pathlib.Path) -> tuple[Leaves, str]:

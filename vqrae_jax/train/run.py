@@ -26,7 +26,7 @@ from vqrae_jax.evaluate import evaluator
 from vqrae_jax.models.tokenizer import build_tokenizer, describe
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import origin
+from vqrae_jax.train import origin, ranges
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.train.checkpoint import Checkpoints
@@ -63,6 +63,8 @@ class Run:
   def __init__(self, config: Any, mesh: jax.sharding.Mesh | None = None):
     self.spec = spec = config_lib.read_config(config)
     self.tokenizer = build_tokenizer(spec.model)
+    if odd := ranges.unusual(spec, self.tokenizer):
+      logging.warning(odd)
     data = spec.data
     self.source = open_source(data.source, data.include, data.exclude)
     if spec.eval is not None:
@@ -150,7 +152,8 @@ class Run:
 
   def frozen_record(self, frozen: Frozen) -> dict[str, dict]:
     """What a manifest says of the frozen trees."""
-    source = self.spec.init_from or f'seed {self.spec.seed}'
+    spec = self.spec
+    source = spec.init_from or spec.init.decoder or f'seed {spec.seed}'
     return {
       name: {'sha256': sha256, 'source': source, 'revision': None}
       for name, sha256 in self.frozen_hashes(frozen).items()

@@ -1,0 +1,43 @@
+"""python -m vqrae_jax.train --config=configs/fsq_cosmos_64k.py --config.data.source=FOLDER
+
+FSQ with 64,000 codes on SigLIP2-B/16: levels 8, 8, 8, 5, 5, 5 in the paper's
+convention (arXiv 2309.15505, as in NVIDIA Cosmos), learned projections, a
+1 x 1 convolution on the codes (post_quant), a ViT-XL decoder; 256 pixels,
+16 x 16 tokens. The convention has no auxiliary loss.
+
+The encoder is RAE's SigLIP2 (arXiv 2510.11690); the numbers are the request's:
+L2, 1e-3, batch 4096, 30 epochs, the encoder frozen.
+
+Not here yet: the published encoder weights (they are random), LPIPS and the
+GAN.
+"""
+
+from configs import common
+
+
+def get_config(arguments=None):
+  common.arguments(arguments)
+  config = common.base()
+  config.model = dict(
+    encoder=dict(name='siglip2-base-patch16-256', output_norm='plain'),
+    quantizer=dict(
+      name='fsq',
+      levels=(8, 8, 8, 5, 5, 5),
+      convention='cosmos',
+      epsilon=1e-3,
+      projection=True,
+      post_quant=dict(kernel=1, space='code'),
+    ),
+    decoder=dict(name='XL'),
+    dtype='bfloat16',
+    remat=True,
+  )
+  config.data.update(image_size=256, resize=288, crop='random', flip=True)
+  config.losses = dict(l2=1.0)
+  config.schedules = common.encoder_frozen(lr=1e-3, end_lr=1e-5, warmup=2000)
+  config.duration = '30 epochs'
+  config.batch_size = 4096
+  config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
+  config.ema = 0.999
+  config.mesh.layout = 'fsdp'
+  return config

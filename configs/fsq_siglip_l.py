@@ -1,0 +1,37 @@
+"""python -m vqrae_jax.train --config=configs/fsq_siglip_l.py --config.data.source=FOLDER
+
+FSQ on SigLIP-L/16: levels 8, 8, 8 (512 codes) between learned projections,
+values (L-1)/2 to either side in steps of one ("centered"), no post_quant. The
+384-pixel weights at 224 pixels, so 14 x 14 tokens; a ViT-L decoder.
+
+FSQ is arXiv 2309.15505; the convention, the commitment term and the numbers
+are the request's: L2, 1e-3, batch 4096, 30 epochs, the encoder frozen. Same
+encoder, decoder and data as `simvq_siglip_l.py` and `vqvae_16k.py`: the three
+differ in their quantizer.
+
+Not here yet: the published encoder weights (they are random), LPIPS and the
+GAN.
+"""
+
+from configs import common
+
+
+def get_config(arguments=None):
+  common.arguments(arguments)
+  config = common.base()
+  config.model = dict(
+    encoder=dict(name='siglip-large-patch16-384', output_norm='plain'),
+    quantizer=dict(name='fsq', levels=(8, 8, 8), convention='centered'),
+    decoder=dict(name='L', vit=dict(grid=(14, 14))),
+    dtype='bfloat16',
+    remat=True,
+  )
+  config.data.update(image_size=224, resize=256, crop='random', flip=True)
+  config.losses = dict(l2=1.0, commit=0.25)
+  config.schedules = common.encoder_frozen(lr=1e-3, end_lr=1e-5, warmup=2000)
+  config.duration = '30 epochs'
+  config.batch_size = 4096
+  config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
+  config.ema = 0.999
+  config.mesh.layout = 'fsdp'
+  return config

@@ -1,0 +1,50 @@
+"""python -m vqrae_jax.train --config=configs/internvit_6b.py --config.data.source=FOLDER
+
+SimVQ on InternViT-6B V2.5 (arXiv 2412.05271, 45 blocks of 3200): 16,384 codes
+of 1536 channels, L2, and a ViT-XL decoder. It sees 224 pixels, the decoder
+paints patches of 16: 256 pixels from 16 x 16 tokens.
+
+VQRAE's numbers (arXiv 2511.23386): squared L2 to the mapped basis, batch 768,
+4e-4 to 1e-4 in 45,000 steps, the encoder frozen. `:decoder=symmetric` mirrors
+the encoder as the paper does (5.5 billion parameters more to train);
+`:decoder=B` and `:decoder=L` are smaller. `:stage=2` with
+`--config.init_from=runs/internvit_6b` goes on for 60,000 steps with everything
+open, decoder 1e-4 to 1e-5, encoder at 1e-5.
+
+Parameters lie over all devices ("fsdp") and blocks are recomputed in the
+backward (`remat`): the frozen encoder alone is 22 GB in f32.
+
+Not here yet: the published encoder weights (they are random), the perceptual
+term, the GAN and the second stage's distillation.
+"""
+
+from configs import common
+
+
+def get_config(arguments=None):
+  arg = common.arguments(
+    arguments, decoder=('XL', 'symmetric', 'B', 'L'), stage=(1, 2)
+  )
+  config = common.base()
+  config.model = dict(
+    encoder=dict(name='internvit-6b-448px-v2_5', output_norm='plain'),
+    quantizer=dict(name='simvq', num_codes=16384, code_dim=1536, distance='l2'),
+    decoder=dict(name=arg.decoder, vit=dict(patch_size=16, grid=(16, 16))),
+    dtype='bfloat16',
+    remat=True,
+  )
+  config.data.update(image_size=256, resize=288, crop='random', flip=True)
+  config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
+  config.schedules = common.encoder_frozen(lr=4e-4, end_lr=1e-4, warmup=2000)
+  config.duration = '45000 steps'
+  config.batch_size = 768
+  config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
+  config.ema = 0.999
+  config.mesh.layout = 'fsdp'
+  if arg.stage == 2:
+    common.second_stage(
+      config, duration='60000 steps', lr=1e-4, end_lr=1e-5, warmup=2000
+    )
+    still = dict(lr=1e-5, end_lr=1e-5, warmup=2000)
+    config.schedules = ((r'encoder/.*', still), *config.schedules)
+  return config

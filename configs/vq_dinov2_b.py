@@ -1,0 +1,43 @@
+"""python -m vqrae_jax.train --config=configs/vq_dinov2_b.py --config.data.source=FOLDER
+
+VQ with a moving average on DINOv2-B: 8192 codes as wide as the latents (768),
+a ViT-B decoder. The encoder sees 224 pixels in patches of 14, the decoder
+paints patches of 16: 256 pixels from 16 x 16 tokens.
+
+The encoder is the one with registers: it is RAE's (arXiv 2510.11690), whose
+published decoders are the ones to start from. Its trainer's numbers too: L1,
+batch 512, 16 epochs, AdamW (.9, .95) from 2e-4 to 2e-5 after one epoch of
+warm-up, no weight decay, crops of 256 from 384 without flips. VQ is arXiv
+1711.00937 with the usual decay .99, epsilon 1e-5 and commitment .25; while
+the encoder is frozen the commitment moves nothing and is a measure in the
+logs.
+
+Not here yet: the published encoder weights (they are random), LPIPS and the
+GAN.
+"""
+
+from configs import common
+
+
+def get_config(arguments=None):
+  common.arguments(arguments)
+  config = common.base()
+  config.model = dict(
+    encoder=dict(name='dinov2-with-registers-base', output_norm='plain'),
+    quantizer=dict(
+      name='vq', num_codes=8192, update='ema', decay=0.99, epsilon=1e-5
+    ),
+    decoder=dict(name='B'),
+    dtype='bfloat16',
+    remat=False,
+  )
+  config.data.update(image_size=256, resize=384, crop='random', flip=False)
+  config.losses = dict(l1=1.0, commit=0.25)
+  config.schedules = common.encoder_frozen(
+    lr=2e-4, end_lr=2e-5, warmup='1 epochs'
+  )
+  config.duration = '16 epochs'
+  config.batch_size = 512
+  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.0)
+  config.ema = 0.9978
+  return config

@@ -1,0 +1,37 @@
+"""python -m vqrae_jax.train --config=configs/vq_dinov2_b_decxl.py --config.data.source=FOLDER
+
+`vq_dinov2_b.py` with the ViT-XL decoder, the size of RAE's published ones
+(arXiv 2510.11690): VQ with a moving average on DINOv2-B with registers, 8192
+codes of 768 channels, 224 pixels in, 256 out, 16 x 16 tokens; L1, batch 512,
+16 epochs, 2e-4 to 2e-5.
+
+Not here yet: the published encoder and decoder weights (both are random),
+LPIPS and the GAN.
+"""
+
+from configs import common
+
+
+def get_config(arguments=None):
+  common.arguments(arguments)
+  config = common.base()
+  config.model = dict(
+    encoder=dict(name='dinov2-with-registers-base', output_norm='plain'),
+    quantizer=dict(
+      name='vq', num_codes=8192, update='ema', decay=0.99, epsilon=1e-5
+    ),
+    decoder=dict(name='XL'),
+    dtype='bfloat16',
+    remat=True,
+  )
+  config.data.update(image_size=256, resize=384, crop='random', flip=False)
+  config.losses = dict(l1=1.0, commit=0.25)
+  config.schedules = common.encoder_frozen(
+    lr=2e-4, end_lr=2e-5, warmup='1 epochs'
+  )
+  config.duration = '16 epochs'
+  config.batch_size = 512
+  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.0)
+  config.ema = 0.9978
+  config.mesh.layout = 'fsdp'
+  return config

@@ -1,0 +1,43 @@
+"""Writes encoder_params.json: the exact parameter count of every encoder.
+
+    python -m tests.golden.make_encoder_params
+
+Renew it when a row is added. A count that changes for a row that was there
+means that published weights no longer fit it.
+"""
+
+import json
+import math
+import pathlib
+
+import jax
+
+from vqrae_jax.encoders import ENCODERS
+from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.specs import EncoderSpec, build_spec, merge_sections
+
+PATH = pathlib.Path(__file__).with_name('encoder_params.json')
+
+
+def encoder(name: str, **fields) -> Encoder:
+  """The module of a row, some of its spec's fields changed."""
+  section = merge_sections(ENCODERS[name], fields)
+  return Encoder(build_spec(EncoderSpec, section, name))
+
+
+def count(name: str) -> int:
+  """Parameters of a row, by shapes alone; the image's size does not matter."""
+  model = encoder(name)
+  p = model.spec.vit.patch_size
+  image = jax.ShapeDtypeStruct((1, p, p, 3), 'float32')
+  shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def counts() -> dict[str, int]:
+  """{row: parameters}, in the table's order."""
+  return {name: count(name) for name in ENCODERS}
+
+
+if __name__ == '__main__':
+  PATH.write_text(json.dumps(counts(), indent=1) + '\n')
