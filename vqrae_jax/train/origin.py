@@ -24,7 +24,6 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.models import rae
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
 from vqrae_jax.ops import trees
-from vqrae_jax.specs import build_spec
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.types import Frozen
@@ -111,13 +110,12 @@ def _of_tokenizer(path: pathlib.Path) -> tuple[Leaves, str]:
 
 def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
   """The newest checkpoint's averaged weights, live codebook, frozen leaves."""
+  path = workdir / 'config.json'
   try:
-    config = json.loads((workdir / 'config.json').read_bytes())
-    model, seed = config['model'], config['seed']
-    init = build_spec(config_lib.InitSpec, config.get('init', {}), 'init')
-  except (OSError, ValueError, KeyError, TypeError) as e:
+    spec = config_lib.read_config(json.loads(path.read_bytes()))
+  except (OSError, ValueError, TypeError) as e:
     raise UserError(
-      f'init_from={workdir}: its config.json cannot be read ({e!r})'
+      f'init_from={workdir}: {path} cannot be used: {e}'
     ) from None
   kept = Checkpoints(workdir / 'checkpoints')
   manifest = kept.latest()
@@ -126,7 +124,7 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
       f'init_from={workdir}: the run has no checkpoint yet; wait for its '
       'first one'
     )
-  tokenizer = build_tokenizer(config_lib.plain(model))
+  tokenizer = build_tokenizer(spec.model)
   places = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = {
     name: jax.ShapeDtypeStruct(shape, dtype, sharding=places)
@@ -143,7 +141,7 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
   for name, leaf in found.items():
     old = next(p for p in prefixes if name.startswith(p))
     leaves[prefixes[old] + name.removeprefix(old)] = np.asarray(leaf)
-  fresh = _began_with(tokenizer, seed, config.get('init_from'), init)
+  fresh = _began_with(tokenizer, spec)
   frozen = {
     n: x
     for n, x in fresh.items()
@@ -158,13 +156,11 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
   )
 
 
-def _began_with(
-  tokenizer: Tokenizer, seed: int, init_from: str | None, init: Any
-) -> Leaves:
+def _began_with(tokenizer: Tokenizer, spec: config_lib.RunSpec) -> Leaves:
   """The variables that a run began with, on the host."""
-  fresh = trees.flatten(jax.jit(lambda: from_seed(tokenizer, seed))())
+  fresh = trees.flatten(jax.jit(lambda: from_seed(tokenizer, spec.seed))())
   fresh = jax.tree.map(np.asarray, fresh)
-  return fresh | given_leaves(tokenizer, init_from, init)[0]
+  return fresh | given_leaves(tokenizer, spec.init_from, spec.init)[0]
 
 
 def hash_frozen(
