@@ -39,7 +39,7 @@ ONLY = {
 # Packages from outside that a room may import.
 OUTSIDE = {
   'ops': {'jax', 'jaxtyping', 'numpy'},
-  'data': {'PIL', 'grain', 'numpy'},
+  'data': {'PIL', 'absl', 'array_record', 'grain', 'numpy'},
   'encoders': set(),
 }
 
@@ -93,8 +93,10 @@ def test_import_order(path):
 
 
 STDLIB = {
-  'collections', 'dataclasses', 'difflib', 'fnmatch', 'functools', 'glob',
-  'importlib', 'math', 'pathlib', 're', 'typing', 'types',
+  'collections', 'concurrent', 'contextlib', 'copy', 'dataclasses', 'difflib',
+  'errno', 'fnmatch', 'functools', 'glob', 'hashlib', 'heapq', 'importlib',
+  'io', 'math', 'os', 'pathlib', 're', 'tempfile', 'threading', 'time',
+  'typing', 'types', 'warnings',
 }  # fmt: skip
 
 

@@ -74,6 +74,9 @@ class Spy:
     self.seen.append(i)
     return np.zeros((8, 8, 3), np.uint8)
 
+  def name(self, i):
+    return f'photo{i}'
+
 
 @pytest.mark.parametrize('n', (7, 4096))
 def test_each_epoch_sees_every_photograph_once_in_a_new_order(n):
@@ -147,87 +150,6 @@ def test_tiles_cover_from_the_top_left():
   cut = pipeline.tiles(image, (8, 16))
   assert cut.shape == (4, 8, 16, 3)
   np.testing.assert_array_equal(cut[3], image[8:16, 16:32])
-
-
-def test_folders_are_searched_in_depth_and_sorted(folder):
-  source = sources.open_source(str(folder))
-  assert len(source) == 7
-  assert source.paths == sorted(source.paths)
-  assert len(sources.open_source(str(folder / '*.png'))) == 4
-  kept = sources.open_source(str(folder), exclude=('photo0',))
-  assert len(kept) == 6 and 'photo0' not in kept.names
-  kept = sources.open_source(str(folder), include=('photo[12]',))
-  assert sorted(kept.names) == ['photo1', 'photo2']
-
-
-@pytest.mark.parametrize('mode', ('L', 'P', 'RGBA', 'CMYK', 'I;16', '1'))
-def test_every_mode_becomes_rgb(tmp_path, mode):
-  path = tmp_path / ('x.tif' if mode in ('CMYK', 'I;16') else 'x.png')
-  if mode == 'I;16':
-    image = Image.fromarray(np.full((9, 8), 40000, np.uint16))
-  else:
-    image = Image.new('RGB', (8, 9), (250, 10, 10)).convert(mode)
-  image.save(path)
-  assert sources.read_image(path).shape == (9, 8, 3)
-
-
-def test_16_bits_and_alpha_keep_their_meaning(tmp_path):
-  ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
-  Image.fromarray(ramp).save(tmp_path / 'x.png')
-  found = sources.read_image(tmp_path / 'x.png')
-  assert np.abs(found[0, :, 1].astype(int) - np.arange(256)).max() <= 1
-  Image.new('RGBA', (2, 2), (9, 9, 9, 0)).save(tmp_path / 'y.png')
-  assert (sources.read_image(tmp_path / 'y.png') == 255).all()
-  Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / 'z.tif')
-  with pytest.raises(UserError, match='mode F'):
-    sources.read_image(tmp_path / 'z.tif')
-
-
-def test_sizes_come_from_headers(tmp_path):
-  image = Image.new('RGB', (8, 4))
-  exif = image.getexif()
-  exif[0x0112] = 6
-  image.save(tmp_path / 'x.jpg', exif=exif)
-  source = sources.open_source(str(tmp_path))
-  assert source.size(0) == (8, 4) == source[0].shape[:2]
-
-
-def test_photographs_stand_upright_by_their_exif(tmp_path):
-  image = Image.new('RGB', (8, 4))
-  exif = image.getexif()
-  exif[0x0112] = 6  # rotated by a quarter
-  image.save(tmp_path / 'x.jpg', exif=exif)
-  assert sources.read_image(tmp_path / 'x.jpg').shape == (8, 4, 3)
-
-
-@pytest.mark.parametrize(
-  'data, keys, words',
-  [
-    ('nowhere', {}, 'no folder, file, glob or "bundled:photos"'),
-    ('bundled:cats', {}, 'did you mean "bundled:photos"'),
-    ('bundled:photos', dict(include=('chelsee',)), 'did you mean "chelsea"'),
-    ('bundled:photos', dict(exclude=('*',)), 'holds no image'),
-  ],
-)
-def test_bad_sources_say_what_is_right(data, keys, words):
-  with pytest.raises(UserError, match=words):
-    sources.open_source(data, **keys)
-
-
-def test_an_empty_folder_and_a_broken_file_are_named(tmp_path):
-  with pytest.raises(UserError, match='holds no image'):
-    sources.open_source(str(tmp_path))
-  (tmp_path / 'broken.jpg').write_bytes(b'\xff\xd8 no jpeg')
-  with pytest.raises(UserError, match=r'cannot read the image .*broken\.jpg'):
-    sources.open_source(str(tmp_path))[0]
-
-
-def test_bundled_photographs_are_in_colour():
-  source = sources.open_source('bundled:photos')
-  assert len(source) == 11
-  image = source[source.names.index('chelsea')]
-  assert image.shape == (300, 451, 3)
-  assert (image[..., 0] != image[..., 2]).any()
 
 
 def test_real_photographs(shared_data):

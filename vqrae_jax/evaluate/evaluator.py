@@ -15,7 +15,8 @@ import numpy as np
 
 from vqrae_jax import inference
 from vqrae_jax.data import pipeline
-from vqrae_jax.data.sources import ImageFiles, Photographs
+from vqrae_jax.data.encoded import EncodedImages
+from vqrae_jax.data.sources import Photographs
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import metrics
 from vqrae_jax.models.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def _jitted(fn: Callable) -> Callable:
   return jax.jit(fn, static_argnums=0)
 
 
-def check_tiles(source: ImageFiles, tile: int) -> None:
+def check_tiles(source: EncodedImages, tile: int) -> None:
   """Every photograph holds a tile; reads sizes only.
 
   Raises:
