@@ -13,7 +13,6 @@ are tried: the rest of Pillow's readers never see a file.
 import errno
 import io
 import warnings
-from typing import BinaryIO
 
 import numpy as np
 
@@ -62,7 +61,7 @@ class Unreadable(UserError):
     super().__init__(f'cannot read the image {where}: {self.reason}')
 
 
-def decode(file: BinaryIO | bytes, where: str) -> np.ndarray:
+def decode(file: io.IOBase | bytes, where: str) -> np.ndarray:
   """uint8 [h w 3] of an open file or of bytes.
 
   Raises:
@@ -71,7 +70,7 @@ def decode(file: BinaryIO | bytes, where: str) -> np.ndarray:
   return _attempt(file, where, _pixels)
 
 
-def size(file: BinaryIO | bytes, where: str) -> tuple[int, int]:
+def size(file: io.IOBase | bytes, where: str) -> tuple[int, int]:
   """(h, w) of what `decode` would give, from the header alone."""
   return _attempt(file, where, _upright_size)
 

@@ -4,12 +4,11 @@ A source says how to open row i and what it is called; decoding, sizes, names
 and the choice of some rows are here.
 """
 
-import contextlib
 import copy
 import fnmatch
+import io
 import pathlib
 from collections.abc import Sequence
-from typing import BinaryIO
 
 import numpy as np
 
@@ -29,7 +28,7 @@ class EncodedImages:
     """`rows`: how many photographs there are before any is left out."""
     self._rows = np.arange(rows)
 
-  def _open(self, row: int) -> contextlib.AbstractContextManager[BinaryIO]:
+  def _open(self, row: int) -> io.IOBase:
     """The encoded bytes; raises `Unreadable` or OSError."""
     raise NotImplementedError
 

@@ -1,8 +1,8 @@
 """Image files on disk, opened one by one as they are asked for."""
 
+import io
 import os
 import pathlib
-from typing import BinaryIO
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class ImageFiles(EncodedImages):
     """The files, in the order of their indices; made anew at each call."""
     return [pathlib.Path(self._where(row)) for row in self._rows.tolist()]
 
-  def _open(self, row: int) -> BinaryIO:
+  def _open(self, row: int) -> io.IOBase:
     return open(self._where(row), 'rb')
 
   def _name(self, row: int) -> str:

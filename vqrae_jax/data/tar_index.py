@@ -11,9 +11,9 @@ one of images.
 """
 
 import dataclasses
+import io
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def index_tar(path: str) -> TarIndex:
   return index
 
 
-def _read(file: BinaryIO, stamp) -> TarIndex:
+def _read(file: io.IOBase, stamp) -> TarIndex:
   kept: list[tuple[bytes, int, int]] = []
   others: set[str] = set()
   damage = ''
@@ -123,7 +123,7 @@ def _read(file: BinaryIO, stamp) -> TarIndex:
   )
 
 
-def walk(file: BinaryIO, end: int) -> Iterator[tuple[bytes, int, int]]:
+def walk(file: io.IOBase, end: int) -> Iterator[tuple[bytes, int, int]]:
   """(name, offset, size) of the regular members of a tar of `end` bytes.
 
   Raises:
@@ -194,7 +194,7 @@ def _name(header: bytes) -> bytes:
   return prefix + b'/' + name if posix and prefix else name
 
 
-def _after_sparse_map(file: BinaryIO, data: int) -> int:
+def _after_sparse_map(file: io.IOBase, data: int) -> int:
   file.seek(data)
   while True:
     block, data = file.read(_BLOCK), data + _BLOCK
