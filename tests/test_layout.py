@@ -96,7 +96,7 @@ STDLIB = {
   'collections', 'concurrent', 'contextlib', 'copy', 'dataclasses', 'difflib',
   'errno', 'fnmatch', 'functools', 'glob', 'hashlib', 'heapq', 'importlib',
   'io', 'math', 'os', 'pathlib', 're', 'tempfile', 'threading', 'time',
-  'typing', 'types', 'warnings',
+  'typing', 'types', 'warnings', 'zlib',
 }  # fmt: skip
 
 

@@ -162,4 +162,5 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     image = image.convert('RGBA')
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
-  return np.asarray(image.convert('RGB'))
+  # Converting copies also what is RGB already.
+  return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))

@@ -113,11 +113,13 @@ def _global_order(n: int, seed: int) -> grain.MapDataset:
   return order.map_with_index(lambda i, _: (i, int(permutation(i // n)[i % n])))
 
 
-def _cores() -> int:
-  """Cores that this process may use, where the system tells."""
+def reading_threads() -> int:
+  """Threads that decode: one a core that this process may use, 2 to 16."""
   if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
+  else:
+    cores = os.cpu_count() or 1
+  return min(max(cores, 2), 16)
 
 
 class TrainBatches:
@@ -212,7 +214,7 @@ class TrainBatches:
   def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Batches from `start_step` on, read ahead by threads."""
     mine = self._batches[self._first :: self._stride]
-    threads = min(max(_cores(), 2), 16)
+    threads = reading_threads()
     # A batch a thread, and two that wait.
     options = grain.ReadOptions(
       num_threads=threads, prefetch_buffer_size=threads + 2

@@ -43,14 +43,19 @@ _KINDS = {'image': ImageFiles, 'tar': TarShards, 'record': Records}
 
 
 @runtime_checkable
-class Photographs(Protocol):
-  """What the pipeline reads: random access to uint8 [h w 3]."""
+class Images(Protocol):
+  """Random access to uint8 [h w 3], a list of arrays for instance."""
 
   def __len__(self) -> int:
     """How many there are."""
 
   def __getitem__(self, index: int) -> np.ndarray:
     """uint8 [h w 3]; raises `decode.Unreadable` if it cannot be had."""
+
+
+@runtime_checkable
+class Photographs(Images, Protocol):
+  """What the pipeline reads: images that have names."""
 
   def name(self, index: int) -> str:
     """What tells it from all others, for messages and logs."""

@@ -16,7 +16,7 @@ import numpy as np
 from vqrae_jax import inference
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.encoded import EncodedImages
-from vqrae_jax.data.sources import Photographs
+from vqrae_jax.data.sources import Images
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import metrics
 from vqrae_jax.models.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def bits_per_image(tokenizer: Tokenizer, h: int, w: int) -> float:
 def evaluate_tiles(
   tokenizer: Tokenizer,
   variables: Tree,
-  source: Photographs,
+  source: Images,
   tile: int,
   batch_size: int = 32,
 ) -> dict[str, float]:
