@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_string(
     'images',
     None,
-    'an image, a folder, a glob or bundled:photos',
+    'an image, a folder, a glob, tar shards or bundled:photos',
     flag_values=values,
   )
   flags.DEFINE_string(

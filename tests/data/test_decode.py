@@ -67,6 +67,13 @@ GOOD = {
   '16-bit tiff': encoded(
     Image.fromarray(np.full((9, 8), 40000, np.uint16)), 'TIFF'
   ),
+  '16-bit tiff of the other order': encoded(
+    Image.fromarray(np.full((9, 8), 40000, '>u2')), 'TIFF'
+  ),
+  'two photographs in one': encoded(
+    colours(), 'MPO', save_all=True, append_images=[colours()]
+  ),
+  'lzw tiff': encoded(colours(), 'TIFF', compression='tiff_lzw'),
   'CMYK tiff': encoded(colours('CMYK'), 'TIFF'),
   'bmp': encoded(colours(), 'BMP'),
   'webp': encoded(colours(), 'WEBP'),
@@ -182,6 +189,20 @@ def test_damage_raises_nothing_else(kind):
         read(data, 'x')
       except decode.Unreadable as e:
         assert e.reason
+
+
+@pytest.mark.parametrize('form', ('PNG', 'TIFF'))
+def test_16_bits_and_palettes_stand_upright_too(form):
+  for image in (
+    Image.fromarray(np.arange(72, dtype=np.uint16).reshape(9, 8) * 257),
+    colours('P'),
+    colours('LA'),
+  ):
+    exif = image.getexif()
+    exif[0x0112] = 6
+    found = decode.decode(encoded(image, form, exif=exif), 'x')
+    plain = decode.decode(encoded(image, form), 'x')
+    np.testing.assert_array_equal(found, np.rot90(plain, -1))
 
 
 def test_damaged_exif_spoils_no_pixels():

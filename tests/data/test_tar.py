@@ -13,7 +13,7 @@ import pytest
 
 import vqrae_jax.data
 from tests.data import makers
-from vqrae_jax.data import cache, sources, tar_index
+from vqrae_jax.data import sources, tar_index
 from vqrae_jax.data.decode import Unreadable
 from vqrae_jax.errors import UserError
 
@@ -23,7 +23,7 @@ FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 @pytest.fixture
 def few(monkeypatch):
   """Indices of small tars are kept too."""
-  monkeypatch.setattr(cache, 'MIN_ROWS', 2)
+  monkeypatch.setattr(tar_index, '_MIN_KEPT', 2)
 
 
 def shard(path, numbers=range(3), form=tarfile.GNU_FORMAT):

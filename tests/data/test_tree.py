@@ -32,7 +32,7 @@ def counted(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
   """Small trees are kept too."""
-  monkeypatch.setattr(cache, 'MIN_ROWS', 20)
+  monkeypatch.setattr(tree, '_MIN_KEPT', 20)
 
 
 def make_tree(root, folders=6, files=4):

@@ -15,8 +15,6 @@ import time
 
 import numpy as np
 
-# Below this many rows, reading them anew costs less than keeping them.
-MIN_ROWS = 1000
 # A file changed again within its clock's tick has the same stamp: what is
 # younger than this is not kept. Two seconds is the coarsest clock (FAT's).
 _SETTLED_NS = 2_000_000_000
@@ -57,17 +55,16 @@ def load(kind: str, key: str) -> dict[str, np.ndarray] | None:
 
 
 def save(
-  kind: str, key: str, arrays: dict[str, np.ndarray], *, rows: int, changed: int
+  kind: str, key: str, arrays: dict[str, np.ndarray], *, changed: int
 ) -> None:
-  """Keeps arrays, unless that is not worth it, not safe or not possible.
+  """Keeps arrays, unless that is not safe or not possible.
 
   Args:
     kind, key: what `load` will ask for.
     arrays: of plain types.
-    rows: how many things they describe.
     changed: the latest change of what they describe, in ns since the epoch.
   """
-  if rows < MIN_ROWS or time.time_ns() - changed < _SETTLED_NS:
+  if time.time_ns() - changed < _SETTLED_NS:
     return
   path = _path(kind, key)
   arrays = arrays | {

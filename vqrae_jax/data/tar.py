@@ -25,6 +25,8 @@ from vqrae_jax.errors import UserError
 # Shards held open, well below the usual limit of 1024 files; those beyond
 # are opened for each read.
 _MAX_OPEN = 256
+# What the most pixels that are decoded could take, uncompressed.
+_MAX_BYTES = 1 << 30
 
 
 class TarShards(EncodedImages):
@@ -76,22 +78,29 @@ class TarShards(EncodedImages):
 
   def _open(self, row: int) -> io.BytesIO:
     offset, size = int(self._offsets[row]), int(self._sizes[row])
-    file = self._file(self._shard(row))
+    if size > _MAX_BYTES:
+      raise Unreadable(self._where(row), f'{size:,} bytes are too many')
+    file, kept = self._file(self._shard(row))
     parts = []
-    # One read gives at most 2 GB, and some file systems less than asked.
-    while size:
-      # Reads at an offset of its own: threads and forks share the file.
-      part = os.pread(file.fileno(), size, offset)
-      if not part:
-        raise Unreadable(self._where(row), f'{size:,} bytes are missing')
-      parts.append(part)
-      offset, size = offset + len(part), size - len(part)
+    try:
+      # Some file systems give less than asked.
+      while size:
+        # At an offset of the read's own: threads and forks share the file.
+        part = os.pread(file.fileno(), size, offset)
+        if not part:
+          raise Unreadable(self._where(row), f'{size:,} bytes are missing')
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    finally:
+      if not kept:
+        file.close()
     return io.BytesIO(b''.join(parts))
 
-  def _file(self, shard: int) -> io.FileIO:
+  def _file(self, shard: int) -> tuple[io.FileIO, bool]:
+    """(the open shard, whether it stays open)."""
     file = self._opened.get(shard)
     if file is not None:
-      return file
+      return file, True
     path = self.paths[shard]
     try:
       file = io.FileIO(path)
@@ -100,13 +109,15 @@ class TarShards(EncodedImages):
         f'the shard {path} is gone since it was indexed'
       ) from None
     if stamp(os.fstat(file.fileno())) != self._stamps[shard]:
+      file.close()
       raise UserError(
         f'the shard {path} has changed since it was indexed; start again'
       )
     with self._lock:
-      if len(self._opened) < _MAX_OPEN:
-        file = self._opened.setdefault(shard, file)
-    return file
+      if shard not in self._opened and len(self._opened) < _MAX_OPEN:
+        self._opened[shard] = file
+        return file, True
+    return file, False
 
 
 def _index(path: pathlib.Path) -> TarIndex:

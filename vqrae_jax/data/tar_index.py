@@ -30,6 +30,8 @@ _BARE = (b'1', b'2', b'3', b'4', b'5', b'6')
 _ABOUT_NEXT = (b'L', b'K', b'x', b'g')
 # A header that describes the next is text of a few lines.
 _MAX_TEXT = 1 << 20
+# Fewer than in a folder: each header may be a round trip across a network.
+_MIN_KEPT = 100
 _IMAGES = tuple(os.fsencode(e) for e in EXTENSIONS)
 
 
@@ -73,7 +75,7 @@ def index_tar(path: str) -> TarIndex:
   with open(key, 'rb') as file:
     index = _read(file, stamp)
   # A damaged tar is read, and warned of, at every start.
-  if not index.damage:
+  if not index.damage and len(index.names) >= _MIN_KEPT:
     arrays = {
       'names': index.names.blob,
       'name_ends': index.names.ends,
@@ -81,8 +83,7 @@ def index_tar(path: str) -> TarIndex:
       'sizes': index.sizes,
       'stamp': np.array(stamp, np.int64),
     }
-    rows = len(index.names)
-    cache.save('tar', key, arrays, rows=rows, changed=status.st_mtime_ns)
+    cache.save('tar', key, arrays, changed=status.st_mtime_ns)
   return index
 
 

@@ -18,6 +18,8 @@ from vqrae_jax.data.decode import EXTENSIONS
 from vqrae_jax.data.names import Names
 from vqrae_jax.errors import UserError
 
+# Smaller trees are listed as fast as a kept listing is checked.
+_MIN_KEPT = 1000
 # Kind: what a message calls it, the endings of its files.
 KINDS = {
   'image': ('image files', EXTENSIONS),
@@ -70,7 +72,8 @@ def list_tree(path: str) -> tuple[dict, collections.Counter]:
   if len(found) == 1:
     ((kind, names),) = found.items()
     found = {kind: sorted_names(names)}
-    _keep(key, kind, found[kind], Names.of(folders), stamps)
+    if len(names) >= _MIN_KEPT:
+      _keep(key, kind, found[kind], Names.of(folders), stamps)
   return found, others
 
 
@@ -84,7 +87,7 @@ def _keep(key, kind, names, folders, stamps):
     'stamps': np.array(stamps, np.int64),
   }
   changed = max(mtime for _, mtime, _ in stamps)
-  cache.save('folder', key, arrays, rows=len(names), changed=changed)
+  cache.save('folder', key, arrays, changed=changed)
 
 
 def _unchanged(root: str, entry) -> bool:
