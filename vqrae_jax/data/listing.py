@@ -119,7 +119,7 @@ def _of_one_kind(data, root, found, others) -> Listing:
     )
     raise UserError(
       f'data "{data}" holds {held}; name one kind by a glob, such as '
-      f'"{root}/*{KINDS[min(counts)][1][0]}"'
+      f'"{root}/**/*{KINDS[min(counts)][1][0]}"'
     )
   if 'packed' in counts:
     raise UserError(
