@@ -23,6 +23,7 @@ setup(
   packages=find_packages(include=['vqrae_jax', 'vqrae_jax.*', 'configs']),
   install_requires=[
     'absl-py',
+    'array_record',  # data in ArrayRecord files
     'flatbuffers',  # jax.export's serialisation
     'dm-pix',  # PSNR and SSIM
     'flax>=0.12',

@@ -40,7 +40,7 @@ ONLY = {
 # Packages from outside that a room may import.
 OUTSIDE = {
   'ops': {'jax', 'jaxtyping', 'numpy'},
-  'data': {'PIL', 'grain', 'numpy'},
+  'data': {'PIL', 'absl', 'array_record', 'grain', 'numpy'},
   'encoders': set(),
   'weights': {'jax', 'ml_dtypes', 'numpy', 'safetensors'},
 }
@@ -95,9 +95,11 @@ def test_import_order(path):
 
 
 STDLIB = {
-  'collections', 'dataclasses', 'difflib', 'fnmatch', 'functools', 'glob',
-  'importlib', 'io', 'json', 'math', 'pathlib', 'pickletools', 're', 'struct',
-  'typing', 'types', 'zipfile', 'zlib',
+  'collections', 'concurrent', 'contextlib', 'copy', 'dataclasses', 'difflib',
+  'errno', 'fnmatch', 'functools', 'glob', 'hashlib', 'heapq', 'importlib',
+  'io', 'json', 'math', 'os', 'pathlib', 'pickletools', 're', 'struct',
+  'tempfile', 'threading', 'time', 'typing', 'types', 'warnings', 'zipfile',
+  'zlib',
 }  # fmt: skip
 
 

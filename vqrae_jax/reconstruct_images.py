@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_string(
     'images',
     None,
-    'an image, a folder, a glob or bundled:photos',
+    'an image, a folder, a glob, tar shards or bundled:photos',
     flag_values=values,
   )
   flags.DEFINE_string(
@@ -102,15 +102,15 @@ def reconstruct_folder(
 
 def _check_outputs(source, out: pathlib.Path) -> None:
   """No picture is written over an original, nor two to one name."""
-  taken: dict[str, pathlib.Path] = {'comparison': out / 'comparison.png'}
+  taken = {'comparison': out / 'comparison.png'}
   originals = {p.resolve() for p in source.paths}
-  for name, path in zip(source.names, source.paths, strict=True):
+  for i, name in enumerate(source.names):
     if name in taken:
       raise UserError(
-        f'{path} and {taken[name]} would both be {out / name}.png; '
+        f'{source.name(i)} and {taken[name]} would both be {out / name}.png; '
         'reconstruct them in two runs, or rename one'
       )
-    taken[name] = path
+    taken[name] = source.name(i)
     if (out / f'{name}.png').resolve() in originals:
       raise UserError(
         f'--out={out} would overwrite {out / name}.png, one of the images; '

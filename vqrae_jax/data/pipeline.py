@@ -1,25 +1,31 @@
 """From photographs to batches, the same whatever the number of hosts.
 
 Global sample i of a run is a pure function of the seed and i: which
-photograph (a new permutation each epoch), which crop, whether flipped. Step s
-reads samples [s B, (s+1) B), and host p of P takes rows [p B/P, (p+1) B/P) of
-them. So the position is the step, and nothing else needs saving.
+photograph (a new permutation each epoch), which crop, whether flipped, and
+which photographs stand in for one that cannot be read. Step s reads samples
+[s B, (s+1) B), and host p of P takes rows [p B/P, (p+1) B/P) of them. So the
+position is the step, and nothing else needs saving.
 
 Images stay uint8 here; the device scales them to [0, 1].
 """
 
 import dataclasses
 import functools
+import os
+import threading
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 from PIL import Image
 
+from vqrae_jax.data.decode import Unreadable
 from vqrae_jax.data.sources import Photographs
 from vqrae_jax.errors import UserError
 
 CROPS = ('random', 'center')
+# So many unreadable draws in a row are no accident.
+MAX_DRAWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +113,15 @@ def _global_order(n: int, seed: int) -> grain.MapDataset:
   return order.map_with_index(lambda i, _: (i, int(permutation(i // n)[i % n])))
 
 
+def reading_threads() -> int:
+  """Threads that decode: one a core that this process may use, 2 to 16."""
+  if hasattr(os, 'sched_getaffinity'):
+    cores = len(os.sched_getaffinity(0))
+  else:
+    cores = os.cpu_count() or 1
+  return min(max(cores, 2), 16)
+
+
 class TrainBatches:
   """Endless global order over a source; iterate one host's share of it."""
 
@@ -132,30 +147,78 @@ class TrainBatches:
         f'batch_size={batch_size} must be a multiple of the {process_count} '
         'hosts'
       )
+    if not len(source):
+      raise UserError('the source holds no photograph')
     local = batch_size // process_count
+    self._source, self._seed = source, seed
+    self._unreadable: dict[str, str] = {}
+    self._lock = threading.Lock()
 
     def make(index_photo, rng):
       index, photo = index_photo
+      image, photo, skipped = self._draw(index, photo)
       return {
-        'images': augment_image(source[photo], augment, rng),
+        'images': augment_image(image, augment, rng),
         'index': np.int64(index),
         'photo': np.int64(photo),
-        'skipped': np.int32(0),
+        'skipped': np.int32(skipped),
       }
 
     order = _global_order(len(source), seed)
     self._batches = order.random_map(make).batch(local)
     self._first, self._stride = process_index, process_count
-    self.unreadable: dict[str, str] = {}
+
+  def _draw(self, index: int, photo: int) -> tuple[np.ndarray, int, int]:
+    """(image, its photograph, unreadable draws before it) of sample `index`.
+
+    Substitutes are a function of seed, index and attempt, so that every host
+    and every restart draws the same.
+    """
+    for attempt in range(MAX_DRAWS):
+      if attempt:
+        rng = np.random.default_rng((self._seed, index, attempt))
+        photo = int(rng.integers(len(self._source)))
+      try:
+        return self._source[photo], photo, attempt
+      except Unreadable as e:
+        with self._lock:
+          self._unreadable[self._source.name(photo)] = e.reason
+        last = e
+    raise UserError(
+      f'{MAX_DRAWS} photographs drawn in a row are unreadable; the last: {last}'
+    )
+
+  @property
+  def unreadable(self) -> dict[str, str]:
+    """{name: reason} of the photographs that this host could not read so far.
+
+    A copy; `iterate` reads ahead, so it may know of steps to come.
+    """
+    with self._lock:
+      return dict(self._unreadable)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """This host's rows of step's batch: images uint8 [b h w 3], index [b]."""
+    """This host's rows of the batch of a step.
+
+    Returns:
+      images: uint8 [b h w 3].
+      index: int64 [b], the number of the sample in the run.
+      photo: int64 [b], which photograph of the source it shows.
+      skipped: int32 [b], how many unreadable ones were drawn before that.
+
+    Raises:
+      UserError: `MAX_DRAWS` unreadable draws in a row.
+    """
     return self._batches[step * self._stride + self._first]
 
   def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Batches from `start_step` on, read ahead by threads."""
     mine = self._batches[self._first :: self._stride]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    threads = reading_threads()
+    # A batch a thread, and two that wait.
+    options = grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=threads + 2
+    )
     iterator = iter(mine.to_iter_dataset(options))
     state = iterator.get_state()
     state['next_index'] = start_step

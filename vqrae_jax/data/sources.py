@@ -1,23 +1,24 @@
 """Where photographs come from: random access, uint8 RGB [h w 3] on the host.
 
-`open_source` reads the one `DATA` word that every command line takes: an
-image folder, a glob of image files, or `bundled:photos`, the photographs that
-the scikit-image and scikit-learn wheels carry (nothing is downloaded).
+`open_source` reads the one `DATA` word that every command line takes: a
+folder, a file, a glob or a brace pattern of image files, tar shards or
+ArrayRecord files, or `bundled:photos`, the photographs that the scikit-image
+and scikit-learn wheels carry (nothing is downloaded).
 """
 
-import fnmatch
-import glob
 import importlib.util
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vqrae_jax.data import listing
+from vqrae_jax.data.encoded import EncodedImages
+from vqrae_jax.data.folder import ImageFiles
+from vqrae_jax.data.records import Records
+from vqrae_jax.data.tar import TarShards
 from vqrae_jax.errors import UserError, did_you_mean
-
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
 # Wheel, folder inside it, photographs in colour.
 _BUNDLED = (
@@ -38,90 +39,26 @@ _BUNDLED = (
   ),
   ('sklearn', 'datasets/images', ('china.jpg', 'flower.jpg')),
 )
-
-
-def read_image(path: pathlib.Path) -> np.ndarray:
-  """One file as uint8 [h w 3], upright by its EXIF orientation.
-
-  Raises:
-    UserError: the file cannot be opened or decoded.
-  """
-  try:
-    with Image.open(path) as image:
-      return _to_rgb(ImageOps.exif_transpose(image))
-  except _UNREADABLE as e:
-    raise UserError(f'cannot read the image {path}: {e}') from None
-
-
-_UNREADABLE = (
-  OSError,
-  UnidentifiedImageError,
-  SyntaxError,
-  ValueError,
-  Image.DecompressionBombError,
-)
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-  """Any mode as uint8 [h w 3]: 16 bits scaled down, alpha over white."""
-  if image.mode.startswith('I;16'):
-    grey = np.round(np.asarray(image).astype(np.float32) / 257)
-    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
-  if image.mode in ('I', 'F'):
-    raise ValueError(f'values of mode {image.mode} have no known range')
-  if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
-    image = image.convert('RGBA')
-    page = Image.new('RGBA', image.size, (255, 255, 255, 255))
-    image = Image.alpha_composite(page, image)
-  return np.asarray(image.convert('RGB'))
+_KINDS = {'image': ImageFiles, 'tar': TarShards, 'record': Records}
 
 
 @runtime_checkable
-class Photographs(Protocol):
-  """What the pipeline reads: random access to uint8 [h w 3]."""
+class Images(Protocol):
+  """Random access to uint8 [h w 3], a list of arrays for instance."""
 
   def __len__(self) -> int:
     """How many there are."""
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h w 3]."""
+    """uint8 [h w 3]; raises `decode.Unreadable` if it cannot be had."""
 
 
-class ImageFiles:
-  """A sorted list of image files, decoded on access.
+@runtime_checkable
+class Photographs(Images, Protocol):
+  """What the pipeline reads: images that have names."""
 
-  Attributes:
-    paths: the files, in the order of their indices.
-    names: what the files are called in tables and on pictures.
-  """
-
-  def __init__(self, paths: Sequence[pathlib.Path], keep: bool = False):
-    """`keep` holds decoded photographs in memory: for a few files only."""
-    self.paths = list(paths)
-    self.names = [p.stem for p in self.paths]
-    self._kept: dict[int, np.ndarray] | None = {} if keep else None
-
-  def size(self, index: int) -> tuple[int, int]:
-    """(h, w) from the file's header; a quarter turn by EXIF counts."""
-    try:
-      with Image.open(self.paths[index]) as image:
-        w, h = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5
-    except _UNREADABLE as e:
-      raise UserError(
-        f'cannot read the image {self.paths[index]}: {e}'
-      ) from None
-    return (w, h) if turned else (h, w)
-
-  def __len__(self) -> int:
-    return len(self.paths)
-
-  def __getitem__(self, index: int) -> np.ndarray:
-    if self._kept is None:
-      return read_image(self.paths[index])
-    if index not in self._kept:
-      self._kept[index] = read_image(self.paths[index])
-    return self._kept[index]
+  def name(self, index: int) -> str:
+    """What tells it from all others, for messages and logs."""
 
 
 def _bundled() -> list[pathlib.Path]:
@@ -138,53 +75,44 @@ def _bundled() -> list[pathlib.Path]:
   return sorted(paths, key=lambda p: p.stem)
 
 
-def _listed(data: str) -> list[pathlib.Path]:
-  path = pathlib.Path(data).expanduser()
-  if path.is_dir():
-    found = path.rglob('*')
-  elif path.is_file():
-    found = [path]
-  else:
-    found = [pathlib.Path(p) for p in glob.glob(str(path), recursive=True)]
-    if not found:
-      raise UserError(
-        f'data "{data}" is no folder, file, glob or "bundled:photos"'
-      )
-  return sorted(p for p in found if p.suffix.lower() in EXTENSIONS)
-
-
 def open_source(
   data: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> ImageFiles:
+) -> EncodedImages:
   """The photographs that `data` names.
 
   Args:
-    data: "bundled:photos", a folder (searched in depth), a file or a glob.
-    include: if given, only names (file stems) that match one of these globs.
+    data: "bundled:photos", a folder (searched in depth), a file, a glob, or a
+      brace pattern as shells write it, "train-{000..010}.tar".
+    include: if given, only names (file stems, keys of a tar's samples) that
+      match one of these globs.
     exclude: no names that match one of these globs.
 
   Raises:
-    UserError: nothing there, nothing left, or a glob that matches nothing.
+    UserError: nothing there, nothing left, several kinds of files, or a glob
+      that matches nothing.
   """
-  bundled = data.startswith('bundled:')
-  if bundled and data != 'bundled:photos':
+  if data == 'bundled:photos':
+    source = ImageFiles(listing.images_at(_bundled()), keep=True)
+  elif data.startswith('bundled:'):
     raise UserError(f'unknown data "{data}"; did you mean "bundled:photos"?')
-  paths = _bundled() if bundled else _listed(data)
-  names = [p.stem for p in paths]
-  for pattern in (*include, *exclude):
-    if not fnmatch.filter(names, pattern):
+  else:
+    found = listing.list_data(data)
+    source = _KINDS[found.kind](found)
+  if not (include or exclude):
+    return source
+  patterns = (*include, *exclude)
+  matches = source.matching(patterns)
+  for pattern, row in zip(patterns, matches, strict=True):
+    if not row.any():
       raise UserError(
         f'no photograph of "{data}" is named "{pattern}"'
-        f'{did_you_mean(pattern, names[:50])}'
+        f'{did_you_mean(pattern, source.names[:50])}'
       )
-
-  def wanted(name):
-    kept = not include or any(fnmatch.fnmatch(name, p) for p in include)
-    return kept and not any(fnmatch.fnmatch(name, p) for p in exclude)
-
-  paths = [p for p in paths if wanted(p.stem)]
-  if not paths:
+  kept = ~matches[len(include) :].any(0)
+  if include:
+    kept &= matches[: len(include)].any(0)
+  if not kept.any():
     raise UserError(
-      f'data "{data}" holds no image ({", ".join(EXTENSIONS)}) to read'
+      f'data "{data}" holds no image that is included and not excluded'
     )
-  return ImageFiles(paths, keep=bundled)
+  return source.select(kept)

@@ -15,7 +15,8 @@ import numpy as np
 
 from vqrae_jax import inference
 from vqrae_jax.data import pipeline
-from vqrae_jax.data.sources import ImageFiles, Photographs
+from vqrae_jax.data.encoded import EncodedImages
+from vqrae_jax.data.sources import Images
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import metrics
 from vqrae_jax.models.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def _jitted(fn: Callable) -> Callable:
   return jax.jit(fn, static_argnums=0)
 
 
-def check_tiles(source: ImageFiles, tile: int) -> None:
+def check_tiles(source: EncodedImages, tile: int) -> None:
   """Every photograph holds a tile; reads sizes only.
 
   Raises:
@@ -84,7 +85,7 @@ def bits_per_image(tokenizer: Tokenizer, h: int, w: int) -> float:
 def evaluate_tiles(
   tokenizer: Tokenizer,
   variables: Tree,
-  source: Photographs,
+  source: Images,
   tile: int,
   batch_size: int = 32,
 ) -> dict[str, float]:

@@ -1,0 +1,108 @@
+"""ArrayRecord files: a record is an image, or an Example that holds one."""
+
+import numpy as np
+import pytest
+
+from tests.data import makers
+from vqrae_jax.data import example, sources
+from vqrae_jax.data.decode import Unreadable
+from vqrae_jax.errors import UserError
+
+
+def test_both_kinds_of_records(tmp_path):
+  makers.array_record(
+    tmp_path / 'a.array_record', [makers.png(i) for i in range(3)]
+  )
+  records = [
+    makers.example(label=3, image=makers.png(3), note=b'x' * 300),
+    makers.example(image__encoded=makers.png(4), image__format=b'png'),
+    makers.example(jpg=makers.png(5)),
+    makers.example(webp=makers.png(6), cls=1),
+  ]
+  makers.array_record(tmp_path / 'b.arrayrecord', records)
+  source = sources.open_source(str(tmp_path))
+  assert len(source) == 7
+  for i in range(7):
+    np.testing.assert_array_equal(source[i], makers.photo(i))
+  assert source.size(4) == (20, 24)
+  assert source.name(4) == 'b.arrayrecord:1' and source.names[4] == 'b-1'
+  source = sources.open_source(str(tmp_path / 'b.*'), include=('b-[02]',))
+  np.testing.assert_array_equal(source[1], makers.photo(5))
+
+
+@pytest.mark.parametrize(
+  'record, reason',
+  [
+    (b'', 'an empty file'),
+    (b'hello', 'neither an encoded image nor a tf.train.Example'),
+    (bytes(range(256)), 'neither an encoded image nor'),
+    (makers.example(image=b''), 'none of the bytes features image'),
+    (makers.example(image=b'pixels'), 'content is none of'),
+    (makers.example(image=7, text=b'x'), 'image/encoded.*; it has text'),
+    (makers.example(image=makers.png(0))[:200], 'neither an encoded image'),
+    (makers.png(0)[:200], 'truncated'),
+  ],
+)
+def test_anything_else_is_unreadable(tmp_path, record, reason):
+  path = makers.array_record(tmp_path / 'x.array_record', [b'', record])
+  source = sources.open_source(str(path))
+  with pytest.raises(Unreadable, match=rf'x\.array_record:1: .*{reason}'):
+    source[1]
+
+
+def test_examples_are_those_of_protobuf():
+  """Against messages made by the protobuf package from the same schema."""
+  descriptor_pb2 = pytest.importorskip('google.protobuf.descriptor_pb2')
+  from google.protobuf import descriptor_pool, message_factory
+
+  file = descriptor_pb2.FileDescriptorProto(name='e.proto', syntax='proto3')
+  field = descriptor_pb2.FieldDescriptorProto
+
+  def message(name, *fields):
+    made = file.message_type.add(name=name)
+    for number, (label, kind, of) in enumerate(fields, 1):
+      made.field.add(
+        name=f'f{number}', number=number, label=label, type=kind, type_name=of
+      )
+
+  one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+  message('Bytes', (many, field.TYPE_BYTES, None))
+  message('Floats', (many, field.TYPE_FLOAT, None))
+  message('Ints', (many, field.TYPE_INT64, None))
+  kinds = [(one, field.TYPE_MESSAGE, n) for n in ('Bytes', 'Floats', 'Ints')]
+  message('Feature', *kinds)
+  message(
+    'Entry',
+    (one, field.TYPE_STRING, None),
+    (one, field.TYPE_MESSAGE, 'Feature'),
+  )
+  message('Features', (many, field.TYPE_MESSAGE, 'Entry'))
+  message('Example', (one, field.TYPE_MESSAGE, 'Features'))
+  pool = descriptor_pool.DescriptorPool()
+  pool.Add(file)
+  made = message_factory.GetMessageClass(
+    pool.FindMessageTypeByName('Example')
+  )()
+  for key, values in {
+    'scores': [0.5, 2.0],
+    'ids': [-1, 2**40, 7],
+    'empty': [],
+    'image': [b'i' * 70_000, b'second'],
+    'text': [b'x'],
+  }.items():
+    entry = made.f1.f1.add(f1=key)
+    part = {'scores': entry.f2.f2, 'ids': entry.f2.f3}.get(key, entry.f2.f1)
+    part.f1.extend(values)
+  assert example.image_bytes(made.SerializeToString()) == b'i' * 70_000
+
+
+def test_files_that_are_no_array_record(tmp_path):
+  path = makers.array_record(tmp_path / 'x.array_record', [b'x' * 99] * 9)
+  data = path.read_bytes()
+  for damaged in (b'', b'x' * 100_000, data[: len(data) // 2]):
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r'ArrayRecord file .*x\.array_record'):
+      sources.open_source(str(tmp_path))
+  makers.array_record(path, [])
+  with pytest.raises(UserError, match='holds no record'):
+    sources.open_source(str(tmp_path))

@@ -1,0 +1,166 @@
+"""One encoded image, in a file or in memory, to uint8 RGB [h w 3].
+
+The header is read first: an image above `MAX_PIXELS` is refused before its
+pixels take memory. Every mode that has a meaning becomes RGB: grey, palette,
+CMYK and 16 bits are converted, alpha is laid over white, of an animation the
+first frame is taken, and EXIF's orientation is undone. Whatever cannot be
+decoded is `Unreadable`, with a reason of one line.
+
+Formats are found by content and not by name, and only those of `EXTENSIONS`
+are tried: the rest of Pillow's readers never see a file.
+"""
+
+import errno
+import io
+import warnings
+
+import numpy as np
+
+# Imported for their readers: Pillow loads these two only when asked.
+from PIL import (
+  Image,
+  TiffImagePlugin,  # noqa: F401
+  UnidentifiedImageError,
+  WebPImagePlugin,  # noqa: F401
+)
+
+from vqrae_jax.errors import UserError
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
+MAX_PIXELS = 100_000_000
+
+# Pillow warns at 89 million pixels and stops at 179; the cap here is ours. Of
+# damaged EXIF it warns at each read, and the pixels are whole.
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+
+
+class Unreadable(UserError):
+  """A photograph that cannot be had.
+
+  Attributes:
+    where: which, as the message names it.
+    reason: why, without the name.
+  """
+
+  def __init__(self, where: str, reason: object):
+    # One line, whatever a library had to say.
+    self.where, self.reason = where, ' '.join(str(reason).split())[:200]
+    super().__init__(f'cannot read the image {where}: {self.reason}')
+
+
+def decode(file: io.IOBase | bytes, where: str) -> np.ndarray:
+  """uint8 [h w 3] of an open file or of bytes.
+
+  Raises:
+    Unreadable: with `where` in the message.
+  """
+  return _attempt(file, where, _pixels)
+
+
+def size(file: io.IOBase | bytes, where: str) -> tuple[int, int]:
+  """(h, w) of what `decode` would give, from the header alone."""
+  return _attempt(file, where, _upright_size)
+
+
+def is_encoded(data: bytes) -> bool:
+  """Whether bytes begin as one of `FORMATS` does."""
+  starts = (b'\xff\xd8\xff', b'\x89PNG', b'BM', b'GIF8', b'II', b'MM')
+  return data.startswith(starts) or (
+    data[:4] == b'RIFF' and data[8:12] == b'WEBP'
+  )
+
+
+def refuse_if_ours(error: OSError) -> None:
+  """Raises again what is the process's trouble and no photograph's."""
+  if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+    raise error
+
+
+def _attempt(file, where, read):
+  file = io.BytesIO(file) if isinstance(file, bytes) else file
+  try:
+    if not file.read(1):
+      raise Unreadable(where, 'an empty file of 0 bytes')
+    file.seek(0)
+    with Image.open(file, formats=FORMATS) as image:
+      w, h = image.size
+      if w * h > MAX_PIXELS:
+        raise Unreadable(where, _too_large(f'{h}x{w}'))
+      return read(image)
+  except (Unreadable, MemoryError):
+    raise
+  except UnidentifiedImageError:
+    kinds = ', '.join(FORMATS)
+    raise Unreadable(where, f'its content is none of {kinds}') from None
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    raise Unreadable(where, _too_large('its size')) from None
+  # Damaged bytes raise anything in Pillow: struct.error, KeyError, zlib's.
+  except Exception as e:
+    if isinstance(e, OSError):
+      refuse_if_ours(e)
+    raise Unreadable(where, str(e) or type(e).__name__) from None
+
+
+def _too_large(what: str) -> str:
+  return f'{what} is above the {MAX_PIXELS:,} pixels that are decoded'
+
+
+def _orientation(image: Image.Image) -> int:
+  try:
+    return image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # Damaged EXIF spoils no pixels.
+    return 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+  w, h = image.size
+  # Pillow turns a TIFF itself, and gives its size turned.
+  turned = image.format != 'TIFF' and _orientation(image) in (5, 6, 7, 8)
+  return (w, h) if turned else (h, w)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+  image.load()
+  # After loading, for a TIFF is upright by then and says so.
+  turn = _UPRIGHT.get(_orientation(image))
+  pixels = _to_rgb(image if turn is None else _turned(image, turn))
+  if not pixels.size:
+    raise ValueError(
+      f'a side of no pixels, {pixels.shape[0]}x{pixels.shape[1]}'
+    )
+  return pixels
+
+
+def _turned(image: Image.Image, turn: Image.Transpose) -> Image.Image:
+  turned = image.transpose(turn)
+  turned.info = dict(image.info)  # The colour that is transparent.
+  return turned
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+  """Any mode as uint8 [h w 3]: 16 bits scaled down, alpha over white."""
+  if image.mode.startswith('I;16'):
+    grey = np.round(np.asarray(image).astype(np.float32) / 257)
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+  if image.mode in ('I', 'F'):
+    raise ValueError(f'values of mode {image.mode} have no known range')
+  alpha = image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La')
+  if alpha or 'transparency' in image.info:
+    image = image.convert('RGBA')
+    page = Image.new('RGBA', image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(page, image)
+  # Converting copies also what is RGB already.
+  return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
