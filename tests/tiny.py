@@ -1,6 +1,7 @@
 """Small tokenizers and runs, the same in every test."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
@@ -27,6 +28,14 @@ QUANTIZERS = {
   'simvq-cosine': dict(
     name='simvq', num_codes=96, code_dim=24, distance='cosine'
   ),
+}
+
+# For processes of their own: the suite's cache of compilations.
+CACHE = {
+  'JAX_COMPILATION_CACHE_DIR': str(
+    pathlib.Path(__file__).resolve().parents[1] / '.jax_cache'
+  ),
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
 }
 
 # Losses that move every leaf of each quantizer.

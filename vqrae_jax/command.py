@@ -8,6 +8,7 @@ traceback.
 """
 
 import logging as std_logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -78,6 +79,13 @@ def required(values: flags.FlagValues, *names: str) -> None:
       raise UserError(f'flag --{name} is missing: {values[name].help}')
 
 
+def _worth_saying(record: std_logging.LogRecord) -> bool:
+  """Orbax and grain log each of their steps, under absl's own name."""
+  theirs = f'{os.sep}orbax{os.sep}', f'{os.sep}grain{os.sep}'
+  noise = record.levelno < std_logging.WARNING
+  return not (noise and any(part in record.pathname for part in theirs))
+
+
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs `main(argv)`; a `UserError` is one line and exit code 2."""
   # absl asks the process-wide flags, which stay empty here, how to log.
@@ -85,8 +93,9 @@ def run(main: Callable[[list[str]], None]) -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold('info')
-  for noisy in ('jax', 'orbax', 'tensorboardX', 'PIL'):
+  for noisy in ('jax', 'tensorboardX', 'PIL'):
     std_logging.getLogger(noisy).setLevel(std_logging.WARNING)
+  logging.get_absl_logger().addFilter(_worth_saying)
   try:
     main(sys.argv[1:])
   except UserError as e:

@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -35,10 +37,14 @@ def free_port():
     return s.getsockname()[1]
 
 
-def train(config, workdir, processes, devices):
+def train(config, workdir, processes, devices, until=None):
+  """[(exit code, last words)] of each process.
+
+  `until(workdir)` becoming true sends the last process a SIGTERM.
+  """
   address = f'127.0.0.1:{free_port()}'
   flag = f'--xla_force_host_platform_device_count={devices}'
-  env = os.environ | {'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'}
+  env = os.environ | tiny.CACHE | {'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'}
   words = [json.dumps(config), str(workdir)]
   running = [
     subprocess.Popen(
@@ -58,6 +64,11 @@ def train(config, workdir, processes, devices):
     )
     for rank in range(processes)
   ]
+  while until and all(p.poll() is None for p in running):
+    if until(workdir):
+      running[-1].send_signal(signal.SIGTERM)
+      break
+    time.sleep(0.01)
   ends = [(p.communicate(timeout=300)[1], p.returncode) for p in running]
   return [(code, err.strip().split('\n')[-1]) for err, code in ends]
 
@@ -77,23 +88,49 @@ def config(tmp_path):
   )
 
 
+def rows_of(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').open()]
+
+
 def test_two_hosts_train_as_one(config, tmp_path):
-  config['mesh'] = dict(layout='fsdp')
+  config |= dict(mesh=dict(layout='fsdp'), checkpoint=dict(every=1))
   one, two = tmp_path / 'one', tmp_path / 'two'
   assert train(config, one, 1, 4)[0][0] == 0
   ends = train(config, two, 2, 2)
   assert [code for code, _ in ends] == [0, 0], ends
-  rows = [
-    [json.loads(line) for line in (d / 'metrics.jsonl').open()]
-    for d in (one, two)
-  ]
-  assert [r['step'] for r in rows[1]] == [1, 2, 3]
-  for a, b in zip(*rows, strict=True):
-    for name in ('loss/l2', 'loss/commit'):
-      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-7)
+  rows = rows_of(one)
+  same(rows_of(two), rows)
   tokenizer, _ = vqrae_jax.load_tokenizer(two / 'tokenizer')
   assert tokenizer.codebook_size == 64
   assert (two / 'reconstructions.png').exists()
+  # What two hosts saved at step 1, one goes on with.
+  for step in (2, 3):
+    (two / 'checkpoints' / f'{step:08d}.json').unlink()
+  assert train(config, two, 1, 4)[0][0] == 0
+  same(rows_of(two), rows)
+
+
+def same(rows, want):
+  assert [r['step'] for r in rows] == [1, 2, 3]
+  for a, b in zip(rows, want, strict=True):
+    assert a['samples'] == b['samples']
+    for name in ('loss/l2', 'loss/commit'):
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_signal_to_one_host_stops_all_at_one_step(config, tmp_path):
+  config |= dict(duration=100000, eval=None)
+
+  def going(workdir):
+    path = workdir / 'metrics.jsonl'
+    return path.exists() and len(path.read_text().splitlines()) > 2
+
+  ends = train(config, tmp_path / 'run', 2, 1, until=going)
+  words = {last for _, last in ends}
+  assert len(words) == 1, ends
+  assert 'Stopped: by the scheduler after step' in words.pop()
+  last = rows_of(tmp_path / 'run')[-1]['step']
+  assert (tmp_path / 'run' / 'checkpoints' / f'{last:08d}.json').exists()
 
 
 def test_an_image_spread_over_hosts_is_refused(config, tmp_path):

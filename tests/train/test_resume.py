@@ -24,9 +24,6 @@ STEPS = 24
 
 WORKER = """
 import json, sys
-import jax
-jax.config.update('jax_compilation_cache_dir', '.jax_cache')
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 from vqrae_jax import command
 from vqrae_jax.train import loop
 config = json.loads(sys.argv[1])
@@ -58,7 +55,7 @@ def started(config, workdir):
   return subprocess.Popen(
     [sys.executable, '-c', WORKER, json.dumps(config), str(workdir)],
     cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    env=os.environ | tiny.CACHE | {'JAX_PLATFORMS': 'cpu'},
     stderr=subprocess.PIPE,
     text=True,
   )

@@ -265,6 +265,7 @@ class Checkpoints:
         temporary = path.with_name(f'{path.name}.writing')
         temporary.write_text(json.dumps(manifest) + '\n')
         temporary.replace(path)
+        logging.info('checkpoint %d is written', step)
         for old in self.steps()[: -self._keep]:
           self._manifest_path(old).unlink()
           shutil.rmtree(self._path(old), ignore_errors=True)
