@@ -228,13 +228,13 @@ class Checkpoints:
     """Saves a state; returns when it is copied, not when it is written.
 
     Args:
-      step: completed steps; one that is saved already is left alone.
+      step: completed steps; what is saved under it already is replaced.
       state: arrays on any devices.
       says: plain JSON, kept in the manifest.
     """
     self.wait()
-    if step in self.steps():
-      return
+    if jax.process_index() == 0:
+      self._manifest_path(step).unlink(missing_ok=True)
     if self._saver is None:
       self._folder.mkdir(parents=True, exist_ok=True)
       self._saver = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())

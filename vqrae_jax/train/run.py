@@ -62,6 +62,7 @@ class Run:
 
   def __init__(self, config: Any, mesh: jax.sharding.Mesh | None = None):
     self.spec = spec = config_lib.read_config(config)
+    self._hashes: dict[str, str] | None = None
     self.tokenizer = build_tokenizer(spec.model)
     if odd := ranges.unusual(spec, self.tokenizer):
       logging.warning(odd)
@@ -147,8 +148,12 @@ class Run:
     )
 
   def frozen_hashes(self, frozen: Frozen) -> dict[str, str]:
-    """{tree: SHA-256}; every host takes part."""
-    return origin.hash_frozen(frozen, lambda x: host_copy(x, self.mesh))
+    """{tree: SHA-256}, computed once; every host takes part."""
+    if self._hashes is None:
+      self._hashes = origin.hash_frozen(
+        frozen, lambda x: host_copy(x, self.mesh)
+      )
+    return self._hashes
 
   def frozen_record(self, frozen: Frozen) -> dict[str, dict]:
     """What a manifest says of the frozen trees."""
@@ -230,6 +235,7 @@ def _placed(fn: Callable) -> Callable:
 
 def host_copy(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """A tree of arrays on any hosts as numpy on every host; all must call."""
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  gathered = jax.jit(lambda t: t, out_shardings=whole)(tree)
-  return jax.tree.map(np.asarray, gathered)
+  if jax.process_count() > 1:
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tree = jax.jit(lambda t: t, out_shardings=whole)(tree)
+  return jax.tree.map(np.asarray, tree)
