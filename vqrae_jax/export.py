@@ -147,7 +147,9 @@ def _read_config(path: pathlib.Path) -> dict:
     raise UserError(f'no tokenizer at {path}: there is no such folder')
   for name in (CONFIG, WEIGHTS):
     if not (path / name).is_file():
-      raise UserError(f'{path} is no tokenizer: it has no {name}')
+      inside = path / 'tokenizer'
+      hint = f'; did you mean "{inside}"?' if inside.is_dir() else ''
+      raise UserError(f'{path} is no tokenizer: it has no {name}{hint}')
   try:
     config = json.loads((path / CONFIG).read_bytes())
     version, model = config['format_version'], config['model']

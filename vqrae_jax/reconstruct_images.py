@@ -43,7 +43,10 @@ def main(argv: list[str]) -> None:
   command.parse(values, argv, MODULE, EXAMPLE)
   command.required(values, 'tokenizer', 'images', 'out')
   reconstruct_folder(
-    values.tokenizer, values.images, pathlib.Path(values.out), values.tile
+    values.tokenizer,
+    values.images,
+    pathlib.Path(values.out).expanduser(),
+    values.tile,
   )
 
 

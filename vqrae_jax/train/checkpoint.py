@@ -77,6 +77,12 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+  """SHA-256 of a manifest as JSON, whatever the order of its keys."""
+  text = json.dumps(manifest, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _files(folder: pathlib.Path) -> dict[str, str]:
   """{relative path: SHA-256} of every file."""
   return {
@@ -113,6 +119,9 @@ class Checkpoints:
     self._saver: ocp.AsyncCheckpointer | None = None
     self._thread: threading.Thread | None = None
     self._failure: Exception | None = None
+
+  def __str__(self) -> str:
+    return str(self._folder.parent)
 
   # -- reading ---------------------------------------------------------------
   def steps(self) -> list[int]:
@@ -161,6 +170,10 @@ class Checkpoints:
       return f'its manifest cannot be read ({e!r})'
     if version != MANIFEST_VERSION:
       return f'its manifest has version {version}, not {MANIFEST_VERSION}'
+    # Manifests of before 2026-12 have no digest of their own.
+    digest = manifest.pop('digest', None)
+    if digest not in (None, _digest(manifest)) or manifest.get('step') != step:
+      return 'its manifest is changed since it was written'
     folder = self._path(step)
     try:
       have = _files(folder)
@@ -261,6 +274,7 @@ class Checkpoints:
       self._saver.wait_until_finished()
       if jax.process_index() == 0:
         manifest['files'] = _files(self._path(step))
+        manifest['digest'] = _digest(manifest)
         path = self._manifest_path(step)
         temporary = path.with_name(f'{path.name}.writing')
         temporary.write_text(json.dumps(manifest) + '\n')
