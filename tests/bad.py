@@ -8,6 +8,7 @@ import struct
 import tarfile
 import zlib
 
+import numpy as np
 from PIL import Image
 
 from tests import tiny
@@ -82,6 +83,35 @@ BROKEN = {
   'magic.tif': lambda: b'II*\0' + b'\xff' * 64,
   'vector.bmp': lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>',
 }
+
+
+def good(folder: pathlib.Path) -> list[str]:
+  """Photographs of every mode that is converted, all below `folder`."""
+  rgb = Image.fromarray(makers.photo(1, 24, 30))
+  deep = np.arange(24 * 30, dtype=np.uint16).reshape(24, 30) * 90
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  made = {
+    'grey.png': (rgb.convert('L'), {}),
+    'cmyk.jpg': (rgb.convert('CMYK'), {}),
+    'sixteen.png': (Image.fromarray(deep), {}),
+    'palette.png': (rgb.convert('P'), {}),
+    'alpha.png': (rgb.convert('RGBA'), {}),
+    'moving.gif': (rgb, dict(save_all=True, append_images=[rgb.rotate(90)])),
+    'turned.jpg': (rgb, dict(exif=exif)),
+    'plain.webp': (rgb, {}),
+    'plain.tiff': (rgb, {}),
+    'plain.bmp': (rgb, {}),
+    'one bit.png': (rgb.convert('1'), {}),
+    'wörds and spaces.JPG': (rgb, {}),
+    'a png.jpeg': (rgb, dict(format='PNG')),
+    'small.png': (rgb.resize((1, 1)), {}),
+  }
+  for name, (image, options) in made.items():
+    image.save(folder / name, **options)
+  for i in range(8):
+    (folder / f'{i}.png').write_bytes(makers.png(i))
+  return [*made, *range(8)]
 
 
 def _tokenizers(root, good):

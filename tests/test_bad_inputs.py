@@ -5,14 +5,25 @@ process by `command.run`, as `python -m` runs them, in a folder of bad files
 (`tests/bad.py`); a few run as real processes.
 """
 
+import json
+import os
+import pathlib
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
 
 from tests import bad
 from vqrae_jax import command, reconstruct_images
+from vqrae_jax.data.pipeline import Augment, TrainBatches
+from vqrae_jax.data.sources import open_source
+from vqrae_jax.errors import UserError
 from vqrae_jax.train import __main__ as train_main
+from vqrae_jax.train import loop
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # The config file takes `:key=value,…` as keys over a tiny run's.
 FLAGS = [
@@ -192,7 +203,7 @@ RUNS = [
   ),
   ('torn', '', 'no checkpoint in .* is whole .*; remove the folder'),
   ('another', '', 'the frozen tree "params" is not the one'),
-  ('blocked', '', 'checkpoints.* is a file'),
+  ('blocked', '', 'checkpoints is no folder'),
   ('foreign', '', 'foreign/tokenizer exists and is not replaced'),
   ('jumbled', '', 'checkpoint 2: its manifest tells no position'),
 ]
@@ -309,3 +320,70 @@ def test_tokenizers(folder, words, answer):
 @pytest.mark.parametrize('argv, words', RECONSTRUCT)
 def test_flags_of_reconstruct_images(argv, words, answer):
   assert re.search(words, answer('reconstruct_images', argv.split()))
+
+
+@pytest.mark.parametrize('name, data, words', BROKEN)
+def test_data_that_is_broken_throughout(name, data, words, answer):
+  argv = {
+    'train': ['--config=mine.py', f'--config.data.source={data}'],
+    'reconstruct_images': [
+      '--tokenizer=tokenizer', '--out=out', f'--images={data}'
+    ],
+  }[name]  # fmt: skip
+  assert re.search(words, answer(name, argv))
+
+
+def test_what_is_skipped_and_what_is_converted(place, tmp_path, monkeypatch):
+  """One of each broken kind beside good ones of every mode: all counted."""
+  photos = tmp_path / 'photos'
+  shutil.copytree(place / 'bad', photos)
+  good = bad.good(photos)
+  every = 4  # steps of an epoch, in which each photograph comes once
+  assert len(list(photos.iterdir())) == len(bad.BROKEN) + len(good)
+  batch = (len(bad.BROKEN) + len(good)) // every
+  assert batch * every == len(bad.BROKEN) + len(good)
+  data = dict(source=str(photos), image_size=16, max_skipped=1.0)
+  config = bad.config() | dict(data=data, batch_size=batch, duration=every)
+  figures = loop.train(config, tmp_path / 'run')
+  source = open_source(str(photos))
+  batches = TrainBatches(source, Augment((16, 16)), batch_size=batch, seed=0)
+  skipped = sum(int(batches.batch(s)['skipped'].sum()) for s in range(every))
+  assert figures['skipped'] == skipped >= len(bad.BROKEN)
+  text = (tmp_path / 'run' / 'unreadable.jsonl').read_text()
+  told = [json.loads(line) for line in text.splitlines()]
+  assert sorted(row['name'] for row in told) == sorted(bad.BROKEN)
+  assert all(row['reason'] and '\n' not in row['reason'] for row in told)
+  rows = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+  assert json.loads(rows[-1])['skipped'] == skipped
+  # The same with fewer allowed: a line that names the file that lists them.
+  data['max_skipped'] = 0.1
+  with pytest.raises(UserError, match='unreadable.jsonl names them'):
+    loop.train(config | dict(data=data), tmp_path / 'strict')
+
+
+@pytest.mark.parametrize(
+  'argv, words',
+  [
+    ('train --config=none.py', "no attribute 'get_config'"),
+    ('train --config=mine.py:ema=2.0', 'ema=2.0 must lie in'),
+    ('train --config=mine.py --workdir=torn', 'is whole'),
+    (
+      'reconstruct_images --tokenizer=run --images=photos --out=out',
+      'did you mean "run/tokenizer"',
+    ),
+  ],
+)
+def test_real_processes(argv, words, place):
+  name, *argv = argv.split()
+  before = tree(place)
+  done = subprocess.run(
+    [sys.executable, '-m', f'vqrae_jax.{name}', *argv],
+    capture_output=True,
+    text=True,
+    cwd=place,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+  )
+  assert done.returncode == 2 and done.stdout == ''
+  assert re.search(words, done.stderr.splitlines()[-1])
+  assert 'Traceback' not in done.stderr
+  assert tree(place) == before

@@ -94,6 +94,13 @@ def required(values: flags.FlagValues, *names: str) -> None:
       raise UserError(f'flag --{name} is missing: {values[name].help}')
 
 
+def _worth_a_line(record: std_logging.LogRecord) -> bool:
+  """Orbax tells of each save in forty lines, through absl's own logger."""
+  return (
+    record.levelno >= std_logging.WARNING or '/orbax/' not in record.pathname
+  )
+
+
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs `main(argv)`; a `UserError` is one line and exit code 2."""
   # absl asks the process-wide flags, which stay empty here, how to log.
@@ -101,6 +108,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold('info')
+  logging.get_absl_handler().addFilter(_worth_a_line)
   for noisy in ('jax', 'orbax', 'tensorboardX', 'PIL'):
     std_logging.getLogger(noisy).setLevel(std_logging.WARNING)
   try:

@@ -87,7 +87,7 @@ def check_target(path: pathlib.Path) -> None:
   Raises:
     UserError: something else is, which replacing would destroy.
   """
-  if not path.exists():
+  if not (path.exists() or path.is_symlink()):
     return
   try:
     foreign = {p.name for p in path.iterdir()} - {CONFIG, WEIGHTS}

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging as std_logging
 import pathlib
+import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 
 MANIFEST_VERSION = 1
+# What a run writes; a folder that a user put beside it is never touched.
+_OURS = re.compile(r'[0-9]{8,}(\.json|\.orbax-checkpoint-tmp.*)?$')
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps that have a manifest, oldest first."""
     return sorted(
-      int(p.stem) for p in self._folder.glob('*.json') if p.stem.isdigit()
+      int(p.stem) for p in self._folder.glob('*.json') if _OURS.match(p.name)
     )
 
   def latest(self) -> dict[str, Any] | None:
@@ -234,7 +237,8 @@ class Checkpoints:
         self._manifest_path(later).unlink()
     kept = {self._path(s).name for s in self.steps()}
     for path in self._folder.iterdir():
-      if path.is_dir() and path.name not in kept:
+      ours = path.is_dir() and _OURS.match(path.name)
+      if ours and path.name not in kept:
         shutil.rmtree(path, ignore_errors=True)
 
   def save(self, step: int, state: Any, says: Mapping[str, Any]) -> None:

@@ -43,7 +43,11 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
     if (k.startswith('loss/') or k == 'grad_norm') and not np.isfinite(v)
   ]
   if bad:
-    values = ', '.join(f'{k}={v}' for k, v in sorted(metrics.items()))
+    values = ', '.join(
+      f'{k}={v:.4g}'
+      for k, v in sorted(metrics.items())
+      if k not in ('samples', 'skipped')
+    )
     raise NonFinite(
       f'{", ".join(bad)} not finite at step {step} ({values}); lower the '
       'learning rate, lengthen the warm-up, or compute in float32'
@@ -268,7 +272,16 @@ class _Going:
     run, (number, metrics) = self.run, self.pending
     self.pending = None
     metrics = _read(metrics)
-    check_finite(number, metrics)
+    try:
+      check_finite(number, metrics)
+    except NonFinite as e:
+      if not (steps := self.kept.steps()):
+        raise
+      # Its values may be finite and spoilt: only a step later shows it.
+      raise NonFinite(
+        f'{e}; the same command goes on from step {steps[-1]}: should that be '
+        f'spoilt too, remove {self.workdir}/checkpoints/{steps[-1]:08d}.json'
+      ) from None
     self.position = self.position.after(number, metrics)
     self.report.unreadable(run.batches.unreadable)
     check_skipped(run, self.position, self.workdir)

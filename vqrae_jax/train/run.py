@@ -41,8 +41,9 @@ def check_workdir(workdir: pathlib.Path) -> None:
     raise UserError(f'--workdir={workdir}: {existing} is a file, not a folder')
   if not os.access(existing, os.W_OK | os.X_OK):
     raise UserError(f'--workdir={workdir}: {existing} cannot be written')
-  if (folder := workdir / 'checkpoints').exists() and not folder.is_dir():
-    raise UserError(f'{folder} is a file, and checkpoints go there; move it')
+  folder = workdir / 'checkpoints'
+  if os.path.lexists(folder) and not folder.is_dir():
+    raise UserError(f'{folder} is no folder, and checkpoints go there; move it')
   export.check_target(workdir / 'tokenizer')
 
 
