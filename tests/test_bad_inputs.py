@@ -5,6 +5,8 @@ process by `command.run`, as `python -m` runs them, in a folder of bad files
 (`tests/bad.py`); a few run as real processes.
 """
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -175,7 +177,7 @@ BROKEN = [
   ('train', 'foreign.array_record', 'unreadable|could not be read'),
   ('reconstruct_images', 'bad/zero.png', 'zero.png: an empty file of 0 bytes'),
   ('reconstruct_images', 'bad/huge.png', 'above the 100,000,000 pixels'),
-  ('reconstruct_images', 'foreign.array_record', 'neither an encoded image'),
+  ('reconstruct_images', 'foreign.array_record', 'none of the bytes features'),
 ]
 
 # A finished run of two steps, and what was done to it or is asked of it.
@@ -387,3 +389,69 @@ def test_real_processes(argv, words, place):
   assert re.search(words, done.stderr.splitlines()[-1])
   assert 'Traceback' not in done.stderr
   assert tree(place) == before
+
+
+def test_damaged_notes_do_not_stop_a_run(place, tmp_path, monkeypatch, capsys):
+  """What lies beside the checkpoints is for people: the run goes on."""
+  monkeypatch.chdir(place)
+  shutil.copytree('run', tmp_path / 'run')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  junk = b'\xff\xfe\0\n[]\n{"step": "x", "name": []}\n{"step": 1, "l'
+  for name in ('config.json', 'metrics.jsonl', 'unreadable.jsonl'):
+    path = tmp_path / 'run' / name
+    before = path.read_bytes() if path.exists() else b''
+    path.write_bytes(junk if name == 'config.json' else before + junk)
+  command.run(lambda _: loop.train(bad.config() | dict(duration=3), '~/run'))
+  text = (tmp_path / 'run' / 'metrics.jsonl').read_text()
+  steps = [json.loads(line)['step'] for line in text.splitlines()]
+  assert steps == [1, 2, 3]
+  assert json.loads((tmp_path / 'run' / 'config.json').read_bytes())
+  err = capsys.readouterr().err
+  assert 'config.json is damaged' in err
+  assert 'orbax' not in err and 'save' not in err
+
+
+def test_a_spoilt_checkpoint_is_named(place, tmp_path, monkeypatch):
+  """Its values may be finite; the message says how to go further back."""
+  monkeypatch.chdir(place)
+  wild = dict(schedules=(('.*', dict(lr=1e30)),), duration=9)
+  words = r'not finite at step 2 .* remove .*/checkpoints/00000001\.json'
+  with pytest.raises(loop.NonFinite, match=words):
+    loop.train(bad.config() | wild, tmp_path)
+  assert not (tmp_path / 'tokenizer').exists()
+
+
+def test_a_disk_that_cannot_be_written_is_a_line(capsys):
+  def main(_):
+    raise PermissionError(13, 'Permission denied', 'runs/x')
+
+  with pytest.raises(SystemExit, match='2'):
+    command.run(main)
+  assert capsys.readouterr().err == 'error: runs/x: Permission denied\n'
+
+
+def test_links_to_nowhere_are_seen_before_training(place, answer):
+  (place / 'lost').mkdir()
+  for name, words in (
+    ('tokenizer', 'lost/tokenizer exists and is not replaced'),
+    ('checkpoints', 'lost/checkpoints is no folder'),
+  ):
+    (place / 'lost' / name).symlink_to(place / 'nowhere')
+    found = answer('train', ['--config=mine.py', '--workdir=lost'])
+    assert re.search(words, found)
+    (place / 'lost' / name).unlink()
+
+
+def test_pictures_that_are_skipped_are_counted(place, tmp_path, monkeypatch):
+  monkeypatch.chdir(place)
+  photos = tmp_path / 'photos'
+  shutil.copytree('photos', photos)
+  shutil.copy('bad/cut.jpg', photos)
+  out = tmp_path / 'out'
+  argv = ['--tokenizer=tokenizer', f'--images={photos}', f'--out={out}']
+  said = io.StringIO()
+  with contextlib.redirect_stdout(said):
+    reconstruct_images.main(argv)
+  assert 'cut  skipped: ' in said.getvalue()
+  assert '3 images (1 skipped) in' in said.getvalue()
+  assert not (out / 'cut.png').exists() and (out / '0.png').exists()

@@ -8,6 +8,7 @@ read-only is a line too. Any other error keeps its traceback.
 """
 
 import errno
+import io
 import logging as std_logging
 import re
 import sys
@@ -108,6 +109,9 @@ def run(main: Callable[[list[str]], None]) -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold('info')
+  # A file's name may hold bytes that are no text of any terminal.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')
   logging.get_absl_handler().addFilter(_worth_a_line)
   for noisy in ('jax', 'orbax', 'tensorboardX', 'PIL'):
     std_logging.getLogger(noisy).setLevel(std_logging.WARNING)

@@ -275,6 +275,7 @@ class _Going:
     try:
       check_finite(number, metrics)
     except NonFinite as e:
+      self.kept.wait()
       if not (steps := self.kept.steps()):
         raise
       # Its values may be finite and spoilt: only a step later shows it.
