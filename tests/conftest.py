@@ -43,3 +43,11 @@ def shared_data() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip('no photographs at ../shared/data')
   return folder
+
+
+@pytest.fixture(scope='session')
+def place(tmp_path_factory) -> pathlib.Path:
+  """Everything that a command may be pointed at by mistake (`tests/bad.py`)."""
+  from tests import bad  # not before the hook is there
+
+  return bad.make(tmp_path_factory.mktemp('a place') / 'wörk')

@@ -3,29 +3,34 @@
 Flags belong to one call, not to the process, so nothing is defined at import
 and tests may call a `main` many times. A `UserError` becomes one line on
 stderr and exit code 2; a run that a signal stopped, and that saved itself, one
-line and 143, as the shell has it for SIGTERM. Any other error keeps its
-traceback.
+line and 143, as the shell has it for SIGTERM. A disk that is full or
+read-only is a line too. Any other error keeps its traceback.
 """
 
+import errno
+import io
 import logging as std_logging
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import flags, logging
 
 from vqrae_jax.errors import Stopped, UserError, did_you_mean
 
-# What absl and ml_collections raise on flags and config overrides.
-_FLAG_ERRORS = (
-  flags.Error,
-  AttributeError,
-  ImportError,
-  KeyError,
-  OSError,
-  TypeError,
-  ValueError,
+# How absl says that a value is of another type, and what it should say.
+_TYPES = (
+  (r'invalid literal for int\(\) .*', 'it must be a whole number'),
+  (r'could not convert string to float.*', 'it must be a number'),
+  (r"\('Non-boolean .*\)", 'it must be true or false'),
 )
+# A disk or a path that does not let a run write, read or go on.
+_DISK = (
+  errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+  errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO,
+)  # fmt: skip
 
 
 def parse(
@@ -48,7 +53,8 @@ def parse(
     ) from None
   except SyntaxError as e:
     raise UserError(f'{e.filename}:{e.lineno}: {e.msg}') from None
-  except _FLAG_ERRORS as e:
+  # Config files are code: what one raises is its writer's to mend.
+  except Exception as e:
     raise UserError(_one_line(e)) from None
   if values.help:
     print(f'python -m {module}\n\nexample:\n  {example}\n\nflags:')
@@ -68,8 +74,19 @@ def _one_line(error: Exception) -> str:
   lines = [line.strip() for line in text.split('\n') if line.strip()]
   if 'Traceback' in text:  # the config file itself failed: its last line
     kind, _, words = lines[-1].partition(': ')
-    return words if kind == 'ValueError' else f'config file: {lines[-1]}'
-  return ' '.join(lines)
+    where = re.findall(r'File "(.*)", line (\d+)', text)[-1:]
+    at = ':'.join(*where) if where else 'config file'
+    return words if kind == 'ValueError' else f'{at}: {lines[-1]}'
+  text = ' '.join(lines)
+  at = traceback.extract_tb(error.__traceback__)[-1]
+  library = any(
+    f'/{name}/' in at.filename for name in ('absl', 'ml_collections')
+  )
+  if library or isinstance(error, flags.Error | ValueError | OSError):
+    for pattern, words in _TYPES:
+      text = re.sub(pattern, words, text)
+    return text
+  return f'{at.filename}:{at.lineno}: {type(error).__name__}: {text}'
 
 
 def required(values: flags.FlagValues, *names: str) -> None:
@@ -93,13 +110,22 @@ def run(main: Callable[[list[str]], None]) -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold('info')
+  # A file's name may hold bytes that are no text of any terminal.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')
+  logging.get_absl_handler().addFilter(_worth_saying)
   for noisy in ('jax', 'tensorboardX', 'PIL'):
     std_logging.getLogger(noisy).setLevel(std_logging.WARNING)
-  logging.get_absl_logger().addFilter(_worth_saying)
   try:
     main(sys.argv[1:])
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
+    sys.exit(2)
+  except OSError as e:
+    if e.errno not in _DISK:
+      raise
+    where = f'{e.filename}: ' if e.filename else ''
+    print(f'error: {where}{e.strerror}', file=sys.stderr)
     sys.exit(2)
   except Stopped as e:
     print(f'stopped: {e}', file=sys.stderr)

@@ -87,7 +87,7 @@ def check_target(path: pathlib.Path) -> None:
   Raises:
     UserError: something else is, which replacing would destroy.
   """
-  if not path.exists():
+  if not (path.exists() or path.is_symlink()):
     return
   try:
     foreign = {p.name for p in path.iterdir()} - {CONFIG, WEIGHTS}
@@ -147,7 +147,9 @@ def _read_config(path: pathlib.Path) -> dict:
     raise UserError(f'no tokenizer at {path}: there is no such folder')
   for name in (CONFIG, WEIGHTS):
     if not (path / name).is_file():
-      raise UserError(f'{path} is no tokenizer: it has no {name}')
+      inside = path / 'tokenizer'
+      hint = f'; did you mean "{inside}"?' if inside.is_dir() else ''
+      raise UserError(f'{path} is no tokenizer: it has no {name}{hint}')
   try:
     config = json.loads((path / CONFIG).read_bytes())
     version, model = config['format_version'], config['model']

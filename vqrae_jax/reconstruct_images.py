@@ -43,7 +43,10 @@ def main(argv: list[str]) -> None:
   command.parse(values, argv, MODULE, EXAMPLE)
   command.required(values, 'tokenizer', 'images', 'out')
   reconstruct_folder(
-    values.tokenizer, values.images, pathlib.Path(values.out), values.tile
+    values.tokenizer,
+    values.images,
+    pathlib.Path(values.out).expanduser(),
+    values.tile,
   )
 
 
@@ -62,6 +65,7 @@ def reconstruct_folder(
   from tqdm import tqdm
 
   from vqrae_jax import export
+  from vqrae_jax.data.decode import Unreadable
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, pictures
 
@@ -80,12 +84,19 @@ def reconstruct_folder(
     raise UserError(
       f'--tile={tile} must be 0 or a multiple of the decoder patch {p}'
     )
-  shown = []
+  shown, lost = [], None
+  count = len(source)
   for i, name in enumerate(
     tqdm(source.names, unit='img', disable=len(source) < 4)
   ):
+    try:
+      image = source[i]
+    except Unreadable as e:
+      tqdm.write(f'{name}  skipped: {e.reason}')
+      lost, count = e, count - 1
+      continue
     original, painted = evaluator.reconstruct_tiled(
-      tokenizer, variables, source[i], tile or p, whole=tile == 0
+      tokenizer, variables, image, tile or p, whole=tile == 0
     )
     picture = pictures.to_uint8(painted)
     db = evaluator.psnr(original, painted)
@@ -93,10 +104,14 @@ def reconstruct_folder(
     tqdm.write(f'{name}  {db:.2f} dB  {picture.shape[1]}x{picture.shape[0]}')
     if len(shown) < 8:
       shown.append((original, picture, f'{name}  {db:.1f} dB'))
+  if not count:
+    raise lost
   how = f'in tiles of {tile} px' if tile else 'whole'
   page = pictures.comparison(*zip(*shown, strict=True), title=f'images {how}')
   pictures.save_png(page, out / 'comparison.png')
-  many = f'{len(source)} images' if len(source) > 1 else '1 image'
+  many = f'{count} images' if count > 1 else '1 image'
+  if lost:
+    many += f' ({len(source) - count} skipped)'
   print(f'{many} in {out}, side by side in {out}/comparison.png')
 
 

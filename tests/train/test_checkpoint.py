@@ -77,6 +77,9 @@ def damaged(kept, step, how):
     case 'a manifest of tomorrow':
       told = json.loads(manifest.read_text()) | {'version': 99}
       manifest.write_text(json.dumps(told))
+    case 'a flipped digit':
+      told = json.loads(manifest.read_text()) | {'says': step + 8}
+      manifest.write_text(json.dumps(told))
     case 'an empty manifest':
       manifest.write_text('')
 
@@ -85,6 +88,7 @@ DAMAGES = (
   'a flipped bit', 'a truncated file', 'a missing file', 'an empty folder',
   'no folder', 'a torn manifest', 'a strange manifest',
   'a manifest of tomorrow', 'an empty manifest',
+  'a flipped digit',
 )  # fmt: skip
 
 
@@ -117,6 +121,20 @@ def test_a_folder_without_manifest_is_no_step(kept, tmp_path):
   names = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
   assert names == {'00000002', '00000002.json'}
   assert Checkpoints(tmp_path / 'nowhere').latest() is None
+
+
+def test_folders_of_others_are_never_removed(kept, tmp_path):
+  folder = tmp_path / 'checkpoints'
+  for name in ('best', 'epoch-3', '3', '00000003.mine'):
+    shutil.copytree(folder / '00000003', folder / name)
+  shutil.copy(folder / '00000003.json', folder / '3.json')
+  assert kept.steps() == [2, 3]
+  kept.begin_from(2)
+  left = {p.name for p in folder.iterdir()}
+  assert left == {
+    '00000002', '00000002.json', 'best', 'epoch-3', '3', '3.json',
+    '00000003.mine',
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def _words(inside: str) -> list[str]:
     return inside.split(',') if ',' in inside else []
   first, last = int(numbers[1]), int(numbers[2])
   if abs(last - first) >= _MAX_BRACES:
-    raise UserError(f'{{{inside}}} names over {_MAX_BRACES:,} files')
+    raise UserError(f'data with {{{inside}}} names over {_MAX_BRACES:,} files')
   padded = any(n.startswith('0') and len(n) > 1 for n in numbers.groups())
   width = max(map(len, numbers.groups())) if padded else 0
   step = 1 if first <= last else -1
@@ -117,9 +117,10 @@ def _of_one_kind(data, root, found, others) -> Listing:
     held = ' and '.join(
       f'{n:,} {KINDS[kind][0]}' for kind, n in sorted(counts.items())
     )
+    first = os.path.splitext(os.fsdecode(next(iter(found[min(counts)]))))
     raise UserError(
       f'data "{data}" holds {held}; name one kind by a glob, such as '
-      f'"{root}/**/*{KINDS[min(counts)][1][0]}"'
+      f'"{root}/**/*{first[1]}"'
     )
   if 'packed' in counts:
     raise UserError(

@@ -23,7 +23,7 @@ def find_config(path: str) -> str:
   Its folder's parent goes first on `sys.path`, so that a config's
   `from configs import common` finds the `configs` it lies in.
   """
-  file = pathlib.Path(path)
+  file = pathlib.Path(path).expanduser()
   if not file.is_file():
     root = pathlib.Path(__file__).resolve().parents[2]
     installed = root / file
@@ -129,6 +129,8 @@ def main(argv: list[str]) -> None:
     _check_overrides(values.config, argv)
     values = _flags(argv, overrides=True)
   command.required(values, 'config')
+  if values.workdir == '':
+    raise UserError('flag --workdir is empty; name a folder, or leave it out')
   profile = _steps(values.profile)
   if values.dry_run and profile:
     raise UserError('--dry_run has one step and no --profile')
@@ -146,7 +148,7 @@ def main(argv: list[str]) -> None:
       print(f'{name} {value:.6g}')
     return
   name = pathlib.Path(config_flags.get_config_filename(values['config'])).stem
-  workdir = pathlib.Path(values.workdir or f'runs/{name}')
+  workdir = pathlib.Path(values.workdir or f'runs/{name}').expanduser()
   figures = loop.train(values.config, workdir, profile)
   print(f'\n{workdir}\n{summary.table(figures)}\n\n{_next_steps(workdir)}')
 

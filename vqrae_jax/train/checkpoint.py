@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging as std_logging
 import pathlib
+import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 
 MANIFEST_VERSION = 1
+# What a run writes; a folder that a user put beside it is never touched.
+_OURS = re.compile(r'[0-9]{8,}(\.json|\.orbax-checkpoint-tmp.*)?$')
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:
@@ -77,6 +80,12 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+  """SHA-256 of a manifest as JSON, whatever the order of its keys."""
+  text = json.dumps(manifest, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _files(folder: pathlib.Path) -> dict[str, str]:
   """{relative path: SHA-256} of every file."""
   return {
@@ -114,11 +123,14 @@ class Checkpoints:
     self._thread: threading.Thread | None = None
     self._failure: Exception | None = None
 
+  def __str__(self) -> str:
+    return str(self._folder.parent)
+
   # -- reading ---------------------------------------------------------------
   def steps(self) -> list[int]:
     """Steps that have a manifest, oldest first."""
     return sorted(
-      int(p.stem) for p in self._folder.glob('*.json') if p.stem.isdigit()
+      int(p.stem) for p in self._folder.glob('*.json') if _OURS.match(p.name)
     )
 
   def latest(self) -> dict[str, Any] | None:
@@ -161,6 +173,10 @@ class Checkpoints:
       return f'its manifest cannot be read ({e!r})'
     if version != MANIFEST_VERSION:
       return f'its manifest has version {version}, not {MANIFEST_VERSION}'
+    # Manifests of before 2026-12 have no digest of their own.
+    digest = manifest.pop('digest', None)
+    if digest not in (None, _digest(manifest)) or manifest.get('step') != step:
+      return 'its manifest is changed since it was written'
     folder = self._path(step)
     try:
       have = _files(folder)
@@ -221,7 +237,8 @@ class Checkpoints:
         self._manifest_path(later).unlink()
     kept = {self._path(s).name for s in self.steps()}
     for path in self._folder.iterdir():
-      if path.is_dir() and path.name not in kept:
+      ours = path.is_dir() and _OURS.match(path.name)
+      if ours and path.name not in kept:
         shutil.rmtree(path, ignore_errors=True)
 
   def save(self, step: int, state: Any, says: Mapping[str, Any]) -> None:
@@ -261,6 +278,7 @@ class Checkpoints:
       self._saver.wait_until_finished()
       if jax.process_index() == 0:
         manifest['files'] = _files(self._path(step))
+        manifest['digest'] = _digest(manifest)
         path = self._manifest_path(step)
         temporary = path.with_name(f'{path.name}.writing')
         temporary.write_text(json.dumps(manifest) + '\n')

@@ -62,7 +62,10 @@ class DataSpec:
       raise UserError(
         f'data.image_size={self.image_size} must be pixels, or (h, w)'
       )
-    if self.resize is not None and not _sides(self.resize, 2):
+    if self.resize is not None and not (
+      _sides(self.resize, 2)
+      and (isinstance(self.resize, int) or self.resize[0] <= self.resize[1])
+    ):
       raise UserError(
         f'data.resize={self.resize} must be pixels of the shorter side, or '
         '(lowest, highest)'
@@ -232,6 +235,11 @@ class RunSpec:
       raise UserError(f'ema={self.ema} must lie in [0, 1)')
     if self.log.every < 1 or self.log.usage_window < 1:
       raise UserError('log.every and log.usage_window must be above 0')
+    if self.log.images_every < 0:
+      raise UserError(
+        f'log.images_every={self.log.images_every} must not be negative; 0 '
+        'for no pictures'
+      )
 
   def terms(self) -> dict[str, LossTerm]:
     """{name: LossTerm}, names checked against the loss tables."""

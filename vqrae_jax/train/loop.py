@@ -12,6 +12,7 @@ import json
 import pathlib
 import time
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -42,7 +43,11 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
     if (k.startswith('loss/') or k == 'grad_norm') and not np.isfinite(v)
   ]
   if bad:
-    values = ', '.join(f'{k}={v}' for k, v in sorted(metrics.items()))
+    values = ', '.join(
+      f'{k}={v:.4g}'
+      for k, v in sorted(metrics.items())
+      if k not in ('samples', 'skipped')
+    )
     raise NonFinite(
       f'{", ".join(bad)} not finite at step {step} ({values}); lower the '
       'learning rate, lengthen the warm-up, or compute in float32'
@@ -89,20 +94,25 @@ def train(
       loss that is no number.
     Stopped: a signal asked for it; the state is saved.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = pathlib.Path(workdir).expanduser()
   check_workdir(workdir)
   run = Run(config)
   _check_profile(profile, run.plan.total_steps)
   every = run.spec.checkpoint.every
   kept = Checkpoints(workdir / 'checkpoints', run.spec.checkpoint.keep)
-  manifest = kept.latest() if every else None
+  if not every and kept.steps():
+    raise UserError(
+      f'{workdir} has checkpoints, and checkpoint.every=0 would start over '
+      'beside them; name another --workdir, or remove its checkpoints'
+    )
+  manifest = kept.latest()
   with jax.set_mesh(run.mesh), contextlib.closing(kept):
     if manifest is None:
       state, frozen, step_fn = run.start()
       position = Position()
     else:
       state, frozen, step_fn = run.resume(kept, manifest)
-      position = Position(**manifest['position'])
+      position = Position.of(manifest)
       if position.step > run.plan.total_steps:
         raise UserError(
           f'{workdir} is at step {position.step}, past the '
@@ -138,17 +148,25 @@ def _note_config(config: Any, workdir: pathlib.Path, changed: bool) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   path, now = workdir / 'config.json', config_lib.plain(config)
   if changed and path.exists():
-    old = trees.flatten(json.loads(path.read_bytes()))
-    new = trees.flatten(json.loads(json.dumps(now, default=str)))
-    for name in sorted(old.keys() | new.keys()):
-      if old.get(name) != new.get(name):
-        logging.warning(
-          'the config changed: %s was %s, is %s',
-          name.replace('/', '.'),
-          old.get(name),
-          new.get(name),
-        )
+    _warn_of_changes(path, json.loads(json.dumps(now, default=str)))
   write_json(path, now)
+
+
+def _warn_of_changes(path: pathlib.Path, now: Mapping[str, Any]) -> None:
+  try:
+    old = trees.flatten(dict(json.loads(path.read_bytes())))
+  except (ValueError, TypeError) as e:
+    logging.warning('%s is damaged (%s); it is written anew', path, e)
+    return
+  new = trees.flatten(now)
+  for name in sorted(old.keys() | new.keys()):
+    if old.get(name) != new.get(name):
+      logging.warning(
+        'the config changed: %s was %s, is %s',
+        name.replace('/', '.'),
+        old.get(name),
+        new.get(name),
+      )
 
 
 @dataclasses.dataclass
@@ -164,6 +182,21 @@ class Position:
   step: int = 0
   samples: int = 0
   skipped: int = 0
+
+  @classmethod
+  def of(cls, manifest: Mapping[str, Any]) -> 'Position':
+    """The position that a checkpoint's manifest tells.
+
+    Raises:
+      UserError: it tells none, or one of another version of this package.
+    """
+    try:
+      return cls(**manifest['position'])
+    except (KeyError, TypeError) as e:
+      raise UserError(
+        f'checkpoint {manifest["step"]}: its manifest tells no position '
+        f'({e}); go on with the version of vqrae_jax that wrote it'
+      ) from None
 
   def after(self, step: int, metrics: dict[str, float]) -> 'Position':
     """The position after a step, by what the step read."""
@@ -239,7 +272,17 @@ class _Going:
     run, (number, metrics) = self.run, self.pending
     self.pending = None
     metrics = _read(metrics)
-    check_finite(number, metrics)
+    try:
+      check_finite(number, metrics)
+    except NonFinite as e:
+      self.kept.wait()
+      if not (steps := self.kept.steps()):
+        raise
+      # Its values may be finite and spoilt: only a step later shows it.
+      raise NonFinite(
+        f'{e}; the same command goes on from step {steps[-1]}: should that be '
+        f'spoilt too, remove {self.workdir}/checkpoints/{steps[-1]:08d}.json'
+      ) from None
     self.position = self.position.after(number, metrics)
     self.report.unreadable(run.batches.unreadable)
     check_skipped(run, self.position, self.workdir)

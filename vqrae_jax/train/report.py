@@ -162,7 +162,7 @@ def _names_in(path: pathlib.Path) -> set[str]:
   if not path.exists():
     return set()
   names = set()
-  for line in path.read_text(encoding='utf8').splitlines():
+  for line in path.read_bytes().splitlines():
     try:
       names.add(json.loads(line)['name'])
     except (ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ schedules, losses, devices.
 import functools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,11 +26,11 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
 from vqrae_jax.models.tokenizer import build_tokenizer, describe
 from vqrae_jax.ops import trees
+from vqrae_jax.train import changes, origin, ranges
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import origin, ranges
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
-from vqrae_jax.train.checkpoint import Checkpoints
+from vqrae_jax.train.checkpoint import Checkpoints, as_leaves
 from vqrae_jax.types import Frozen, TrainState
 
 
@@ -38,6 +39,11 @@ def check_workdir(workdir: pathlib.Path) -> None:
   existing = next(p for p in (workdir, *workdir.parents) if p.exists())
   if not existing.is_dir():
     raise UserError(f'--workdir={workdir}: {existing} is a file, not a folder')
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise UserError(f'--workdir={workdir}: {existing} cannot be written')
+  folder = workdir / 'checkpoints'
+  if os.path.lexists(folder) and not folder.is_dir():
+    raise UserError(f'{folder} is no folder, and checkpoints go there; move it')
   export.check_target(workdir / 'tokenizer')
 
 
@@ -121,6 +127,11 @@ class Run:
     """
     check_same_run(manifest['run'], self.identity())
     shapes, frozen = state_lib.abstract_state(self.plan, self.mesh)
+    changes.check_same_leaves(
+      {n: tuple(shape) for n, (shape, _) in manifest['leaves'].items()},
+      {n: leaf.shape for n, leaf in as_leaves(shapes).items()},
+      str(kept),
+    )
     state = kept.restore(manifest, shapes)
     if jax.tree.leaves(frozen):
       spec = self.spec

@@ -108,7 +108,11 @@ def make_plan(
     raise UserError('schedules freeze every leaf: there is nothing to train')
   total = optim.steps_of(spec.duration, steps_per_epoch, 'duration')
   if total < 1:
-    raise UserError(f'duration={spec.duration!r} is no step at all')
+    epoch = f'; an epoch is {steps_per_epoch:.3g} of them'
+    raise UserError(
+      f'duration={spec.duration!r} is no step at all'
+      f'{epoch if steps_per_epoch else ""}'
+    )
   for name, term in terms.items():
     if term.start_step(steps_per_epoch) >= total:
       raise UserError(

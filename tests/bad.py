@@ -1,0 +1,213 @@
+"""A folder of everything that a command may be pointed at by mistake."""
+
+import io
+import json
+import pathlib
+import shutil
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from tests import tiny
+from tests.data import makers
+from vqrae_jax import export
+from vqrae_jax.train import loop
+
+FROZEN = (('encoder/embed/.*', None), ('.*', dict(lr=1e-3)))
+
+
+def config():
+  """Two steps on three photographs."""
+  return tiny.run(
+    model=tiny.model(depth=1),
+    data=dict(source='photos', image_size=16),
+    log=dict(every=1, images_every=0, usage_window=5, tensorboard=False),
+    checkpoint=dict(every=1, keep=3),
+    schedules=FROZEN,
+    duration=2,
+    ema=0.9,
+    seed=0,
+  )
+
+
+def _config_file(path):
+  """mine.py:KEY=VALUE,… is `config()` with those keys."""
+  path.write_text(
+    'import ml_collections\n'
+    f'CONFIG = {config()!r}\n'
+    'MODEL, DATA = CONFIG["model"], CONFIG["data"]\n'
+    'def get_config(keys=""):\n'
+    '  over = eval(f"dict({keys})")\n'
+    '  return ml_collections.ConfigDict(CONFIG | over)\n'
+  )
+
+
+def truncated_jpeg():
+  out = io.BytesIO()
+  Image.fromarray(makers.photo(0, 64, 64)).save(out, 'JPEG')
+  return out.getvalue()[:-1500]
+
+
+def huge_png():
+  """A header of 60,000 x 60,000 pixels, and next to no data."""
+
+  def chunk(kind, data):
+    crc = zlib.crc32(kind + data)
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', crc)
+
+  header = struct.pack('>IIBBBBB', 60000, 60000, 8, 2, 0, 0, 0)
+  return (
+    b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+    + chunk(b'IDAT', zlib.compress(b'0')) + chunk(b'IEND', b'')
+  )  # fmt: skip
+
+
+def flipped_png():
+  data = bytearray(makers.png(5, 64, 64))
+  data[len(data) // 2] ^= 0xFF
+  return bytes(data)
+
+
+BROKEN = {
+  'zero.png': lambda: b'',
+  'cut.jpg': truncated_jpeg,
+  'words.jpg': lambda: b'not a photograph, whatever it is called\n' * 40,
+  'huge.png': huge_png,
+  'flipped.png': flipped_png,
+  'nulls.webp': lambda: bytes(4096),
+  'header.gif': lambda: b'GIF89a',
+  'page.jpeg': lambda: b'<!DOCTYPE html><html>404</html>',
+  'magic.tif': lambda: b'II*\0' + b'\xff' * 64,
+  'vector.bmp': lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+}
+
+
+def good(folder: pathlib.Path) -> list[str]:
+  """Photographs of every mode that is converted, all below `folder`."""
+  rgb = Image.fromarray(makers.photo(1, 24, 30))
+  deep = np.arange(24 * 30, dtype=np.uint16).reshape(24, 30) * 90
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  made = {
+    'grey.png': (rgb.convert('L'), {}),
+    'cmyk.jpg': (rgb.convert('CMYK'), {}),
+    'sixteen.png': (Image.fromarray(deep), {}),
+    'palette.png': (rgb.convert('P'), {}),
+    'alpha.png': (rgb.convert('RGBA'), {}),
+    'moving.gif': (rgb, dict(save_all=True, append_images=[rgb.rotate(90)])),
+    'turned.jpg': (rgb, dict(exif=exif)),
+    'plain.webp': (rgb, {}),
+    'plain.tiff': (rgb, {}),
+    'plain.bmp': (rgb, {}),
+    'one bit.png': (rgb.convert('1'), {}),
+    'wörds and spaces.JPG': (rgb, {}),
+    'a png.jpeg': (rgb, dict(format='PNG')),
+    'small.png': (rgb.resize((1, 1)), {}),
+  }
+  for name, (image, options) in made.items():
+    image.save(folder / name, **options)
+  for i in range(8):
+    (folder / f'{i}.png').write_bytes(makers.png(i))
+  return [*made, *range(8)]
+
+
+def _tokenizers(root, good):
+  def copy(name):
+    shutil.copytree(good, root / name)
+    return root / name / export.CONFIG, root / name / export.WEIGHTS
+
+  def edited(name, **keys):
+    path, _ = copy(name)
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+  copy('no-config')[0].unlink()
+  copy('no-weights')[1].unlink()
+  copy('empty-config')[0].write_text('')
+  copy('list-config')[0].write_text('[1, 2]')
+  copy('binary-config')[0].write_bytes(b'\xff\xfe\0\x80')
+  edited('no-model', model=3)
+  edited('odd-model', model={'encodr': {}})
+  edited('newer', format_version=9)
+  edited('edited', fingerprint=64 * '0')
+  edited('another-model', model=tiny.model('vq-ema'))
+  weights = copy('cut-weights')[1]
+  weights.write_bytes(weights.read_bytes()[:-500])
+  copy('noise-weights')[1].write_bytes(b'\x07' * 999)
+  copy('empty-weights')[1].write_bytes(b'')
+
+
+def _runs(root):
+  run = root / 'run'
+  loop.train(
+    config() | dict(data=dict(source=str(root / 'photos'), image_size=16)), run
+  )
+  shutil.copytree(run / 'tokenizer', root / 'tokenizer')
+  for name in ('torn', 'another', 'headless', 'unbegun', 'blocked', 'jumbled'):
+    shutil.copytree(run, root / name)
+  for path in (root / 'torn' / 'checkpoints').glob('0*/**/*'):
+    if path.is_file():
+      path.write_bytes(b'')
+
+  def edited(name, change):
+    for path in (root / name / 'checkpoints').glob('*.json'):
+      told = json.loads(path.read_text())
+      del told['digest']  # as one that knows what it does
+      change(told)
+      path.write_text(json.dumps(told))
+
+  edited('another', lambda told: told['frozen']['params'].update(sha256='0'))
+  edited('jumbled', lambda told: told['position'].update(turns=3))
+  (root / 'headless' / 'config.json').unlink()
+  shutil.rmtree(root / 'unbegun' / 'checkpoints')
+  (root / 'unbegun' / 'checkpoints').mkdir()
+  shutil.rmtree(root / 'blocked' / 'checkpoints')
+  (root / 'blocked' / 'checkpoints').write_text('a file')
+  (root / 'foreign' / 'tokenizer').mkdir(parents=True)
+  (root / 'foreign' / 'tokenizer' / 'tokenizer.json').write_text('{}')
+  other = tiny.built(tiny.model('vq-ema'))
+  export.save_tokenizer(*other, root / 'other')
+
+
+def make(root: pathlib.Path) -> pathlib.Path:
+  """Fills `root`; returns it."""
+  for folder in ('photos', 'hollow', 'docs/deep', 'mixed', 'bad', 'tok'):
+    (root / folder).mkdir(parents=True)
+  for i in range(3):
+    (root / 'photos' / f'{i}.png').write_bytes(makers.png(i))
+  (root / 'notes.txt').write_text('words\n')
+  (root / 'dot.png').write_bytes(makers.png(0, 3, 3))
+  for name in ('docs/a.md', 'docs/deep/b.md', 'docs/c.txt'):
+    (root / name).write_text('words')
+  (root / 'mixed' / 'a.png').write_bytes(makers.png(0))
+  makers.tar(root / 'mixed' / 'b.tar', [('a.png', makers.png(0))])
+  for name, data in BROKEN.items():
+    (root / 'bad' / name).write_bytes(data())
+  _archives(root)
+  _config_file(root / 'mine.py')
+  (root / 'broken.py').write_text('def get_config(:\n')
+  (root / 'fails.py').write_text('def get_config():\n  return 1 / 0\n')
+  (root / 'none.py').write_text('config = {}\n')
+  _runs(root)
+  _tokenizers(root / 'tok', root / 'tokenizer')
+  return root
+
+
+def _archives(root):
+  one = [('a.png', makers.png(0))]
+  makers.tar(root / 's-000.tar', one)
+  makers.tar(root / 's-001.tar', one)
+  makers.tar(root / 'empty.tar', [])
+  makers.tar(root / 'texts.tar', [('a.txt', b'a'), ('a.cls', b'1')])
+  makers.tar(root / 'bad.tar', [(n, data()) for n, data in BROKEN.items()])
+  (root / 'noise.tar').write_bytes(b'\x07' * 5000)
+  whole = (root / 's-000.tar').read_bytes()
+  (root / 'cut.tar').write_bytes(whole[:900])
+  with tarfile.open(root / 'packed.tar.gz', 'w:gz') as file:
+    file.add(root / 'notes.txt', 'a.txt')
+  foreign = [b'a pickle, or what else', makers.example(label=3)]
+  makers.array_record(root / 'foreign.array_record', foreign)
+  makers.array_record(root / 'none.array_record', [])
+  (root / 'noise.array_record').write_bytes(b'\x07' * 999)
