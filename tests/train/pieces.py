@@ -53,7 +53,7 @@ def jitted(plan):
   return jax.jit(functools.partial(step_lib.train_step, plan))
 
 
-def jitted_on(plan, state, mesh):
+def jitted_on(plan, state, mesh, **options):
   """The step as a run compiles it: every leaf stays where the rules say."""
 
   def step(*args):
@@ -61,7 +61,7 @@ def jitted_on(plan, state, mesh):
       return step_lib.train_step(plan, *args)
 
   places = sharding.shardings_for(state, mesh)
-  return jax.jit(step, out_shardings=(places, None))
+  return jax.jit(step, out_shardings=(places, None), **options)
 
 
 def host(tree):
