@@ -22,7 +22,6 @@ recipe, `batch` images over all chips; a program that does not fit says so.
 import argparse
 import functools
 import math
-import os
 import time
 
 import jax
@@ -154,7 +153,7 @@ def main():
   parser.add_argument('--blocks', type=int, default=24)
   parser.add_argument('--topology', help='of TPU chips, as v5e:2x4')
   flags = parser.parse_args()
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  jax.config.update('jax_platforms', 'cpu')
 
   mesh = make_mesh(flags.topology)
   print(
