@@ -37,7 +37,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'quantizer/(codes|basis|sums|kernel|project_\w+/kernel)', ('fsdp', None)),
   (r'quantizer/post_conv/kernel', (None, None, 'fsdp', None)),
   (r'(\w*norm\w*/(scale|bias)|scale[12]|bias|counts)', ()),
-  (r'(step|count|usage|rng|schedule_count)', ()),
+  (r'usage', (None, None, 'fsdp')),
+  (r'(step|count|rng|schedule_count)', ()),
 )
 
 ACTIVATION_RULES = (

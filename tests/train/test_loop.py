@@ -9,7 +9,7 @@ from PIL import Image
 
 import vqrae_jax
 from tests import tiny
-from vqrae_jax.train import loop, summary
+from vqrae_jax.train import lock, loop, summary
 
 
 @pytest.fixture(scope='module')
@@ -46,6 +46,7 @@ def test_what_a_run_leaves(ran, photos):
   assert left == {
     'checkpoints',
     'config.json',
+    'lock',
     'metrics.jsonl',
     'reconstructions.png',
     'summary.json',
@@ -110,6 +111,17 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path):
   with pytest.raises(loop.NonFinite, match=r'loss/l2.*not finite at step \d+'):
     loop.train(bad, tmp_path)
   assert not (tmp_path / 'tokenizer').exists()
+
+
+def test_one_run_a_workdir(ran, photos):
+  _, workdir = ran
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  with (
+    lock.only_run_in(workdir),
+    pytest.raises(vqrae_jax.UserError, match='another run is going on in'),
+  ):
+    loop.train(config(photos), workdir)
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
 def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch):

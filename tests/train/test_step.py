@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vqrae_jax import sharding
+from tests.train.pieces import host, jitted, planned, started
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
@@ -17,31 +17,6 @@ from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 
 FROZEN_ENCODER = (('encoder/.*', None), ('.*', dict(lr=1e-3)))
-
-
-def planned(kind='fsq-cosmos', **keys):
-  spec = config_lib.read_config(tiny.run(kind, **keys))
-  return state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
-
-
-def started(plan, mesh=None, images=None):
-  mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-  images = tiny.images(8) if images is None else images
-  with jax.set_mesh(mesh):
-    state, frozen = state_lib.init_state(plan, mesh, 0)
-    begin = jax.jit(functools.partial(state_lib.init_codebook, plan))
-    state = begin(state, frozen, images)
-  return state, frozen
-
-
-def jitted(plan):
-  return jax.jit(functools.partial(step_lib.train_step, plan))
-
-
-def host(tree):
-  """{leaf name: numpy}, but for keys."""
-  leaves = trees.flatten(tree).items()
-  return {n: np.array(x) for n, x in leaves if n != 'rng'}
 
 
 def changed(before, after):
@@ -215,27 +190,6 @@ def test_bf16_computes_over_f32_parameters():
   full = planned('simvq-l2')
   _, exact = jitted(full)(*started(full), tiny.images(8))
   np.testing.assert_allclose(metrics['loss/l2'], exact['loss/l2'], rtol=1e-2)
-
-
-@pytest.mark.parametrize('layout, tensor', [('dp', 1), ('fsdp+tp', 2)])
-@pytest.mark.parametrize('kind', ('vq-ema', 'simvq-cosine'))
-def test_eight_devices_are_one(kind, layout, tensor):
-  plan = planned(kind)
-  losses = []
-  for mesh in (
-    sharding.make_mesh(devices=jax.devices()[:1]),
-    sharding.make_mesh(layout, tensor=tensor),
-  ):
-    with jax.set_mesh(mesh):
-      images = sharding.place_batch({'x': tiny.images(8)}, mesh)['x']
-      state, frozen = started(plan, mesh, images)
-      step = jitted(plan)
-      rows = []
-      for _ in range(3):
-        state, metrics = step(state, frozen, images)
-        rows.append([float(metrics[f'loss/{n}']) for n in tiny.LOSSES[kind]])
-    losses.append(rows)
-  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5, atol=1e-7)
 
 
 def test_vector_schedules_reach_the_step():

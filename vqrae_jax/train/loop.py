@@ -26,6 +26,7 @@ from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import summary
 from vqrae_jax.train.checkpoint import Checkpoints
+from vqrae_jax.train.lock import only_run_in
 from vqrae_jax.train.report import Report, write_json
 from vqrae_jax.train.run import Run, check_workdir, host_copy
 from vqrae_jax.train.stop import StopRequest
@@ -120,16 +121,17 @@ def train(
           'lengthen it, or name another --workdir'
         )
       logging.info('goes on from step %d', position.step)
-    _note_config(config, workdir, changed=manifest is not None)
-    logging.info('%s', run.describe())
-    if every:
-      kept.begin_from(position.step)
-    going = _Going(run, workdir, kept, frozen, position, profile)
-    with contextlib.closing(going.report), StopRequest() as stop:
-      state = going.steps(state, step_fn, stop)
-    variables = host_copy(
-      state_lib.variables_of(state, frozen, ema=True), run.mesh
-    )
+    with only_run_in(workdir):
+      _note_config(config, workdir, changed=manifest is not None)
+      logging.info('%s', run.describe())
+      if every:
+        kept.begin_from(position.step)
+      going = _Going(run, workdir, kept, frozen, position, profile)
+      with contextlib.closing(going.report), StopRequest() as stop:
+        state = going.steps(state, step_fn, stop)
+      variables = host_copy(
+        state_lib.variables_of(state, frozen, ema=True), run.mesh
+      )
   return summary.finish(run, variables, workdir, going.figures())
 
 

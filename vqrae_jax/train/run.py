@@ -20,6 +20,7 @@ from absl import logging
 from flax import linen as nn
 
 from vqrae_jax import export, sharding
+from vqrae_jax.data.encoded import EncodedImages
 from vqrae_jax.data.pipeline import TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
@@ -63,6 +64,14 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
       )
 
 
+def _opened(section: str, spec: Any) -> EncodedImages:
+  """A section's photographs; its key is named where there are none."""
+  try:
+    return open_source(spec.source, spec.include, spec.exclude)
+  except UserError as e:
+    raise UserError(f'{e} (--config.{section}.source)') from None
+
+
 class Run:
   """Everything static about a run, and how its state starts."""
 
@@ -73,10 +82,10 @@ class Run:
     if odd := ranges.unusual(spec, self.tokenizer):
       logging.warning(odd)
     data = spec.data
-    self.source = open_source(data.source, data.include, data.exclude)
+    self.source = _opened('data', data)
     if spec.eval is not None:
       e = spec.eval
-      self.held_out = open_source(e.source, e.include, e.exclude)
+      self.held_out = _opened('eval', e)
       self.tokenizer.grid(e.tile, e.tile)
       evaluator.check_tiles(self.held_out, e.tile)
     self.mesh = mesh or sharding.make_mesh(

@@ -80,7 +80,7 @@ def _check_window(window: int, tokenizer: Tokenizer) -> None:
   if size > 2**30:
     raise UserError(
       f'log.usage_window={window} steps of {q.codebook_size} counts take '
-      f'{size / 2**30:.1f} GiB on each device; shorten the window'
+      f'{size / 2**30:.1f} GiB; shorten the window'
     )
 
 

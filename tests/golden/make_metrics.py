@@ -1,0 +1,72 @@
+"""Writes metrics.json: the figures of three steps of every quantizer.
+
+    python -m tests.golden.make_metrics
+
+Renew it when a change is meant to alter what a step computes (a loss, the
+optimizer, initialisation, a codebook's update), in the same commit, and say in
+its message which figures moved and why. A change that is meant to keep the
+computation (speed, layout, names, another release of JAX) must pass without;
+if it does not, find the cause.
+
+The run is chosen so that rounding cannot grow. Adam divides a gradient by its
+own size: where the true gradient is zero (the bias of attention's keys, which
+softmax does not see) it makes ±1 of rounding errors. An eps of 1e-3, above
+all such errors and below the gradients that count, keeps them as small as
+they are. Positions are made 50 times larger, so that tokens differ and many
+codes occur, and are far from ties. The rate of 1e-2 moves the losses by
+percents, the clip and the weight decay act in every step, and the weights'
+average decays by .2, which its warm-up reaches in three steps.
+"""
+
+import json
+import pathlib
+
+import jax
+import optax
+
+from tests import tiny
+from tests.train import pieces
+
+PATH = pathlib.Path(__file__).with_name('metrics.json')
+STEPS = 3
+
+
+def plan_of(kind: str):
+  """The plan whose figures are pinned."""
+  return pieces.planned(
+    kind,
+    schedules=(('.*', dict(lr=1e-2, end_lr=1e-3, warmup=2)),),
+    optim=dict(b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip=0.1),
+    ema=0.2,
+    log=dict(usage_window=2),
+  )
+
+
+def figures(kind: str) -> dict[str, list[float]]:
+  """{metric: its value at each step}; "ema_gap" is |average - weights|."""
+  plan = plan_of(kind)
+  state, frozen = pieces.started(plan, spread=50.0)
+  step = pieces.jitted(plan)
+  rows = []
+  for i in range(STEPS):
+    state, metrics = step(state, frozen, tiny.images(8, seed=i))
+    gap = jax.tree.map(lambda a, b: a - b, state.ema, state.tokenizer.params)
+    rows.append(metrics | {'ema_gap': optax.global_norm(gap)})
+  # Nine digits are all of an f32.
+  return {
+    name: [float(f'{float(row[name]):.9g}') for row in rows]
+    for name in sorted(rows[0])
+  }
+
+
+def text(found: dict[str, dict]) -> str:
+  """JSON with a line for each figure."""
+  kinds = []
+  for kind, rows in found.items():
+    lines = (f'  {json.dumps(n)}: {json.dumps(v)}' for n, v in rows.items())
+    kinds.append(f' {json.dumps(kind)}: {{\n' + ',\n'.join(lines) + '\n }')
+  return '{\n' + ',\n'.join(kinds) + '\n}\n'
+
+
+if __name__ == '__main__':
+  PATH.write_text(text({kind: figures(kind) for kind in tiny.LOSSES}))

@@ -1,0 +1,70 @@
+"""A tiny run in pieces: its plan, its state on a mesh, its jitted step."""
+
+import functools
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from tests import tiny
+from vqrae_jax import sharding
+from vqrae_jax.models.tokenizer import build_tokenizer
+from vqrae_jax.ops import trees
+from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import state as state_lib
+from vqrae_jax.train import step as step_lib
+
+
+def planned(kind='fsq-cosmos', **keys):
+  spec = config_lib.read_config(tiny.run(kind, **keys))
+  return state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def started(plan, mesh=None, images=None, spread=1.0):
+  """(state, frozen) at step 0, the codebook at tokens of `images`.
+
+  Args:
+    plan: from `planned`.
+    mesh: where they lie; one device by default.
+    images: the first batch.
+    spread: by how much learned positions are made larger: fresh latents are
+      nearly the same for every token, and few codes would occur.
+  """
+  mesh = mesh or one_device()
+  images = tiny.images(8) if images is None else images
+  with jax.set_mesh(mesh):
+    state, frozen = state_lib.init_state(plan, mesh, 0)
+    if spread != 1:
+      name = 'encoder/embed/positions'
+      wide = np.asarray(state.tokenizer.params[name]) * spread
+      state, frozen = state_lib.with_leaves(
+        state, frozen, {f'params/{name}': wide}
+      )
+    begin = jax.jit(functools.partial(state_lib.init_codebook, plan))
+    state = begin(state, frozen, images)
+  return state, frozen
+
+
+def jitted(plan):
+  return jax.jit(functools.partial(step_lib.train_step, plan))
+
+
+def jitted_on(plan, state, mesh, **options):
+  """The step as a run compiles it: every leaf stays where the rules say."""
+
+  def step(*args):
+    with nn.logical_axis_rules(sharding.ACTIVATION_RULES):
+      return step_lib.train_step(plan, *args)
+
+  places = sharding.shardings_for(state, mesh)
+  return jax.jit(step, out_shardings=(places, None), **options)
+
+
+def host(tree):
+  """{leaf name: numpy}, but for keys."""
+  leaves = trees.flatten(tree).items()
+  return {n: np.array(x) for n, x in leaves if n != 'rng'}

@@ -1,0 +1,37 @@
+"""One run a workdir: two would interleave their rows and checkpoints.
+
+The lock is the kernel's, on an open file, so that a killed run leaves none.
+"""
+
+import contextlib
+import fcntl
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+from vqrae_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def only_run_in(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds workdir/lock while the body runs; made if absent.
+
+  Raises:
+    UserError: another process holds it.
+  """
+  if jax.process_index():
+    yield
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / 'lock').open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(
+        f'another run is going on in {workdir}; stop it, or name another '
+        '--workdir'
+      ) from None
+    except OSError:  # a file system without locks
+      pass
+    yield
