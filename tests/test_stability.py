@@ -52,7 +52,8 @@ def test_indices_at_any_batch_size(kind, precision, capsys):
   encode = jax.jit(
     functools.partial(
       vqrae_jax.encode_to_indices, tokenizer, precision=precision
-    )
+    ),
+    compiler_options=tiny.AS_USERS,
   )
   found = {
     b: np.concatenate(

@@ -30,6 +30,9 @@ QUANTIZERS = {
   ),
 }
 
+# Of `jax.jit`: what conftest.py turns down for all other programs.
+AS_USERS = {'xla_backend_optimization_level': 3}
+
 # For processes of their own: the suite's cache of compilations.
 CACHE = {
   'JAX_COMPILATION_CACHE_DIR': str(

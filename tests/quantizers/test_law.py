@@ -45,7 +45,7 @@ def test_decode_is_the_forward(kind, dtype, kernel):
   """Codes, indices and pixels agree bitwise on every grid, all jitted."""
   tokenizer, variables = made(kind, dtype, kernel)
   encode, decode, reconstruct, look = (
-    jax.jit(functools.partial(f, tokenizer))
+    jax.jit(functools.partial(f, tokenizer), compiler_options=tiny.AS_USERS)
     for f in (
       vqrae_jax.encode_to_indices,
       vqrae_jax.decode_from_indices,
@@ -93,7 +93,7 @@ def test_post_quant_in_latent_space(kind):
   assert kernel.shape == (3, 3, 32, 32)
   images = tiny.images(2)
   encode, decode, reconstruct = (
-    jax.jit(functools.partial(f, tokenizer))
+    jax.jit(functools.partial(f, tokenizer), compiler_options=tiny.AS_USERS)
     for f in (
       vqrae_jax.encode_to_indices,
       vqrae_jax.decode_from_indices,

@@ -7,6 +7,7 @@ loss agrees to 1e-2, and the share of differing indices is printed.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,6 @@ from vqrae_jax.train import step as step_lib
 KINDS = ('vq-ema', 'simvq-cosine', 'fsq-cosmos')
 LAYOUTS = {'dp': 1, 'fsdp': 1, 'fsdp+tp': 2}
 STEPS = 3
-# LLVM's share of compiling the programs is most of the time here; what lies
-# on which device, and is added in which order, is decided before it.
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def result(plan, state, frozen, mesh, steps):
@@ -34,8 +32,7 @@ def result(plan, state, frozen, mesh, steps):
     (state, frozen), sharding.shardings_for((state, frozen), mesh)
   )
   encode = jax.jit(
-    functools.partial(plan.tokenizer.apply, method='encode_to_indices'),
-    compiler_options=QUICK,
+    functools.partial(plan.tokenizer.apply, method='encode_to_indices')
   )
   rows = []
   with jax.set_mesh(mesh):
@@ -44,7 +41,7 @@ def result(plan, state, frozen, mesh, steps):
       for i in range(steps)
     ]
     indices = encode(state_lib.variables_of(state, frozen), images[0])
-    step = pieces.jitted_on(plan, state, mesh, compiler_options=QUICK)
+    step = pieces.jitted_on(plan, state, mesh)
     for batch in images:
       state, metrics = step(state, frozen, batch)
       rows.append([float(metrics[f'loss/{n}']) for n in plan.weights])
@@ -66,7 +63,7 @@ def bf16_result(plan, state, frozen, mesh):
 
   with jax.set_mesh(mesh):
     images = sharding.place_batch({'x': tiny.images(8)}, mesh)['x']
-    run = jax.jit(forward, compiler_options=QUICK)
+    run = jax.jit(forward)
     metrics, indices = run(state, frozen, images)
   losses = [float(metrics[f'loss/{n}']) for n in plan.weights]
   return np.array(losses), np.asarray(indices).ravel()
@@ -93,8 +90,15 @@ def say(capsys, words):
     print(f'\n{words}')
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('kind', KINDS)
+def cases():
+  """Every layout with one quantizer, every quantizer in one layout; the rest
+  is slow."""
+  for kind, layout in itertools.product(KINDS, LAYOUTS):
+    rare = kind != KINDS[0] and layout != 'fsdp+tp'
+    yield pytest.param(kind, layout, marks=[pytest.mark.slow] if rare else [])
+
+
+@pytest.mark.parametrize('kind, layout', cases())
 def test_eight_devices_are_one(kind, layout, capsys):
   losses, indices, margin, scale = alone(kind)
   mesh = sharding.make_mesh(layout, tensor=LAYOUTS[layout])
