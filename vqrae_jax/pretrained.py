@@ -193,8 +193,7 @@ def fit_encoder(
   Raises:
     UserError: a damaged file, or one that does not fit; both sides shown.
   """
-  who = f'the encoder {found.row}' if found.row else 'the encoder asked for'
-  _check_told(found, spec, who)
+  _check_told(found, spec, 'the model')
   source = weights.open_weights(found.path)
   shapes = {key: handle.shape for key, handle in source.items()}
   naming = encoders.naming_of(shapes, source.name)
@@ -202,7 +201,7 @@ def fit_encoder(
     source,
     naming.table(spec, shapes),
     shapes_of(spec) if target is None else target,
-    way_out=f'the file has the names of {naming.name}, the model is {who}: '
+    way_out=f'the file has the names of {naming.name}, the model has '
     f'width {spec.vit.width}, depth {spec.vit.depth}, grid {spec.vit.grid}',
   )
 
