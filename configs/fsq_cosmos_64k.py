@@ -8,8 +8,8 @@ convention (arXiv 2309.15505, as in NVIDIA Cosmos), learned projections, a
 The encoder is RAE's SigLIP2 (arXiv 2510.11690); the numbers are the request's:
 L2, 1e-3, batch 4096, 30 epochs, the encoder frozen.
 
-Not here yet: the published encoder weights (they are random), LPIPS and the
-GAN.
+`--config.init.encoder=siglip2-base-patch16-256` brings the published weights;
+without it the encoder is random. Not here yet: LPIPS and the GAN.
 """
 
 from configs import common

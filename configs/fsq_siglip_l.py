@@ -9,8 +9,8 @@ are the request's: L2, 1e-3, batch 4096, 30 epochs, the encoder frozen. Same
 encoder, decoder and data as `simvq_siglip_l.py` and `vqvae_16k.py`: the three
 differ in their quantizer.
 
-Not here yet: the published encoder weights (they are random), LPIPS and the
-GAN.
+`--config.init.encoder=siglip-large-patch16-384` brings the published weights;
+without it the encoder is random. Not here yet: LPIPS and the GAN.
 """
 
 from configs import common

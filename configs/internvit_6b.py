@@ -14,8 +14,9 @@ open, decoder 1e-4 to 1e-5, encoder at 1e-5.
 Parameters lie over all devices ("fsdp") and blocks are recomputed in the
 backward (`remat`): the frozen encoder alone is 22 GB in f32.
 
-Not here yet: the published encoder weights (they are random), the perceptual
-term, the GAN and the second stage's distillation.
+`--config.init.encoder=internvit-6b-448px-v2_5` brings the published weights;
+without it the encoder is random. Not here yet: the perceptual term, the GAN and
+the second stage's distillation.
 """
 
 from configs import common

@@ -14,8 +14,9 @@ is not the paper's largest.
 
 The second stage wants `--config.init_from=runs/simvq_siglip2_l`.
 
-Not here yet: the published encoder weights (they are random), the perceptual
-term, the GAN and the second stage's distillation.
+`--config.init.encoder=siglip2-large-patch16-256` brings the published weights;
+without it the encoder is random. Not here yet: the perceptual term, the GAN and
+the second stage's distillation.
 """
 
 from configs import common

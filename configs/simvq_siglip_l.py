@@ -12,8 +12,9 @@ without its affine part, as RAE's (2510.11690).
 at 1e-5 with the encoder open. `:frozen=False` trains the encoder from the
 start.
 
-Not here yet: the published encoder weights (they are random), LPIPS, the GAN
-and the second stage's distillation.
+`--config.init.encoder=siglip-large-patch16-384` brings the published weights;
+without it the encoder is random. Not here yet: LPIPS, the GAN and the second
+stage's distillation.
 """
 
 from configs import common

@@ -12,8 +12,8 @@ warm-up, no weight decay, crops of 256 from 384 without flips. VQ is arXiv
 the encoder is frozen the commitment moves nothing and is a measure in the
 logs.
 
-Not here yet: the published encoder weights (they are random), LPIPS and the
-GAN.
+`--config.init.encoder=dinov2-with-registers-base` brings the published weights;
+without it the encoder is random. Not here yet: LPIPS and the GAN.
 """
 
 from configs import common

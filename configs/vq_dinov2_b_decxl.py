@@ -5,8 +5,9 @@
 codes of 768 channels, 224 pixels in, 256 out, 16 x 16 tokens; L1, batch 512,
 16 epochs, 2e-4 to 2e-5.
 
-Not here yet: the published encoder and decoder weights (both are random),
-LPIPS and the GAN.
+`--config.init.encoder=dinov2-with-registers-base` brings the published weights;
+without it the encoder is random. The published decoder comes by
+`--config.init.decoder=rae:FILE`. Not here yet: LPIPS and the GAN.
 """
 
 from configs import common

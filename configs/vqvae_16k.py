@@ -9,8 +9,8 @@ frozen. Same encoder, decoder and data as `simvq_siglip_l.py` and
 `fsq_siglip_l.py`: the three differ in their quantizer. While the encoder is
 frozen the commitment moves nothing and is a measure in the logs.
 
-Not here yet: the published encoder weights (they are random), LPIPS and the
-GAN.
+`--config.init.encoder=siglip-large-patch16-384` brings the published weights;
+without it the encoder is random. Not here yet: LPIPS and the GAN.
 """
 
 from configs import common

@@ -159,6 +159,49 @@ def test_a_published_decoder(photos, tmp_path):
     begun(config(photos, init=given, model=wide))
 
 
+def test_a_published_encoder(photos, tmp_path):
+  """A folder fills the encoder; manifests name it; the run goes on."""
+  pytest.importorskip('torch')
+  from tests.encoders import references
+
+  sizes = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)
+  references.make('siglip', **sizes).save_pretrained(tmp_path / 'siglip')
+  model = tiny.model('vq-ema')
+  model['encoder'] = dict(
+    vit=tiny.VIT | dict(act='gelu_tanh'), output_norm='plain'
+  )
+  given = dict(encoder=f'{tmp_path}/siglip')
+  child = config(photos, init=given, model=model)
+  found, _ = begun(child)
+  _, variables = vqrae_jax.load_encoder(str(tmp_path / 'siglip'), 'plain')
+  want = trees.flatten(variables['params'])
+  have = {
+    n.removeprefix('encoder/'): x
+    for n, x in found.items()
+    if n.startswith('encoder/')
+  }
+  assert have.keys() == want.keys()
+  for name, leaf in want.items():
+    np.testing.assert_array_equal(have[name], leaf, err_msg=name)
+
+  loop.train(child, tmp_path / 'run')
+  told = json.loads((tmp_path / 'run/checkpoints/00000002.json').read_text())
+  assert told['frozen']['params']['source'] == str(tmp_path / 'siglip')
+  loop.train(child | dict(duration=3), tmp_path / 'run')
+  grandchild = config(photos, model=model, init_from=str(tmp_path / 'run'))
+  again, _ = begun(grandchild)
+  for name, leaf in want.items():
+    np.testing.assert_array_equal(again[f'encoder/{name}'], leaf)
+
+  other = dict(model, encoder=dict(vit=tiny.VIT))
+  with pytest.raises(UserError, match='is not the model: it has vit.act'):
+    begun(config(photos, init=given, model=other))
+  # Another encoder in its place is noticed.
+  references.make('siglip', 1, **sizes).save_pretrained(tmp_path / 'siglip')
+  with pytest.raises(UserError, match='is not the one .*siglip; bring'):
+    loop.train(child | dict(duration=4), tmp_path / 'run')
+
+
 @pytest.mark.parametrize(
   'keys, words',
   [
@@ -171,6 +214,13 @@ def test_a_published_decoder(photos, tmp_path):
     (dict(init=dict(decoder='rae:nowhere.pt')), 'nowhere.pt'),
     (dict(init=dict(decoder='hf:a/b')), 'a decoder comes from "rae:FILE"'),
     (dict(init=dict(decoder='rea:x.pt')), 'did you mean "rae"'),
+    (dict(init=dict(encoder='dinov2-bas')), 'did you mean "dinov2-base"'),
+    (dict(init=dict(encoder='./no')), 'init.encoder=./no: no encoder at no'),
+    (dict(init=dict(encoder='{photos}')), 'init.encoder=.*: no weights in'),
+    (
+      dict(init_from='{run}', init=dict(encoder='dinov2-base')),
+      'init.encoder has no place',
+    ),
     (
       dict(init_from='{run}', init=dict(decoder='rae:x.pt')),
       'give one of the two',
@@ -179,10 +229,15 @@ def test_a_published_decoder(photos, tmp_path):
 )
 def test_what_does_not_fit_is_named(keys, words, photos, tmp_path):
   loop.train(config(photos), tmp_path)
-  keys = {
-    k: v.format(photos=photos, run=tmp_path) if isinstance(v, str) else v
-    for k, v in keys.items()
-  }
+
+  def named(v):
+    if isinstance(v, dict):
+      return {k: named(x) for k, x in v.items()}
+    if not isinstance(v, str):
+      return v
+    return v.format(photos=photos, run=tmp_path)
+
+  keys = {k: v if k == 'model' else named(v) for k, v in keys.items()}
   kind = 'fsq-cosmos' if 'model' in keys else 'vq-ema'
   with pytest.raises(UserError, match=words):
     begun(config(photos, kind, **keys))

@@ -160,9 +160,12 @@ class InitSpec:
   """Where parts of a new run's weights come from; None: its seed.
 
   Attributes:
+    encoder: a published encoder: a row of the table, "hf:ORG/NAME[@REV]", a
+      folder or a file.
     decoder: "rae:FILE", a published RAE decoder.
   """
 
+  encoder: str | None = None
   decoder: str | None = None
 
 
@@ -222,11 +225,12 @@ class RunSpec:
   def __post_init__(self):
     if self.accumulate < 1:
       raise UserError(f'accumulate={self.accumulate} must be above 0')
-    if self.init_from is not None and self.init.decoder is not None:
-      raise UserError(
-        'init_from brings a whole tokenizer, so init.decoder has no place; '
-        'give one of the two'
-      )
+    for part in ('encoder', 'decoder'):
+      if self.init_from is not None and getattr(self.init, part) is not None:
+        raise UserError(
+          f'init_from brings a whole tokenizer, so init.{part} has no place; '
+          'give one of the two'
+        )
     if self.batch_size < 1:
       raise UserError(f'batch_size={self.batch_size} must be above 0')
     if not 0 <= self.seed < 2**31:

@@ -3,8 +3,9 @@
 `init_from` names a tokenizer's directory or another run's workdir: of a run,
 the averaged weights and the live codebook of its newest checkpoint, with the
 leaves it kept frozen made again as that run made them and held against their
-hash. `init.decoder` takes the decoder alone. Nothing is loaded in part: both
-sides have the same leaves, or the run stops with both lists.
+hash. `init.encoder` brings a published encoder, `init.decoder` a published
+decoder. Nothing is loaded in part: both sides have the same leaves, or the run
+stops with both lists.
 
 Learning rates, optimizer, averages and the step count begin anew.
 """
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import export
+from vqrae_jax import export, pretrained
 from vqrae_jax.errors import UserError
 from vqrae_jax.models import rae
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
@@ -30,6 +31,25 @@ from vqrae_jax.types import Frozen
 from vqrae_jax.weights import parse_source
 
 Leaves = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """What a config brings to a new run.
+
+  Attributes:
+    leaves: {"params/…" or "codebook/…": array on the host, or one that reads
+      its file when it is sliced}, a subset of the tokenizer's variables as
+      training has them.
+    says: what was taken, in a line.
+    source: the words it came from; '' for none.
+    revision: the commits of hub's snapshots among them, if any.
+  """
+
+  leaves: Leaves = dataclasses.field(default_factory=dict)
+  says: str = ''
+  source: str = ''
+  revision: str | None = None
 
 
 def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:
@@ -46,24 +66,24 @@ def from_seed(tokenizer: Tokenizer, seed: Any) -> Any:
 
 def given_leaves(
   tokenizer: Tokenizer, init_from: str | None, init: config_lib.InitSpec
-) -> tuple[Leaves, str]:
+) -> Given:
   """The leaves that a config brings, on the host.
 
   Args:
     tokenizer: the new run's.
     init_from, init: the config's keys.
 
-  Returns:
-    {"params/…" or "codebook/…": array}, a subset of the tokenizer's
-    variables as training has them, and a line that says what was taken.
-
   Raises:
     UserError: nothing to open there, or leaves of another tokenizer.
   """
-  if init.decoder is not None:
-    return _decoder(tokenizer, init.decoder)
   if init_from is None:
-    return {}, ''
+    parts = []
+    if init.encoder is not None:
+      parts.append(_encoder(tokenizer, init.encoder))
+    if init.decoder is not None:
+      leaves, says = _decoder(tokenizer, init.decoder)
+      parts.append(Given(leaves, says, init.decoder))
+    return _together(parts)
   path = pathlib.Path(init_from).expanduser()
   if (path / 'checkpoints').is_dir():
     leaves, says = _of_run(path)
@@ -78,7 +98,32 @@ def given_leaves(
     )
   want = trees.flatten(jax.eval_shape(lambda: from_seed(tokenizer, 0)))
   trees.check_same(want, leaves, f'init_from={init_from}')
-  return leaves, says
+  return Given(leaves, says, init_from)
+
+
+def _together(parts: list[Given]) -> Given:
+  leaves = {name: x for part in parts for name, x in part.leaves.items()}
+  revisions = [part.revision for part in parts if part.revision]
+  return Given(
+    leaves,
+    ' and '.join(part.says for part in parts),
+    ' and '.join(part.source for part in parts),
+    ' and '.join(revisions) or None,
+  )
+
+
+def _encoder(tokenizer: Tokenizer, word: str) -> Given:
+  """The encoder's leaves out of a published encoder."""
+  try:
+    found = pretrained.find_encoder(word)
+    fit = pretrained.fit_encoder(found, tokenizer.encoder_spec)
+    leaves = {f'params/encoder/{n}': x for n, x in fit.lazy().items()}
+  except UserError as e:
+    raise UserError(f'init.encoder={word}: {e}') from None
+  at = f' at {found.revision[:12]}' if found.revision else ''
+  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  says = f'the {len(leaves)} leaves of the encoder {word}{at}{skipped}'
+  return Given(leaves, says, word, found.revision)
 
 
 def _decoder(tokenizer: Tokenizer, word: str) -> tuple[Leaves, str]:
@@ -160,7 +205,7 @@ def _began_with(tokenizer: Tokenizer, spec: config_lib.RunSpec) -> Leaves:
   """The variables that a run began with, on the host."""
   fresh = trees.flatten(jax.jit(lambda: from_seed(tokenizer, spec.seed))())
   fresh = jax.tree.map(np.asarray, fresh)
-  return fresh | given_leaves(tokenizer, spec.init_from, spec.init)[0]
+  return fresh | given_leaves(tokenizer, spec.init_from, spec.init).leaves
 
 
 def hash_frozen(
@@ -197,9 +242,10 @@ def check_frozen(
     have = hashes.get(name, 'absent')
     want = recorded.get(name, {'sha256': 'absent', 'source': 'nowhere'})
     if have != want['sha256']:
+      at = f' at {want["revision"]}' if want.get('revision') else ''
       raise UserError(
         f'{where}: the frozen tree "{name}" is not the one that the '
         f'checkpoint was made with: SHA-256 {have[:12]}…, not '
-        f'{want["sha256"][:12]}… from {want["source"]}; bring that back, or '
-        'begin a new run with init_from'
+        f'{want["sha256"][:12]}… from {want["source"]}{at}; bring that back, '
+        'or begin a new run with init_from'
       )

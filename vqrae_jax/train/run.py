@@ -78,6 +78,7 @@ class Run:
   def __init__(self, config: Any, mesh: jax.sharding.Mesh | None = None):
     self.spec = spec = config_lib.read_config(config)
     self._hashes: dict[str, str] | None = None
+    self._origin: tuple[str, str | None] = (f'seed {spec.seed}', None)
     self.tokenizer = build_tokenizer(spec.model)
     if odd := ranges.unusual(spec, self.tokenizer):
       logging.warning(odd)
@@ -112,11 +113,13 @@ class Run:
   def start(self) -> tuple[TrainState, Frozen, Callable]:
     """(state, frozen, jitted step) at step 0, on the ambient mesh."""
     spec, plan = self.spec, self.plan
-    given, says = origin.given_leaves(self.tokenizer, spec.init_from, spec.init)
-    if says:
-      logging.info('begins with %s', says)
-    state, frozen = state_lib.init_state(plan, self.mesh, spec.seed, given)
-    if not any(n.startswith('codebook/') for n in given):
+    given = self._bring()
+    if given.says:
+      logging.info('begins with %s', given.says)
+    state, frozen = state_lib.init_state(
+      plan, self.mesh, spec.seed, given.leaves
+    )
+    if not any(n.startswith('codebook/') for n in given.leaves):
       first = sharding.place_batch(self.batches.batch(0), self.mesh)
       begin = jax.jit(
         _placed(functools.partial(state_lib.init_codebook, plan)),
@@ -143,13 +146,20 @@ class Run:
     )
     state = kept.restore(manifest, shapes)
     if jax.tree.leaves(frozen):
-      spec = self.spec
-      given, _ = origin.given_leaves(self.tokenizer, spec.init_from, spec.init)
       # By the same program as at the run's start: bitwise the same leaves.
-      _, frozen = state_lib.init_state(self.plan, self.mesh, spec.seed, given)
+      _, frozen = state_lib.init_state(
+        self.plan, self.mesh, self.spec.seed, self._bring().leaves
+      )
     where = f'checkpoint {manifest["step"]}'
     origin.check_frozen(self.frozen_hashes(frozen), manifest['frozen'], where)
     return state, frozen, self._step(state)
+
+  def _bring(self) -> origin.Given:
+    """What the config brings; where it came from is kept for manifests."""
+    spec = self.spec
+    given = origin.given_leaves(self.tokenizer, spec.init_from, spec.init)
+    self._origin = (given.source or f'seed {spec.seed}', given.revision)
+    return given
 
   def _step(self, state: TrainState) -> Callable:
     def step(state, frozen, batch):
@@ -177,10 +187,9 @@ class Run:
 
   def frozen_record(self, frozen: Frozen) -> dict[str, dict]:
     """What a manifest says of the frozen trees."""
-    spec = self.spec
-    source = spec.init_from or spec.init.decoder or f'seed {spec.seed}'
+    source, revision = self._origin
     return {
-      name: {'sha256': sha256, 'source': source, 'revision': None}
+      name: {'sha256': sha256, 'source': source, 'revision': revision}
       for name, sha256 in self.frozen_hashes(frozen).items()
     }
 

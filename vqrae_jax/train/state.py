@@ -180,7 +180,7 @@ def init_state(
   plan: Plan,
   mesh: jax.sharding.Mesh,
   seed: int,
-  given: Mapping[str, np.ndarray] | None = None,
+  given: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, Frozen]:
   """The state at step 0 and the frozen leaves, laid on the mesh.
 
@@ -201,17 +201,21 @@ def init_state(
 def _replaced(
   leaves: Mapping[str, jax.Array],
   prefix: str,
-  given: Mapping[str, np.ndarray],
+  given: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
   """{leaf name: the given one where there is one, laid where the old lay}."""
 
   def placed(old, new):
-    return jax.make_array_from_callback(
+    blocks = {}
+
+    def block(index):
+      at = tuple((s.start, s.stop) for s in index)
+      if at not in blocks:  # replicas share one read
+        blocks[at] = new[index]
       # A copy: states are donated, and what was given may be used again.
-      old.shape,
-      old.sharding,
-      lambda index: np.array(new[index], old.dtype),
-    )
+      return np.array(blocks[at], old.dtype)
+
+    return jax.make_array_from_callback(old.shape, old.sharding, block)
 
   return {
     name: placed(leaf, given[prefix + name]) if prefix + name in given else leaf
@@ -220,7 +224,7 @@ def _replaced(
 
 
 def with_leaves(
-  state: TrainState, frozen: Frozen, given: Mapping[str, np.ndarray]
+  state: TrainState, frozen: Frozen, given: Mapping[str, Any]
 ) -> tuple[TrainState, Frozen]:
   """Both with the given leaves in place; the average begins at them too."""
   ema = state.ema

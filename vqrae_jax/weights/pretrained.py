@@ -7,7 +7,9 @@ Values pass unchanged but for the cast to the model's type; a NaN or an
 infinity is an error.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,22 @@ from vqrae_jax.ops import trees
 from vqrae_jax.weights import handles
 from vqrae_jax.weights.match import Expected, Piece, expand, match
 from vqrae_jax.weights.rules import Fill, Known, Table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyLeaf:
+  """A leaf that reads its file when it is sliced, or made an array."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[Sequence[slice] | None], np.ndarray]
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    return self.read(index)
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None):
+    del copy  # it is always fresh
+    return self.read(None).astype(dtype or self.dtype, copy=False)
 
 
 class Pretrained:
@@ -139,6 +157,17 @@ class Pretrained:
     device's block read by itself; any other is a NumPy array.
     """
     return {leaf: self._place(leaf) for leaf in self.target}
+
+  def lazy(self) -> dict[str, LazyLeaf]:
+    """{leaf name: what reads it}: a block at a time, nothing kept."""
+    return {
+      name: LazyLeaf(
+        tuple(leaf.shape),
+        np.dtype(leaf.dtype),
+        functools.partial(self.read, name),
+      )
+      for name, leaf in self.target.items()
+    }
 
   def _place(self, leaf: str) -> Any:
     target = self.target[leaf]
