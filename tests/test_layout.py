@@ -18,7 +18,7 @@ RANKS = {
   'nn': 1, 'weights': 1,
   'quantizers': 2, 'encoders': 2,
   'models': 3, 'losses': 3, 'optim': 3, 'sharding': 3, 'data': 3,
-  'export': 4, 'inference': 4,
+  'export': 4, 'inference': 4, 'pretrained': 4,
   'evaluate': 5,
   'train': 6,
   'command': 7, 'reconstruct_images': 7,
@@ -31,6 +31,7 @@ ONLY = {
   'types': set(),
   'ops': {'ops', 'errors'},
   'weights': {'weights', 'ops', 'errors'},
+  'encoders': {'encoders', 'weights', 'specs', 'errors'},
   'losses': {'losses', 'nn', 'weights', 'types', 'ops', 'specs', 'errors'},
   'optim': {'ops', 'specs', 'types', 'errors'},
   'sharding': {'ops', 'specs', 'types', 'errors'},
@@ -42,7 +43,7 @@ OUTSIDE = {
   'ops': {'jax', 'jaxtyping', 'numpy'},
   'data': {'PIL', 'absl', 'array_record', 'grain', 'numpy'},
   'encoders': set(),
-  'weights': {'jax', 'ml_dtypes', 'numpy', 'safetensors'},
+  'weights': {'huggingface_hub', 'jax', 'ml_dtypes', 'numpy', 'safetensors'},
 }
 
 # `train.__main__` is a command line that lives in its room.
@@ -127,6 +128,7 @@ def test_door_names():
     'decode_from_indices',
     'encode',
     'encode_to_indices',
+    'load_encoder',
     'load_tokenizer',
     'reconstruct',
   }

@@ -8,8 +8,13 @@ without antialias.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from vqrae_jax.specs import IMAGENET_NORM
+from vqrae_jax.encoders import naming
+from vqrae_jax.encoders.naming import BLOCKS, Shapes
+from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
+from vqrae_jax.weights import Table, skip
 
 _PIXELS = dataclasses.asdict(IMAGENET_NORM)
 
@@ -36,3 +41,55 @@ def _row(size: str) -> dict:
 
 
 ROWS = {f'vit-mae-{size}': _row(size) for size in _SIZES}
+
+_LAYER = 'encoder.layer.{i}.'
+_DENSE = {
+  'attention.attention.query': 'attention/query',
+  'attention.attention.key': 'attention/key',
+  'attention.attention.value': 'attention/value',
+  'attention.output.dense': 'attention/out',
+  'intermediate.dense': 'mlp/fc1',
+  'output.dense': 'mlp/fc2',
+}
+_NORMS = {'layernorm_before': 'norm1', 'layernorm_after': 'norm2'}
+
+
+def table(spec: EncoderSpec, shapes: Shapes) -> Table:
+  """The hub's names, of the encoder alone or of the pre-training model."""
+  del shapes
+  rows = [
+    *naming.convolution('embeddings.patch_embeddings.projection'),
+    *naming.cls_and_positions(
+      'embeddings.cls_token', 'embeddings.position_embeddings'
+    ),
+  ]
+  for theirs, ours in _DENSE.items():
+    rows += naming.dense(_LAYER + theirs, BLOCKS + ours)
+  for theirs, ours in _NORMS.items():
+    rows += naming.norm(_LAYER + theirs, BLOCKS + ours)
+  rows += naming.final_norm(spec, 'layernorm')
+  rows.append(skip(r'decoder\..*', "the pre-training's decoder"))
+  return Table(tuple(rows))
+
+
+NAMINGS = (naming.Naming('ViT-MAE', r'\d\.intermediate\.dense\.', table),)
+
+
+def fields(config: Mapping[str, Any]) -> dict:
+  """A spec's fields out of a `config.json`."""
+  c = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
+  c |= dict(intermediate_size=3072, layer_norm_eps=1e-12, qkv_bias=True)
+  c |= config
+  vit = dict(
+    width=c['hidden_size'],
+    depth=c['num_hidden_layers'],
+    num_heads=c['num_attention_heads'],
+    mlp_dim=c['intermediate_size'],
+    norm_eps=c['layer_norm_eps'],
+    act=naming.act(c, 'gelu'),
+    qkv_bias=c['qkv_bias'],
+    num_prefix_tokens=1,
+    prefix_has_posemb=True,
+    **naming.square(c, 224, 16),
+  )
+  return dict(vit=vit, pixel_norm=_PIXELS)

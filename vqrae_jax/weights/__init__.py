@@ -20,6 +20,7 @@ from vqrae_jax.weights.rules import (
   skip,
 )
 from vqrae_jax.weights.source_words import SourceWord, parse_source
+from vqrae_jax.weights.transforms import by_heads
 
 __all__ = [
   'PREFIXES',
@@ -30,6 +31,7 @@ __all__ = [
   'SourceWord',
   'Table',
   'arrays',
+  'by_heads',
   'export',
   'fill',
   'known',

@@ -28,7 +28,10 @@ PREFIXES = (
   'vision_tower.',
   'vision_model.',
   'vit.',
+  'dinov2_with_registers.',
   'dinov2.',
+  'internvl_vision.',
+  'model.',
 )
 
 _DESTINATION = re.compile(r'([^\[\]{}]+)(?:\[(?:(\{i\})|(\d+):(\d+))\])?')
@@ -58,13 +61,13 @@ class Rule:
   """One source array to one destination, or cut into several.
 
   `{i}` in `source` is the number of a layer, and then each destination is
-  row i of a stacked leaf. `transform` is a word of `transforms.py`, or as
-  many words as there are destinations.
+  row i of a stacked leaf. `transform` is a word of `transforms.py` (or one
+  that a function there made), or as many as there are destinations.
   """
 
   source: str
   destination: str | tuple[str, ...]
-  transform: str | tuple[str, ...] = 'same'
+  transform: str | Transform | tuple[str, ...] = 'same'
 
   def __post_init__(self):
     layered = '{i}' in self.source
@@ -81,6 +84,8 @@ class Rule:
   @property
   def transforms(self) -> tuple[Transform, ...]:
     words = self.transform
+    if isinstance(words, Transform):
+      return (words,) * len(self.places)
     if isinstance(words, str):
       words = (words,) * len(self.places)
     return tuple(choose(TRANSFORMS, w, 'transform of weights') for w in words)

@@ -55,6 +55,28 @@ def _conv_backward(ours: np.ndarray) -> np.ndarray:
   return cube.transpose(3, 2, 0, 1)
 
 
+def _flax_backward(ours: np.ndarray) -> np.ndarray:
+  side = _patch_side(ours.shape)
+  return ours.reshape(side, side, _CHANNELS, ours.shape[1])
+
+
+def by_heads(heads: int, axis: int) -> Transform:
+  """flax's attention: our axis `axis` (from the end) as [heads, width/heads].
+
+  It holds for stacked leaves too, whose layers stand in front.
+  """
+
+  def split(ours: Shape) -> Shape:
+    at = len(ours) + axis
+    return (*ours[:at], heads, ours[at] // heads, *ours[at + 1 :])
+
+  return Transform(
+    shape=split,
+    forward=lambda part, ours: part.reshape(ours),
+    backward=lambda ours: ours.reshape(split(ours.shape)),
+  )
+
+
 def _rows(ours: Shape) -> Shape:
   return (math.prod(ours[:-1]), ours[-1])
 
@@ -78,6 +100,13 @@ TRANSFORMS = {
   # (row, column, channel) as ops.images.patchify lays it.
   'conv_patch': Transform(
     shape=_conv_shape, forward=_conv_forward, backward=_conv_backward
+  ),
+  # The same as flax lays it: [p p 3 d], patches already (row, column,
+  # channel).
+  'flax patch': Transform(
+    shape=lambda ours: (_patch_side(ours),) * 2 + (_CHANNELS, ours[1]),
+    forward=lambda part, ours: part.reshape(ours),
+    backward=_flax_backward,
   ),
   # A batch axis of one in front.
   'batched': Transform(
