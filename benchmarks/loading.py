@@ -5,9 +5,10 @@ blocks under SigLIP's names, in sharded safetensors of `megabytes` f32, goes
 onto 8 fake devices with fsdp in a process of its own. A thread watches that
 process's anonymous memory (RssAnon of /proc: what is mapped from the files
 does not count, what devices hold here does). The bound is the target's bytes,
-one layer of the file's and 256 MB; the exit code is 1 above it. 2 GB in f32: 145 MB
-beyond the target, a layer and a device's block of the largest leaf; in bf16
-73 MB (two CPU cores, jax 0.10.2).
+one layer of the file's and 256 MB; the exit code is 1 above it.
+
+2 GB in f32: 145 MB beyond the target, a layer and a device's block of the
+largest leaf; in bf16 73 MB (two CPU cores, jax 0.10.2).
 """
 
 import argparse
