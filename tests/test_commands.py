@@ -25,7 +25,9 @@ def typed(*argv, cwd=ROOT):
   return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('module', ('train', 'reconstruct_images'))
+@pytest.mark.parametrize(
+  'module', ('train', 'reconstruct_images', 'fetch_weights')
+)
 def test_help_has_an_example(module):
   code, out, _ = typed(f'vqrae_jax.{module}', '--help')
   assert code == 0

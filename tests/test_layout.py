@@ -14,28 +14,29 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 
 # Rank of each room: a room may import rooms of a lower rank, and itself.
 RANKS = {
-  'errors': 0, 'specs': 0, 'types': 0, 'ops': 0,
+  'errors': 0, 'paths': 0, 'specs': 0, 'types': 0, 'ops': 0,
   'nn': 1, 'weights': 1,
   'quantizers': 2, 'encoders': 2,
   'models': 3, 'losses': 3, 'optim': 3, 'sharding': 3, 'data': 3,
   'export': 4, 'inference': 4, 'pretrained': 4,
   'evaluate': 5,
   'train': 6,
-  'command': 7, 'reconstruct_images': 7,
+  'command': 7, 'reconstruct_images': 7, 'fetch_weights': 7,
 }  # fmt: skip
 
 # Narrower than their rank: all that these may import from the package.
 ONLY = {
   'errors': set(),
+  'paths': set(),
   'specs': {'errors'},
   'types': set(),
   'ops': {'ops', 'errors'},
-  'weights': {'weights', 'ops', 'errors'},
+  'weights': {'weights', 'ops', 'paths', 'errors'},
   'encoders': {'encoders', 'weights', 'specs', 'errors'},
   'losses': {'losses', 'nn', 'weights', 'types', 'ops', 'specs', 'errors'},
   'optim': {'ops', 'specs', 'types', 'errors'},
   'sharding': {'ops', 'specs', 'types', 'errors'},
-  'data': {'data', 'specs', 'errors'},
+  'data': {'data', 'specs', 'paths', 'errors'},
 }
 
 # Packages from outside that a room may import.
@@ -97,10 +98,10 @@ def test_import_order(path):
 
 STDLIB = {
   'collections', 'concurrent', 'contextlib', 'copy', 'dataclasses', 'difflib',
-  'errno', 'fnmatch', 'functools', 'glob', 'hashlib', 'heapq', 'importlib',
-  'io', 'json', 'math', 'os', 'pathlib', 'pickletools', 're', 'struct',
-  'tempfile', 'threading', 'time', 'typing', 'types', 'warnings', 'zipfile',
-  'zlib',
+  'errno', 'fcntl', 'fnmatch', 'functools', 'glob', 'hashlib', 'heapq',
+  'http', 'importlib', 'io', 'json', 'math', 'os', 'pathlib', 'pickletools',
+  're', 'struct', 'tempfile', 'threading', 'time', 'typing', 'types',
+  'urllib', 'warnings', 'zipfile', 'zlib',
 }  # fmt: skip
 
 

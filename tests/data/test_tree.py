@@ -6,6 +6,7 @@ import os
 import pytest
 
 from tests.data import makers
+from vqrae_jax import paths
 from vqrae_jax.data import cache, sources, tree
 from vqrae_jax.errors import UserError
 
@@ -170,15 +171,15 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, few, monkeypatch):
 
 
 def test_where_the_cache_lies(monkeypatch, tmp_path):
-  assert cache.folder() != tmp_path
+  assert paths.cache_folder() != tmp_path
   monkeypatch.setenv('VQRAE_JAX_CACHE', str(tmp_path))
-  assert cache.folder() == tmp_path
+  assert paths.cache_folder() == tmp_path
   monkeypatch.delenv('VQRAE_JAX_CACHE')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  assert cache.folder() == tmp_path / 'vqrae_jax'
+  assert paths.cache_folder() == tmp_path / 'vqrae_jax'
   monkeypatch.delenv('XDG_CACHE_HOME')
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert cache.folder() == tmp_path / '.cache' / 'vqrae_jax'
+  assert paths.cache_folder() == tmp_path / '.cache' / 'vqrae_jax'
 
 
 def test_links_are_followed_and_loops_end(tmp_path):

@@ -1,9 +1,9 @@
 """Listings and indices kept between runs, as arrays, never as pickles.
 
-They lie in `$VQRAE_JAX_CACHE`, or `$XDG_CACHE_HOME/vqrae_jax`, or
-`~/.cache/vqrae_jax`. An entry carries the key it was made for and the stamps
-of the files it describes; one that is missing, damaged or of other stamps is
-simply made anew, and a folder that cannot be written costs time only.
+They lie in `paths.cache_folder()`. An entry carries the key it was made for
+and the stamps of the files it describes; one that is missing, damaged or of
+other stamps is simply made anew, and a folder that cannot be written costs
+time only.
 """
 
 import contextlib
@@ -15,19 +15,12 @@ import time
 
 import numpy as np
 
+from vqrae_jax.paths import cache_folder
+
 # A file changed again within its clock's tick has the same stamp: what is
 # younger than this is not kept. Two seconds is the coarsest clock (FAT's).
 _SETTLED_NS = 2_000_000_000
 _VERSION = 1
-
-
-def folder() -> pathlib.Path:
-  """Where entries lie."""
-  own = os.environ.get('VQRAE_JAX_CACHE')
-  if own:
-    return pathlib.Path(own)
-  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  return pathlib.Path(base) / 'vqrae_jax'
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int]:
@@ -37,7 +30,7 @@ def stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 def _path(kind: str, key: str) -> pathlib.Path:
   name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
-  return folder() / f'{kind}-{name}.npz'
+  return cache_folder() / f'{kind}-{name}.npz'
 
 
 def load(kind: str, key: str) -> dict[str, np.ndarray] | None:

@@ -1,9 +1,10 @@
 """ViT-MAE encoders (arXiv 2111.06377), without the masking and the decoder.
 
 LayerNorm eps 1e-12 (that of the published `config.json` files), exact gelu, a
-cls token with a position, pixels by ImageNet's mean and std, 224 pixels. The
-published weights carry the sin-cos table as a leaf, so it is one here, and
-other sizes resample it bicubic without antialias.
+cls token with a position, pixels by ImageNet's mean and std, 224 pixels,
+images resized bilinear as its processor does. The published weights carry the
+sin-cos table as a leaf, so it is one here, and other sizes resample it bicubic
+without antialias.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ def _row(size: str) -> dict:
     num_prefix_tokens=1,
     prefix_has_posemb=True,
   )
-  return dict(vit=vit, pixel_norm=_PIXELS)
+  return dict(vit=vit, pixel_norm=_PIXELS, resize='bilinear')
 
 
 ROWS = {f'vit-mae-{size}': _row(size) for size in _SIZES}

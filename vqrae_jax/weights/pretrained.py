@@ -174,15 +174,24 @@ class Pretrained:
     sharding = getattr(target, 'sharding', None)
     if sharding is None:
       return self.read(leaf)
-    blocks: dict[handles.Bounds, np.ndarray] = {}
-
-    def block(index):
-      at = handles.bounds(index, target.shape)
-      if at not in blocks:  # replicas share one read
-        blocks[at] = self.read(leaf, index)
-      return blocks[at]
-
-    return jax.make_array_from_callback(target.shape, sharding, block)
+    kind = sharding.memory_kind
+    where: dict[handles.Bounds, list[Any]] = {}
+    indices = sharding.addressable_devices_indices_map(tuple(target.shape))
+    for device, index in indices.items():  # replicas share one read
+      where.setdefault(handles.bounds(index, target.shape), []).append(
+        jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+      )
+    # Block by block: `jax.make_array_from_callback` would hold the whole leaf
+    # here beside its copy there.
+    placed = []
+    for block, devices in where.items():
+      values = self.read(leaf, [slice(*pair) for pair in block])
+      placed += jax.block_until_ready(
+        [jax.device_put(values, device) for device in devices]
+      )
+    return jax.make_array_from_single_device_arrays(
+      tuple(target.shape), sharding, placed
+    )
 
 
 def _finite(values: np.ndarray, where: str) -> np.ndarray:

@@ -1,0 +1,64 @@
+"""A sharded model costs the host its target, and little beside."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from vqrae_jax import sharding, weights
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_the_peak_is_the_target_and_little_more(dtype, tmp_path):
+  """The bound is the benchmark's, whose 256 MB of slack would hide much at
+  this size: a quarter of the target and a layer are allowed."""
+  from benchmarks import loading
+
+  told = loading.measure(300, dtype, tmp_path)
+  print(told)
+  assert told['above'] <= told['bound']
+  assert told['above'] <= 1.25 * told['target'] + told['layer']
+
+
+def test_the_benchmark_says_how_it_is_called():
+  done = subprocess.run(
+    [sys.executable, 'benchmarks/loading.py', '--help'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0 and '--megabytes' in done.stdout
+
+
+def test_a_block_is_read_once_for_all_its_replicas():
+  """Each device's block alone, while replicas share one read."""
+  mesh = sharding.make_mesh('fsdp')
+  values = np.arange(48 * 16, dtype=np.float32).reshape(48, 16)
+  asked = []
+
+  def fetch(block):
+    asked.append(block)
+    return values[tuple(slice(*pair) for pair in block)]
+
+  handle = weights.Handle(values.shape, values.dtype, fetch)
+  source = weights.Source('made', {'a': handle, 'b': handle})
+  table = weights.Table((weights.Rule('a', 'x'), weights.Rule('b', 'y')))
+  spec = jax.sharding.PartitionSpec
+
+  def target(axes):
+    place = jax.sharding.NamedSharding(mesh, spec(*axes))
+    return jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place)
+
+  tree = {'x': target(('fsdp', None)), 'y': target((None, None))}
+  found = weights.Pretrained(source, table, tree).load()
+  for name, leaf in found.items():
+    np.testing.assert_array_equal(leaf, values)
+    assert leaf.sharding == tree[name].sharding
+  assert len(asked) == 9
+  assert {stop - start for (start, stop), _ in asked[:8]} == {6}

@@ -1,0 +1,163 @@
+"""python -m vqrae_jax.fetch_weights --config=configs/simvq_siglip_l.py
+
+Brings the published weights that a recipe needs onto this machine, ahead of a
+run on a closed network: encoders into the hub's cache (HF_HOME), single files
+into ~/.cache/vqrae_jax/weights (VQRAE_JAX_CACHE). What is there and whole is
+left; what was cut goes on. --list prints the table.
+"""
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from absl import flags
+
+from vqrae_jax import command
+from vqrae_jax.errors import UserError, did_you_mean
+
+MODULE = 'vqrae_jax.fetch_weights'
+EXAMPLE = f'python -m {MODULE} --config=configs/simvq_siglip_l.py'
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags; prints the table, or a line for each thing brought."""
+  from ml_collections import config_flags
+
+  from vqrae_jax.train.__main__ import resolved
+
+  values = flags.FlagValues()
+  argv = resolved(argv)
+  config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'the recipe whose weights are wanted, as for training',
+    flag_values=values,
+    sys_argv=[MODULE, *argv],
+  )
+  flags.DEFINE_list(
+    'names', [], 'rows of the table to bring, by name', flag_values=values
+  )
+  flags.DEFINE_bool(
+    'list', False, 'print the table and fetch nothing', flag_values=values
+  )
+  command.parse(values, argv, MODULE, EXAMPLE)
+  if values.list:
+    print(table())
+    return
+  if values.config is None and not values.names:
+    raise UserError('give --config, --names or --list')
+  names = list(values.names)
+  if values.config is not None:
+    names += needed(values.config)
+    if not names:
+      print('this recipe needs no published weights')
+  fetch(dict.fromkeys(names))
+
+
+def table() -> str:
+  """What `--list` prints: a line for each thing that can be brought."""
+  from vqrae_jax.encoders.published import PUBLISHED
+  from vqrae_jax.weights.published import FILES
+
+  rows = [('name', 'where', 'SHA-256', 'licence', 'used by')]
+  rows += [
+    (name, f'hf:{row.hub}', "the hub's", row.licence, 'model.encoder')
+    for name, row in PUBLISHED.items()
+  ]
+  rows += [
+    (name, row.url, (row.sha256 or 'not published')[:16], row.licence,
+     row.used_by)
+    for name, row in FILES.items()
+  ]  # fmt: skip
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  widths[1] = min(widths[1], 48)
+  return '\n'.join(
+    '  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  )
+
+
+def needed(config: Any) -> list[str]:
+  """What a config needs: rows of the table, and hub ids.
+
+  The encoder it names, or the one it starts from (`init.encoder`), and the
+  networks inside its losses and figures.
+  """
+  from vqrae_jax.encoders import ENCODERS
+  from vqrae_jax.weights.published import NEEDS
+
+  def section(*keys: str) -> Any:
+    node = config
+    for key in keys:
+      node = node.get(key) if hasattr(node, 'get') else None
+    return node
+
+  names = []
+  given = section('init', 'encoder')
+  if given is None:
+    given = section('model', 'encoder', 'name')
+  if given in ENCODERS or str(given).startswith('hf:'):
+    names.append(given)
+  terms = {k: v for k, v in (section('losses') or {}).items() if v}
+  terms |= {k: v for k, v in (section('eval') or {}).items() if v}
+  for term in terms:
+    names += NEEDS.get(term, ())
+  return names
+
+
+def fetch(names: Iterable[str]) -> None:
+  """Brings each row or "hf:ORG/NAME[@REV]"; a line of print each.
+
+  Raises:
+    UserError: an unknown name, before anything is brought; or no way to one.
+  """
+  from vqrae_jax.encoders.published import PUBLISHED
+  from vqrae_jax.weights import parse_source
+  from vqrae_jax.weights.published import FILES
+
+  names = list(names)
+  every = [*PUBLISHED, *FILES]
+  for name in names:
+    if name not in every and not name.startswith('hf:'):
+      raise UserError(
+        f'--names: unknown weights "{name}"{did_you_mean(name, every)}'
+      )
+  for name in names:
+    if name in FILES:
+      _file(name)
+      continue
+    source = parse_source(name, PUBLISHED)
+    row = PUBLISHED[name].hub if source.kind == 'row' else source.value
+    _repository(name, row, source.revision)
+
+
+def _file(name: str) -> None:
+  from tqdm import tqdm
+
+  from vqrae_jax.weights.download import download
+  from vqrae_jax.weights.published import FILES, digest
+
+  row = FILES[name]
+  with tqdm(desc=name, unit='B', unit_scale=True, leave=False) as bar:
+
+    def progress(done: int, total: int | None) -> None:
+      bar.total = total
+      bar.update(done - bar.n)
+
+    fetched = download(row.url, row.path, row.sha256, progress)
+  told = 'fetched' if fetched else 'there'
+  check = 'as published' if row.sha256 else 'recorded'
+  print(f'{name}: {told}, {row.path}, SHA-256 {digest(row.path)} ({check})')
+
+
+def _repository(name: str, hub_id: str, revision: str | None) -> None:
+  from vqrae_jax.weights import hub
+
+  folder, commit = hub.snapshot(hub_id, revision)
+  files = [p for p in pathlib.Path(folder).iterdir() if p.is_file()]
+  size = sum(p.stat().st_size for p in files)
+  print(f'{name}: {folder}, commit {commit}, {size / 2**20:.0f} MiB')
+
+
+if __name__ == '__main__':
+  command.run(main)
