@@ -25,9 +25,7 @@ NORM_EPS = 1e-5
 
 
 def _norm(dtype: str, name: str) -> nn.Module:
-  return nn.LayerNorm(
-    NORM_EPS, dtype=dtype, use_fast_variance=False, name=name
-  )
+  return nn.LayerNorm(NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class MlpIn(nn.Module):
