@@ -198,6 +198,9 @@ def whole(source: Source, model: dict, fields: dict, out: pathlib.Path) -> None:
     section = {}
   section = section | form.fields | form.guesses | fields
   section['name'] = form.name
+  if section.get('distance') == 'l2':  # whose codes have one scale
+    section['code_scale'] = fields.get('code_scale', 'rms')
+    section['normalize'] = fields.get('normalize', False)
   for key, value in form.fields.items():
     if key in fields and fields[key] != value:
       raise UserError(

@@ -54,7 +54,7 @@ def _levels(source: Source) -> tuple[int, ...] | None:
     tops = source['quantizer.codebook'].read().max(0)
   else:
     return None
-  return tuple(int(round(2 * float(t) + 1)) for t in tops)
+  return tuple(round(2 * float(t) + 1) for t in tops)
 
 
 def table_key(source: Mapping) -> str:
