@@ -6,6 +6,7 @@ form, and the command line's errors. Its reports are compared by their words.
 
 import re
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 import vqrae_jax
 from tests import tiny, torch_vqrae
 from tests.weights import torch_rae
-from vqrae_jax import convert
+from vqrae_jax import convert, export
 from vqrae_jax.errors import UserError
 
 # What no file tells: as a config has it.
@@ -172,6 +173,7 @@ BAD = [
   (WHOLE + ' --quantizer=num_codes=3', 'num_codes=3, and w.pt has 48'),
   (WHOLE + ' --quantizer=num_code=3', 'did you mean "num_codes"'),
   (WHOLE + ' --config.model.decoder.vit.depth=3', 'missing in it: decoder.'),
+  (WHOLE + ' --config.model.decoder.vit.dpth=3', 'did you mean "depth"'),
   (WHOLE + ' --config.model.encoder.vit.depth=1', 'encoder.layers.1'),
   (WHOLE + ' --config.model.encoder.output_norm=affine', 'post_layernorm'),
   (WHOLE.replace('=ours', '=taken'), 'taken exists and is not replaced'),
@@ -241,12 +243,38 @@ def test_bad_input_is_one_line_and_writes_nothing(
   ],
 )
 def test_what_has_no_form_there_does_not_go_back(model, words, there):
-  from vqrae_jax import export
-
   export.save_tokenizer(*tiny.built(model), there / 'mine')
   with pytest.raises(UserError, match=words):
     convert.main(['--source=./mine', '--to=torch', '--out=b.safetensors'])
   assert not (there / 'b.safetensors').exists()
+
+
+def test_dinov2_goes_there_and_back(there):
+  """No reference: the tables alone, both ways, with registers."""
+  text = CONFIG.format(quantizer='vq', posemb='learned', learned=True)
+  more = 'layer_scale=1.0, num_prefix_tokens=3, num_registers=2, prefix_has_posemb=True'
+  text = text.replace("act='gelu_tanh'", more)
+  (there / 'configs' / 'dino.py').write_text(text)
+  scope: dict = {}
+  exec(text, scope)
+  config = scope['get_config']().model.to_dict()
+  tokenizer, variables = tiny.built(config)
+  variables['params']['encoder'] = jax.tree.map(
+    lambda x: x + 0.1 * np.random.default_rng(0).normal(size=x.shape),
+    variables['params']['encoder'],
+  )
+  export.save_tokenizer(tokenizer, variables, there / 'mine')
+  convert.main(['--source=./mine', '--to=torch', '--out=b.safetensors'])
+  assert 'encoder.encoder.embeddings.register_tokens' in load_file(
+    'b.safetensors'
+  )
+  convert.main(
+    ['--source=vqrae_torch:b.safetensors', '--config=configs/dino.py:vq',
+     '--out=again']
+  )  # fmt: skip
+  one, two = (load_file(f'{d}/model.safetensors') for d in ('mine', 'again'))
+  assert one.keys() == two.keys()
+  assert all(one[k].tobytes() == two[k].tobytes() for k in one)
 
 
 def test_help_has_an_example(capsys):

@@ -36,8 +36,11 @@ def main(argv: list[str]) -> None:
   """Parses flags, converts one source, prints what became of each key."""
   from vqrae_jax.train import __main__ as train_main
 
-  argv = train_main._resolved(argv)
-  values = _flags(argv)
+  argv = train_main.resolved(argv)
+  values = _flags(argv, overrides=False)
+  if values.config is not None:
+    train_main.check_overrides(values.config, argv)
+    values = _flags(argv, overrides=True)
   command.required(values, 'source', 'out')
   if values.to not in ('ours', 'torch'):
     raise UserError(f'--to={values.to} must be ours or torch')
@@ -68,9 +71,12 @@ def main(argv: list[str]) -> None:
   whole(source, model, _fields(values.quantizer), out)
 
 
-def _flags(argv: list[str]) -> flags.FlagValues:
+def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
+  """As in `train`: once without overrides, to see that each has its key."""
   from ml_collections import config_flags
 
+  if not overrides:
+    argv = [w for w in argv if not w.lstrip('-').startswith('config.')]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     'config',

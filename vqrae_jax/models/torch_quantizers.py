@@ -117,8 +117,13 @@ def _detect_fsq(source: Source) -> Form:
     fields['levels'] = levels
   if mlp:
     fields['bound'] = 'clip'
+    bound = ''
+  else:
+    bound = ', bound as configured (no key tells: "tanh" or "clip")'
   ways = f'in {fields["adapter_in"]}, out {fields["adapter_out"]}'
-  return Form('fsq', fields, {}, f'FSQ, levels {levels or "as given"}, {ways}')
+  return Form(
+    'fsq', fields, {}, f'FSQ, levels {levels or "as given"}, {ways}{bound}'
+  )
 
 
 def _detect_simvq(source: Source) -> Form:

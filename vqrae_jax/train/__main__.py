@@ -38,7 +38,7 @@ def find_config(path: str) -> str:
   return str(file)
 
 
-def _resolved(argv: list[str]) -> list[str]:
+def resolved(argv: list[str]) -> list[str]:
   """argv with the config's path resolved, its `:args` kept."""
   out, words = [], iter(argv)
   for word in words:
@@ -51,7 +51,7 @@ def _resolved(argv: list[str]) -> list[str]:
   return out
 
 
-def _check_overrides(config: Any, argv: list[str]) -> None:
+def check_overrides(config: Any, argv: list[str]) -> None:
   """Every --config.a.b=v names a key that the config has."""
   for word in argv:
     dotted = word.lstrip('-').split('=')[0]
@@ -124,9 +124,9 @@ def main(argv: list[str]) -> None:
   """Parses flags, joins the other hosts, trains."""
   from ml_collections import config_flags
 
-  values = _flags(argv := _resolved(argv), overrides=False)
+  values = _flags(argv := resolved(argv), overrides=False)
   if values.config is not None:
-    _check_overrides(values.config, argv)
+    check_overrides(values.config, argv)
     values = _flags(argv, overrides=True)
   command.required(values, 'config')
   if values.workdir == '':
