@@ -25,7 +25,7 @@ def typed(*argv, cwd=ROOT):
   return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('module', ('train', 'reconstruct_images'))
+@pytest.mark.parametrize('module', ('train', 'reconstruct_images', 'convert'))
 def test_help_has_an_example(module):
   code, out, _ = typed(f'vqrae_jax.{module}', '--help')
   assert code == 0

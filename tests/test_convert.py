@@ -252,7 +252,10 @@ def test_what_has_no_form_there_does_not_go_back(model, words, there):
 def test_dinov2_goes_there_and_back(there):
   """No reference: the tables alone, both ways, with registers."""
   text = CONFIG.format(quantizer='vq', posemb='learned', learned=True)
-  more = 'layer_scale=1.0, num_prefix_tokens=3, num_registers=2, prefix_has_posemb=True'
+  more = (
+    'layer_scale=1.0, num_prefix_tokens=3, num_registers=2, '
+    'prefix_has_posemb=True'
+  )
   text = text.replace("act='gelu_tanh'", more)
   (there / 'configs' / 'dino.py').write_text(text)
   scope: dict = {}
