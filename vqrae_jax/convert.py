@@ -85,18 +85,28 @@ def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
     flag_values=values,
     sys_argv=[MODULE, *argv],
   )
-  for name, default, text in (
-    ('source', None, 'rae:FILE, vqrae_torch:FILE, or a tokenizer with --to'),
-    ('out', None, 'a directory, or for single files F.safetensors or F.npz'),
-    ('to', 'ours', 'ours, or torch: the way back'),
-    (
-      'quantizer',
-      '',
-      'fields of the quantizer that the file cannot tell, over the config: '
-      'levels=(8,5,5),bound="clip" or distance="l2"',
-    ),
-  ):
-    flags.DEFINE_string(name, default, text, flag_values=values)
+  flags.DEFINE_string(
+    'source',
+    None,
+    'rae:FILE, vqrae_torch:FILE, or a tokenizer with --to=torch',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'out',
+    None,
+    'a directory, or for single files F.safetensors or F.npz',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'to', 'ours', 'ours, or torch: the way back', flag_values=values
+  )
+  flags.DEFINE_string(
+    'quantizer',
+    '',
+    'fields of the quantizer that the file cannot tell, over the config: '
+    'levels=(8,5,5),bound="clip" or distance="l2"',
+    flag_values=values,
+  )
   command.parse(values, argv, MODULE, EXAMPLE)
   return values
 
