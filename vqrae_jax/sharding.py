@@ -35,6 +35,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'embed/positions', (None, None, 'fsdp')),
   (r'head/kernel', ('fsdp', None)),
   (r'quantizer/(codes|basis|sums|kernel|project_\w+/kernel)', ('fsdp', None)),
+  (r'quantizer/(project_\w+/dense\d|map_tokens)/kernel', ('fsdp', None)),
+  (r'quantizer/(frequencies|project_in/gain)', ()),
   (r'quantizer/post_conv/kernel', (None, None, 'fsdp', None)),
   (r'(\w*norm\w*/(scale|bias)|scale[12]|bias|counts)', ()),
   (r'usage', (None, None, 'fsdp')),

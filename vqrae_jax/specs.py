@@ -17,7 +17,14 @@ from vqrae_jax.errors import UserError, did_you_mean
 RUN_OPTIONS = ('scan', 'remat', 'dtype')
 # Younger than format 1: absent from a `config.json` where they say nothing,
 # so that the fingerprint of what came before them stays.
-LATER_FIELDS = {'num_registers': 0}
+LATER_FIELDS = {
+  'num_registers': 0,
+  'bound': 'tanh',
+  'adapter_in': 'linear',
+  'adapter_out': 'linear',
+  'code_scale': 'rms',
+  'token_map': False,
+}
 DTYPES = ('float32', 'bfloat16')
 RESIZES = ('bicubic', 'bilinear')
 

@@ -167,10 +167,16 @@ def fit_rae_decoder(
   Raises:
     UserError: no such file, a damaged one, or one that does not fit.
   """
+  return fit_decoder(weights.open_weights(path), spec, latent_dim)
+
+
+def fit_decoder(
+  source: weights.Source, spec: DecoderSpec, latent_dim: int
+) -> weights.Pretrained:
+  """`fit_rae_decoder` of an opened file."""
   _check_spec(spec)
   latents = jax.ShapeDtypeStruct((1, *spec.vit.grid, latent_dim), jnp.float32)
   target = jax.eval_shape(Decoder(spec).init, jax.random.key(0), latents)
-  source = weights.open_weights(path)
   return weights.Pretrained(
     source, rae_table(spec), target['params'], way_out=_sizes(source)
   )

@@ -236,13 +236,18 @@ def describe(tokenizer: Tokenizer) -> dict:
   what t computes.
   """
 
+  def old_fields(fields):
+    return {
+      name: value
+      for name, value in fields.items()
+      if name not in LATER_FIELDS or value != LATER_FIELDS[name]
+    }
+
   def spec_fields(spec):
     fields = dataclasses.asdict(spec)
     for option in RUN_OPTIONS:
       del fields['vit'][option]
-    for field, default in LATER_FIELDS.items():
-      if fields['vit'][field] == default:
-        del fields['vit'][field]
+    fields['vit'] = old_fields(fields['vit'])
     return fields
 
   quantizer = tokenizer.quantizer
@@ -255,6 +260,6 @@ def describe(tokenizer: Tokenizer) -> dict:
     fields['post_quant'] = dataclasses.asdict(quantizer.post_quant)
   return {
     'encoder': spec_fields(tokenizer.encoder_spec),
-    'quantizer': {'name': quantizers.name_of(quantizer), **fields},
+    'quantizer': {'name': quantizers.name_of(quantizer), **old_fields(fields)},
     'decoder': spec_fields(tokenizer.decoder_spec),
   }

@@ -66,6 +66,21 @@ class Quantizer(nn.Module):
     """Codebook tables that `update_codebook` moves; schedules may freeze."""
     return ()
 
+  def setup_projections(self) -> None:
+    """Makes `project_in` and `project_out`."""
+    self.project_in = self.linear_in()
+    self.project_out = self.linear_out()
+
+  def linear_in(self) -> nn.Module:
+    return nn.Dense(self.code_width, precision=HIGHEST)
+
+  def linear_out(self) -> nn.Module:
+    return nn.Dense(self.latent_dim, dtype=self.dtype, precision=HIGHEST)
+
+  def from_code_space(self, z: Array) -> Array:
+    """What `to_code_space` projected, back: [... c] -> [... d]."""
+    return self.project_out(z)
+
   def setup_codes(self) -> None:
     """Makes the subclass's parameters and codebook."""
 
@@ -107,8 +122,7 @@ class Quantizer(nn.Module):
   def setup(self):
     c, d = self.code_width, self.latent_dim
     if self.projection:
-      self.project_in = nn.Dense(c, precision=HIGHEST)
-      self.project_out = nn.Dense(d, dtype=self.dtype, precision=HIGHEST)
+      self.setup_projections()
     elif c != d:
       raise UserError(
         f'quantizer.projection=False needs codes as wide as the latents: '
@@ -135,7 +149,7 @@ class Quantizer(nn.Module):
     z = codes.astype(self.dtype)
     if self.post_quant is not None and self.post_quant.space == 'code':
       z = self._convolve(z)
-    z = self.project_out(z) if self.projection else z
+    z = self.from_code_space(z) if self.projection else z
     if self.post_quant is not None and self.post_quant.space == 'latent':
       z = self._convolve(z)
     return z

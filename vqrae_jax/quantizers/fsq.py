@@ -11,18 +11,24 @@ code = digit - h; the last digit is least significant.
 
 No codebook is learned, so nothing collapses and there is no codebook loss; a
 commitment loss exists for "centered" only.
+
+bound="clip", with "centered", rounds what comes as it is, in units of levels,
+and clips: what the PyTorch project does. Its projections are `adapters.py`'s.
 """
 
 import math
 
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from vqrae_jax.errors import UserError, did_you_mean
 from vqrae_jax.ops import codes as code_ops
-from vqrae_jax.quantizers import base
+from vqrae_jax.quantizers import adapters, base
 
 CONVENTIONS = ('centered', 'cosmos')
+BOUNDS = ('tanh', 'clip')
+INS, OUTS = ('linear', 'mlp'), ('linear', 'fourier')
 
 
 class FSQ(base.Quantizer):
@@ -33,13 +39,20 @@ class FSQ(base.Quantizer):
     convention: "centered" or "cosmos".
     epsilon: by how much "cosmos" widens the bound, so that the outer values
       can be reached.
+    bound: "tanh", or "clip" for latents that are bounded elsewhere or not.
+    adapter_in: "linear", or "mlp", which bounds and so wants "clip".
+    adapter_out: "linear", or "fourier", which lets no useful gradient through.
   """
 
   levels: tuple[int, ...] = (8, 8, 8)
   convention: str = 'centered'
   epsilon: float = 1e-3
+  bound: str = 'tanh'
+  adapter_in: str = 'linear'
+  adapter_out: str = 'linear'
 
   def __post_init__(self):
+    self._check_adapters()
     levels = tuple(self.levels)
     if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
       raise UserError(
@@ -63,6 +76,59 @@ class FSQ(base.Quantizer):
       )
     super().__post_init__()
 
+  def _check_adapters(self):
+    for field, options in (
+      ('bound', BOUNDS), ('adapter_in', INS), ('adapter_out', OUTS)
+    ):  # fmt: skip
+      value = getattr(self, field)
+      if value not in options:
+        raise UserError(
+          f'quantizer.{field}={value!r}{did_you_mean(value, options)}'
+        )
+    adapted = (self.adapter_in, self.adapter_out) != ('linear', 'linear')
+    if adapted and not self.projection:
+      raise UserError(
+        'quantizer.adapter_in and quantizer.adapter_out are projections: set '
+        'quantizer.projection=True'
+      )
+    if self.convention == 'cosmos' and self.bound != 'tanh':
+      raise UserError(
+        'quantizer.bound="clip" goes with quantizer.convention="centered"; '
+        '"cosmos" has a bound of its own'
+      )
+    if self.adapter_in == 'mlp' and self.bound != 'clip':
+      raise UserError(
+        'quantizer.adapter_in="mlp" ends in a tanh: set quantizer.bound="clip"'
+      )
+
+  def setup_projections(self):
+    if self.adapter_in == 'mlp':
+      self.project_in = adapters.MlpIn(self.code_width)
+    else:
+      self.project_in = self.linear_in()
+    if self.adapter_out != 'fourier':
+      self.project_out = self.linear_out()
+    else:
+      self.project_out = adapters.FourierOut(self.latent_dim, self.dtype)
+      shape = (self.code_width, adapters.FREQUENCIES)
+      init = nn.initializers.normal(adapters.FREQUENCY_STD)
+      self.frequencies = self.variable(
+        'codebook',
+        'frequencies',
+        lambda: init(self.make_rng('params'), shape, jnp.float32),
+      ).value
+
+  def to_code_space(self, latents):
+    z = super().to_code_space(latents)
+    if self.adapter_in == 'mlp':
+      z = z * np.asarray([(n - 1) / 2 for n in self.levels], np.float32)
+    return z
+
+  def from_code_space(self, z):
+    if self.adapter_out == 'fourier':
+      return self.project_out(z, self.frequencies)
+    return super().from_code_space(z)
+
   @property
   def codebook_size(self):
     return math.prod(self.levels)
@@ -81,12 +147,12 @@ class FSQ(base.Quantizer):
       self.levels, last_is_least=self.convention == 'centered'
     )
 
-  def bound(self, z):
+  def bounded(self, z):
     """f32[... c] -> (surrogate in code units, digits i32[... c])."""
     radix = np.asarray(self.levels, np.float64)
     if self.convention == 'centered':
       half = ((radix - 1) / 2).astype(np.float32)
-      bounded = jnp.tanh(z) * half
+      bounded = jnp.tanh(z) * half if self.bound == 'tanh' else z
       digits = jnp.clip(jnp.round(bounded + half), 0, 2 * half)
       return bounded, digits.astype(jnp.int32)
     half = (radix - 1) * (1 + self.epsilon) / 2
@@ -106,7 +172,7 @@ class FSQ(base.Quantizer):
     return (x - radix // 2) / (radix // 2)
 
   def _assign(self, z, train, rngs):
-    surrogate, digits = self.bound(z)
+    surrogate, digits = self.bounded(z)
     return surrogate, code_ops.digits_to_index(digits, self._places)
 
   def _lookup(self, indices):

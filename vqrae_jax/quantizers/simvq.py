@@ -8,7 +8,8 @@ distance="l2": tokens and codes as they are, after tokens are scaled to an RMS
 of one (`normalize`): a token of width 1536 has a norm near 39, far outside a
 table of norm one, and usage would stay low for long. distance="cosine": both
 sides are unit vectors, scaled by sqrt(c) so that losses averaged over
-channels do not vanish and the decoder reads values of order one.
+channels do not vanish and the decoder reads values of order one
+(`code_scale`; the PyTorch project reads unit vectors, or the rows unscaled).
 """
 
 import jax
@@ -21,6 +22,7 @@ from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.quantizers import base
 
 DISTANCES = ('l2', 'cosine')
+CODE_SCALES = ('rms', 'unit', 'none')
 
 
 def _unit_rms(x):
@@ -37,6 +39,9 @@ class SimVQ(base.Quantizer):
     distance: "l2" or "cosine".
     normalize: with "l2", scale tokens to an RMS of one ("cosine" always does).
     basis_std: of the frozen normal basis; 1 gives codes an RMS near one.
+    code_scale: with "cosine", the codes that the decoder reads: "rms" an RMS
+      of one, "unit" a norm of one, "none" the table's rows.
+    token_map: a learned map of tokens, code_dim wide, before they are compared.
   """
 
   num_codes: int = 16384
@@ -44,12 +49,24 @@ class SimVQ(base.Quantizer):
   distance: str = 'l2'
   normalize: bool = True
   basis_std: float = 1.0
+  code_scale: str = 'rms'
+  token_map: bool = False
 
   def __post_init__(self):
     if self.distance not in DISTANCES:
       raise UserError(
         f'quantizer.distance={self.distance!r}'
         f'{did_you_mean(self.distance, DISTANCES)}'
+      )
+    if self.code_scale not in CODE_SCALES:
+      raise UserError(
+        f'quantizer.code_scale={self.code_scale!r}'
+        f'{did_you_mean(self.code_scale, CODE_SCALES)}'
+      )
+    if self.code_scale != 'rms' and self.distance != 'cosine':
+      raise UserError(
+        f'quantizer.code_scale={self.code_scale!r} goes with '
+        'quantizer.distance="cosine"'
       )
     if self.num_codes < 1 or self.code_dim < 1:
       raise UserError(
@@ -76,6 +93,8 @@ class SimVQ(base.Quantizer):
     c = self.code_dim
     self.kernel = self.param('kernel', nn.initializers.lecun_normal(), (c, c))
     self.bias = self.param('bias', nn.initializers.zeros, (c,))
+    if self.token_map:
+      self.map_tokens = nn.Dense(c, precision=HIGHEST)
     if self.is_initializing():
       init = nn.initializers.normal(self.basis_std)
       self.variable(
@@ -91,14 +110,27 @@ class SimVQ(base.Quantizer):
     basis = self.get_variable('codebook', 'basis')
     table = jnp.matmul(basis, self.kernel, precision=HIGHEST) + self.bias
     if self.distance == 'cosine':
-      table = _unit_rms(table)
+      table = self._scaled(table)
     # The rows are the same to the last bit whatever reads them.
     return jax.lax.optimization_barrier(table)
 
+  def _scaled(self, x):
+    """Tokens, or the table's rows, as `code_scale` says."""
+    if self.code_scale == 'none':
+      return x
+    x = _unit_rms(x)
+    return x if self.code_scale == 'rms' else x * self.code_dim**-0.5
+
   def _assign(self, z, train, rngs):
+    if self.token_map:
+      z = self.map_tokens(z)
+    table = self._table()
+    if self.code_scale != 'rms':  # compared by angle, whatever their size
+      indices = code_ops.nearest_code(_unit_rms(z), _unit_rms(table))
+      return self._scaled(z), indices
     if self.normalize or self.distance == 'cosine':
       z = _unit_rms(z)
-    return z, code_ops.nearest_code(z, self._table())
+    return z, code_ops.nearest_code(z, table)
 
   def _lookup(self, indices):
     return self._table()[indices]

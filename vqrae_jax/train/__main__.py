@@ -51,7 +51,7 @@ def resolved(argv: list[str]) -> list[str]:
   return out
 
 
-def _check_overrides(config: Any, argv: list[str]) -> None:
+def check_overrides(config: Any, argv: list[str]) -> None:
   """Every --config.a.b=v names a key that the config has."""
   for word in argv:
     dotted = word.lstrip('-').split('=')[0]
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
 
   values = _flags(argv := resolved(argv), overrides=False)
   if values.config is not None:
-    _check_overrides(values.config, argv)
+    check_overrides(values.config, argv)
     values = _flags(argv, overrides=True)
   command.required(values, 'config')
   if values.workdir == '':

@@ -108,6 +108,12 @@ TRANSFORMS = {
     forward=lambda part, ours: part.reshape(ours),
     backward=_flax_backward,
   ),
+  # A convolution's kernel: [out in h w] to [h w in out].
+  'conv': Transform(
+    shape=lambda ours: (ours[3], ours[2], ours[0], ours[1]),
+    forward=lambda part, ours: part.transpose(2, 3, 1, 0),
+    backward=lambda ours: ours.transpose(3, 2, 0, 1),
+  ),
   # A batch axis of one in front.
   'batched': Transform(
     shape=lambda ours: (1, *ours),

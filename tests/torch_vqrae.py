@@ -1,0 +1,213 @@
+"""The PyTorch project's whole model in plain torch: the tests' reference.
+
+Keys and arithmetic are the project's, written anew as functions over a dict.
+Random weights; no bias, norm, cls token or gain is trivial.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tests.weights import torch_rae
+
+WIDTH, DEPTH, MLP, HEADS, PATCH, SIDE = 32, 2, 48, 4, 4, 4
+LEVELS = (8, 5, 4)
+CODES = 48
+FORMS = (
+  'vq', 'vq-gradient', 'vq-conv', 'simvq-l2', 'simvq-cosine', 'simvq-mapped',
+  'fsq', 'fsq-latent-conv', 'fsq-mlp-fourier',
+)  # fmt: skip
+
+
+class Draw:
+  """Random tensors by name."""
+
+  def __init__(self, seed):
+    self.g = torch.Generator().manual_seed(seed)
+    self.state = {}
+
+  def new(self, name, *shape, scale=1.0, around=0.0):
+    value = around + scale * torch.randn(*shape, generator=self.g)
+    self.state[name] = value
+
+  def dense(self, name, fan_out, fan_in):
+    self.new(f'{name}.weight', fan_out, fan_in, scale=fan_in**-0.5)
+    self.new(f'{name}.bias', fan_out, scale=0.3)
+
+  def norm(self, name, width):
+    self.new(f'{name}.weight', width, scale=0.3, around=1.0)
+    self.new(f'{name}.bias', width, scale=0.3)
+
+
+def siglip_state(d):
+  at = 'encoder.model.embeddings'
+  d.new(f'{at}.patch_embedding.weight', WIDTH, 3, PATCH, PATCH, scale=0.15)
+  d.new(f'{at}.patch_embedding.bias', WIDTH, scale=0.3)
+  d.new(f'{at}.position_embedding.weight', SIDE * SIDE, WIDTH)
+  for i in range(DEPTH):
+    at = f'encoder.model.encoder.layers.{i}'
+    for part in ('q', 'k', 'v', 'out'):
+      d.dense(f'{at}.self_attn.{part}_proj', WIDTH, WIDTH)
+    d.dense(f'{at}.mlp.fc1', MLP, WIDTH)
+    d.dense(f'{at}.mlp.fc2', WIDTH, MLP)
+    d.norm(f'{at}.layer_norm1', WIDTH)
+    d.norm(f'{at}.layer_norm2', WIDTH)
+
+
+def quantizer_state(d, form):
+  q = 'quantizer'
+  if form in ('vq', 'vq-conv'):
+    d.new(f'{q}.embedding', CODES, WIDTH)
+    d.state[f'{q}.ema_cluster_size'] = torch.ones(CODES)
+    d.state[f'{q}.ema_w'] = d.state[f'{q}.embedding'].clone()
+  elif form == 'vq-gradient':
+    d.new(f'{q}.embedding.weight', CODES, WIDTH)
+  elif form.startswith('simvq'):
+    d.new(f'{q}.embedding.weight', CODES, WIDTH, scale=WIDTH**-0.5)
+    d.dense(f'{q}.embedding_proj', WIDTH, WIDTH)
+    d.state[f'{q}.ema_cluster_size'] = torch.zeros(CODES)
+    if form != 'simvq-l2':
+      d.state[f'{q}.l2_norm_scale'] = torch.tensor(10.0)
+    if form == 'simvq-mapped':
+      d.dense(f'{q}.z_proj', WIDTH, WIDTH)
+  else:
+    fsq_state(d, form)
+  if form.endswith('conv'):
+    c = WIDTH
+    d.new('post_quant_conv.weight', c, c, 3, 3, scale=0.1)
+    d.new('post_quant_conv.bias', c, scale=0.3)
+
+
+def fsq_state(d, form):
+  axes = [torch.arange(n).float() - (n - 1) / 2 for n in LEVELS]
+  grid = torch.meshgrid(*axes, indexing='ij')
+  d.state['quantizer.codebook'] = torch.stack([g.flatten() for g in grid], -1)
+  d.state['quantizer.basis'] = torch.tensor([20, 4, 1])
+  c = len(LEVELS)
+  if form != 'fsq-mlp-fourier':
+    d.dense('fsq_projection', c, WIDTH)
+    d.dense('fsq_unprojection', WIDTH, c)
+    return
+  d.state['quantizer.scales'] = torch.tensor([(n - 1) / 2 for n in LEVELS])
+  d.norm('fsq_projection.norm', WIDTH)
+  for i, (o, n) in enumerate(((512, WIDTH), (512, 512), (c, 512))):
+    d.dense(f'fsq_projection.net.{2 * i}', o, n)
+  d.new('fsq_projection.post_gain', c, scale=0.3, around=1.0)
+  d.new('fsq_unprojection.fourier.B', c, 128, scale=10.0)
+  for i, n in enumerate((256, WIDTH, WIDTH)):
+    d.dense(f'fsq_unprojection.mlp.{3 * i}', WIDTH, n)
+    if i < 2:
+      d.norm(f'fsq_unprojection.mlp.{3 * i + 1}', WIDTH)
+
+
+def state_dict(form, seed=0):
+  d = Draw(seed)
+  siglip_state(d)
+  quantizer_state(d, form)
+  decoder = torch_rae.state_dict(
+    WIDTH, DEPTH, MLP, PATCH, SIDE, latent=WIDTH, seed=seed + 1
+  )
+  return d.state | {f'decoder.{k}': v for k, v in decoder.items()}
+
+
+def dense(w, name, x):
+  return F.linear(x, w[f'{name}.weight'], w[f'{name}.bias'])
+
+
+def norm(w, name, x, eps):
+  return F.layer_norm(
+    x, x.shape[-1:], w[f'{name}.weight'], w[f'{name}.bias'], eps
+  )
+
+
+def encode(w, images):
+  """f32[b h w 3] in [0, 1] -> latents [b n d]."""
+  at = 'encoder.model.embeddings'
+  x = (torch.from_numpy(images).permute(0, 3, 1, 2) - 0.5) / 0.5
+  kernel, bias = (w[f'{at}.patch_embedding.{n}'] for n in ('weight', 'bias'))
+  x = F.conv2d(x, kernel, bias, stride=PATCH).flatten(2).transpose(1, 2)
+  x = x + w[f'{at}.position_embedding.weight']
+  for i in range(DEPTH):
+    at = f'encoder.model.encoder.layers.{i}'
+    y = norm(w, f'{at}.layer_norm1', x, 1e-6)
+    q, k, v = (
+      dense(w, f'{at}.self_attn.{p}_proj', y)
+      .unflatten(-1, (HEADS, -1))
+      .transpose(1, 2)
+      for p in 'qkv'
+    )
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x + dense(w, f'{at}.self_attn.out_proj', y)
+    y = norm(w, f'{at}.layer_norm2', x, 1e-6)
+    y = F.gelu(dense(w, f'{at}.mlp.fc1', y), approximate='tanh')
+    x = x + dense(w, f'{at}.mlp.fc2', y)
+  return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def quantize(w, z, form):
+  """Latents [b n d] -> (z_q, indices [b n])."""
+  if form.startswith('fsq'):
+    return quantize_fsq(w, z, form)
+  if form.startswith('vq'):
+    key = 'quantizer.embedding'
+    table = w[key] if key in w else w[f'{key}.weight']
+    indices = torch.cdist(z, table[None]).argmin(-1)
+    return convolve(w, table[indices], form), indices
+  table = dense(w, 'quantizer.embedding_proj', w['quantizer.embedding.weight'])
+  if form == 'simvq-mapped':
+    z = dense(w, 'quantizer.z_proj', z)
+  if form == 'simvq-l2':
+    indices = torch.cdist(z, table[None]).argmin(-1)
+    return table[indices], indices
+  unit = F.normalize(table, dim=-1)
+  indices = (F.normalize(z, dim=-1) @ unit.T).argmax(-1)
+  return (unit if form == 'simvq-mapped' else table)[indices], indices
+
+
+def quantize_fsq(w, z, form):
+  half = torch.tensor([(n - 1) / 2 for n in LEVELS])
+  if form == 'fsq-mlp-fourier':
+    x = norm(w, 'fsq_projection.norm', z, 1e-5)
+    for i in range(3):
+      x = dense(w, f'fsq_projection.net.{2 * i}', F.gelu(x) if i else x)
+    x = torch.tanh(x) * w['fsq_projection.post_gain'] * half
+  else:
+    x = torch.tanh(dense(w, 'fsq_projection', z)) * half
+  digits = torch.minimum((x + half).round().clamp(min=0), 2 * half)
+  codes = digits - half
+  indices = (digits.long() * w['quantizer.basis']).sum(-1)
+  if form != 'fsq-mlp-fourier':
+    return convolve(w, dense(w, 'fsq_unprojection', codes), form), indices
+  turns = 2 * math.pi * codes @ w['fsq_unprojection.fourier.B']
+  x = torch.cat([turns.sin(), turns.cos()], -1)
+  for i in range(3):
+    at = 'fsq_unprojection.mlp'
+    if i:
+      x = F.gelu(norm(w, f'{at}.{3 * i - 2}', x, 1e-5))
+    x = dense(w, f'{at}.{3 * i}', x)
+  return x, indices
+
+
+def convolve(w, x, form):
+  if not form.endswith('conv'):
+    return x
+  grid = x.transpose(1, 2).unflatten(2, (SIDE, SIDE))
+  kernel, bias = (w[f'post_quant_conv.{n}'] for n in ('weight', 'bias'))
+  return F.conv2d(grid, kernel, bias, padding=1).flatten(2).transpose(1, 2)
+
+
+def reconstruct(w, images, form):
+  """Images -> (reconstruction f32[b h w 3], indices [b gh gw])."""
+  with torch.no_grad():
+    z_q, indices = quantize(w, encode(w, images), form)
+    decoder = {
+      k.removeprefix('decoder.'): v
+      for k, v in w.items()
+      if k.startswith('decoder.')
+    }
+    painted = torch_rae.decode(
+      decoder, z_q.numpy(), HEADS, np.full(3, 0.5, 'f4'), np.full(3, 0.5, 'f4')
+    )
+  return painted, indices.reshape(-1, SIDE, SIDE).numpy()

@@ -1,0 +1,291 @@
+"""python -m vqrae_jax.convert --source=vqrae_torch:FILE --config=… --out=DIR
+
+Weights of the PyTorch project to ours, and back:
+
+  --source=vqrae_torch:FILE --config=… --out=DIR      a whole tokenizer
+  --source=rae:FILE --config=… --out=F.safetensors    a decoder, checked
+  --source=rae:FILE --out=F.npz                       statistics of latents
+  --source=DIR --to=torch --out=F.safetensors         a tokenizer, back
+
+A file does not say its heads, pixel norm, activation or resizing: the config's
+`model` section does. What it does say is held to that, whole, before anything
+is written. A decoder stays in its published names, which
+`init.decoder=rae:F.safetensors` reads; without a pickle, and the weights alone.
+"""
+
+import ast
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from vqrae_jax import command
+from vqrae_jax.errors import UserError
+from vqrae_jax.weights import Source, open_weights, parse_source
+
+MODULE = 'vqrae_jax.convert'
+EXAMPLE = (
+  f'python -m {MODULE} --source=vqrae_torch:ckpt.pt '
+  '--config=configs/simvq_siglip_l.py --out=tokenizer'
+)
+_SHOWN = 6
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, converts one source, prints what became of each key."""
+  from vqrae_jax.train import __main__ as train_main
+
+  argv = train_main.resolved(argv)
+  values = _flags(argv, overrides=False)
+  if values.config is not None:
+    train_main.check_overrides(values.config, argv)
+    values = _flags(argv, overrides=True)
+  command.required(values, 'source', 'out')
+  if values.to not in ('ours', 'torch'):
+    raise UserError(f'--to={values.to} must be ours or torch')
+  word = parse_source(values.source)
+  out = pathlib.Path(values.out).expanduser()
+  if values.to == 'torch':
+    if word.kind != 'path':
+      raise UserError(
+        f'--source={values.source} with --to=torch must be the directory of a '
+        'tokenizer'
+      )
+    return back(word.value, _target(out, '.safetensors'))
+  if word.kind not in ('rae', 'vqrae_torch'):
+    raise UserError(
+      f'--source={values.source} must be rae:FILE or vqrae_torch:FILE (or a '
+      "tokenizer's directory with --to=torch)"
+    )
+  source = open_weights(word.value)
+  stats = set(source) <= {'mean', 'var'}
+  if word.kind == 'rae' and stats:
+    return statistics(source, _target(out, '.npz'))
+  command.required(values, 'config')
+  model = values.config.to_dict().get('model')
+  if not isinstance(model, dict):
+    raise UserError(f'{argv[0]}: the config has no section "model"')
+  if word.kind == 'rae':
+    return decoder(source, model, _target(out, '.safetensors'))
+  whole(source, model, _fields(values.quantizer), out)
+
+
+def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
+  """As in `train`: once without overrides, to see that each has its key."""
+  from ml_collections import config_flags
+
+  if not overrides:
+    argv = [w for w in argv if not w.lstrip('-').startswith('config.')]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'a config whose "model" the file is; --config.model.a.b=v changes a key',
+    flag_values=values,
+    sys_argv=[MODULE, *argv],
+  )
+  flags.DEFINE_string(
+    'source',
+    None,
+    'rae:FILE, vqrae_torch:FILE, or a tokenizer with --to=torch',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'out',
+    None,
+    'a directory, or for single files F.safetensors or F.npz',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'to', 'ours', 'ours, or torch: the way back', flag_values=values
+  )
+  flags.DEFINE_string(
+    'quantizer',
+    '',
+    'fields of the quantizer that the file cannot tell, over the config: '
+    'levels=(8,5,5),bound="clip" or distance="l2"',
+    flag_values=values,
+  )
+  command.parse(values, argv, MODULE, EXAMPLE)
+  return values
+
+
+def _fields(text: str) -> dict[str, Any]:
+  try:
+    call = ast.parse(f'dict({text})', mode='eval').body
+    if not isinstance(call, ast.Call) or call.args:
+      raise ValueError
+    return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+  except (ValueError, SyntaxError, TypeError):
+    raise UserError(
+      f'--quantizer={text} must be field=value,… as in '
+      '--quantizer=levels=(8,5,5),bound="clip"'
+    ) from None
+
+
+def _target(out: pathlib.Path, ending: str) -> pathlib.Path:
+  """A file that may be written: new, in a folder that is there."""
+  if out.suffix != ending:
+    raise UserError(f'--out={out} must end in {ending}')
+  if out.exists() or out.is_symlink():
+    raise UserError(f'--out={out} exists and is not replaced; name another')
+  if not out.parent.is_dir():
+    raise UserError(f'--out={out}: there is no folder {out.parent}')
+  return out
+
+
+def _write(out: pathlib.Path, arrays: dict) -> None:
+  """The whole file under another name first."""
+  import numpy as np
+  from safetensors.numpy import save_file
+
+  arrays = {
+    k: np.ascontiguousarray(v).reshape(v.shape) for k, v in arrays.items()
+  }
+  temporary = out.with_name(out.stem + '.writing' + out.suffix)
+  try:
+    if out.suffix == '.npz':
+      np.savez(temporary, **arrays)
+    else:
+      save_file(arrays, temporary)
+    os.replace(temporary, out)
+  finally:
+    temporary.unlink(missing_ok=True)
+  print(f'wrote {out}: {len(arrays)} arrays')
+
+
+def _say(source: Source, fits: dict) -> None:
+  note = f' ({source.note})' if source.note else ''
+  print(f'read {source.name}{note}')
+  for part, fitted in fits.items():
+    matched = len(fitted.source) - len(fitted.skipped)
+    print(
+      f'{part}: {matched} keys matched, {len(fitted.target)} leaves filled, '
+      f'{len(fitted.skipped)} keys skipped'
+    )
+    whys: dict[str, list[str]] = {}
+    for key, why in fitted.skipped.items():
+      whys.setdefault(why, []).append(key)
+    for why, keys in whys.items():
+      more = f' and {len(keys) - _SHOWN} more' if len(keys) > _SHOWN else ''
+      print(f'  skipped {", ".join(keys[:_SHOWN])}{more}: {why}')
+
+
+def _compare(source: Source, theirs: dict, skipped: dict) -> None:
+  """The way back, held to the file bit by bit: the converter's own proof."""
+  import numpy as np
+
+  same = total = 0
+  for key, handle in source.items():
+    plain = [k for k in theirs if key.endswith(k)]
+    if key in skipped or not plain:
+      continue
+    value = handle.read()
+    total += 1
+    back_again = theirs[max(plain, key=len)].astype(value.dtype)
+    same += back_again.tobytes() == np.ascontiguousarray(value).tobytes()
+  print(f'back again: {same} of {total} arrays equal bit for bit')
+  print('parity with PyTorch: not measured, no reference model is installed')
+
+
+def whole(source: Source, model: dict, fields: dict, out: pathlib.Path) -> None:
+  """A whole model of the PyTorch project as a tokenizer directory.
+
+  Args:
+    source: the opened checkpoint.
+    model: the config's section; its quantizer gives way to the file's form.
+    fields: of the quantizer, over both.
+    out: the directory.
+  """
+  from vqrae_jax import export
+  from vqrae_jax.models import torch_quantizers, vqrae_torch
+  from vqrae_jax.models.tokenizer import build_tokenizer
+  from vqrae_jax.ops import trees
+
+  export.check_target(out)
+  section = dict(model.get('quantizer') or {})
+  latent_dim = build_tokenizer(model).latent_dim
+  part = vqrae_torch.split(source)['quantizer']
+  form = torch_quantizers.detect(part, latent_dim, section.get('name', 'none'))
+  print(f"the file's quantizer: {form.words}")
+  if section.pop('name', form.name) != form.name:
+    print(f'  the config has another, model.quantizer.name: {form.name} taken')
+    section = {}
+  section = section | form.fields | form.guesses | fields
+  section['name'] = form.name
+  if section.get('distance') == 'l2':  # whose codes have one scale
+    section['code_scale'] = fields.get('code_scale', 'rms')
+    section['normalize'] = fields.get('normalize', False)
+  for key, value in form.fields.items():
+    if key in fields and fields[key] != value:
+      raise UserError(
+        f'--quantizer={key}={fields[key]!r}, and {source.name} has {value!r}'
+      )
+  if form.name == 'fsq' and 'levels' not in section:
+    raise UserError(
+      f"{source.name} does not tell FSQ's levels; give --quantizer=levels=(…)"
+    )
+  tokenizer = build_tokenizer(model | dict(quantizer=section))
+  fits = vqrae_torch.fit(source, tokenizer)
+  _say(source, fits)
+  if form.name == 'simvq':
+    print(
+      'beta: in no file; the project trained with the legacy form, commit + '
+      'beta * codebook (to go on so, losses.commit=1 and losses.codebook=0.25)'
+    )
+  variables = trees.unflatten(vqrae_torch.load(fits))
+  theirs = vqrae_torch.export(tokenizer, variables)
+  _compare(
+    source, theirs, {k: w for f in fits.values() for k, w in f.skipped.items()}
+  )
+  mark = export.save_tokenizer(tokenizer, variables, out)
+  print(f'wrote {out}, fingerprint {mark[:12]}…')
+
+
+def decoder(source: Source, model: dict, out: pathlib.Path) -> None:
+  """A published RAE decoder, held to the config's, as .safetensors."""
+  from vqrae_jax.models import rae
+  from vqrae_jax.models.tokenizer import build_tokenizer
+
+  tokenizer = build_tokenizer(model)
+  spec = tokenizer.decoder_spec
+  fitted = rae.fit_decoder(source, spec, tokenizer.latent_dim)
+  _say(source, {'decoder': fitted})
+  theirs = rae.export_rae_decoder(fitted.load(), spec)
+  _compare(source, theirs, fitted.skipped)
+  _write(out, theirs)
+  print(f'begin a run with it: --config.init.decoder=rae:{out}')
+
+
+def statistics(source: Source, out: pathlib.Path) -> None:
+  """RAE's mean and variance of latents, as .npz; bitwise."""
+  import numpy as np
+
+  if set(source) != {'mean', 'var'}:
+    raise UserError(f'{source.name} holds no "mean" and "var" of latents')
+  arrays = {k: np.asarray(h.read()) for k, h in source.items()}
+  if arrays['mean'].shape != arrays['var'].shape:
+    raise UserError(
+      f'{source.name}: mean is {arrays["mean"].shape}, var '
+      f'{arrays["var"].shape}; they must be alike'
+    )
+  if not all(np.isfinite(x).all() for x in arrays.values()):
+    raise UserError(f'{source.name} holds NaN or infinity; compute it again')
+  if (arrays['var'] < 0).any():
+    raise UserError(f'{source.name}: var is negative; it is no variance')
+  print(f'read {source.name}: mean and var of shape {arrays["mean"].shape}')
+  _write(out, arrays)
+
+
+def back(directory: str, out: pathlib.Path) -> None:
+  """A tokenizer as a state dict of the PyTorch project."""
+  from vqrae_jax import export
+  from vqrae_jax.models import vqrae_torch
+
+  tokenizer, variables = export.load_tokenizer(directory)
+  _write(out, vqrae_torch.export(tokenizer, variables))
+
+
+if __name__ == '__main__':
+  command.run(main)

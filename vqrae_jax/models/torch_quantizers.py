@@ -1,0 +1,265 @@
+"""The quantizers of the PyTorch project (github hugoycj/RAE) and ours.
+
+A form is read off a file's keys (`detect`): VQ with a table that averages or
+gradients move, SimVQ by squared L2 or by cosine, FSQ between linear maps or
+between an MLP and a Fourier unprojection, each with or without a convolution.
+`quantizer_table` is the weight table of any of them. What is no part of a
+tokenizer is skipped with its reason, and written back (`fresh_state`) as a
+training run there would find it at its start.
+
+What it does not do: know the rest of a model (`vqrae_torch.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vqrae_jax import quantizers
+from vqrae_jax.errors import UserError
+from vqrae_jax.weights import Rule, Source, Table, known, skip
+
+_P, _C = 'params/quantizer/', 'codebook/quantizer/'
+# A table there is a buffer that averages move, or a parameter.
+_EMA_TABLES = ('quantizer.embedding', 'quantizer.codebook')
+_GRADIENT_TABLES = ('quantizer.embedding.weight', 'quantizer.codebook.weight')
+_AVERAGE = r'quantizer\.(ema_cluster_size|cluster_size|ema_w|embed_avg)'
+_REFUSED = {
+  'quantizer.input_proj.': 'SimVQ of the first form, whose codes are rows that '
+  'no map has touched',
+  'fsq_projection.transformer.': "FSQ's attention projector",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """A quantizer as its keys tell it.
+
+  `fields` are certain; `guesses` are what the project's code did when it
+  wrote such keys, and give way to what a user says; `words` are for a report.
+  """
+
+  name: str
+  fields: dict[str, Any]
+  guesses: dict[str, Any]
+  words: str
+
+
+def _levels(source: Source) -> tuple[int, ...] | None:
+  """FSQ's levels, from its buffers; None without them."""
+  if 'quantizer.scales' in source:
+    tops = source['quantizer.scales'].read()
+  elif 'quantizer.codebook' in source:
+    tops = source['quantizer.codebook'].read().max(0)
+  else:
+    return None
+  return tuple(round(2 * float(t) + 1) for t in tops)
+
+
+def table_key(source: Mapping) -> str:
+  return next(
+    (k for k in (*_EMA_TABLES, *_GRADIENT_TABLES) if k in source),
+    _EMA_TABLES[0],
+  )
+
+
+def detect(source: Source, latent_dim: int, name: str) -> Form:
+  """The form of a file's quantizer.
+
+  Args:
+    source: the part "quantizer" of `split`.
+    latent_dim: the encoder's width.
+    name: the config's quantizer, for a file that has no key of one.
+
+  Raises:
+    UserError: a form that cannot be loaded, or none.
+  """
+  for prefix, what in _REFUSED.items():
+    if any(k.startswith(prefix) for k in source):
+      raise UserError(
+        f'{source.name} holds {prefix}*: {what}, which this package does not '
+        'have; convert a later checkpoint'
+      )
+  fsq = any(k.startswith('fsq_') for k in source) or 'quantizer.basis' in source
+  if fsq:
+    form = _detect_fsq(source)
+  elif 'quantizer.embedding_proj.weight' in source:
+    form = _detect_simvq(source)
+  elif (key := table_key(source)) in source:
+    k, c = source[key].shape
+    update = 'ema' if key in _EMA_TABLES else 'gradient'
+    fields = dict(num_codes=k, code_dim=c, update=update, projection=False)
+    form = Form('vq', fields, {}, f'VQ, {k} codes of {c}, update="{update}"')
+  elif not any(k.startswith('quantizer.') for k in source):
+    form = Form(name, {}, {}, f'no key of a quantizer: {name}, as configured')
+  else:
+    keys = ', '.join(sorted(source)[:4])
+    raise UserError(
+      f'{source.name}: no quantizer has these keys: {keys}; known are VQ '
+      f'({", ".join(_EMA_TABLES + _GRADIENT_TABLES)}), SimVQ '
+      '(quantizer.embedding_proj.*) and FSQ (fsq_projection.*)'
+    )
+  return _with_post_quant(form, source, latent_dim)
+
+
+def _detect_fsq(source: Source) -> Form:
+  levels = _levels(source)
+  mlp = 'fsq_projection.net.0.weight' in source
+  fourier = 'fsq_unprojection.fourier.B' in source
+  fields: dict[str, Any] = dict(
+    convention='centered',
+    projection=any(k.startswith('fsq_') for k in source),
+    adapter_in='mlp' if mlp else 'linear',
+    adapter_out='fourier' if fourier else 'linear',
+  )
+  if levels:
+    fields['levels'] = levels
+  if mlp:
+    fields['bound'] = 'clip'
+    bound = ''
+  else:
+    bound = ', bound as configured (no key tells: "tanh" or "clip")'
+  ways = f'in {fields["adapter_in"]}, out {fields["adapter_out"]}'
+  return Form(
+    'fsq', fields, {}, f'FSQ, levels {levels or "as given"}, {ways}{bound}'
+  )
+
+
+def _detect_simvq(source: Source) -> Form:
+  k, c = source['quantizer.embedding.weight'].shape
+  mapped = 'quantizer.z_proj.weight' in source
+  fields = dict(num_codes=k, code_dim=c, projection=False, token_map=mapped)
+  if 'quantizer.l2_norm_scale' in source:
+    scale = 'unit' if mapped else 'none'
+    guesses = dict(distance='cosine', code_scale=scale, normalize=True)
+    words = f'cosine (it has a temperature), codes scaled "{scale}"'
+  else:
+    guesses = dict(distance='l2', code_scale='rms', normalize=False)
+    words = 'squared L2 (it has no temperature), tokens as they are'
+  return Form('simvq', fields, guesses, f'SimVQ, {k} codes of {c}, {words}')
+
+
+def _with_post_quant(form: Form, source: Source, latent_dim: int) -> Form:
+  conv = source.get('post_quant_conv.weight')
+  post = None
+  if conv is not None:
+    width, *_, kernel = conv.shape
+    code = form.name != 'fsq' or width != latent_dim
+    post = dict(kernel=kernel, space='code' if code else 'latent')
+  words = f', post_quant {post["kernel"]}x{post["kernel"]}' if post else ''
+  fields = form.fields | dict(post_quant=post)
+  return dataclasses.replace(form, fields=fields, words=form.words + words)
+
+
+def _linear(theirs: str, ours: str) -> list[Rule]:
+  return [
+    Rule(f'{theirs}.weight', f'{_P}{ours}/kernel', 'linear'),
+    Rule(f'{theirs}.bias', f'{_P}{ours}/bias'),
+  ]
+
+
+def _norm(theirs: str, ours: str) -> list[Rule]:
+  return [
+    Rule(f'{theirs}.weight', f'{_P}{ours}/scale'),
+    Rule(f'{theirs}.bias', f'{_P}{ours}/bias'),
+  ]
+
+
+def _fsq_rows(q: quantizers.FSQ) -> list:
+  rows: list = []
+  if q.projection and q.adapter_in == 'mlp':
+    rows += _norm('fsq_projection.norm', 'project_in/norm')
+    for i in range(3):
+      rows += _linear(f'fsq_projection.net.{2 * i}', f'project_in/dense{i}')
+    rows.append(Rule('fsq_projection.post_gain', f'{_P}project_in/gain'))
+  elif q.projection:
+    rows += _linear('fsq_projection', 'project_in')
+  if q.projection and q.adapter_out == 'fourier':
+    rows.append(Rule('fsq_unprojection.fourier.B', f'{_C}frequencies'))
+    for i in range(3):
+      rows += _linear(f'fsq_unprojection.mlp.{3 * i}', f'project_out/dense{i}')
+    for i in range(2):
+      rows += _norm(f'fsq_unprojection.mlp.{3 * i + 1}', f'project_out/norm{i}')
+  elif q.projection:
+    rows += _linear('fsq_unprojection', 'project_out')
+  tables = fsq_buffers(q.levels)
+  if (q.adapter_in, q.adapter_out) == ('linear', 'linear'):
+    del tables['quantizer.scales']
+    rows.append(skip(r'quantizer\.(scales|_basis|_levels)', 'made of levels'))
+  for key, table in tables.items():
+    rows.append(known(key, lambda x=table: x, 'made of quantizer.levels'))
+  return rows
+
+
+def fsq_buffers(levels: tuple[int, ...]) -> dict[str, np.ndarray]:
+  """What FSQ there holds and computes from its levels."""
+  tops = np.asarray([(n - 1) / 2 for n in levels], np.float32)
+  axes = [np.arange(n) - top for n, top in zip(levels, tops, strict=True)]
+  grid = np.meshgrid(*axes, indexing='ij')
+  basis = np.cumprod([1, *levels[:0:-1]])[::-1]
+  return {
+    'quantizer.codebook': np.stack([g.ravel() for g in grid], -1).astype('f4'),
+    'quantizer.basis': basis.astype(np.int64),
+    'quantizer.scales': tops,
+  }
+
+
+def quantizer_table(q: quantizers.Quantizer, key: str = '') -> Table:
+  """The rows of a quantizer, for reading and writing alike.
+
+  Args:
+    q: the quantizer, in a form that the project has.
+    key: VQ's table in the file at hand; the project's own name by default.
+
+  Raises:
+    UserError: the project has no such quantizer.
+  """
+  rows: list = []
+  if isinstance(q, quantizers.FSQ):
+    if q.convention != 'centered':
+      raise UserError(
+        'the PyTorch project has FSQ of convention="centered" only'
+      )
+    rows += _fsq_rows(q)
+  elif q.projection:
+    raise UserError(
+      f'the PyTorch project has no projections around {type(q).__name__}: only '
+      'a tokenizer with quantizer.projection=False can go there'
+    )
+  elif isinstance(q, quantizers.VQ):
+    ema = q.update == 'ema'
+    key = key or (_EMA_TABLES if ema else _GRADIENT_TABLES)[0]
+    rows.append(Rule(key, f'{_C if ema else _P}codes'))
+    rows.append(skip(_AVERAGE, "an average's memory: a tokenizer has none"))
+  elif isinstance(q, quantizers.SimVQ):
+    rows.append(Rule('quantizer.embedding.weight', f'{_C}basis'))
+    rows.append(
+      Rule('quantizer.embedding_proj.weight', f'{_P}kernel', 'linear')
+    )
+    rows.append(Rule('quantizer.embedding_proj.bias', f'{_P}bias'))
+    rows += _linear('quantizer.z_proj', 'map_tokens')
+    temperature = 'a positive factor of all scores changes no nearest code'
+    rows.append(skip(r'quantizer\.l2_norm_scale', temperature))
+    rows.append(skip(_AVERAGE, 'counts of codes, for a log'))
+  if q.post_quant is not None:
+    rows.append(Rule('post_quant_conv.weight', f'{_P}post_conv/kernel', 'conv'))
+    rows.append(Rule('post_quant_conv.bias', f'{_P}post_conv/bias'))
+  return Table(tuple(rows), ())
+
+
+def fresh_state(
+  q: quantizers.Quantizer, middle: Mapping
+) -> dict[str, np.ndarray]:
+  """State of a training run there, as it begins."""
+  if isinstance(q, quantizers.VQ) and q.update == 'ema':
+    codes = middle[_EMA_TABLES[0]]
+    counts = np.ones(q.num_codes, np.float32)
+    return {'quantizer.ema_cluster_size': counts, 'quantizer.ema_w': codes}
+  if isinstance(q, quantizers.SimVQ):
+    counts = np.zeros(q.num_codes, np.float32)
+    out = {'quantizer.ema_cluster_size': counts}
+    if q.distance == 'cosine':
+      out['quantizer.l2_norm_scale'] = np.asarray(10.0, np.float32)
+    return out
+  return {}
