@@ -5,37 +5,27 @@
   arrays = export(table, leaves)                the same table backwards
 
 The tables themselves stand with the models they serve. No torch, no
-transformers, no network.
+transformers. Names are imported when first used: tables are part of the light
+door, readers are not.
 """
 
-from vqrae_jax.weights.handles import Handle, Source, arrays
-from vqrae_jax.weights.pretrained import Pretrained, export
-from vqrae_jax.weights.readers import open_weights
-from vqrae_jax.weights.rules import (
-  PREFIXES,
-  Rule,
-  Table,
-  fill,
-  known,
-  skip,
-)
-from vqrae_jax.weights.source_words import SourceWord, parse_source
-from vqrae_jax.weights.transforms import by_heads
+import importlib
 
-__all__ = [
-  'PREFIXES',
-  'Handle',
-  'Pretrained',
-  'Rule',
-  'Source',
-  'SourceWord',
-  'Table',
-  'arrays',
-  'by_heads',
-  'export',
-  'fill',
-  'known',
-  'open_weights',
-  'parse_source',
-  'skip',
-]
+_HOMES = {
+  'handles': ('Handle', 'Source', 'arrays'),
+  'pretrained': ('LazyLeaf', 'Pretrained', 'export'),
+  'readers': ('open_weights',),
+  'rules': ('PREFIXES', 'Rule', 'Table', 'fill', 'known', 'skip'),
+  'source_words': ('SourceWord', 'parse_source'),
+  'transforms': ('by_heads',),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str):
+  if name not in _HOME_OF:
+    raise AttributeError(f'module "{__name__}" has no attribute "{name}"')
+  home = importlib.import_module(f'{__name__}.{_HOME_OF[name]}')
+  return getattr(home, name)
