@@ -125,7 +125,7 @@ def test_wrappers_and_heads_are_left_behind(capsys):
 
   converted('vq', dress=dress)
   said = capsys.readouterr().out
-  assert 'the pooling head' in said and 'the last norm has no' in said
+  assert 'the pooling head' in said and "the final norm's affine" in said
 
 
 def test_what_the_file_cannot_tell_is_given():
@@ -239,6 +239,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
   [
     (tiny.model('fsq-cosmos'), 'convention="centered" only'),
     (tiny.model('simvq-l2'), 'no projections around SimVQ'),
+    (
+      tiny.model('simvq-l2', code_dim=32, projection=False),
+      'quantizer.normalize=False only',
+    ),
+    (
+      tiny.model('simvq-cosine', code_dim=32, projection=False),
+      'code_scale="unit" or "none" only',
+    ),
   ],
 )
 def test_what_has_no_form_there_does_not_go_back(model, words, there):

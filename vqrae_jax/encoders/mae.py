@@ -92,4 +92,4 @@ def fields(config: Mapping[str, Any]) -> dict:
     prefix_has_posemb=True,
     **naming.square(c, 224, 16),
   )
-  return dict(vit=vit, pixel_norm=_PIXELS)
+  return dict(vit=vit, pixel_norm=_PIXELS, resize='bilinear')

@@ -233,6 +233,7 @@ def quantizer_table(q: quantizers.Quantizer, key: str = '') -> Table:
     rows.append(Rule(key, f'{_C if ema else _P}codes'))
     rows.append(skip(_AVERAGE, "an average's memory: a tokenizer has none"))
   elif isinstance(q, quantizers.SimVQ):
+    _check_simvq(q)
     rows.append(Rule('quantizer.embedding.weight', f'{_C}basis'))
     rows.append(
       Rule('quantizer.embedding_proj.weight', f'{_P}kernel', 'linear')
@@ -246,6 +247,21 @@ def quantizer_table(q: quantizers.Quantizer, key: str = '') -> Table:
     rows.append(Rule('post_quant_conv.weight', f'{_P}post_conv/kernel', 'conv'))
     rows.append(Rule('post_quant_conv.bias', f'{_P}post_conv/bias'))
   return Table(tuple(rows), ())
+
+
+def _check_simvq(q: quantizers.SimVQ) -> None:
+  """The project scales neither tokens nor codes to an RMS of one."""
+  if q.distance == 'l2' and q.normalize:
+    raise UserError(
+      'the PyTorch project compares tokens as they are: SimVQ of '
+      'distance="l2" goes there with quantizer.normalize=False only'
+    )
+  if q.distance == 'cosine' and q.code_scale == 'rms':
+    raise UserError(
+      "the PyTorch project's decoder reads codes of norm one or as they are: "
+      'SimVQ of distance="cosine" goes there with quantizer.code_scale="unit" '
+      'or "none" only'
+    )
 
 
 def fresh_state(
