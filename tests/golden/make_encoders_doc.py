@@ -29,7 +29,9 @@ the side of the square image that the positions were learned for; any other
 size and ratio is reached by resampling them. Params are of the encoder alone:
 no pooling head, no text tower, no decoder. Parity is the relative error
 |a - b| / |b| over all tokens against the PyTorch model of the same weights,
-in f32; "—" is not measured for this row.
+random ones in the published format, in f32, the worst of two or three sizes of
+image (`tests/encoders/test_parity_real.py`, by `make test-slow`); "—" is not
+measured for this row.
 
 """
 _COLUMNS = (
