@@ -119,7 +119,10 @@ CONFIGS = [
   ('init=dict(decoder="rae:notes.txt")', 'notes.txt'),
   ('init=dict(decoder="tokenizer")', 'a decoder comes from "rae:FILE"'),
   ('init=dict(decoder="rae:x.pt"), init_from="run"', 'give one of the two'),
-  ('init=dict(encoder="x")', 'unknown key "config.init.encoder"'),
+  (
+    'init=dict(decodr="x")',
+    'unknown key "config.init.decodr"; did you mean "decoder"',
+  ),
   ('model=MODEL | dict(encoder=dict(name="siglp"))', 'siglip'),
   ('model=None', 'config.model=None must be of type'),
   ('model=MODEL | dict(quantizer=dict(name="vqq"))', 'did you mean "vq"'),
