@@ -58,6 +58,7 @@ def _levels(source: Source) -> tuple[int, ...] | None:
 
 
 def table_key(source: Mapping) -> str:
+  """VQ's table among a file's keys; the project's own name without one."""
   return next(
     (k for k in (*_EMA_TABLES, *_GRADIENT_TABLES) if k in source),
     _EMA_TABLES[0],
