@@ -40,12 +40,16 @@ def result(plan, state, frozen, mesh, steps):
       sharding.place_batch({'x': tiny.images(8, seed=i)}, mesh)['x']
       for i in range(steps)
     ]
-    indices = encode(state_lib.variables_of(state, frozen), images[0])
+    # Read at once: two programs in flight on fake devices can each wait for
+    # threads that the other holds, and XLA then aborts the process.
+    indices = np.asarray(
+      encode(state_lib.variables_of(state, frozen), images[0])
+    )
     step = pieces.jitted_on(plan, state, mesh)
     for batch in images:
-      state, metrics = step(state, frozen, batch)
+      state, metrics = jax.block_until_ready(step(state, frozen, batch))
       rows.append([float(metrics[f'loss/{n}']) for n in plan.weights])
-  return np.array(rows), np.asarray(indices).ravel()
+  return np.array(rows), indices.ravel()
 
 
 def bf16_result(plan, state, frozen, mesh):
