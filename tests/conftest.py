@@ -22,6 +22,7 @@ import pathlib
 import jax
 import jaxtyping
 import pytest
+from jax._src import compiler
 
 import tests.typecheck  # noqa: F401, the hook finds it by its name
 
@@ -36,7 +37,18 @@ jaxtyping.install_import_hook(
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# Many tests share a program.
+# Many tests share a program. Those for many devices are compiled each time:
+# `sharding.compile_afresh_on_cpu` says why, and turns the cache off whole.
+_read = compiler._cache_read
+
+
+def _read_for_one_device(name, key, options, backend, devices):
+  if len(devices) > 1:
+    return None, None
+  return _read(name, key, options, backend, devices)
+
+
+compiler._cache_read = _read_for_one_device
 jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 

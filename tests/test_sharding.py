@@ -1,6 +1,9 @@
 """Placement is a pure function of names, shapes and mesh; all is claimed."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -84,3 +87,22 @@ def test_activations_get_their_axes():
     text = step.lower(state, frozen, batch).as_text()
   lines = [x for x in text.split('\n') if 'sharding_constraint' in x]
   assert any('"data", "fsdp"' in x and '8x16x32' in x for x in lines), lines
+
+
+@pytest.mark.parametrize('afresh', [True, False])
+def test_no_program_for_many_cpus_comes_from_the_cache(afresh, tmp_path):
+  """Read back, EMA-VQ's fsdp step aborted its process within 200 steps."""
+  code = (
+    'import jax, numpy as np\n'
+    'from vqrae_jax import sharding\n'
+    + 'sharding.compile_afresh_on_cpu()\n'
+    * afresh
+    + "x = sharding.place_batch({'x': np.ones((8, 4))}, sharding.make_mesh())\n"
+    "assert jax.jit(lambda b: b['x'].sum())(x) == 32\n"
+  )
+  env = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  subprocess.run([sys.executable, '-c', code], env=env, check=True)
+  assert any(tmp_path.iterdir()) != afresh

@@ -77,6 +77,18 @@ def make_mesh(
   )
 
 
+def compile_afresh_on_cpu() -> None:
+  """Leaves JAX's compilation cache alone where it would abort the process.
+
+  A CPU program for many devices that was read back from the cache has lost the
+  order of its collectives: two devices can each wait in another one, and XLA
+  ends the process after 40 s (jaxlib 0.10.2; TPU and GPU are not concerned).
+  For a process's start, before it compiles anything.
+  """
+  if jax.default_backend() == 'cpu' and jax.device_count() > 1:
+    jax.config.update('jax_enable_compilation_cache', False)
+
+
 def spec_for(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   """The placement of one leaf: a pure function of name, shape and mesh.
 

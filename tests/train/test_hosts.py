@@ -24,7 +24,9 @@ import jax
 address, rank, count, config, workdir = sys.argv[1:]
 if int(count) > 1:
   jax.distributed.initialize(address, int(count), int(rank))
+from vqrae_jax import sharding
 from vqrae_jax.train import loop
+sharding.compile_afresh_on_cpu()
 config = json.loads(config)
 config['schedules'] = tuple(map(tuple, config['schedules']))
 loop.train(config, workdir)

@@ -24,10 +24,11 @@ STEPS = 24
 
 WORKER = """
 import json, sys
-from vqrae_jax import command
+from vqrae_jax import command, sharding
 from vqrae_jax.train import loop
 config = json.loads(sys.argv[1])
 config['schedules'] = tuple(map(tuple, config['schedules']))
+sharding.compile_afresh_on_cpu()
 command.run(lambda _: loop.train(config, sys.argv[2]))
 """
 

@@ -141,8 +141,10 @@ def main(argv: list[str]) -> None:
       jax.distributed.initialize()
     except (RuntimeError, ValueError) as e:
       raise UserError(f'--distributed: {" ".join(str(e).split())}') from None
+  from vqrae_jax import sharding
   from vqrae_jax.train import loop, summary
 
+  sharding.compile_afresh_on_cpu()
   if values.dry_run:
     for name, value in loop.dry_run(values.config).items():
       print(f'{name} {value:.6g}')
