@@ -58,6 +58,7 @@ def encoder_frozen(**schedule) -> tuple:
 def second_stage(config, *, duration: str, **schedule) -> None:
   """Goes on from a finished run with everything open, at a lower rate."""
   config.init_from = 'RUN'  # --config.init_from=runs/NAME
+  config.init.encoder = None  # it comes with the run
   config.duration = duration
   config.schedules = ((r'.*', schedule),)
 

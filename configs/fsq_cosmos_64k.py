@@ -8,8 +8,8 @@ convention (arXiv 2309.15505, as in NVIDIA Cosmos), learned projections, a
 The encoder is RAE's SigLIP2 (arXiv 2510.11690); the numbers are the request's:
 L2, 1e-3, batch 4096, 30 epochs, the encoder frozen.
 
-`--config.init.encoder=siglip2-base-patch16-256` brings the published weights;
-without it the encoder is random. Not here yet: LPIPS and the GAN.
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones). Not here yet: LPIPS and the GAN.
 """
 
 from configs import common
@@ -32,6 +32,7 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=True,
   )
+  config.init.encoder = 'siglip2-base-patch16-256'
   config.data.update(image_size=256, resize=288, crop='random', flip=True)
   config.losses = dict(l2=1.0)
   config.schedules = common.encoder_frozen(lr=1e-3, end_lr=1e-5, warmup=2000)

@@ -9,8 +9,8 @@ are the request's: L2, 1e-3, batch 4096, 30 epochs, the encoder frozen. Same
 encoder, decoder and data as `simvq_siglip_l.py` and `vqvae_16k.py`: the three
 differ in their quantizer.
 
-`--config.init.encoder=siglip-large-patch16-384` brings the published weights;
-without it the encoder is random. Not here yet: LPIPS and the GAN.
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones). Not here yet: LPIPS and the GAN.
 """
 
 from configs import common
@@ -26,6 +26,7 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=True,
   )
+  config.init.encoder = 'siglip-large-patch16-384'
   config.data.update(image_size=224, resize=256, crop='random', flip=True)
   config.losses = dict(l2=1.0, commit=0.25)
   config.schedules = common.encoder_frozen(lr=1e-3, end_lr=1e-5, warmup=2000)

@@ -14,8 +14,8 @@ open, decoder 1e-4 to 1e-5, encoder at 1e-5.
 Parameters lie over all devices ("fsdp") and blocks are recomputed in the
 backward (`remat`): the frozen encoder alone is 22 GB in f32.
 
-`--config.init.encoder=internvit-6b-448px-v2_5` brings the published weights;
-without it the encoder is random. Not here yet: the perceptual term, the GAN and
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones). Not here yet: the perceptual term, the GAN and
 the second stage's distillation.
 """
 
@@ -34,6 +34,7 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=True,
   )
+  config.init.encoder = 'internvit-6b-448px-v2_5'
   config.data.update(image_size=256, resize=288, crop='random', flip=True)
   config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
   config.schedules = common.encoder_frozen(lr=4e-4, end_lr=1e-4, warmup=2000)

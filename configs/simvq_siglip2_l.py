@@ -14,8 +14,8 @@ is not the paper's largest.
 
 The second stage wants `--config.init_from=runs/simvq_siglip2_l`.
 
-`--config.init.encoder=siglip2-large-patch16-256` brings the published weights;
-without it the encoder is random. Not here yet: the perceptual term, the GAN and
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones). Not here yet: the perceptual term, the GAN and
 the second stage's distillation.
 """
 
@@ -38,6 +38,7 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=True,
   )
+  config.init.encoder = 'siglip2-large-patch16-256'
   config.data.update(image_size=256, resize=288, crop='random', flip=True)
   config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
   config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)

@@ -12,8 +12,8 @@ without its affine part, as RAE's (2510.11690).
 at 1e-5 with the encoder open. `:frozen=False` trains the encoder from the
 start.
 
-`--config.init.encoder=siglip-large-patch16-384` brings the published weights;
-without it the encoder is random. Not here yet: LPIPS, the GAN and the second
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones). Not here yet: LPIPS, the GAN and the second
 stage's distillation.
 """
 
@@ -32,6 +32,7 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=True,
   )
+  config.init.encoder = 'siglip-large-patch16-384'
   config.data.update(image_size=224, resize=256, crop='random', flip=True)
   config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
   rate = dict(lr=1e-3, end_lr=1e-5, warmup=2000)

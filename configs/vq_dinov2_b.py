@@ -12,8 +12,8 @@ warm-up, no weight decay, crops of 256 from 384 without flips. VQ is arXiv
 the encoder is frozen the commitment moves nothing and is a measure in the
 logs.
 
-`--config.init.encoder=dinov2-with-registers-base` brings the published weights;
-without it the encoder is random. Not here yet: LPIPS and the GAN.
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones). Not here yet: LPIPS and the GAN.
 """
 
 from configs import common
@@ -31,6 +31,7 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=False,
   )
+  config.init.encoder = 'dinov2-with-registers-base'
   config.data.update(image_size=256, resize=384, crop='random', flip=False)
   config.losses = dict(l1=1.0, commit=0.25)
   config.schedules = common.encoder_frozen(

@@ -5,8 +5,8 @@
 codes of 768 channels, 224 pixels in, 256 out, 16 x 16 tokens; L1, batch 512,
 16 epochs, 2e-4 to 2e-5.
 
-`--config.init.encoder=dinov2-with-registers-base` brings the published weights;
-without it the encoder is random. The published decoder comes by
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones). The published decoder comes by
 `--config.init.decoder=rae:FILE`. Not here yet: LPIPS and the GAN.
 """
 
@@ -25,6 +25,7 @@ def get_config(arguments=None):
     dtype='bfloat16',
     remat=True,
   )
+  config.init.encoder = 'dinov2-with-registers-base'
   config.data.update(image_size=256, resize=384, crop='random', flip=False)
   config.losses = dict(l1=1.0, commit=0.25)
   config.schedules = common.encoder_frozen(

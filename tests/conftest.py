@@ -68,3 +68,18 @@ def place(tmp_path_factory) -> pathlib.Path:
   from tests import bad  # not before the hook is there
 
   return bad.make(tmp_path_factory.mktemp('a place') / 'wörk')
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  """Runs of the module are on one device: quicker to compile, and cached."""
+  from vqrae_jax import sharding
+
+  make = sharding.make_mesh
+
+  def one(layout='dp', devices=None, tensor=1):
+    return make(layout, devices or jax.devices()[:1], tensor)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', one)
+    yield

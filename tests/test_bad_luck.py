@@ -15,6 +15,8 @@ from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.train import loop
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 def test_what_is_skipped_and_what_is_converted(place, tmp_path, monkeypatch):
   """One of each broken kind beside good ones of every mode: all counted."""

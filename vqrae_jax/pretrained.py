@@ -262,8 +262,5 @@ def load_encoder(
   spec = spec_of(found, output_norm)
   spec = dataclasses.replace(spec, vit=dataclasses.replace(spec.vit, **options))
   fit = fit_encoder(found, spec, _target(spec, param_dtype, mesh))
-  if mesh is not None:
-    leaves = fit.load()
-  else:  # leaf by leaf, so that the host holds one beyond the result
-    leaves = {name: jnp.asarray(fit.read(name)) for name in fit.target}
+  leaves = fit.load() if mesh is not None else fit.load_on_device()
   return Encoder(spec), {'params': trees.unflatten(leaves)}

@@ -9,7 +9,10 @@ from PIL import Image
 
 import vqrae_jax
 from tests import tiny
+from vqrae_jax import sharding
 from vqrae_jax.train import lock, loop, summary
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture(scope='module')
@@ -138,6 +141,6 @@ def test_profile_leaves_a_trace(photos, tmp_path):
 
 
 def test_a_batch_must_divide_over_devices(photos):
-  assert jax.device_count() == 8
+  mesh = sharding.make_mesh(devices=jax.devices())
   with pytest.raises(vqrae_jax.UserError, match='multiple of the 8 devices'):
-    loop.Run(config(photos, batch_size=12))
+    loop.Run(config(photos, batch_size=12), mesh)

@@ -17,6 +17,8 @@ from vqrae_jax.train.run import Run
 
 FROZEN = (('encoder/.*', None), ('.*', dict(lr=1e-3)))
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):

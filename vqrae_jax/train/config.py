@@ -157,7 +157,7 @@ class CheckpointSpec:
 
 @dataclasses.dataclass(frozen=True)
 class InitSpec:
-  """Where parts of a new run's weights come from; None: its seed.
+  """Where parts of a new run's weights come from; None or "": its seed.
 
   Attributes:
     encoder: a published encoder: a row of the table, "hf:ORG/NAME[@REV]", a
@@ -167,6 +167,11 @@ class InitSpec:
 
   encoder: str | None = None
   decoder: str | None = None
+
+  def __post_init__(self):
+    for part in ('encoder', 'decoder'):  # cleared on a command line
+      if getattr(self, part) == '':
+        object.__setattr__(self, part, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +234,7 @@ class RunSpec:
       if self.init_from is not None and getattr(self.init, part) is not None:
         raise UserError(
           f'init_from brings a whole tokenizer, so init.{part} has no place; '
-          'give one of the two'
+          f'give one of the two (--config.init.{part}= clears it)'
         )
     if self.batch_size < 1:
       raise UserError(f'batch_size={self.batch_size} must be above 0')

@@ -9,10 +9,12 @@ infinity is an error.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.errors import UserError
@@ -20,6 +22,9 @@ from vqrae_jax.ops import trees
 from vqrae_jax.weights import handles
 from vqrae_jax.weights.match import Expected, Piece, expand, match
 from vqrae_jax.weights.rules import Fill, Known, Table
+
+# Bytes of a block that are on the host at once; one row where that is more.
+CHUNK = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,7 +161,23 @@ class Pretrained:
     A leaf whose target has a sharding becomes a `jax.Array` laid out so, each
     device's block read by itself; any other is a NumPy array.
     """
-    return {leaf: self._place(leaf) for leaf in self.target}
+    return {
+      name: self.read(name)
+      if getattr(leaf, 'sharding', None) is None
+      else self._place(name)
+      for name, leaf in self.target.items()
+    }
+
+  def load_on_device(self) -> dict[str, jax.Array]:
+    """{leaf name: array} on the default device, uncommitted.
+
+    A chunk of one leaf at a time is on the host.
+    """
+    found = {}
+    for name, leaf in self.target.items():
+      whole = [slice(0, n) for n in leaf.shape]
+      (found[name],) = self._copies(name, whole, (None,))
+    return found
 
   def lazy(self) -> dict[str, LazyLeaf]:
     """{leaf name: what reads it}: a block at a time, nothing kept."""
@@ -169,11 +190,9 @@ class Pretrained:
       for name, leaf in self.target.items()
     }
 
-  def _place(self, leaf: str) -> Any:
+  def _place(self, leaf: str) -> jax.Array:
     target = self.target[leaf]
-    sharding = getattr(target, 'sharding', None)
-    if sharding is None:
-      return self.read(leaf)
+    sharding = target.sharding
     kind = sharding.memory_kind
     where: dict[handles.Bounds, list[Any]] = {}
     indices = sharding.addressable_devices_indices_map(tuple(target.shape))
@@ -185,13 +204,44 @@ class Pretrained:
     # here beside its copy there.
     placed = []
     for block, devices in where.items():
-      values = self.read(leaf, [slice(*pair) for pair in block])
-      placed += jax.block_until_ready(
-        [jax.device_put(values, device) for device in devices]
-      )
+      placed += self._copies(leaf, [slice(*pair) for pair in block], devices)
     return jax.make_array_from_single_device_arrays(
       tuple(target.shape), sharding, placed
     )
+
+  def _copies(
+    self, leaf: str, block: Sequence[slice], devices: Sequence[Any]
+  ) -> list[jax.Array]:
+    """One block on each of `devices`, a chunk of its rows after another."""
+    dtype = self.target[leaf].dtype
+    shape = [b.stop - b.start for b in block]
+    row = np.dtype(dtype).itemsize * math.prod(shape[1:])
+    step = max(1, CHUNK // max(row, 1))
+    if not shape or shape[0] <= step:
+      values = self.read(leaf, block)
+      return jax.block_until_ready([_onto(values, d) for d in devices])
+    found = [jnp.zeros(shape, dtype, device=d) for d in devices]
+    first, *rest = block
+    for at in range(first.start, first.stop, step):
+      rows = slice(at, min(at + step, first.stop))
+      part = self.read(leaf, [rows, *rest])
+      found = [
+        _write(whole, _onto(part, d), at - first.start)
+        for whole, d in zip(found, devices, strict=True)
+      ]
+      jax.block_until_ready(found)
+    return found
+
+
+def _onto(values: np.ndarray, device: Any) -> jax.Array:
+  return (
+    jnp.asarray(values) if device is None else jax.device_put(values, device)
+  )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(whole: jax.Array, part: jax.Array, at: int) -> jax.Array:
+  return jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
 
 
 def _finite(values: np.ndarray, where: str) -> np.ndarray:
