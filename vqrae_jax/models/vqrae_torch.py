@@ -75,9 +75,7 @@ def fit(source: Source, tokenizer: Tokenizer) -> dict[str, Pretrained]:
   """
   parts, want = split(source), targets(tokenizer)
   spec = tokenizer.encoder_spec
-  table = torch_quantizers.quantizer_table(
-    tokenizer.quantizer, torch_quantizers.table_key(parts['quantizer'])
-  )
+  table = torch_quantizers.quantizer_table(tokenizer.quantizer)
   return {
     'encoder': Pretrained(
       parts['encoder'],
