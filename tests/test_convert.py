@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 import vqrae_jax
 from tests import tiny, torch_vqrae
 from tests.weights import torch_rae
-from vqrae_jax import convert, export
+from vqrae_jax import convert, export, quantizers, weights
 from vqrae_jax.errors import UserError
+from vqrae_jax.models import torch_quantizers
 
 # What no file tells: as a config has it.
 CONFIG = """
@@ -73,7 +74,8 @@ def photographs():
 
 @pytest.mark.parametrize('form', torch_vqrae.FORMS)
 def test_parity_and_the_way_back(form, capsys):
-  state, tokenizer, variables = converted(form)
+  more = ['--quantizer=bound="clip"'] if form == 'fsq-clip' else []
+  state, tokenizer, variables = converted(form, more=more)
   images = photographs()
   want, indices = torch_vqrae.reconstruct(state, images, form)
   have = vqrae_jax.encode_to_indices(
@@ -95,6 +97,15 @@ def test_parity_and_the_way_back(form, capsys):
     assert back[key].shape == value.shape, key
     assert back[key].tobytes() == value.numpy().tobytes(), key
   said = capsys.readouterr().out
+  spec = tokenizer.quantizer.post_quant
+  if form.endswith('conv'):
+    code = form == 'fsq-code-conv'
+    want = (
+      (1, 'code') if code else (3, 'code' if form[:2] == 'vq' else 'latent')
+    )
+    assert (spec.kernel, spec.space) == want
+  else:
+    assert spec is None
   assert "the file's quantizer: " in said and 'keys matched' in said
   counts = re.search(r'back again: (\d+) of (\d+)', said)
   assert counts[1] == counts[2]
@@ -157,6 +168,45 @@ def test_statistics_of_latents():
   with np.load('s.npz') as back:
     for key, value in stats.items():
       assert back[key].tobytes() == value.numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+  'state, update',
+  [
+    # The project's VectorQuantizer, and what a training file may lack.
+    (('embedding', 'ema_cluster_size', 'ema_w'), 'ema'),
+    (('embedding',), 'ema'),
+    # An `nn.Embedding`, as a table that gradients move is written back.
+    (('embedding.weight',), 'gradient'),
+  ],
+)
+def test_spellings_of_a_table(state, update):
+  shapes = dict.fromkeys(('embedding', 'embedding.weight', 'ema_w'), (48, 32))
+  arrays = {
+    f'quantizer.{k}': np.ones(shapes.get(k, (48,)), np.float32) for k in state
+  }
+  source = weights.arrays('w.pt', arrays)
+  form = torch_quantizers.detect(source, 32, 'fsq')
+  assert form.name == 'vq' and form.fields['update'] == update
+  fields = dict(name='vq') | form.fields
+  q = quantizers.build(fields, 32, 'float32')
+  place = 'codebook' if update == 'ema' else 'params'
+  leaf = f'{place}/quantizer/codes'
+  target = {leaf: jax.ShapeDtypeStruct((48, 32), np.float32)}
+  table = torch_quantizers.quantizer_table(q)
+  fitted = weights.Pretrained(source, table, target)
+  assert set(fitted.skipped) == set(arrays) - {next(iter(arrays))}
+  back = weights.export(table, fitted.load())
+  back |= torch_quantizers.fresh_state(q, back)
+  assert set(back) >= set(arrays)
+
+
+@pytest.mark.parametrize('word', ('codebook', 'codebook.weight', 'embed'))
+def test_spellings_that_the_project_never_had(word):
+  """ "quantizer.codebook" is FSQ's grid there, no table of VQ's."""
+  source = weights.arrays('w.pt', {f'quantizer.{word}': np.ones((48, 32))})
+  with pytest.raises(UserError, match=f'these keys: quantizer.{word};'):
+    torch_quantizers.detect(source, 32, 'vq')
 
 
 WHOLE = '--source=vqrae_torch:w.pt --config=configs/loaded.py:vq --out=ours'

@@ -17,7 +17,7 @@ LEVELS = (8, 5, 4)
 CODES = 48
 FORMS = (
   'vq', 'vq-gradient', 'vq-conv', 'simvq-l2', 'simvq-cosine', 'simvq-mapped',
-  'fsq', 'fsq-latent-conv', 'fsq-mlp-fourier',
+  'fsq', 'fsq-clip', 'fsq-latent-conv', 'fsq-code-conv', 'fsq-mlp-fourier',
 )  # fmt: skip
 
 
@@ -75,8 +75,9 @@ def quantizer_state(d, form):
   else:
     fsq_state(d, form)
   if form.endswith('conv'):
-    c = WIDTH
-    d.new('post_quant_conv.weight', c, c, 3, 3, scale=0.1)
+    # On FSQ's codes the project's default, one token wide.
+    c, k = (len(LEVELS), 1) if form == 'fsq-code-conv' else (WIDTH, 3)
+    d.new('post_quant_conv.weight', c, c, k, k, scale=0.3 / k)
     d.new('post_quant_conv.bias', c, scale=0.3)
 
 
@@ -102,9 +103,13 @@ def fsq_state(d, form):
       d.norm(f'fsq_unprojection.mlp.{3 * i + 1}', WIDTH)
 
 
-def state_dict(form, seed=0):
+def state_dict(form, seed=0, encoder=None):
+  """A whole model; `encoder` is a state dict of another than SigLIP."""
   d = Draw(seed)
-  siglip_state(d)
+  if encoder is None:
+    siglip_state(d)
+  else:
+    d.state |= encoder
   quantizer_state(d, form)
   decoder = torch_rae.state_dict(
     WIDTH, DEPTH, MLP, PATCH, SIDE, latent=WIDTH, seed=seed + 1
@@ -173,11 +178,16 @@ def quantize_fsq(w, z, form):
     for i in range(3):
       x = dense(w, f'fsq_projection.net.{2 * i}', F.gelu(x) if i else x)
     x = torch.tanh(x) * w['fsq_projection.post_gain'] * half
+  elif form == 'fsq-clip':
+    x = dense(w, 'fsq_projection', z)
   else:
     x = torch.tanh(dense(w, 'fsq_projection', z)) * half
   digits = torch.minimum((x + half).round().clamp(min=0), 2 * half)
   codes = digits - half
   indices = (digits.long() * w['quantizer.basis']).sum(-1)
+  if form == 'fsq-code-conv':
+    codes = convolve(w, codes, form)
+    return dense(w, 'fsq_unprojection', codes), indices
   if form != 'fsq-mlp-fourier':
     return convolve(w, dense(w, 'fsq_unprojection', codes), form), indices
   turns = 2 * math.pi * codes @ w['fsq_unprojection.fourier.B']
@@ -195,19 +205,23 @@ def convolve(w, x, form):
     return x
   grid = x.transpose(1, 2).unflatten(2, (SIDE, SIDE))
   kernel, bias = (w[f'post_quant_conv.{n}'] for n in ('weight', 'bias'))
-  return F.conv2d(grid, kernel, bias, padding=1).flatten(2).transpose(1, 2)
+  out = F.conv2d(grid, kernel, bias, padding=kernel.shape[-1] // 2)
+  return out.flatten(2).transpose(1, 2)
 
 
-def reconstruct(w, images, form):
-  """Images -> (reconstruction f32[b h w 3], indices [b gh gw])."""
+def reconstruct(w, images, form, latents=None, mean=(0.5,) * 3, std=None):
+  """Images -> (reconstruction f32[b h w 3], indices [b gh gw]).
+
+  `latents` [b n d] are another encoder's, whose pixels have `mean` and `std`.
+  """
+  mean, std = (np.asarray(x, 'f4') for x in (mean, std or mean))
   with torch.no_grad():
-    z_q, indices = quantize(w, encode(w, images), form)
+    z = encode(w, images) if latents is None else latents
+    z_q, indices = quantize(w, z, form)
     decoder = {
       k.removeprefix('decoder.'): v
       for k, v in w.items()
       if k.startswith('decoder.')
     }
-    painted = torch_rae.decode(
-      decoder, z_q.numpy(), HEADS, np.full(3, 0.5, 'f4'), np.full(3, 0.5, 'f4')
-    )
+    painted = torch_rae.decode(decoder, z_q.numpy(), HEADS, mean, std)
   return painted, indices.reshape(-1, SIDE, SIDE).numpy()

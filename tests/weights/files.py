@@ -63,6 +63,11 @@ TUPLE, EMPTY_TUPLE, EMPTY_DICT = b't', b')', b'}'
 SETITEM, NEWOBJ, NONE = b's', b'\x81', b'N'
 
 
+def old_text(word: str) -> bytes:
+  """Text as Python 2 pickled it."""
+  return b'U' + struct.pack('<B', len(word)) + word.encode()
+
+
 def name(module: str, word: str) -> bytes:
   return f'c{module}\n{word}\n'.encode()
 
@@ -79,10 +84,11 @@ def numbers(*values: int) -> bytes:
   return MARK + b''.join(map(number, values)) + TUPLE
 
 
-def storage(kind=None, key='0', count=4) -> bytes:
+def storage(kind=None, key='0', count=4, more=b'') -> bytes:
+  """`more` is the sixth part, which the format before 1.6 has."""
   kind = name('torch', 'FloatStorage') if kind is None else kind
   parts = text('storage') + kind + text(key) + text('cpu') + number(count)
-  return MARK + parts + TUPLE + PERSID
+  return MARK + parts + more + TUPLE + PERSID
 
 
 def tensor(
@@ -94,3 +100,31 @@ def tensor(
   parts += number(offset) + numbers(*size) + numbers(*stride) + tail
   value = call + MARK + parts + TUPLE + REDUCE
   return b'\x80\x02' + EMPTY_DICT + text(key) + value + SETITEM + STOP
+
+
+# The five pickles of the format before 1.6: magic, version, machine, value,
+# keys.
+HEAD = (
+  program(0x1950A86A20F9469CFC6C),
+  program(1001),
+  program(dict(protocol_version=1001, little_endian=True, type_sizes={})),
+)
+
+
+def legacy(
+  path: pathlib.Path,
+  value: bytes,
+  storages: dict[str, tuple[int, bytes]] | None = None,
+  head=HEAD,
+  keys: bytes | None = None,
+  tail: bytes = b'',
+) -> pathlib.Path:
+  """A checkpoint of the format before 1.6 whose value is the program `value`.
+
+  `storages` are (count, bytes) by key.
+  """
+  storages = storages or {}
+  keys = program(list(storages)) if keys is None else keys
+  runs = (struct.pack('<q', n) + data for n, data in storages.values())
+  path.write_bytes(b''.join((*head, value, keys, *runs, tail)))
+  return path

@@ -4,7 +4,6 @@ import collections
 import functools
 import io
 import os
-import pickle
 import re
 import sys
 import zipfile
@@ -268,14 +267,6 @@ def test_self_reference_is_harmless(tmp_path):
   refused(checkpoint(tmp_path / 'w.pt', program(loop), DATA), 'no named tensor')
   loop['w'] = loop['list'] = [loop]
   refused(checkpoint(tmp_path / 'w.pt', program(loop), DATA))
-
-
-def test_the_format_before_1_6_is_named(tmp_path):
-  path = tmp_path / 'old.pt'
-  torch.save({'w': BASE}, path, _use_new_zipfile_serialization=False)
-  refused(path, 'before 1.6', 'torch.save', '.safetensors')
-  path.write_bytes(pickle.dumps({'w': 1}))
-  refused(path, 'before 1.6')
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,13 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.weights import Rule, Source, Table, known, skip
 
 _P, _C = 'params/quantizer/', 'codebook/quantizer/'
-# A table there is a buffer that averages move, or a parameter.
-_EMA_TABLES = ('quantizer.embedding', 'quantizer.codebook')
-_GRADIENT_TABLES = ('quantizer.embedding.weight', 'quantizer.codebook.weight')
-_AVERAGE = r'quantizer\.(ema_cluster_size|cluster_size|ema_w|embed_avg)'
+# VQ's table there is a buffer that averages move; one that gradients move is
+# written as PyTorch's `nn.Embedding` would have it.
+_TABLES = {
+  'ema': 'quantizer.embedding',
+  'gradient': 'quantizer.embedding.weight',
+}
+_AVERAGE = r'quantizer\.(ema_cluster_size|ema_w)'
 _REFUSED = {
   'quantizer.input_proj.': 'SimVQ of the first form, whose codes are rows that '
   'no map has touched',
@@ -57,14 +60,6 @@ def _levels(source: Source) -> tuple[int, ...] | None:
   return tuple(round(2 * float(t) + 1) for t in tops)
 
 
-def table_key(source: Mapping) -> str:
-  """VQ's table among a file's keys; the project's own name without one."""
-  return next(
-    (k for k in (*_EMA_TABLES, *_GRADIENT_TABLES) if k in source),
-    _EMA_TABLES[0],
-  )
-
-
 def detect(source: Source, latent_dim: int, name: str) -> Form:
   """The form of a file's quantizer.
 
@@ -87,9 +82,9 @@ def detect(source: Source, latent_dim: int, name: str) -> Form:
     form = _detect_fsq(source)
   elif 'quantizer.embedding_proj.weight' in source:
     form = _detect_simvq(source)
-  elif (key := table_key(source)) in source:
-    k, c = source[key].shape
-    update = 'ema' if key in _EMA_TABLES else 'gradient'
+  elif found := [u for u, key in _TABLES.items() if key in source]:
+    (update, *_) = found
+    k, c = source[_TABLES[update]].shape
     fields = dict(num_codes=k, code_dim=c, update=update, projection=False)
     form = Form('vq', fields, {}, f'VQ, {k} codes of {c}, update="{update}"')
   elif not any(k.startswith('quantizer.') for k in source):
@@ -98,7 +93,7 @@ def detect(source: Source, latent_dim: int, name: str) -> Form:
     keys = ', '.join(sorted(source)[:4])
     raise UserError(
       f'{source.name}: no quantizer has these keys: {keys}; known are VQ '
-      f'({", ".join(_EMA_TABLES + _GRADIENT_TABLES)}), SimVQ '
+      f'({", ".join(_TABLES.values())}), SimVQ '
       '(quantizer.embedding_proj.*) and FSQ (fsq_projection.*)'
     )
   return _with_post_quant(form, source, latent_dim)
@@ -206,12 +201,8 @@ def fsq_buffers(levels: tuple[int, ...]) -> dict[str, np.ndarray]:
   }
 
 
-def quantizer_table(q: quantizers.Quantizer, key: str = '') -> Table:
+def quantizer_table(q: quantizers.Quantizer) -> Table:
   """The rows of a quantizer, for reading and writing alike.
-
-  Args:
-    q: the quantizer, in a form that the project has.
-    key: VQ's table in the file at hand; the project's own name by default.
 
   Raises:
     UserError: the project has no such quantizer.
@@ -229,9 +220,8 @@ def quantizer_table(q: quantizers.Quantizer, key: str = '') -> Table:
       'a tokenizer with quantizer.projection=False can go there'
     )
   elif isinstance(q, quantizers.VQ):
-    ema = q.update == 'ema'
-    key = key or (_EMA_TABLES if ema else _GRADIENT_TABLES)[0]
-    rows.append(Rule(key, f'{_C if ema else _P}codes'))
+    ours = _C if q.update == 'ema' else _P
+    rows.append(Rule(_TABLES[q.update], f'{ours}codes'))
     rows.append(skip(_AVERAGE, "an average's memory: a tokenizer has none"))
   elif isinstance(q, quantizers.SimVQ):
     _check_simvq(q)
@@ -270,7 +260,7 @@ def fresh_state(
 ) -> dict[str, np.ndarray]:
   """State of a training run there, as it begins."""
   if isinstance(q, quantizers.VQ) and q.update == 'ema':
-    codes = middle[_EMA_TABLES[0]]
+    codes = middle[_TABLES['ema']]
     counts = np.ones(q.num_codes, np.float32)
     return {'quantizer.ema_cluster_size': counts, 'quantizer.ema_w': codes}
   if isinstance(q, quantizers.SimVQ):

@@ -74,20 +74,23 @@ def fit(source: Source, tokenizer: Tokenizer) -> dict[str, Pretrained]:
     UserError: a part that does not fit; the line shows both sides.
   """
   parts, want = split(source), targets(tokenizer)
-  spec = tokenizer.encoder_spec
-  table = torch_quantizers.quantizer_table(
-    tokenizer.quantizer, torch_quantizers.table_key(parts['quantizer'])
+  shapes = {key: handle.shape for key, handle in parts['encoder'].items()}
+  table, names = torch_encoders.file_table(
+    tokenizer.encoder_spec, shapes, source.name
   )
   return {
     'encoder': Pretrained(
       parts['encoder'],
-      torch_encoders.encoder_table(spec),
+      table,
       want['encoder'],
-      'set model.encoder to the one that the model was trained with '
-      '(output_norm="plain" if it has no last norm)',
+      f'it has the names of {names}: set model.encoder to the one that the '
+      'model was trained with (output_norm="plain" if it has no last norm)',
     ),
     'quantizer': Pretrained(
-      parts['quantizer'], table, want['quantizer'], 'set model.quantizer'
+      parts['quantizer'],
+      torch_quantizers.quantizer_table(tokenizer.quantizer),
+      want['quantizer'],
+      'set model.quantizer',
     ),
     'decoder': rae.fit_decoder(
       parts['decoder'], tokenizer.decoder_spec, tokenizer.latent_dim
@@ -105,13 +108,16 @@ def load(fits: Mapping[str, Pretrained]) -> dict[str, np.ndarray]:
 
 
 def export(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
-  """{key there: array}: a state dict that the PyTorch project loads whole.
+  """{key there: array}: a state dict of the PyTorch project's whole model.
+
+  It lacks what no tokenizer has: a SigLIP's pooling head, which the project
+  builds and does not use (`load_state_dict(…, strict=False)`).
 
   Raises:
     UserError: a tokenizer that the project has no form for.
   """
   leaves = {n: np.asarray(x) for n, x in trees.flatten(variables).items()}
-  q, spec = tokenizer.quantizer, tokenizer.encoder_spec
+  q = tokenizer.quantizer
   for name in _NOT_THEIRS:
     leaves.pop(name, None)
   if _BASIS in leaves or 'params/quantizer/codes' in leaves:
@@ -124,14 +130,15 @@ def export(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
     }
     for part in _OURS
   }
-  head = torch_encoders.home(spec)
-  encoder = weights.export(torch_encoders.encoder_table(spec), parts['encoder'])
+  encoder = torch_encoders.export_encoder(
+    parts['encoder'], tokenizer.encoder_spec
+  )
   decoder = rae.export_rae_decoder(parts['decoder'], tokenizer.decoder_spec)
   middle = weights.export(
     torch_quantizers.quantizer_table(q), parts['quantizer']
   )
   return (
-    {head + k: x for k, x in encoder.items()}
+    encoder
     | {f'decoder.{k}': x for k, x in decoder.items()}
     | middle
     | torch_quantizers.fresh_state(q, middle)

@@ -1,8 +1,9 @@
 """One door to weight files: `open_weights(path)` by what the file is.
 
 The name's ending says which format is meant and the first bytes say which it
-is; where they disagree the error says what to rename. Directories and indices
-are read as the one set of shards they describe.
+is; where they disagree the error says what to rename. Which of PyTorch's two
+formats a checkpoint has, the bytes alone say. Directories and indices are read
+as the one set of shards they describe.
 """
 
 import json
@@ -22,6 +23,8 @@ _OPENERS = {
   '.pth': open_torch,
   '.bin': open_torch,
 }
+# What a file of an ending begins with, in the words of `_content`.
+_MEANT = {'.safetensors': ('safetensors',), '.npz': ('a zip archive',)}
 _INDEX = '.index.json'
 # In a directory, the first of these that is there.
 _DIRECTORY = (
@@ -84,8 +87,10 @@ def _content(head: bytes) -> str:
   # A header length of eight bytes, then JSON.
   if head[8:9] == b'{':
     return 'safetensors (.safetensors)'
-  if head.startswith(b'\x80') or b'ustar' in head[250:270]:
-    return 'a PyTorch checkpoint of the format before 1.6'
+  if head.startswith(b'\x80'):
+    return 'a pickle (.pt, as PyTorch before 1.6 wrote it)'
+  if b'ustar' in head[250:270]:
+    return "a tar archive, PyTorch's first format"
   if head.startswith(b'version https://git-lfs'):
     return 'a Git LFS pointer, not the weights themselves'
   if head.lstrip().lower().startswith((b'<!doctype', b'<html')):
@@ -101,20 +106,19 @@ def _check_content(path: pathlib.Path) -> None:
     raise UserError(f'{path} cannot be opened: {e.strerror}') from None
   if not head:
     raise UserError(f'{path} is empty; fetch or save it again')
-  meant = 'safetensors' if path.suffix == '.safetensors' else 'a zip archive'
+  meant = _MEANT.get(path.suffix, ('a zip archive', 'a pickle'))
   found = _content(head)
   if found.startswith(meant):
     return
-  if found.startswith('a PyTorch checkpoint of the format before'):
+  if found.startswith('a tar archive'):
     raise UserError(
-      f'{path} is {found}, which cannot be read without running it; load it '
-      'in PyTorch and save it with torch.save(state_dict, …) of today, or as '
-      '.safetensors'
+      f'{path} is {found}, which is not read; load it in PyTorch and save it '
+      'again, best as .safetensors'
     )
   if found:
     raise UserError(
-      f'{path} is {found}; a {path.suffix} file is {meant}: rename it or '
-      'fetch it again'
+      f'{path} is {found}; a {path.suffix} file is {" or ".join(meant)}: '
+      'rename it or fetch it again'
     )
   # What the bytes are is unknown: the reader says what it misses.
 

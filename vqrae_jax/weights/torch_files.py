@@ -2,20 +2,19 @@
 running their pickles.
 
 Since PyTorch 1.6 a checkpoint is a zip of one pickle and one member of raw
-bytes a storage. Tensors become lazy handles over the members, so views and
+bytes a storage; before, pickles and raw bytes one behind the other
+(`torch_legacy.py`). Tensors become lazy handles over the bytes, so views and
 shared storages are read as saved. Of a training file's sections the average
 is preferred: "ema", else "model", else "state_dict", else the file itself.
 """
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from vqrae_jax.errors import UserError
-from vqrae_jax.weights import handles, torch_pickle
+from vqrae_jax.weights import handles, torch_legacy, torch_pickle
 from vqrae_jax.weights.archive import Archive
 
 SECTIONS = ('ema', 'model', 'state_dict')
@@ -24,16 +23,33 @@ _MEMBERS = (
   r'[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version'
   r'|\.storage_alignment|\.data/serialization_id)'
 )
-# The pickle holds names and shapes, some hundred bytes a tensor.
-_MAX_PICKLE = 1 << 27
+# (storage, where) -> reads bytes [first, last) of it.
+_Runs = Callable[[torch_pickle.Storage, str], torch_legacy.Run]
 
 
 def open_torch(path: pathlib.Path) -> handles.Source:
-  """The tensors of one checkpoint, by name.
+  """The tensors of one checkpoint, by name; its first byte says the format.
 
   Raises:
     UserError: no whole checkpoint, or one that holds more than weights.
   """
+  with path.open('rb') as file:
+    pickled = file.read(1) == b'\x80'
+  if pickled:
+    value, runs = torch_legacy.open_legacy(path)
+    swap = False
+  else:
+    value, runs, swap = _open_zip(path)
+  tensors, note = _choose(value, path)
+  found = {
+    key: _handle(f'{path}: "{handles.shown(key)}"', tensor, runs, swap)
+    for key, tensor in tensors.items()
+  }
+  return handles.Source(str(path), found, note)
+
+
+def _open_zip(path: pathlib.Path) -> tuple[Any, _Runs, bool]:
+  """A zip's value, its storages, and whether their bytes are big-endian."""
   archive = Archive(path, _MEMBERS, 'PyTorch checkpoint')
   tops = {name.split('/')[0] for name in archive.names}
   if len(tops) > 1:
@@ -45,19 +61,28 @@ def open_torch(path: pathlib.Path) -> handles.Source:
   pickle = f'{top}/data.pkl'
   if pickle not in archive.names:
     raise UserError(f'{path} is no PyTorch checkpoint: it has no data.pkl')
-  if archive.size(pickle) > _MAX_PICKLE:
+  if archive.size(pickle) > torch_pickle.MAX_PICKLE:
     raise UserError(
       f'{path}: data.pkl has {archive.size(pickle)} bytes, more than names of '
       'weights need; save the weights alone, best as .safetensors'
     )
   swap = _is_big_endian(archive, top)
-  value = torch_pickle.parse(archive.read(pickle), str(path))
-  tensors, note = _choose(value, path)
-  found = {
-    key: _handle(archive, top, key, tensor, swap)
-    for key, tensor in tensors.items()
-  }
-  return handles.Source(str(path), found, note)
+  value, _ = torch_pickle.parse(archive.read(pickle), str(path))
+
+  def run(storage: torch_pickle.Storage, where: str) -> torch_legacy.Run:
+    member = f'{top}/data/{storage.key[:20]}'
+    if member not in archive.names:
+      raise UserError(
+        f'{where} lies in {member}, which is missing; the file is damaged'
+      )
+    if archive.size(member) != storage.count * storage.dtype.itemsize:
+      raise UserError(
+        f'{where} wants {storage.count} elements of {storage.dtype}, {member} '
+        f'has {archive.size(member)} bytes; the file is damaged'
+      )
+    return lambda first, last: archive.read(member, first, last)
+
+  return value, run, swap
 
 
 def _is_big_endian(archive: Archive, top: str) -> bool:
@@ -128,37 +153,17 @@ def _no_more(section: dict, where: str) -> None:
 
 
 def _handle(
-  archive: Archive,
-  top: str,
-  key: str,
-  tensor: torch_pickle.Tensor,
-  swap: bool,
+  where: str, tensor: torch_pickle.Tensor, runs: _Runs, swap: bool
 ) -> handles.Handle:
   storage = tensor.storage
-  where = f'{archive.path}: "{handles.shown(key)}"'
-  member = f'{top}/data/{storage.key[:20]}'
-  name = storage.dtype
-  dtype = np.dtype(ml_dtypes.bfloat16 if name == 'bfloat16' else name)
-  if member not in archive.names:
-    raise UserError(
-      f'{where} lies in {member}, which is missing; the file is damaged'
-    )
-  if archive.size(member) != storage.count * dtype.itemsize:
-    raise UserError(
-      f'{where} wants {storage.count} elements of {name}, {member} has '
-      f'{archive.size(member)} bytes; the file is damaged'
-    )
-  needed = handles.extent(tensor.shape, tensor.strides, tensor.offset)
-  if needed > storage.count or math.prod(tensor.shape) >= 1 << 48:
+  read = runs(storage, where)
+  offset = storage.first + tensor.offset
+  needed = handles.extent(tensor.shape, tensor.strides, offset)
+  if needed > storage.stop or math.prod(tensor.shape) >= 1 << 48:
     raise UserError(
       f'{where} of shape {tensor.shape} reaches past its storage of '
-      f'{storage.count} elements; the file is damaged'
+      f'{storage.stop - storage.first} elements; the file is damaged'
     )
   return handles.strided(
-    lambda first, last: archive.read(member, first, last),
-    tensor.shape,
-    dtype,
-    tensor.strides,
-    tensor.offset,
-    swap,
+    read, tensor.shape, storage.dtype, tensor.strides, offset, swap
   )
