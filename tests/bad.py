@@ -131,6 +131,7 @@ def _tokenizers(root, good):
   edited('no-model', model=3)
   edited('odd-model', model={'encodr': {}})
   edited('newer', format_version=9)
+  edited('encoder', encoder={})
   edited('edited', fingerprint=64 * '0')
   edited('another-model', model=tiny.model('vq-ema'))
   weights = copy('cut-weights')[1]

@@ -29,7 +29,7 @@ import tests.typecheck  # noqa: F401, the hook finds it by its name
 CHECKED = (
   'errors', 'ops', 'nn', 'losses', 'models', 'quantizers',
   'inference', 'optim', 'sharding', 'export', 'data', 'evaluate', 'train',
-  'weights', 'encoders', 'pretrained',
+  'weights', 'encoders', 'pretrained', 'proof', 'store_encoder',
 )  # fmt: skip
 jaxtyping.install_import_hook(
   [f'vqrae_jax.{name}' for name in CHECKED], 'tests.typecheck.checked'

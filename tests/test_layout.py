@@ -18,8 +18,8 @@ RANKS = {
   'nn': 1, 'weights': 1,
   'quantizers': 2, 'encoders': 2,
   'models': 3, 'losses': 3, 'optim': 3, 'sharding': 3, 'data': 3,
-  'export': 4, 'inference': 4, 'pretrained': 4,
-  'evaluate': 5,
+  'export': 4, 'inference': 4, 'pretrained': 4, 'proof': 4,
+  'evaluate': 5, 'store_encoder': 5,
   'train': 6,
   'command': 7, 'convert': 7, 'fetch_weights': 7, 'reconstruct_images': 7,
 }  # fmt: skip

@@ -1,27 +1,34 @@
-"""python -m vqrae_jax.convert --source=vqrae_torch:FILE --config=… --out=DIR
+"""python -m vqrae_jax.convert --source=hf:ORG/NAME --out=DIR
 
-Weights of the PyTorch project to ours, and back:
+Published weights to ours, and whole models of the PyTorch project back:
 
+  --source=hf:ORG/NAME[@REV] --out=DIR                an encoder; also a row of
+                                                      the table, a folder
+  --source=FILE --row=NAME --out=DIR                  an encoder's lone file
   --source=vqrae_torch:FILE --config=… --out=DIR      a whole tokenizer
   --source=rae:FILE --config=… --out=F.safetensors    a decoder, checked
   --source=rae:FILE --out=F.npz                       statistics of latents
   --source=DIR --to=torch --out=F.safetensors         a tokenizer, back
 
-A file does not say its heads, pixel norm, activation or resizing: the config's
-`model` section does. What it does say is held to that, whole, before anything
-is written. A decoder stays in its published names, which
+A file of the PyTorch project does not say its heads, pixel norm, activation or
+resizing: the config's `model` section does. What it does say is held to that,
+whole, before anything is written. A decoder stays in its published names, which
 `init.decoder=rae:F.safetensors` reads; without a pickle, and the weights alone.
+An encoder's folder is what `load_encoder` and `init.encoder` open.
 """
 
 import ast
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
 from vqrae_jax import command
-from vqrae_jax.errors import UserError
+from vqrae_jax.encoders import ENCODERS
+from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.specs import DTYPES
 from vqrae_jax.weights import Source, open_weights, parse_source
 
 MODULE = 'vqrae_jax.convert'
@@ -29,7 +36,6 @@ EXAMPLE = (
   f'python -m {MODULE} --source=vqrae_torch:ckpt.pt '
   '--config=configs/simvq_siglip_l.py --out=tokenizer'
 )
-_SHOWN = 6
 
 
 def main(argv: list[str]) -> None:
@@ -44,8 +50,11 @@ def main(argv: list[str]) -> None:
   command.required(values, 'source', 'out')
   if values.to not in ('ours', 'torch'):
     raise UserError(f'--to={values.to} must be ours or torch')
-  word = parse_source(values.source)
+  word = parse_source(values.source, ENCODERS)
   out = pathlib.Path(values.out).expanduser()
+  lone = values.to == 'ours' and word.kind not in ('rae', 'vqrae_torch')
+  if not lone:
+    _without(values, ('row', 'dtype'), 'no encoder alone')
   if values.to == 'torch':
     if word.kind != 'path':
       raise UserError(
@@ -53,11 +62,14 @@ def main(argv: list[str]) -> None:
         'tokenizer'
       )
     return back(word.value, _target(out, '.safetensors'))
-  if word.kind not in ('rae', 'vqrae_torch'):
-    raise UserError(
-      f'--source={values.source} must be rae:FILE or vqrae_torch:FILE (or a '
-      "tokenizer's directory with --to=torch)"
+  if lone:
+    _without(
+      values,
+      ('config', 'quantizer'),
+      'an encoder, which says its numbers itself; a whole model of the PyTorch '
+      'project is vqrae_torch:FILE, a decoder rae:FILE',
     )
+    return encoder(values, _target(out, ''))
   source = open_weights(word.value)
   stats = set(source) <= {'mean', 'var'}
   if word.kind == 'rae' and stats:
@@ -88,6 +100,7 @@ def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
   flags.DEFINE_string(
     'source',
     None,
+    'an encoder (hf:ORG/NAME[@REV], a folder, a file, a row of the table), '
     'rae:FILE, vqrae_torch:FILE, or a tokenizer with --to=torch',
     flag_values=values,
   )
@@ -95,6 +108,19 @@ def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
     'out',
     None,
     'a directory, or for single files F.safetensors or F.npz',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'row',
+    None,
+    "the row of the table that an encoder's folder or file is, if it does not "
+    'say',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'dtype',
+    'float32',
+    "the type of a stored encoder's weights, float32 or bfloat16",
     flag_values=values,
   )
   flags.DEFINE_string(
@@ -124,12 +150,40 @@ def _fields(text: str) -> dict[str, Any]:
     ) from None
 
 
+def encoder(values: flags.FlagValues, out: pathlib.Path) -> None:
+  """A published encoder as a directory of ours."""
+  from vqrae_jax.store_encoder import store_encoder
+
+  word, row, dtype = values.source, values.row, values.dtype
+  if dtype not in DTYPES:
+    raise UserError(f'--dtype={dtype}{did_you_mean(dtype, DTYPES)}')
+  if row is not None and word in ENCODERS:
+    raise UserError(f'--row={row} names what {word} names by itself')
+  store_encoder(word, out, row, dtype)
+
+
+def _without(
+  values: flags.FlagValues, names: tuple[str, ...], what: str
+) -> None:
+  """None of the flags was given: the source is something they do not fit."""
+  for name in names:
+    if values[name].present:
+      raise UserError(f'--{name} does not go with this source: it is {what}')
+
+
 def _target(out: pathlib.Path, ending: str) -> pathlib.Path:
-  """A file that may be written: new, in a folder that is there."""
-  if out.suffix != ending:
+  """What may be written: new, and a file in a folder that is there."""
+  if ending and out.suffix != ending:
     raise UserError(f'--out={out} must end in {ending}')
   if out.exists() or out.is_symlink():
     raise UserError(f'--out={out} exists and is not replaced; name another')
+  if not ending:  # a directory, whose parents are made
+    if out.suffix in ('.safetensors', '.npz', '.pt'):
+      raise UserError(f'--out={out} must be a directory, with no {out.suffix}')
+    above = next(p for p in out.absolute().parents if p.exists())
+    if not above.is_dir():
+      raise UserError(f'--out={out}: {above} is a file')
+    return out
   if not out.parent.is_dir():
     raise UserError(f'--out={out}: there is no folder {out.parent}')
   return out
@@ -155,38 +209,17 @@ def _write(out: pathlib.Path, arrays: dict) -> None:
   print(f'wrote {out}: {len(arrays)} arrays')
 
 
-def _say(source: Source, fits: dict) -> None:
-  note = f' ({source.note})' if source.note else ''
-  print(f'read {source.name}{note}')
-  for part, fitted in fits.items():
-    matched = len(fitted.source) - len(fitted.skipped)
-    print(
-      f'{part}: {matched} keys matched, {len(fitted.target)} leaves filled, '
-      f'{len(fitted.skipped)} keys skipped'
-    )
-    whys: dict[str, list[str]] = {}
-    for key, why in fitted.skipped.items():
-      whys.setdefault(why, []).append(key)
-    for why, keys in whys.items():
-      more = f' and {len(keys) - _SHOWN} more' if len(keys) > _SHOWN else ''
-      print(f'  skipped {", ".join(keys[:_SHOWN])}{more}: {why}')
-
-
-def _compare(source: Source, theirs: dict, skipped: dict) -> None:
-  """The way back, held to the file bit by bit: the converter's own proof."""
-  import numpy as np
-
-  same = total = 0
+def _pairs(source: Source, theirs: dict, skipped: dict) -> Iterator[tuple]:
+  """(the file's array, ours) of each key; prefixes in the file are its own."""
   for key, handle in source.items():
     plain = [k for k in theirs if key.endswith(k)]
-    if key in skipped or not plain:
-      continue
-    value = handle.read()
-    total += 1
-    back_again = theirs[max(plain, key=len)].astype(value.dtype)
-    same += back_again.tobytes() == np.ascontiguousarray(value).tobytes()
-  print(f'back again: {same} of {total} arrays equal bit for bit')
-  print('parity with PyTorch: not measured, no reference model is installed')
+    if key not in skipped and plain:
+      yield handle, theirs[max(plain, key=len)]
+
+
+_NO_REFERENCE = (
+  'parity with PyTorch: not measured, the PyTorch project is not installed'
+)
 
 
 def whole(source: Source, model: dict, fields: dict, out: pathlib.Path) -> None:
@@ -198,7 +231,7 @@ def whole(source: Source, model: dict, fields: dict, out: pathlib.Path) -> None:
     fields: of the quantizer, over both.
     out: the directory.
   """
-  from vqrae_jax import export
+  from vqrae_jax import export, proof
   from vqrae_jax.models import torch_quantizers, vqrae_torch
   from vqrae_jax.models.tokenizer import build_tokenizer
   from vqrae_jax.ops import trees
@@ -228,7 +261,7 @@ def whole(source: Source, model: dict, fields: dict, out: pathlib.Path) -> None:
     )
   tokenizer = build_tokenizer(model | dict(quantizer=section))
   fits = vqrae_torch.fit(source, tokenizer)
-  _say(source, fits)
+  proof.say(source, fits)
   if form.name == 'simvq':
     print(
       'beta: in no file; the project trained with the legacy form, commit + '
@@ -236,24 +269,26 @@ def whole(source: Source, model: dict, fields: dict, out: pathlib.Path) -> None:
     )
   variables = trees.unflatten(vqrae_torch.load(fits))
   theirs = vqrae_torch.export(tokenizer, variables)
-  _compare(
-    source, theirs, {k: w for f in fits.values() for k, w in f.skipped.items()}
-  )
+  skipped = {k: w for f in fits.values() for k, w in f.skipped.items()}
+  proof.back_again(_pairs(source, theirs, skipped))
+  print(_NO_REFERENCE)
   mark = export.save_tokenizer(tokenizer, variables, out)
   print(f'wrote {out}, fingerprint {mark[:12]}…')
 
 
 def decoder(source: Source, model: dict, out: pathlib.Path) -> None:
   """A published RAE decoder, held to the config's, as .safetensors."""
+  from vqrae_jax import proof
   from vqrae_jax.models import rae
   from vqrae_jax.models.tokenizer import build_tokenizer
 
   tokenizer = build_tokenizer(model)
   spec = tokenizer.decoder_spec
   fitted = rae.fit_decoder(source, spec, tokenizer.latent_dim)
-  _say(source, {'decoder': fitted})
+  proof.say(source, {'decoder': fitted})
   theirs = rae.export_rae_decoder(fitted.load(), spec)
-  _compare(source, theirs, fitted.skipped)
+  proof.back_again(_pairs(source, theirs, fitted.skipped))
+  print(_NO_REFERENCE)
   _write(out, theirs)
   print(f'begin a run with it: --config.init.decoder=rae:{out}')
 

@@ -13,16 +13,18 @@ little-endian f32. It is the same for equal tokenizers, however they were run
 or stored, and `load_tokenizer` verifies it.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from vqrae_jax.encoders import stored
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.ops import trees
@@ -91,7 +93,8 @@ def check_target(path: pathlib.Path) -> None:
     return
   try:
     foreign = {p.name for p in path.iterdir()} - {CONFIG, WEIGHTS}
-    ours = 'format_version' in json.loads((path / CONFIG).read_bytes())
+    config = json.loads((path / CONFIG).read_bytes())
+    ours = 'format_version' in config and stored.KEY not in config
   except (OSError, ValueError, TypeError):
     ours, foreign = False, set()
   if foreign or not ours:
@@ -99,6 +102,28 @@ def check_target(path: pathlib.Path) -> None:
     raise UserError(
       f'{path} exists and is not replaced: {what}; name another folder'
     )
+
+
+@contextlib.contextmanager
+def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new folder beside `path` to fill; in the end it takes `path`'s place.
+
+  What was there before stays until then, and for good if filling fails.
+  """
+  temporary = path.with_name(path.name + '.writing')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+  old = path.with_name(path.name + '.replaced')
+  shutil.rmtree(old, ignore_errors=True)
+  if path.exists():
+    path.rename(old)
+  temporary.rename(path)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def save_tokenizer(
@@ -125,20 +150,12 @@ def save_tokenizer(
     'fingerprint': fingerprint(model, leaves),
     'model': model,
   }
-  temporary = path.with_name(path.name + '.writing')
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  save_file(
-    {n: np.ascontiguousarray(leaves[n]) for n in sorted(leaves)},
-    temporary / WEIGHTS,
-  )
-  (temporary / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-  old = path.with_name(path.name + '.replaced')
-  shutil.rmtree(old, ignore_errors=True)
-  if path.exists():
-    path.rename(old)
-  temporary.rename(path)
-  shutil.rmtree(old, ignore_errors=True)
+  with written_whole(path) as folder:
+    save_file(
+      {n: np.ascontiguousarray(leaves[n]) for n in sorted(leaves)},
+      folder / WEIGHTS,
+    )
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
   return config['fingerprint']
 
 
@@ -152,10 +169,17 @@ def _read_config(path: pathlib.Path) -> dict:
       raise UserError(f'{path} is no tokenizer: it has no {name}{hint}')
   try:
     config = json.loads((path / CONFIG).read_bytes())
-    version, model = config['format_version'], config['model']
-    config['fingerprint'] = str(config['fingerprint'])
+    alone = stored.KEY in config
+    if not alone:
+      version, model = config['format_version'], config['model']
+      config['fingerprint'] = str(config['fingerprint'])
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(f'{path / CONFIG} is damaged: {e!r}') from None
+  if alone:
+    raise UserError(
+      f'{path} is an encoder alone; load_encoder opens it, and init.encoder '
+      'begins a run with it'
+    )
   if version != FORMAT_VERSION:
     raise UserError(
       f'{path} has format version {version}, this package reads '

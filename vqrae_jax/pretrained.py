@@ -2,9 +2,10 @@
 
 A row of the table and a hub id are fetched or found in the hub's cache; a
 folder says by its `config.json` what it holds, so that any size of a known
-family opens; a file is weights alone, and a row's name says which. Files are
-held to the model whole before a value is read (`weights/`). Nothing here
-trains, and no module of another package is built.
+family opens, and encoders that `convert` stored; a file is weights alone, and
+a row's name says which. Files are held to the model whole before a value is
+read (`weights/`). Nothing here trains, and no module of another package is
+built.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vqrae_jax import encoders, sharding, weights
-from vqrae_jax.encoders import published
+from vqrae_jax.encoders import published, stored
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import trees
@@ -43,7 +44,9 @@ class Found:
     path: what `weights.open_weights` opens.
     row: a row of the table, or None.
     told: an `EncoderSpec`'s fields as `config.json` has them, or None.
-    revision: the commit of a hub's snapshot, else None.
+    revision: the commit of a hub's snapshot, of which a stored encoder was
+      made too; else None.
+    stored: whether it is in this package's own format.
   """
 
   word: str
@@ -51,6 +54,7 @@ class Found:
   row: str | None = None
   told: dict | None = None
   revision: str | None = None
+  stored: bool = False
 
 
 def find_encoder(word: str, row: str | None = None) -> Found:
@@ -72,7 +76,7 @@ def find_encoder(word: str, row: str | None = None) -> Found:
       row, name = name, published.PUBLISHED[name].hub
     path, commit = hub.snapshot(name, source.revision)
     row = row or published.row_of(name)
-    return Found(word, path, row, _told(path), commit)
+    return dataclasses.replace(_found(word, path, row), revision=commit)
   if source.kind != 'path':
     raise UserError(
       f'"{word}" is no encoder; write hf:ORG/NAME, a path, or the name of a '
@@ -81,7 +85,20 @@ def find_encoder(word: str, row: str | None = None) -> Found:
   path = pathlib.Path(source.value)
   if not path.exists():
     raise UserError(f'no encoder at {path}: there is no such file or folder')
-  return Found(word, path, row, _told(path) if path.is_dir() else None)
+  return _found(word, path, row)
+
+
+def _found(word: str, path: pathlib.Path, row: str | None) -> Found:
+  """What a file, or a folder's `config.json`, says by itself."""
+  if not (path / CONFIG).is_file():
+    return Found(word, path, row)
+  config = _json(path / CONFIG)
+  if 'format_version' not in config:
+    return Found(word, path, row, _told(path, config))
+  told, revision = stored.fields(config, str(path)), config.get('revision')
+  if not isinstance(revision, str | None):
+    raise UserError(f'{path / CONFIG} is damaged: revision={revision!r}')
+  return Found(word, path, row, told, revision, stored=True)
 
 
 def _json(path: pathlib.Path) -> dict:
@@ -96,13 +113,8 @@ def _json(path: pathlib.Path) -> dict:
   return value
 
 
-def _told(path: pathlib.Path) -> dict | None:
-  """An `EncoderSpec`'s fields as a folder's files have them."""
-  if not (path / CONFIG).is_file():
-    return None
-  config = _json(path / CONFIG)
-  if 'format_version' in config:
-    raise UserError(f'{path} is a tokenizer; load_tokenizer opens it')
+def _told(path: pathlib.Path, config: dict) -> dict:
+  """An `EncoderSpec`'s fields as a published folder's files have them."""
   fields = encoders.fields_of(config, str(path / CONFIG))
   if not (path / PIXELS).is_file():
     return fields
@@ -196,7 +208,10 @@ def fit_encoder(
   _check_told(found, spec, 'the model')
   source = weights.open_weights(found.path)
   shapes = {key: handle.shape for key, handle in source.items()}
-  naming = encoders.naming_of(shapes, source.name)
+  if found.stored:
+    (naming,) = stored.NAMINGS
+  else:
+    naming = encoders.naming_of(shapes, source.name)
   return weights.Pretrained(
     source,
     naming.table(spec, shapes),
@@ -206,7 +221,9 @@ def fit_encoder(
   )
 
 
-def _target(spec: EncoderSpec, dtype: str, mesh: Any) -> Any:
+def target_of(spec: EncoderSpec, dtype: str, mesh: Any = None) -> Any:
+  """`shapes_of` in another type, placed on a mesh if there is one."""
+
   def leaf(name, shape):
     place = None
     if mesh is not None:
@@ -235,8 +252,9 @@ def load_encoder(
 
   Args:
     source: a row of the table ("siglip-large-patch16-256"), a hub id
-      "hf:ORG/NAME[@REV]", a folder as `save_pretrained` writes it, or a file
-      of weights (.safetensors, .npz of big_vision, .pt), which wants `row`.
+      "hf:ORG/NAME[@REV]", a folder as `save_pretrained` or `convert` writes
+      it, or a file of weights (.safetensors, .npz of big_vision, .pt), which
+      wants `row`.
     output_norm: "affine", the published final norm; "plain", a LayerNorm
       without parameters in its place; "none", before it.
     row: the row of the table that a folder or a file is.
@@ -261,6 +279,6 @@ def load_encoder(
   found = find_encoder(source, row)
   spec = spec_of(found, output_norm)
   spec = dataclasses.replace(spec, vit=dataclasses.replace(spec.vit, **options))
-  fit = fit_encoder(found, spec, _target(spec, param_dtype, mesh))
+  fit = fit_encoder(found, spec, target_of(spec, param_dtype, mesh))
   leaves = fit.load() if mesh is not None else fit.load_on_device()
   return Encoder(spec), {'params': trees.unflatten(leaves)}

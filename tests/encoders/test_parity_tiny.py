@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 import vqrae_jax
 from tests.encoders import references
-from vqrae_jax import encoders
 
 SIZES = dict(width=32, depth=2, heads=4, mlp=48, pixels=24, patch=4)
 # Native, twice the size, 2:1.
@@ -83,21 +82,6 @@ def test_internvit_under_its_authors_names(kind, tmp_path):
   config = dict(model_type='internvl_chat', vision_config=config)
   (tmp_path / 'config.json').write_text(json.dumps(config))
   holds(kind, *vqrae_jax.load_encoder(str(tmp_path)), shapes=SHAPES[:1])
-
-
-@pytest.fixture
-def tiny_row(monkeypatch):
-  """A row of the table, for files that do not say what they are."""
-  vit = dict(
-    width=32,
-    depth=2,
-    num_heads=4,
-    mlp_dim=48,
-    patch_size=4,
-    grid=(6, 6),
-    act='gelu_tanh',
-  )
-  monkeypatch.setitem(encoders.ENCODERS, 'tiny', dict(vit=vit))
 
 
 @pytest.mark.parametrize('output_norm', ('affine', 'none'))

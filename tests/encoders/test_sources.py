@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import vqrae_jax
 from tests.encoders import references
+from tests.encoders.conftest import COMMIT, cached
 from vqrae_jax import encoders, pretrained, sharding
 from vqrae_jax.encoders import published
 from vqrae_jax.errors import UserError
@@ -19,7 +20,6 @@ from vqrae_jax.ops import trees
 from vqrae_jax.specs import EncoderSpec, build_spec
 
 SIZES = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)
-COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 
 @pytest.fixture(scope='module')
@@ -36,28 +36,6 @@ def copy(folder, tmp_path):
   for name in ('config.json', 'model.safetensors'):
     (tmp_path / name).write_bytes((folder / name).read_bytes())
   return tmp_path
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-  """An empty cache of the hub, and no way to the hub."""
-  import huggingface_hub.constants as constants
-
-  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-  return tmp_path / 'hub'
-
-
-def cached(cache, hub, files, branch='main'):
-  """Lays a snapshot as the hub's client does."""
-  repository = cache / f'models--{hub.replace("/", "--")}'
-  snapshot = repository / 'snapshots' / COMMIT
-  snapshot.mkdir(parents=True)
-  (repository / 'refs').mkdir()
-  (repository / 'refs' / branch).write_text(COMMIT)
-  for name, path in files.items():
-    (snapshot / name).write_bytes(path.read_bytes())
-  return snapshot
 
 
 def refused(*args, **kwargs):

@@ -24,10 +24,12 @@ name. This page is written by `python -m tests.golden.make_encoders_doc` and
 checked by a test.
 
 `python -m vqrae_jax.fetch_weights --names=NAME` brings one ahead of a run on
-a closed network; licences are those that the repositories state. Pixels are
-the side of the square image that the positions were learned for; any other
-size and ratio is reached by resampling them. Params are of the encoder alone:
-no pooling head, no text tower, no decoder. Parity is the relative error
+a closed network, `python -m vqrae_jax.convert --source=NAME --out=DIR` stores
+one as a directory that `load_encoder` opens; licences are those that the
+repositories state. Pixels are the side of the square image that the positions
+were learned for; any other size and ratio is reached by resampling them.
+Params are of the encoder alone: no pooling head, no text tower, no decoder.
+Parity is the relative error
 |a - b| / |b| over all tokens against the PyTorch model of the same weights,
 random ones in the published format, in f32, the worst of two or three sizes of
 image (`tests/encoders/test_parity_real.py`, by `make test-slow`); "—" is not

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.weights import files
 from tests.weights.files import refused
@@ -71,6 +71,27 @@ def test_npz(tmp_path, save):
 def test_npz_holds_numbers_only(tmp_path, value):
   np.savez(tmp_path / 'w.npz', good=np.ones(2), bad=value)
   refused(tmp_path / 'w.npz', '"bad"')
+
+
+def test_written_safetensors_are_the_librarys(tmp_path):
+  """An array at a time, in order of names, whatever its layout."""
+  values = ARRAYS | {'turned': RNG.normal(size=(3, 4)).T}
+  path, asked = tmp_path / 'w.safetensors', []
+
+  def read(name):
+    asked.append(name)
+    return values[name]
+
+  weights.write_safetensors(path, values, read)
+  assert asked == sorted(values)
+  same(path, values)
+  found = load_file(path)
+  assert found.keys() == values.keys()
+  for name, value in values.items():
+    assert found[name].dtype == value.dtype
+    np.testing.assert_array_equal(found[name], value)
+  with pytest.raises(ValueError, match='bf16 is'):
+    weights.write_safetensors(path, values, lambda n: values[n][:1])
 
 
 def shards(tmp_path, suffix='safetensors'):

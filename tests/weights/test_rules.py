@@ -138,6 +138,25 @@ def test_export_is_the_inverse_bitwise():
       assert value.tobytes() == want[key].tobytes(), key
 
 
+def test_backwards_is_the_file_a_group_of_leaves_at_a_time():
+  """Arrays that are computed (`known`) or skipped are not among them."""
+  source = weights.arrays('made', file())
+  fit = weights.Pretrained(source, TABLE, TARGET)
+  asked = []
+  read, fit.read = fit.read, lambda leaf: asked.append(leaf) or read(leaf)
+  found = {}
+  for handle, ours in fit.backwards():
+    (key,) = (k for k, h in source.items() if h is handle)
+    assert key not in found
+    found[key] = ours
+    assert ours.tobytes() == handle.read().tobytes(), key
+  assert found.keys() == source.keys() - fit.skipped.keys()
+  assert sorted(asked) == sorted(TARGET)
+  groups = {frozenset(names) for names in fit._groups()}
+  assert {f'blocks/{n}/kernel' for n in 'qkv'} in groups
+  assert {'positions', 'prefix_positions'} in groups
+
+
 def test_conv_patch_is_a_convolution_of_patches():
   kernel = file()['embed.weight']
   photo = np.random.default_rng(1).normal(size=(1, 4, 6, 3)).astype('f4')

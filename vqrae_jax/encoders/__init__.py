@@ -10,7 +10,14 @@ pinned in `tests/golden/encoder_params.json`. No file is opened here.
 from collections.abc import Mapping
 from typing import Any
 
-from vqrae_jax.encoders import dinov2, internvit, mae, siglip, siglip2
+from vqrae_jax.encoders import (
+  dinov2,
+  internvit,
+  mae,
+  siglip,
+  siglip2,
+  stored,
+)
 from vqrae_jax.encoders.naming import Naming, Shapes
 from vqrae_jax.errors import UserError, did_you_mean
 
@@ -27,6 +34,7 @@ NAMINGS = (
   *dinov2.NAMINGS,
   *mae.NAMINGS,
   *internvit.NAMINGS,
+  *stored.NAMINGS,
 )
 
 # config.json's model_type -> its reader.

@@ -16,6 +16,7 @@ _HOMES = {
   'pretrained': ('LazyLeaf', 'Pretrained', 'export'),
   'readers': ('open_weights',),
   'rules': ('PREFIXES', 'Rule', 'Table', 'fill', 'known', 'skip'),
+  'safetensors_files': ('write_safetensors',),
   'source_words': ('SourceWord', 'parse_source'),
   'transforms': ('by_heads',),
 }

@@ -10,7 +10,7 @@ infinity is an error.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,7 @@ class Pretrained:
     self.target = trees.flatten(target)
     found = match(source, table, self.target, way_out)
     self.skipped = dict(found.skipped)
+    self._table = table
     self._way_out = f'; {way_out}' if way_out else ''
     self._pieces, self._keys = found.expected.pieces, found.keys
     for name, row in found.expected.known.items():
@@ -189,6 +190,31 @@ class Pretrained:
       )
       for name, leaf in self.target.items()
     }
+
+  def backwards(self) -> Iterator[tuple[handles.Handle, np.ndarray]]:
+    """(an array of the file, the same made out of our leaves), of each key.
+
+    Leaves are read once, and no more of them at a time than share a key.
+    """
+    for names in self._groups():
+      theirs = export(self._table, {n: self.read(n) for n in names})
+      keys = [p.key for n in names for p in self._pieces[n] if p.key]
+      for key in dict.fromkeys(keys):
+        yield self.source[self._keys[key]], theirs[key]
+
+  def _groups(self) -> list[list[str]]:
+    """The leaves, those that are cut from one array together."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for leaf, pieces in self._pieces.items():
+      keys, names = {p.key for p in pieces if p.key}, [leaf]
+      apart = []
+      for group in groups:
+        if keys & group[0]:
+          keys, names = keys | group[0], group[1] + names
+        else:
+          apart.append(group)
+      groups = [*apart, (keys, names)]
+    return [names for _, names in groups]
 
   def _place(self, leaf: str) -> jax.Array:
     target = self.target[leaf]

@@ -2,10 +2,16 @@
 
 The library reads the header at opening and maps the rest; a block is sliced
 out of the map. Shards are whole only together: the index names every key's
-file, and both are compared before a value is read.
+file, and both are compared before a value is read. Writing goes array by
+array too: the library would want all of them at once.
 """
 
+import json
+import math
 import pathlib
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -66,3 +72,35 @@ def _handle(path: pathlib.Path, file, key: str, part) -> handles.Handle:
       raise UserError(f'{path}: "{key}" cannot be read ({words})') from None
 
   return handles.Handle(tuple(part.get_shape()), np.dtype(dtype), fetch)
+
+
+def write_safetensors(
+  path: pathlib.Path,
+  shapes: Mapping[str, Any],
+  read: Callable[[str], np.ndarray],
+) -> None:
+  """Writes one `.safetensors` file; no two of its arrays are held at once.
+
+  Args:
+    path: the file, replaced if it is there.
+    shapes: {name: has .shape and .dtype}.
+    read: name -> its array, of that shape and type; called in order of names.
+  """
+  words = {np.dtype(dtype): word for word, dtype in _DTYPES.items()}
+  header, at = {}, 0
+  for name in sorted(shapes):
+    dtype = np.dtype(shapes[name].dtype)
+    shape = [int(n) for n in shapes[name].shape]
+    end = at + math.prod(shape) * dtype.itemsize
+    header[name] = dict(dtype=words[dtype], shape=shape, data_offsets=[at, end])
+    at = end
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # values begin at a multiple of 8
+  with path.open('wb') as file:
+    file.write(struct.pack('<Q', len(text)) + text)
+    for name, told in header.items():
+      array = read(name)
+      same = list(array.shape) == told['shape']
+      if not same or array.dtype != np.dtype(shapes[name].dtype):
+        raise ValueError(f'{name} is {array.dtype}{array.shape}, not {told}')
+      file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
