@@ -2,13 +2,15 @@
 
 What loading a published encoder costs the host: a synthetic checkpoint of 24
 blocks under SigLIP's names, in sharded safetensors of `megabytes` f32, goes
-onto 8 fake devices with fsdp in a process of its own. A thread watches that
-process's anonymous memory (RssAnon of /proc: what is mapped from the files
-does not count, what devices hold here does). The bound is the target's bytes,
-one layer of the file's and 256 MB; the exit code is 1 above it.
+onto 8 fake devices with fsdp (`--devices=1`: onto one) in a process of its own.
+A thread watches that process's anonymous memory (RssAnon of /proc: what is
+mapped from the files does not count, what devices hold here does). The bound
+is the target's bytes, one layer of the file's and 256 MB; the exit code is 1
+above it.
 
-2 GB in f32: 145 MB beyond the target, a layer and a device's block of the
-largest leaf; in bf16 73 MB (two CPU cores, jax 0.10.2).
+2 GB in f32: 145 MB beyond the target on 8 devices, 172 MB on one, whose
+largest leaf alone has 661 MB; in bf16 71 MB and 146 MB (two CPU cores, jax
+0.10.2).
 """
 
 import argparse
@@ -99,7 +101,7 @@ class Peak(threading.Thread):
       time.sleep(0.002)
 
 
-def load(folder, megabytes, dtype):
+def load(folder, megabytes, dtype, devices):
   """In a fresh process: prints what it found as a line of JSON."""
   import jax
 
@@ -109,7 +111,7 @@ def load(folder, megabytes, dtype):
 
   spec = make_spec(megabytes)
   shapes = shapes_of(spec)
-  mesh = sharding.make_mesh('fsdp')
+  mesh = sharding.make_mesh('fsdp', jax.devices()[:devices])
   places = sharding.shardings_for(shapes, mesh)
   target = jax.tree.map(
     lambda s, p: jax.ShapeDtypeStruct(s.shape, dtype, sharding=p),
@@ -146,7 +148,7 @@ def load(folder, megabytes, dtype):
   print(json.dumps(told))
 
 
-def measure(megabytes, dtype, folder=None):
+def measure(megabytes, dtype, folder=None, devices=8):
   """Writes, loads in a subprocess, and returns its figures in bytes."""
   with tempfile.TemporaryDirectory(dir=folder) as name:
     layer = write(pathlib.Path(name), make_spec(megabytes))
@@ -156,6 +158,7 @@ def measure(megabytes, dtype, folder=None):
       'PYTHONPATH': str(pathlib.Path(__file__).resolve().parents[1]),
     }
     words = [f'--megabytes={megabytes}', f'--dtype={dtype}', f'--load={name}']
+    words.append(f'--devices={devices}')
     done = subprocess.run(
       [sys.executable, __file__, *words],
       env=os.environ | fresh,
@@ -174,13 +177,14 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--megabytes', type=int, default=2000)
   parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--devices', type=int, default=8)
   parser.add_argument('--folder', default=None, help='where the files are made')
   parser.add_argument('--load', default=None, help='(for its own subprocess)')
   flags = parser.parse_args()
   if flags.load:
-    load(flags.load, flags.megabytes, flags.dtype)
+    load(flags.load, flags.megabytes, flags.dtype, flags.devices)
     return 0
-  told = measure(flags.megabytes, flags.dtype, flags.folder)
+  told = measure(flags.megabytes, flags.dtype, flags.folder, flags.devices)
   for name in ('target', 'layer', 'leaf', 'baseline', 'above', 'left', 'bound'):
     print(f'{name:10} {told[name] / 1e6:9.0f} MB')
   over = told['above'] - told['target']

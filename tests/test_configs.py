@@ -43,6 +43,8 @@ ALL = [(n, a) for n in NAMES for a in (None, *VARIANTS.get(n, ()))]
 @pytest.mark.parametrize('name, arguments', ALL)
 def test_builds_and_every_leaf_is_moved(name, arguments):
   spec, plan = planned(name, arguments)
+  named = spec.model['encoder'].get('name')
+  assert spec.init.encoder == (None if spec.init_from else named)
   state, frozen = jax.eval_shape(lambda: state_lib.fresh_state(plan, 0))
   images = jax.ShapeDtypeStruct((2, *spec.data.size, 3), 'uint8')
   step_lib.check_reach(plan, state, frozen, images)

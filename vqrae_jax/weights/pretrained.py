@@ -23,8 +23,9 @@ from vqrae_jax.weights import handles
 from vqrae_jax.weights.match import Expected, Piece, expand, match
 from vqrae_jax.weights.rules import Fill, Known, Table
 
-# Bytes of a block that are on the host at once; one row where that is more.
-CHUNK = 1 << 26
+# A block of more than 4 chunks goes to its device a chunk of rows (or one row)
+# after another: reading and copying hold about three times what is on the way.
+CHUNK = 1 << 25
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -242,10 +243,10 @@ class Pretrained:
     dtype = self.target[leaf].dtype
     shape = [b.stop - b.start for b in block]
     row = np.dtype(dtype).itemsize * math.prod(shape[1:])
-    step = max(1, CHUNK // max(row, 1))
-    if not shape or shape[0] <= step:
+    if not shape or shape[0] * row <= 4 * CHUNK:
       values = self.read(leaf, block)
       return jax.block_until_ready([_onto(values, d) for d in devices])
+    step = max(1, CHUNK // row)
     found = [jnp.zeros(shape, dtype, device=d) for d in devices]
     first, *rest = block
     for at in range(first.start, first.stop, step):
@@ -266,7 +267,7 @@ def _onto(values: np.ndarray, device: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(whole: jax.Array, part: jax.Array, at: int) -> jax.Array:
+def _write(whole: jax.Array, part: jax.Array, at: Any) -> jax.Array:
   return jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
 
 
