@@ -1,8 +1,8 @@
 """Published sizes against transformers, weights random: minutes each.
 
 f32 under the highest matmul precision to 1e-5; bf16 to 2e-2 and no worse than
-1.25 times what torch's own bf16 loses. The two sizes of image are the native
-one and another of ratio 2:1; where the native grid is small, twice it too.
+1.25 times what torch's own bf16 loses. Images are of the native size, of twice
+it (f32 alone: bf16 is slow on CPUs), and of ratio 2:1.
 Weights pass through a file, as published ones do. `-s` prints the figures.
 
 Largest figures on two CPU cores (2026-11-21, torch 2.13, jax 0.10.2):
@@ -53,17 +53,17 @@ CASES = {
   'siglip2-so400m-patch14-384': Case(
     'siglip',
     _sizes(1152, 27, 16, 4304, 384, 14),
-    ((384, 384), (224, 448)),
+    ((384, 384), (768, 768), (224, 448)),
   ),
   'dinov2-with-registers-base': Case(
     'dinov2-registers',
     _sizes(768, 12, 12, 0, 518, 14),
-    ((224, 224), (518, 518), (224, 448)),
+    ((518, 518), (1036, 1036), (224, 448)),
   ),
   'dinov2-giant': Case(
     'dinov2-swiglu',
     _sizes(1536, 40, 24, 0, 518, 14),
-    ((224, 224), (112, 224)),
+    ((518, 518), (1036, 1036), (224, 448)),
   ),
   'vit-mae-base': Case(
     'mae',
@@ -73,13 +73,13 @@ CASES = {
   'internvit-300m-448px': Case(
     'internvit-300m',
     _sizes(1024, 24, 16, 4096, 448, 14),
-    ((448, 448), (224, 448)),
+    ((448, 448), (896, 896), (224, 448)),
   ),
   # Two of its 45 layers, at full width.
   'internvit-6b-448px-v2_5': Case(
     'internvit-6b',
     _sizes(3200, 2, 25, 12800, 448, 14),
-    ((448, 448), (224, 448)),
+    ((448, 448), (896, 896), (224, 448)),
   ),
 }
 
@@ -92,28 +92,33 @@ def test_parity(name, tmp_path):
   model.save_pretrained(tmp_path)
   row = None if name.startswith('internvit') else name
   encoder, variables = vqrae_jax.load_encoder(str(tmp_path), row=row)
-  rng = np.random.default_rng(0)
-  for h, w in case.shapes:
-    x = rng.random((1, h, w, 3), np.float32)
-    want = references.latents(kind, model, x, patch)
-    with jax.default_matmul_precision('highest'):
-      have = jax.jit(encoder.apply)(variables, x)
-    off = references.error(have, want)
-    print(f'\n{name} {h}x{w} f32 {off:.2e}')
-    assert off <= 1e-5
-  h, w = case.shapes[-1]  # x and want are those of the last shape
   half = encoder.clone(
     spec=dataclasses.replace(
       encoder.spec,
       vit=dataclasses.replace(encoder.spec.vit, dtype='bfloat16'),
     )
   )
-  ours = references.error(jax.jit(half.apply)(variables, x), want)
+  rng = np.random.default_rng(0)
+  native, _, wide = case.shapes
+  kept = {}
+  for h, w in case.shapes:
+    x = rng.random((1, h, w, 3), np.float32)
+    want = references.latents(kind, model, x, patch)
+    gc.collect()
+    with jax.default_matmul_precision('highest'):
+      have = jax.jit(encoder.apply)(variables, x)
+    off = references.error(have, want)
+    print(f'\n{name} {h}x{w} f32 {off:.2e}', flush=True)
+    assert off <= 1e-5
+    if (h, w) in (native, wide):
+      ours = references.error(jax.jit(half.apply)(variables, x), want)
+      kept[h, w] = x, want, ours
   del variables
   gc.collect()
-  theirs = references.error(
-    references.latents(kind, model, x, patch, dtype=torch.bfloat16), want
-  )
-  print(f'{name} {h}x{w} bf16 {ours:.2e}, torch {theirs:.2e}')
-  assert ours <= 2e-2
-  assert ours <= 1.25 * theirs
+  for (h, w), (x, want, ours) in kept.items():
+    theirs = references.error(
+      references.latents(kind, model, x, patch, dtype=torch.bfloat16), want
+    )
+    print(f'{name} {h}x{w} bf16 {ours:.2e}, torch {theirs:.2e}', flush=True)
+    assert ours <= 2e-2
+    assert ours <= 1.25 * theirs
