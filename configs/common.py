@@ -27,6 +27,7 @@ def base() -> ml_collections.ConfigDict:
   )
   config.init_from = optional(str)
   config.init = dict(encoder=optional(str), decoder=optional(str))
+  config.teacher = optional(str)
   config.optim = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0)
   config.mesh = dict(layout='dp', tensor=1)
   config.log = dict(
@@ -55,8 +56,12 @@ def encoder_frozen(**schedule) -> tuple:
   return ((r'encoder/.*', None), (r'.*', schedule))
 
 
-def second_stage(config, *, duration: str, **schedule) -> None:
-  """Goes on from a finished run with everything open, at a lower rate."""
+def second_stage(config, *, duration: str, distill: str, **schedule) -> None:
+  """Goes on from a finished run with everything open, at a lower rate, and
+  distils: `distill` is "self" or "teacher", the encoder that it begins with."""
+  config.losses.distill = dict(weight=1.0, target=distill)
+  if distill == 'teacher':
+    config.teacher = 'init'
   config.init_from = 'RUN'  # --config.init_from=runs/NAME
   config.init.encoder = None  # it comes with the run
   config.duration = duration

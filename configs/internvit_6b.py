@@ -9,14 +9,15 @@ VQRAE's numbers (arXiv 2511.23386): squared L2 to the mapped basis, batch 768,
 the encoder as the paper does (5.5 billion parameters more to train);
 `:decoder=B` and `:decoder=L` are smaller. `:stage=2` with
 `--config.init_from=runs/internvit_6b` goes on for 60,000 steps with everything
-open, decoder 1e-4 to 1e-5, encoder at 1e-5.
+open, decoder 1e-4 to 1e-5, encoder at 1e-5, held to the encoder that it began
+with (`distill`).
 
 Parameters lie over all devices ("fsdp") and blocks are recomputed in the
 backward (`remat`): the frozen encoder alone is 22 GB in f32.
 
 The encoder's weights are the published ones, fetched at the start
-(`--config.init.encoder=` for random ones). Not here yet: the perceptual term, the GAN and
-the second stage's distillation.
+(`--config.init.encoder=` for random ones). Not here yet: the
+perceptual term and the GAN.
 """
 
 from configs import common
@@ -45,7 +46,12 @@ def get_config(arguments=None):
   config.mesh.layout = 'fsdp'
   if arg.stage == 2:
     common.second_stage(
-      config, duration='60000 steps', lr=1e-4, end_lr=1e-5, warmup=2000
+      config,
+      duration='60000 steps',
+      distill='teacher',
+      lr=1e-4,
+      end_lr=1e-5,
+      warmup=2000,
     )
     still = dict(lr=1e-5, end_lr=1e-5, warmup=2000)
     config.schedules = ((r'encoder/.*', still), *config.schedules)

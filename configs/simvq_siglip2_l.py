@@ -12,11 +12,13 @@ decoder that mirrors the encoder, batch 1024, 4e-4 to 1e-4 in 100,000 steps;
 for `:stage=2` 70,000 steps, decoder 1e-4 to 1e-5, encoder at 1e-5. The tower
 is not the paper's largest.
 
-The second stage wants `--config.init_from=runs/simvq_siglip2_l`.
+The second stage wants `--config.init_from=runs/simvq_siglip2_l`. It distils:
+the request's from the continuous latents into the quantised ones ("self"), the
+paper's from the encoder that it begins with ("teacher").
 
 The encoder's weights are the published ones, fetched at the start
-(`--config.init.encoder=` for random ones). Not here yet: the perceptual term, the GAN and
-the second stage's distillation.
+(`--config.init.encoder=` for random ones). Not here yet: the
+perceptual term and the GAN.
 """
 
 from configs import common
@@ -54,12 +56,22 @@ def get_config(arguments=None):
     config.schedules = common.encoder_frozen(lr=1e-3, end_lr=1e-5, warmup=2000)
   if arg.stage == 2 and paper:
     common.second_stage(
-      config, duration='70000 steps', lr=1e-4, end_lr=1e-5, warmup=2000
+      config,
+      duration='70000 steps',
+      distill='teacher',
+      lr=1e-4,
+      end_lr=1e-5,
+      warmup=2000,
     )
     still = dict(lr=1e-5, end_lr=1e-5, warmup=2000)
     config.schedules = ((r'encoder/.*', still), *config.schedules)
   elif arg.stage == 2:
     common.second_stage(
-      config, duration='10 epochs', lr=1e-5, end_lr=1e-6, warmup=2000
+      config,
+      duration='10 epochs',
+      distill='self',
+      lr=1e-5,
+      end_lr=1e-6,
+      warmup=2000,
     )
   return config

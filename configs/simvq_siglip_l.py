@@ -9,12 +9,13 @@ frozen. What it leaves open (betas, warm-up, crop and flip) is VQRAE's (arXiv
 without its affine part, as RAE's (2510.11690).
 
 `:stage=2` with `--config.init_from=runs/simvq_siglip_l` goes on for 10 epochs
-at 1e-5 with the encoder open. `:frozen=False` trains the encoder from the
-start.
+at 1e-5 with the encoder open; what the decoder reads is kept near the
+continuous latents (`distill`, target "self", as the request has it; "teacher"
+with `--config.teacher=init` is the paper's). `:frozen=False` trains the encoder
+from the start.
 
 The encoder's weights are the published ones, fetched at the start
-(`--config.init.encoder=` for random ones). Not here yet: LPIPS, the GAN and the second
-stage's distillation.
+(`--config.init.encoder=` for random ones). Not here yet: LPIPS and the GAN.
 """
 
 from configs import common
@@ -46,6 +47,11 @@ def get_config(arguments=None):
   config.mesh.layout = 'fsdp'
   if arg.stage == 2:
     common.second_stage(
-      config, duration='10 epochs', lr=1e-5, end_lr=1e-6, warmup=2000
+      config,
+      duration='10 epochs',
+      distill='self',
+      lr=1e-5,
+      end_lr=1e-6,
+      warmup=2000,
     )
   return config

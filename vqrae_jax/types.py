@@ -61,6 +61,19 @@ class LossInputs:
 
 
 @struct.dataclass
+class LatentInputs:
+  """What a latent loss sees.
+
+  Attributes:
+    out: one forward pass.
+    teacher: f[b gh gw d], the teacher's latents of the same images, or None.
+  """
+
+  out: TokenizerOutput
+  teacher: Array | None = None
+
+
+@struct.dataclass
 class Player:
   """One optimised network: its trainable leaves, optimizer state and stats."""
 

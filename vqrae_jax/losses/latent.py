@@ -3,19 +3,36 @@
 The quantizer computes its own, where codes and latents are at hand in f32
 (`quantizers/base.py`); here they get their names. beta weighs `commit`
 (latents to codes), one weighs `codebook` (codes to latents), as in
-arXiv 1711.00937.
+arXiv 1711.00937. `distill` keeps the encoder's meaning while it moves.
 """
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vqrae_jax.types import TokenizerOutput
+from vqrae_jax.types import LatentInputs
 
 
-def commit(out: TokenizerOutput) -> Float[Array, '']:
+def commit(x: LatentInputs) -> Float[Array, '']:
   """mean (latents - sg(codes))^2 in code space."""
-  return out.quantizer.losses['commit']
+  return x.out.quantizer.losses['commit']
 
 
-def codebook(out: TokenizerOutput) -> Float[Array, '']:
+def codebook(x: LatentInputs) -> Float[Array, '']:
   """mean (sg(latents) - codes)^2 in code space."""
-  return out.quantizer.losses['codebook']
+  return x.out.quantizer.losses['codebook']
+
+
+def distill(x: LatentInputs) -> Float[Array, '']:
+  """How far the latents, or what the decoder reads, drifted; f32.
+
+  With a teacher, mean (latents - teacher)^2: the continuous latents stay
+  those of a frozen encoder (arXiv 2511.23386). Without one ("self"),
+  mean (z_q - sg(latents))^2: the quantised latents stay near the continuous
+  ones, as the PyTorch project has it.
+  """
+  latents = x.out.latents.astype(jnp.float32)
+  if x.teacher is not None:
+    return jnp.mean((latents - x.teacher.astype(jnp.float32)) ** 2)
+  z_q = x.out.quantizer.z_q.astype(jnp.float32)
+  return jnp.mean((z_q - jax.lax.stop_gradient(latents)) ** 2)

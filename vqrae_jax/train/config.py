@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from vqrae_jax.data.pipeline import CROPS, Augment
 from vqrae_jax.errors import UserError, did_you_mean
 from vqrae_jax.losses import IMAGE_TERMS, LATENT_TERMS
@@ -15,6 +17,8 @@ from vqrae_jax.optim import Adam, Schedule, steps_of
 from vqrae_jax.specs import build_spec
 
 Duration = int | str
+DISTILL_TARGETS = ('teacher', 'self')
+INIT = 'init'  # the teacher that a run begins with
 
 
 def _sides(value, length: int) -> bool:
@@ -86,11 +90,19 @@ class DataSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LossTerm:
-  """A weight, and the step or epoch from which it counts."""
+  """A weight, and when it counts.
+
+  Attributes:
+    weight: of the loss, from the ramp's end on.
+    start: the step or epoch from which it counts.
+    unit: "steps" or "epochs", of `start` and `ramp`.
+    ramp: how long the weight rises, linearly, from zero.
+  """
 
   weight: float
   start: int | float = 0
   unit: str = 'steps'
+  ramp: int | float = 0
 
   def __post_init__(self):
     if not 0 < self.weight < float('inf'):
@@ -104,9 +116,34 @@ class LossTerm:
     return steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
 
   def weight_at(self, steps_per_epoch: float | None):
-    """step -> f32[]: zero before the start."""
+    """step -> f32[]: zero before the start, whole when the ramp is over."""
     start = self.start_step(steps_per_epoch)
-    return lambda step: self.weight * (step >= start)
+    ramp = steps_of(f'{self.ramp} {self.unit}', steps_per_epoch, 'losses')
+
+    def at(step):
+      if not ramp:
+        return self.weight * (step >= start)
+      return self.weight * jnp.clip((step - start + 1) / (ramp + 1), 0.0, 1.0)
+
+    return at
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillTerm(LossTerm):
+  """`target`: "teacher", the latents of a frozen encoder (the config's
+  `teacher` says which), or "self", those of the encoder as it is."""
+
+  target: str = 'teacher'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.target not in DISTILL_TARGETS:
+      near = did_you_mean(self.target, DISTILL_TARGETS)
+      raise UserError(f'losses.distill.target={self.target!r}{near}')
+
+
+# Losses with more to say than a weight and a start.
+TERMS = {'distill': DistillTerm}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +245,9 @@ class RunSpec:
     init_from: a run's workdir or a tokenizer's directory whose weights the
       run begins with; its optimizer and step count begin anew.
     init: parts of the weights from elsewhere.
+    teacher: the frozen encoder that losses.distill keeps to: "init", the one
+      that this run begins with (from `init_from` or `init.encoder`), or a
+      published encoder as in `init.encoder`.
   """
 
   model: Mapping
@@ -222,6 +262,7 @@ class RunSpec:
   ema: float = 0.999
   init_from: str | None = None
   init: InitSpec = InitSpec()
+  teacher: str | None = None
   mesh: MeshSpec = MeshSpec()
   log: LogSpec = LogSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
@@ -259,10 +300,31 @@ class RunSpec:
         raise UserError(f'unknown loss "{name}"{did_you_mean(name, known)}')
       if not isinstance(value, Mapping):
         value = {'weight': value}
-      terms[name] = build_spec(LossTerm, value, f'losses.{name}')
+      kind = TERMS.get(name, LossTerm)
+      terms[name] = build_spec(kind, value, f'losses.{name}')
     if not terms:
       raise UserError(f'losses is empty; there are: {", ".join(known)}')
+    self._check_teacher(terms.get('distill'))
     return terms
+
+  def _check_teacher(self, distill: DistillTerm | None) -> None:
+    wanted = distill is not None and distill.target == 'teacher'
+    if wanted and not self.teacher:
+      raise UserError(
+        'losses.distill has the target "teacher", and there is none: set '
+        'teacher="init" (the encoder that this run begins with), to a '
+        'published encoder, or losses.distill.target="self"'
+      )
+    if self.teacher and not wanted:
+      raise UserError(
+        f'teacher={self.teacher} has nothing to teach: add losses.distill with '
+        'the target "teacher", or remove it'
+      )
+    if self.teacher == INIT and not (self.init_from or self.init.encoder):
+      raise UserError(
+        'teacher="init" would be a random encoder: set init_from or '
+        'init.encoder, or name a published encoder'
+      )
 
   def schedule_rows(self) -> list[tuple[str, Schedule | None]]:
     """The rows of `schedules`, checked."""

@@ -40,16 +40,18 @@ class Given:
   Attributes:
     leaves: {"params/…" or "codebook/…": array on the host, or one that reads
       its file when it is sliced}, a subset of the tokenizer's variables as
-      training has them.
+      training has them; "teacher/…" where a frozen encoder teaches.
     says: what was taken, in a line.
     source: the words it came from; '' for none.
     revision: the commits of hub's snapshots among them, if any.
+    teacher: (source, revision) of the encoder that teaches, or None.
   """
 
   leaves: Leaves = dataclasses.field(default_factory=dict)
   says: str = ''
   source: str = ''
   revision: str | None = None
+  teacher: tuple[str, str | None] | None = None
 
 
 def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:
@@ -101,6 +103,37 @@ def given_leaves(
   return Given(leaves, says, init_from)
 
 
+def with_teacher(given: Given, tokenizer: Tokenizer, word: str | None) -> Given:
+  """`given` with the encoder that teaches, if the config has one.
+
+  Args:
+    given: what the run begins with.
+    tokenizer: the run's; the teacher is an encoder like its own.
+    word: the config's `teacher`.
+
+  Raises:
+    UserError: no such encoder, or another than the tokenizer's.
+  """
+  if word is None:
+    return given
+  if word == config_lib.INIT:
+    brought, says = given, f'the encoder of {given.source}'
+  else:
+    brought = _encoder(tokenizer, word, 'teacher')
+    says = brought.says
+  teacher = {
+    f'teacher/{name.removeprefix("params/")}': leaf
+    for name, leaf in brought.leaves.items()
+    if name.startswith('params/encoder/')
+  }
+  return dataclasses.replace(
+    given,
+    leaves=given.leaves | teacher,
+    says=f'{given.says or "random weights"}; the teacher is {says}',
+    teacher=(brought.source, brought.revision),
+  )
+
+
 def _together(parts: list[Given]) -> Given:
   leaves = {name: x for part in parts for name, x in part.leaves.items()}
   revisions = [part.revision for part in parts if part.revision]
@@ -112,14 +145,16 @@ def _together(parts: list[Given]) -> Given:
   )
 
 
-def _encoder(tokenizer: Tokenizer, word: str) -> Given:
+def _encoder(
+  tokenizer: Tokenizer, word: str, key: str = 'init.encoder'
+) -> Given:
   """The encoder's leaves out of a published encoder."""
   try:
     found = pretrained.find_encoder(word)
     fit = pretrained.fit_encoder(found, tokenizer.encoder_spec)
     leaves = {f'params/encoder/{n}': x for n, x in fit.lazy().items()}
   except UserError as e:
-    raise UserError(f'init.encoder={word}: {e}') from None
+    raise UserError(f'{key}={word}: {e}') from None
   at = f' at {found.revision[:12]}' if found.revision else ''
   skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
   says = f'the {len(leaves)} leaves of the encoder {word}{at}{skipped}'
@@ -193,7 +228,9 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
     if n.startswith('params/') and n not in leaves
   }
   held = Frozen({n.removeprefix('params/'): x for n, x in frozen.items()})
-  check_frozen(hash_frozen(held), manifest['frozen'], f'init_from={workdir}')
+  # The run's other frozen trees (a teacher, loss networks) stay behind.
+  recorded = {n: x for n, x in manifest['frozen'].items() if n == 'params'}
+  check_frozen(hash_frozen(held), recorded, f'init_from={workdir}')
   kind = 'averaged' if averaged else 'last'
   return leaves | frozen, (
     f'{len(leaves)} leaves of step {manifest["step"]} of {workdir} ({kind} '

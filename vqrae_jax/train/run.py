@@ -78,7 +78,7 @@ class Run:
   def __init__(self, config: Any, mesh: jax.sharding.Mesh | None = None):
     self.spec = spec = config_lib.read_config(config)
     self._hashes: dict[str, str] | None = None
-    self._origin: tuple[str, str | None] = (f'seed {spec.seed}', None)
+    self._origins: dict[str, tuple[str, str | None]] = {}
     self.tokenizer = build_tokenizer(spec.model)
     if odd := ranges.unusual(spec, self.tokenizer):
       logging.warning(odd)
@@ -158,7 +158,11 @@ class Run:
     """What the config brings; where it came from is kept for manifests."""
     spec = self.spec
     given = origin.given_leaves(self.tokenizer, spec.init_from, spec.init)
-    self._origin = (given.source or f'seed {spec.seed}', given.revision)
+    given = origin.with_teacher(given, self.tokenizer, spec.teacher)
+    source = given.source or f'seed {spec.seed}'
+    self._origins['params'] = (source, given.revision)
+    if given.teacher is not None:
+      self._origins['teacher'] = given.teacher
     return given
 
   def _step(self, state: TrainState) -> Callable:
@@ -187,11 +191,11 @@ class Run:
 
   def frozen_record(self, frozen: Frozen) -> dict[str, dict]:
     """What a manifest says of the frozen trees."""
-    source, revision = self._origin
-    return {
-      name: {'sha256': sha256, 'source': source, 'revision': revision}
-      for name, sha256 in self.frozen_hashes(frozen).items()
-    }
+    record = {}
+    for name, sha256 in self.frozen_hashes(frozen).items():
+      source, revision = self._origins[name]
+      record[name] = {'sha256': sha256, 'source': source, 'revision': revision}
+    return record
 
   def identity(self) -> dict[str, Any]:
     """What must stay as it is while a run goes on: plain JSON."""

@@ -37,6 +37,7 @@ class Plan:
     total_steps: the run's length.
     accumulate: parts that a step's batch is computed in.
     moves_codebook: whether the `codebook` collection follows its updates.
+    teacher: whether a frozen encoder is distilled from.
   """
 
   tokenizer: Tokenizer
@@ -50,6 +51,7 @@ class Plan:
   usage_window: int
   accumulate: int
   moves_codebook: bool
+  teacher: bool
 
   @property
   def leaves(self) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def make_plan(
     usage_window=spec.log.usage_window,
     accumulate=spec.accumulate,
     moves_codebook=any(schedules[n] is not None for n in tables),
+    teacher=spec.teacher is not None,
   )
 
 
@@ -163,7 +166,11 @@ def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
     usage=jnp.zeros(ring, jnp.int32),
     rng=origin.seed_keys(seed)[1],
   )
-  return state, Frozen(params=rest)
+  teacher = None
+  if plan.teacher:
+    encoder = {'encoder': variables['params']['encoder']}
+    teacher = jax.tree.map(jnp.copy, trees.flatten(encoder))
+  return state, Frozen(params=rest, teacher=teacher)
 
 
 def abstract_state(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
@@ -188,8 +195,8 @@ def init_state(
     plan: from `make_plan`.
     mesh: where they lie.
     seed: of every random weight and of the run's key.
-    given: {"params/…" or "codebook/…": array} to begin with instead
-      (`origin.given_leaves`).
+    given: {"params/…", "codebook/…" or "teacher/…": array} to begin with
+      instead (`origin.given_leaves`).
   """
   places = sharding.shardings_for(
     jax.eval_shape(lambda: fresh_state(plan, seed)), mesh
@@ -239,7 +246,10 @@ def with_leaves(
     codebook=trees.unflatten(tables),
   )
   params = _replaced(frozen.params, 'params/', given)
-  return state, frozen.replace(params=params)
+  teacher = frozen.teacher
+  if teacher is not None:
+    teacher = _replaced(teacher, 'teacher/', given)
+  return state, frozen.replace(params=params, teacher=teacher)
 
 
 def variables_of(

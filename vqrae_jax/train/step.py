@@ -23,7 +23,7 @@ from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import trees
 from vqrae_jax.train.state import Plan
-from vqrae_jax.types import Frozen, LossInputs, TrainState
+from vqrae_jax.types import Frozen, LatentInputs, LossInputs, TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -41,12 +41,18 @@ def loss_gradients(
   image_names = [n for n in weights if n in IMAGE_TERMS]
   rngs = {'quantizer': jax.random.fold_in(state.rng, state.step)}
 
+  teacher = None
+  if plan.teacher:
+    variables = {'params': trees.unflatten(frozen.teacher)}
+    teacher = plan.tokenizer.apply(variables, targets, method='encode')
+
   def forward(params):
     variables = {'params': trees.merge(params, frozen.params)}
     if state.codebook:
       variables['codebook'] = state.codebook
     out = plan.tokenizer.apply(variables, targets, train=True, rngs=rngs)
-    latent = {name: LATENT_TERMS[name](out) for name in latent_names}
+    seen = LatentInputs(out, teacher)
+    latent = {name: LATENT_TERMS[name](seen) for name in latent_names}
     # Without an image loss nothing may pretend to reach the decoder.
     image = out.images if image_names else None
     return (image, latent), (out.images, out.quantizer.stats)
