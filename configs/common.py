@@ -28,6 +28,7 @@ def base() -> ml_collections.ConfigDict:
   config.init_from = optional(str)
   config.init = dict(encoder=optional(str), decoder=optional(str))
   config.teacher = optional(str)
+  config.discriminator = optional(object)
   config.optim = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0)
   config.mesh = dict(layout='dp', tensor=1)
   config.log = dict(

@@ -110,6 +110,6 @@ class Frozen:
   """Arrays that no step moves: an argument, never donated, never saved."""
 
   params: Tree
-  lpips: Tree = None
+  losses: Tree = None
   teacher: Tree = None
   discriminator: Tree = None

@@ -54,7 +54,7 @@ def bf16_result(plan, state, frozen, mesh):
   state, frozen = jax.device_put((state, frozen), places)
 
   def forward(state, frozen, images):
-    metrics = step_lib.loss_gradients(plan, state, frozen, images)[1]
+    metrics = step_lib.loss_gradients(plan, state, frozen, images).metrics
     variables = state_lib.variables_of(state, frozen)
     indices = plan.tokenizer.apply(
       variables, images, method='encode_to_indices'

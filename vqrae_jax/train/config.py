@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from vqrae_jax.data.pipeline import CROPS, Augment
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.losses import IMAGE_TERMS, LATENT_TERMS
+from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.optim import Adam, Schedule, steps_of
 from vqrae_jax.specs import build_spec
 
@@ -142,8 +143,59 @@ class DistillTerm(LossTerm):
       raise UserError(f'losses.distill.target={self.target!r}{near}')
 
 
+@dataclasses.dataclass(frozen=True)
+class GanTerm(LossTerm):
+  """`adaptive`: the weight is scaled so that, at the decoder's head, this
+  loss's gradient is as long as that of the weighted image losses."""
+
+  adaptive: bool = True
+
+
 # Losses with more to say than a weight and a start.
-TERMS = {'distill': DistillTerm}
+TERMS = {'distill': DistillTerm, 'gan': GanTerm}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorSpec:
+  """The second player.
+
+  Attributes:
+    name: "patch" or "dino" (`nn/discriminators.py`).
+    fields: of that module.
+    loss: "hinge", "non_saturating" or "vanilla", of both players.
+    schedule: its learning rate, from its start to the run's end.
+    optim: its own AdamW.
+    start: a duration; before it the discriminator rests.
+    updates: its updates in one step.
+    augment: whether it sees images augmented at random (DiffAug).
+    cutout: the share of each side that is cut out then; 0 for none.
+    lecam: weight of LeCam's regulariser.
+    r1: gamma of R1, the penalty on its gradient at real images.
+  """
+
+  name: str
+  fields: Mapping = dataclasses.field(default_factory=dict, hash=False)
+  loss: str = 'hinge'
+  schedule: Schedule = Schedule(lr=2e-4)
+  optim: Adam = Adam(b1=0.9, b2=0.95)
+  start: Duration = 0
+  updates: int = 1
+  augment: bool = True
+  cutout: float = 0.0
+  lecam: float = 0.0
+  r1: float = 0.0
+
+  def __post_init__(self):
+    choose(D_LOSSES, self.loss, 'discriminator.loss')
+    if self.updates < 1:
+      raise UserError(f'discriminator.updates={self.updates} must be above 0')
+    if self.lecam < 0 or self.r1 < 0:
+      raise UserError(
+        f'discriminator.lecam={self.lecam} and discriminator.r1={self.r1} '
+        'must not be negative'
+      )
+    if not 0 <= self.cutout < 1:
+      raise UserError(f'discriminator.cutout={self.cutout} must lie in [0, 1)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +300,7 @@ class RunSpec:
     teacher: the frozen encoder that losses.distill keeps to: "init", the one
       that this run begins with (from `init_from` or `init.encoder`), or a
       published encoder as in `init.encoder`.
+    discriminator: the second player, where losses.gan asks for one.
   """
 
   model: Mapping
@@ -263,6 +316,7 @@ class RunSpec:
   init_from: str | None = None
   init: InitSpec = InitSpec()
   teacher: str | None = None
+  discriminator: DiscriminatorSpec | None = None
   mesh: MeshSpec = MeshSpec()
   log: LogSpec = LogSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
@@ -293,8 +347,8 @@ class RunSpec:
 
   def terms(self) -> dict[str, LossTerm]:
     """{name: LossTerm}, names checked against the loss tables."""
-    known = [*IMAGE_TERMS, *LATENT_TERMS]
-    terms = {}
+    known = [*IMAGE_TERMS, *LATENT_TERMS, 'gan']
+    terms: dict[str, LossTerm] = {}
     for name, value in self.losses.items():
       if name not in known:
         raise UserError(f'unknown loss "{name}"{did_you_mean(name, known)}')
@@ -305,7 +359,24 @@ class RunSpec:
     if not terms:
       raise UserError(f'losses is empty; there are: {", ".join(known)}')
     self._check_teacher(terms.get('distill'))
+    self._check_gan(terms)
     return terms
+
+  def _check_gan(self, terms: Mapping[str, LossTerm]) -> None:
+    gan = terms.get('gan')
+    if (gan is None) != (self.discriminator is None):
+      raise UserError(
+        'losses.gan wants a discriminator: add discriminator=dict(name="patch")'
+        if gan
+        else f'discriminator={self.discriminator.name} has no losses.gan to '
+        'learn for; add that, or set discriminator=None'
+      )
+    if gan and gan.adaptive and not any(n in IMAGE_TERMS for n in terms):
+      raise UserError(
+        'losses.gan is adaptive, and there is no image loss to balance it '
+        f'against; add one ({", ".join(IMAGE_TERMS)}) or set '
+        'losses.gan.adaptive=False'
+      )
 
   def _check_teacher(self, distill: DistillTerm | None) -> None:
     wanted = distill is not None and distill.target == 'teacher'

@@ -16,9 +16,11 @@ import optax
 
 from vqrae_jax import optim, sharding
 from vqrae_jax.errors import UserError
+from vqrae_jax.losses import IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.train import origin
+from vqrae_jax.train.adversary import Adversary, make_adversary
 from vqrae_jax.train.config import RunSpec
 from vqrae_jax.types import Frozen, Player, TrainState
 
@@ -35,9 +37,11 @@ class Plan:
     rates: {leaf name: step -> learning rate}.
     weights: {loss name: step -> weight}.
     total_steps: the run's length.
+    image_size: (h, w) of a training image.
     accumulate: parts that a step's batch is computed in.
     moves_codebook: whether the `codebook` collection follows its updates.
     teacher: whether a frozen encoder is distilled from.
+    adversary: the second player, or None.
   """
 
   tokenizer: Tokenizer
@@ -47,11 +51,23 @@ class Plan:
   rates: optim.Rates
   weights: dict[str, Any]
   total_steps: int
+  image_size: tuple[int, int]
   ema: float
   usage_window: int
   accumulate: int
   moves_codebook: bool
   teacher: bool
+  adversary: Adversary | None
+
+  @property
+  def image_terms(self) -> list[str]:
+    """The losses whose gradient is taken at the reconstruction."""
+    return [n for n in self.weights if n in IMAGE_TERMS]
+
+  @property
+  def latent_terms(self) -> list[str]:
+    """The losses that the forward carries."""
+    return [n for n in self.weights if n in LATENT_TERMS]
 
   @property
   def leaves(self) -> dict[str, Any]:
@@ -129,19 +145,32 @@ def make_plan(
     total,
     steps_per_epoch,
   )
+  adversary = None
+  if spec.discriminator is not None:
+    adversary = make_adversary(
+      spec.discriminator,
+      terms['gan'],
+      tokenizer.decoder_spec,
+      total,
+      steps_per_epoch,
+    )
   return Plan(
     tokenizer=tokenizer,
     shapes=shapes,
     trainable=trainable,
     optimizer=optimizer,
     rates=rates,
-    weights={n: t.weight_at(steps_per_epoch) for n, t in terms.items()},
+    weights={
+      n: t.weight_at(steps_per_epoch) for n, t in terms.items() if n != 'gan'
+    },
     total_steps=total,
+    image_size=spec.data.size,
     ema=spec.ema,
     usage_window=spec.log.usage_window,
     accumulate=spec.accumulate,
     moves_codebook=any(schedules[n] is not None for n in tables),
     teacher=spec.teacher is not None,
+    adversary=adversary,
   )
 
 
@@ -156,11 +185,16 @@ def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
     quantizer.codes_per_token,
     quantizer.codebook_size,
   )
+  discriminator = backbone = None
+  if plan.adversary is not None:
+    key = jax.random.fold_in(origin.seed_keys(seed)[0], 1)
+    image = jnp.zeros((1, *plan.image_size, 3))
+    discriminator, backbone = plan.adversary.fresh(key, image)
   state = TrainState(
     step=jnp.zeros([], jnp.int32),
     tokenizer=Player(params, plan.optimizer.init(params), {}),
     codebook=variables.get('codebook', {}),
-    discriminator=None,
+    discriminator=discriminator,
     # A copy: both are donated, and a buffer may be donated once.
     ema=jax.tree.map(jnp.copy, params) if plan.ema else None,
     usage=jnp.zeros(ring, jnp.int32),
@@ -170,7 +204,9 @@ def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
   if plan.teacher:
     encoder = {'encoder': variables['params']['encoder']}
     teacher = jax.tree.map(jnp.copy, trees.flatten(encoder))
-  return state, Frozen(params=rest, teacher=teacher)
+  return state, Frozen(
+    params=rest, teacher=teacher, discriminator=backbone or None
+  )
 
 
 def abstract_state(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:

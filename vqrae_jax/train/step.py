@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from vqrae_jax import optim
 from vqrae_jax.errors import UserError
@@ -28,23 +29,56 @@ from vqrae_jax.types import Frozen, LatentInputs, LossInputs, TrainState
 Metrics = dict[str, jax.Array]
 
 
-def loss_gradients(
-  plan: Plan, state: TrainState, frozen: Frozen, images: jax.Array
-) -> tuple[dict[str, jax.Array], Metrics, dict[str, jax.Array]]:
-  """({leaf: gradient}, means over the images, the quantizer's summed stats).
+@struct.dataclass
+class Part:
+  """What a step, or an equal part of one, gives before anything moves.
 
-  The means are "loss/NAME" and "mse", the clipped reconstruction's.
+  Attributes:
+    gradients: {leaf: gradient}, a mean over the part's images.
+    metrics: {"loss/NAME", "mse": f32[]}, means too; "mse" is the clipped
+      reconstruction's.
+    stats: the quantizer's, sums.
+    fakes: uint8[b h w 3], the reconstruction, if a discriminator learns on it.
   """
-  targets = image_ops.to_unit(images)
-  weights = {n: w(state.step) for n, w in plan.weights.items()}
-  latent_names = [n for n in weights if n in LATENT_TERMS]
-  image_names = [n for n in weights if n in IMAGE_TERMS]
-  rngs = {'quantizer': jax.random.fold_in(state.rng, state.step)}
 
+  gradients: dict[str, jax.Array]
+  metrics: Metrics
+  stats: dict[str, jax.Array]
+  fakes: jax.Array | None
+
+
+def _cotangents(
+  plan: Plan,
+  state: TrainState,
+  frozen: Frozen,
+  targets: jax.Array,
+  recon: jax.Array,
+  rows: jax.Array,
+) -> tuple[Metrics, jax.Array | None, jax.Array | None]:
+  """({loss: value}, the weighted image losses' cotangent at the
+  reconstruction, the adversarial one's, neither weighted nor balanced)."""
+  values, image, gan = {}, None, None
+  for name in plan.image_terms:
+    values[name], g = jax.value_and_grad(
+      lambda x, term=IMAGE_TERMS[name]: term(
+        LossInputs(x, targets, frozen.losses)
+      )
+    )(recon)
+    g = plan.weights[name](state.step) * g
+    image = g if image is None else image + g
+  if plan.adversary is not None:
+    values['gan'], gan = plan.adversary.generator(state, frozen, recon, rows)
+  return values, image, gan
+
+
+def _forward(plan: Plan, state: TrainState, frozen: Frozen, targets: jax.Array):
+  """params -> ((image or None, latent losses), (image, stats, features))."""
+  rngs = {'quantizer': jax.random.fold_in(state.rng, state.step)}
   teacher = None
   if plan.teacher:
     variables = {'params': trees.unflatten(frozen.teacher)}
     teacher = plan.tokenizer.apply(variables, targets, method='encode')
+  painted = plan.image_terms or plan.adversary is not None
 
   def forward(params):
     variables = {'params': trees.merge(params, frozen.params)}
@@ -52,60 +86,153 @@ def loss_gradients(
       variables['codebook'] = state.codebook
     out = plan.tokenizer.apply(variables, targets, train=True, rngs=rngs)
     seen = LatentInputs(out, teacher)
-    latent = {name: LATENT_TERMS[name](seen) for name in latent_names}
+    latent = {name: LATENT_TERMS[name](seen) for name in plan.latent_terms}
     # Without an image loss nothing may pretend to reach the decoder.
-    image = out.images if image_names else None
-    return (image, latent), (out.images, out.quantizer.stats)
+    image = out.images if painted else None
+    return (image, latent), (out.images, out.quantizer.stats, out.features)
 
-  (_, latent), pullback, (images_out, stats) = jax.vjp(
+  return forward
+
+
+def loss_gradients(
+  plan: Plan,
+  state: TrainState,
+  frozen: Frozen,
+  images: jax.Array,
+  rows: jax.Array | None = None,
+  balance: jax.Array | None = None,
+) -> Part:
+  """One forward, the losses at the image, one pullback.
+
+  Args:
+    plan, state, frozen: the step's.
+    images: as in `train_step`, or a part of them.
+    rows: i32[b], each image's row in the step's batch; all of it if None.
+    balance: the adversarial loss's, over the whole batch; that of `images` if
+      None.
+  """
+  targets = image_ops.to_unit(images)
+  rows = jnp.arange(len(images)) if rows is None else rows
+  forward = _forward(plan, state, frozen, targets)
+  (_, latent), pullback, (recon, stats, features) = jax.vjp(
     forward, state.tokenizer.params, has_aux=True
   )
-  values = dict(latent)
-  cotangent = None
-  for name in image_names:
-    values[name], g = jax.value_and_grad(
-      lambda image, term=IMAGE_TERMS[name]: term(LossInputs(image, targets))
-    )(images_out)
-    g = weights[name] * g
-    cotangent = g if cotangent is None else cotangent + g
-  sent = {n: jnp.asarray(weights[n], latent[n].dtype) for n in latent_names}
+  values, cotangent, gan = _cotangents(
+    plan, state, frozen, targets, recon, rows
+  )
+  metrics = {f'loss/{name}': x for name, x in (latent | values).items()}
+  fakes = None
+  if gan is not None:
+    adversary = plan.adversary
+    if balance is None:
+      balance = _balance(plan, cotangent, gan, features)
+    metrics['gan_balance'] = balance
+    gan = adversary.weight(state.step) * balance * gan
+    cotangent = gan if cotangent is None else cotangent + gan
+    fakes = jnp.round(jnp.clip(recon, 0.0, 1.0) * 255).astype(jnp.uint8)
+  sent = {
+    n: jnp.asarray(plan.weights[n](state.step), x.dtype)
+    for n, x in latent.items()
+  }
   (gradients,) = pullback((cotangent, sent))
-  metrics = {f'loss/{name}': value for name, value in values.items()}
-  clipped = jnp.clip(images_out, 0.0, 1.0)
+  clipped = jnp.clip(recon, 0.0, 1.0)
   metrics['mse'] = jnp.mean((clipped - targets) ** 2)
-  return gradients, metrics, stats
+  return Part(gradients, metrics, stats, fakes)
+
+
+def _balance(plan, image, gan, features):
+  adversary = plan.adversary
+  if not adversary.adaptive:
+    return jnp.ones([])
+  return adversary.balance(
+    adversary.at_head(image, features), adversary.at_head(gan, features)
+  )
+
+
+def _whole_balance(plan, state, frozen, images, rows):
+  """The balance over all parts, by a sweep of forwards before the gradients.
+
+  Args:
+    images: [parts b h w 3].
+    rows: i32[parts b].
+  """
+  adversary = plan.adversary
+
+  def one(part):
+    images, rows = part
+    targets = image_ops.to_unit(images)
+    forward = _forward(plan, state, frozen, targets)
+    _, (recon, _, features) = forward(state.tokenizer.params)
+    _, image, gan = _cotangents(plan, state, frozen, targets, recon, rows)
+    return adversary.at_head(image, features), adversary.at_head(gan, features)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, one(part)), None
+
+  first = jax.tree.map(lambda x: x[0], (images, rows))
+  zero = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)
+  )
+  # Of equal parts' means the factor 1 / parts cancels in the ratio but for
+  # the eps beside it.
+  sums, _ = jax.lax.scan(add, zero, (images, rows))
+  return adversary.balance(*jax.tree.map(lambda x: x / len(images), sums))
 
 
 def accumulated(
   plan: Plan, state: TrainState, frozen: Frozen, images: jax.Array
-) -> tuple[dict[str, jax.Array], Metrics, dict[str, jax.Array]]:
+) -> tuple[Part, tuple[jax.Array, ...] | None]:
   """`loss_gradients` of a batch, computed in `plan.accumulate` parts.
 
   Part m holds rows m, m + A, …: each device keeps the rows it has. Parts are
   equally large, so that means of gradients and losses are those of the whole
-  batch; stats are sums.
+  batch; stats are sums. With an adaptive adversarial loss a sweep of forwards
+  comes first: its balance is that of the whole batch.
+
+  Returns:
+    The whole, and what the discriminator learns on if there is one: images
+    [parts b h w 3], reconstructions of the same shape, rows i32[parts b].
   """
   parts = plan.accumulate
+
+  def split(x):
+    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+  rows = jnp.arange(len(images))
   if parts == 1:
-    return loss_gradients(plan, state, frozen, images)
-  rows = images.reshape(-1, parts, *images.shape[1:])
-  rows = jnp.moveaxis(rows, 1, 0)
-  one = functools.partial(loss_gradients, plan, state, frozen)
+    part = loss_gradients(plan, state, frozen, images, rows)
+    if part.fakes is None:
+      return part, None
+    lot = (images[None], part.fakes[None], rows[None])
+    return part.replace(fakes=None), lot
+  images, rows = split(images), split(rows)
+  balance = None
+  if plan.adversary is not None and plan.adversary.adaptive:
+    balance = _whole_balance(plan, state, frozen, images, rows)
 
-  def add(total, images):
-    return jax.tree.map(jnp.add, total, one(images)), None
+  def one(part):
+    return loss_gradients(plan, state, frozen, *part, balance)
 
-  shapes = jax.eval_shape(one, rows[0])
+  def add(total, part):
+    found = one(part)
+    whole = found.replace(fakes=None)
+    return jax.tree.map(jnp.add, total, whole), found.fakes
+
+  first = jax.tree.map(lambda x: x[0], (images, rows))
+  shapes = jax.eval_shape(one, first).replace(fakes=None)
   zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  (gradients, metrics, stats), _ = jax.lax.scan(add, zero, rows)
-  gradients, metrics = jax.tree.map(lambda x: x / parts, (gradients, metrics))
-  return gradients, metrics, stats
+  whole, fakes = jax.lax.scan(add, zero, (images, rows))
+  gradients, metrics = jax.tree.map(
+    lambda x: x / parts, (whole.gradients, whole.metrics)
+  )
+  whole = whole.replace(gradients=gradients, metrics=metrics)
+  return whole, None if fakes is None else (images, fakes, rows)
 
 
 def train_step(
   plan: Plan, state: TrainState, frozen: Frozen, images: jax.Array
 ) -> tuple[TrainState, Metrics]:
-  """One optimizer step.
+  """One optimizer step of every player.
 
   Args:
     plan: static.
@@ -115,10 +242,12 @@ def train_step(
 
   Returns:
     The next state, and f32[] metrics: "loss/NAME" unweighted, "psnr" of the
-    clipped batch, "grad_norm" before clipping, "usage" and "perplexity" over
-    the window.
+    clipped batch, "grad_norm" before clipping and "update_norm", "usage" and
+    "perplexity" over the window; with a discriminator "gan_balance",
+    "logits/real", "logits/fake" and its own norms.
   """
-  gradients, metrics, stats = accumulated(plan, state, frozen, images)
+  whole, lot = accumulated(plan, state, frozen, images)
+  gradients, metrics, stats = whole.gradients, dict(whole.metrics), whole.stats
   metrics['psnr'] = -10 * jnp.log10(jnp.maximum(metrics.pop('mse'), 1e-10))
   player = state.tokenizer
   updates, opt_state = plan.optimizer.update(
@@ -143,10 +272,16 @@ def train_step(
     metrics['usage'] = code_ops.usage(window).mean()
     metrics['perplexity'] = code_ops.perplexity(window).mean()
   metrics['grad_norm'] = optax.global_norm(gradients)
+  metrics['update_norm'] = optax.global_norm(updates)
+  discriminator = state.discriminator
+  if lot is not None:
+    discriminator, said = plan.adversary.step(state, frozen, *lot)
+    metrics |= said
   state = state.replace(
     step=state.step + 1,
     tokenizer=player.replace(params=params, opt_state=opt_state),
     codebook=codebook,
+    discriminator=discriminator,
     ema=ema,
     usage=usage,
   )
@@ -175,7 +310,7 @@ def check_reach(plan: Plan, state: Any, frozen: Any, images: Any) -> None:
   """
 
   def gradients(state, frozen, images):
-    found = loss_gradients(plan, state, frozen, images)[0]
+    found = loss_gradients(plan, state, frozen, images).gradients
     return [found[name] for name in plan.trainable]
 
   reached = _reached(gradients, state, frozen, images)
