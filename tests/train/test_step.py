@@ -80,9 +80,10 @@ def test_gradients_equal_one_loss(kind):
   plan = planned(kind)
   state, frozen = started(plan)
   images = tiny.images(8)
-  found, metrics, _ = jax.jit(functools.partial(step_lib.loss_gradients, plan))(
+  part = jax.jit(functools.partial(step_lib.loss_gradients, plan))(
     state, frozen, images
   )
+  found, metrics = part.gradients, part.metrics
 
   def total(params):
     variables = {'params': trees.merge(params, frozen.params)}

@@ -20,9 +20,8 @@ from vqrae_jax import optim
 from vqrae_jax.losses import adversarial
 from vqrae_jax.nn import discriminators
 from vqrae_jax.nn.spectral import advance
-from vqrae_jax.ops import augment
+from vqrae_jax.ops import augment, trees
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.ops import trees
 from vqrae_jax.specs import DecoderSpec
 from vqrae_jax.train.config import DiscriminatorSpec, GanTerm
 from vqrae_jax.types import Frozen, Player, TrainState
@@ -248,7 +247,7 @@ def make_adversary(
   leaves = trees.flatten(shapes['params'])
   optimizer, rates = optim.make_optimizer(
     spec.optim,
-    {name: spec.schedule for name in leaves},
+    dict.fromkeys(leaves, spec.schedule),
     leaves,
     max(total_steps - start, 1),
     steps_per_epoch,

@@ -8,7 +8,6 @@ frozen are no argument of the pullback, so they cost no backward.
 The codebook moves once, from the step's sums, after the parameters.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
