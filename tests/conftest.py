@@ -83,3 +83,8 @@ def one_device():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', one)
     yield
+
+
+def pytest_collection_modifyitems(items):
+  """Runs first: they take longest, and files are shared out in order."""
+  items.sort(key=lambda item: item.path.parent.name != 'train')

@@ -16,7 +16,7 @@ def brute(z, table):
   return ((z[:, None] - table[None]) ** 2).sum(-1).argmin(1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
   n=st.integers(1, 40),
   k=st.integers(1, 30),
