@@ -70,7 +70,7 @@ def test_every_array_arrives(tmp_path, term, legacy):
 @pytest.mark.parametrize('term', SIZES)
 def test_random_arrays(term):
   """Of the form of loaded ones, drawn from the key alone, told apart."""
-  draw = functools.partial(networks.random, term, **SIZES[term])
+  draw = jax.jit(functools.partial(networks.random, term, **SIZES[term]))
   one, again, other = map(draw, map(jax.random.key, (0, 0, 1)))
   jax.tree.map(np.testing.assert_array_equal, one, again)
   kernels = [n for n in trees.flatten(one) if n.endswith('kernel')]
@@ -82,7 +82,7 @@ def test_random_arrays(term):
 
 
 def test_names_of_the_published_files():
-  """As FACTS of torchvision: the numbers of VGG16's convolutions."""
+  """torchvision's numbers of VGG16's convolutions, LPIPS's of its heads."""
   sources = [
     r.source for r in networks.VGG16_TABLE.rows if hasattr(r, 'source')
   ]

@@ -38,10 +38,10 @@ def saved(module, path):
 
 
 def ours(term, tree, reconstruction, targets):
-  def loss(image):
+  def loss(image, targets, tree):
     return term(LossInputs(image, targets, {term.__name__: tree}))
 
-  return jax.jit(jax.value_and_grad(loss))(reconstruction)
+  return jax.jit(jax.value_and_grad(loss))(reconstruction, targets, tree)
 
 
 def same(term, tree, loss, h, w):
@@ -98,7 +98,8 @@ def test_convnext(tmp_path, size):
 
 @functools.cache
 def tiny(term):
-  return networks.random(term, jax.random.key(0), **SIZES[term])
+  draw = functools.partial(networks.random, term, **SIZES[term])
+  return jax.jit(draw)(jax.random.key(0))
 
 
 @pytest.mark.parametrize('term', FROZEN_TERMS)
@@ -160,11 +161,10 @@ def test_the_slope_at_zero_is_finite():
 @pytest.mark.parametrize('term', FROZEN_TERMS)
 def test_precision(term):
   """Every product of the value and its gradient asks for the highest."""
-  reconstruction, targets = pair(32, 32, 1)
+  x = LossInputs(*pair(32, 32, 1), {term: tiny(term)})
 
   def loss(image):
-    x = LossInputs(image, targets, {term: tiny(term)})
-    return FROZEN_TERMS[term](x)
+    return FROZEN_TERMS[term](x.replace(reconstruction=image))
 
   seen = []
 
@@ -178,7 +178,7 @@ def test_precision(term):
         if hasattr(value, 'eqns'):
           walk(value)
 
-  walk(jax.make_jaxpr(jax.grad(loss))(reconstruction).jaxpr)
+  walk(jax.make_jaxpr(jax.grad(loss))(x.reconstruction).jaxpr)
   highest = (jax.lax.Precision.HIGHEST,) * 2
   assert len(seen) > 20
   assert set(seen) == {highest}

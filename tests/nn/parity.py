@@ -42,12 +42,12 @@ def compare(model, table, theirs, side, tolerance=1e-4):
   torch.autograd.backward(want, [torch.from_numpy(s) for s in sums])
 
   @jax.jit
-  def both(x):
+  def both(params, x):
     have, pullback = jax.vjp(lambda x: model.apply({'params': params}, x), x)
     given = jax.tree.unflatten(jax.tree.structure(have), sums)
     return jax.tree.leaves(have), pullback(given)[0]
 
-  have, gradient = both(x)
+  have, gradient = both(params, x)
   for ours, torchs in zip(have, want, strict=True):
     close(ours, torchs.detach(), tolerance)
   close(gradient, image.grad.movedim(1, -1), tolerance)
