@@ -54,10 +54,17 @@ class TokenizerOutput:
 
 @struct.dataclass
 class LossInputs:
-  """What an image loss sees; both f32[b h w 3], targets in [0, 1]."""
+  """What an image loss sees.
+
+  Attributes:
+    reconstruction: f32[b h w 3], not clipped.
+    targets: f32[b h w 3] in [0, 1].
+    weights: {term: frozen arrays} of the terms that have any, or None.
+  """
 
   reconstruction: Float[Array, 'b h w 3']
   targets: Float[Array, 'b h w 3']
+  weights: Tree = None
 
 
 @struct.dataclass

@@ -1,13 +1,17 @@
 """The loss tables: a config's `losses` section names their keys.
 
 An image term maps `LossInputs` to f32[]; its gradient is taken at the
-reconstruction. A latent term maps `LatentInputs` to f32[]; the forward
-carries it and the one pullback brings its gradient. Each loss takes images in
+reconstruction. A frozen term is an image term whose network's arrays the
+inputs carry (`networks.py` loads them). A latent term maps `LatentInputs` to
+f32[]; the forward carries it and the one pullback brings its gradient. The
+name "gan" is the second player's (`adversarial.py`). Each loss takes images in
 [0, 1], keeps one name from config to plot, and is logged unweighted.
 """
 
 from vqrae_jax.losses.latent import codebook, commit, distill
+from vqrae_jax.losses.perceptual import convnext, lpips
 from vqrae_jax.losses.reconstruction import l1, l2
 
 IMAGE_TERMS = {'l1': l1, 'l2': l2}
+FROZEN_TERMS = {'lpips': lpips, 'convnext': convnext}
 LATENT_TERMS = {'commit': commit, 'codebook': codebook, 'distill': distill}

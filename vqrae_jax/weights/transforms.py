@@ -122,6 +122,19 @@ TRANSFORMS = {
     index=lambda block: (slice(0, 1), *block),
     axis=1,
   ),
+  # A value a channel, over images [c h w] and batches of them: [c 1 1] and
+  # [1 c 1 1] to [c].
+  'channels': Transform(
+    shape=lambda ours: (*ours, 1, 1),
+    forward=lambda part, ours: part.reshape(ours),
+    backward=lambda ours: ours[..., None, None],
+  ),
+  'batched channels': Transform(
+    shape=lambda ours: (1, *ours, 1, 1),
+    forward=lambda part, ours: part.reshape(ours),
+    backward=lambda ours: ours[None, ..., None, None],
+    axis=1,
+  ),
   # Positions: [gh*gw d] to [gh gw d], and the same behind a batch axis.
   'grid': Transform(
     shape=_rows,

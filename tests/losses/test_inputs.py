@@ -1,0 +1,97 @@
+"""Every image loss looks at what it is given: types, shapes, ranges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.losses.test_perceptual import pair, tiny
+from vqrae_jax.errors import UserError
+from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS
+from vqrae_jax.types import LossInputs
+
+TERMS = IMAGE_TERMS | FROZEN_TERMS
+
+
+def inputs(term, reconstruction, targets):
+  weights = {term: tiny(term)} if term in FROZEN_TERMS else None
+  return LossInputs(reconstruction, targets, weights)
+
+
+# What is done to an image in [0, 1], and the words of the error.
+WRONG = {
+  'uint8': (lambda x: (255 * x).astype(np.uint8), 'type uint8'),
+  'int32': (lambda x: (255 * x).astype(np.int32), 'type int32'),
+  'bool': (lambda x: x > 0.5, 'type bool'),
+  '[-1, 1]': (lambda x: 2 * x - 1, r'\[-1, (1|0\.9+\d*)\].*\(x \+ 1\) / 2'),
+  '[0, 255]': (lambda x: 255 * x, r'\[0, 255\].*divide by 255\?'),
+  'normalised': (lambda x: (x - 0.45) / 0.22, 'undo the pixel norm'),
+}
+
+
+def images():
+  """[0, 1] to its ends."""
+  x = np.array(pair(32, 32, 1)[1])
+  x[0, 0, 0, 0], x[0, 0, 0, 1] = 0, 1
+  return x
+
+
+@pytest.mark.parametrize('as_array', (np.asarray, jnp.asarray))
+@pytest.mark.parametrize('case', WRONG)
+@pytest.mark.parametrize('term', TERMS)
+def test_wrong_values_are_refused(term, case, as_array):
+  change, words = WRONG[case]
+  right, wrong = as_array(images()), as_array(change(images()))
+  for both in (wrong, right):
+    with pytest.raises(UserError, match=words) as e:
+      TERMS[term](inputs(term, both, wrong))
+    assert f'"{term}"' in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('case', ('uint8', 'int32', 'bool', '[0, 255]'))
+@pytest.mark.parametrize('term', TERMS)
+def test_a_wrong_reconstruction_alone(term, case):
+  change, words = WRONG[case]
+  with pytest.raises(UserError, match=f'reconstruction .*{words}'):
+    TERMS[term](inputs(term, change(images()), images()))
+
+
+@pytest.mark.parametrize('term', TERMS)
+def test_a_decoder_may_leave_the_range(term):
+  """It is not clipped; only what is surely no output of one is refused."""
+  loss = TERMS[term](inputs(term, 4 * images() - 2, images()))
+  assert np.isfinite(loss) and loss > 0
+
+
+@pytest.mark.parametrize('term', TERMS)
+def test_under_a_trace_types_count_and_values_do_not(term):
+  x = inputs(term, None, None)
+
+  def loss(a, b):
+    return TERMS[term](x.replace(reconstruction=a, targets=b))
+
+  wrong = 255 * images()
+  assert np.isfinite(jax.jit(loss)(images(), wrong))
+  with pytest.raises(UserError, match='type uint8'):
+    jax.jit(loss)(images(), WRONG['uint8'][0](images()))
+  # Targets that a traced function closes over are at hand.
+  for known in (wrong, jnp.asarray(wrong)):
+    with pytest.raises(UserError, match='divide by 255'):
+      jax.jit(lambda a, b=known: loss(a, b))(images())
+
+
+@pytest.mark.parametrize('term', TERMS)
+def test_shapes(term):
+  with pytest.raises(UserError, match='give two of one shape'):
+    TERMS[term](inputs(term, images(), images()[:, :16]))
+  with pytest.raises(UserError, match=r'must be \[b h w 3\]'):
+    TERMS[term](inputs(term, images()[0], images()[0]))
+  first = images().transpose(0, 3, 1, 2)
+  with pytest.raises(UserError, match='channels last'):
+    TERMS[term](inputs(term, first, first))
+
+
+@pytest.mark.parametrize('term', TERMS)
+def test_half_precision_is_computed_in_f32(term):
+  half = jnp.asarray(images(), jnp.bfloat16)
+  assert TERMS[term](inputs(term, half + 0.1, half)).dtype == jnp.float32

@@ -1,0 +1,199 @@
+"""LPIPS and the ConvNeXt term against plain torch, and where they could fail.
+
+Values relative to 1e-4, gradients to 1e-4 of the largest: deep sums of f32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tests.losses import torch_networks
+from tests.nn.parity import close
+from vqrae_jax.errors import UserError
+from vqrae_jax.losses import FROZEN_TERMS, networks
+from vqrae_jax.losses.perceptual import _unit, convnext, lpips
+from vqrae_jax.types import LossInputs
+from vqrae_jax.weights import published
+
+WIDTHS = (8, 8, 16, 16, 16)
+SMALL = dict(depths=(1, 2, 2, 1), widths=(8, 16, 24, 32), classes=10)
+SIZES = {'lpips': dict(widths=WIDTHS), 'convnext': SMALL}
+
+
+def pair(h, w, n=2, seed=0):
+  """(reconstruction, targets): the first leaves [0, 1] here and there."""
+  rng = np.random.default_rng(seed)
+  targets = rng.random((n, h, w, 3), np.float32)
+  noise = rng.normal(size=targets.shape).astype(np.float32)
+  return targets + 0.1 * noise, targets
+
+
+def saved(module, path):
+  torch.save(module.state_dict(), path)
+  return path
+
+
+def ours(term, tree, reconstruction, targets):
+  def loss(image, targets, tree):
+    return term(LossInputs(image, targets, {term.__name__: tree}))
+
+  return jax.jit(jax.value_and_grad(loss))(reconstruction, targets, tree)
+
+
+def same(term, tree, loss, h, w):
+  """Values and gradients equal those of the torch function `loss`."""
+  reconstruction, targets = pair(h, w)
+  value, gradient = ours(term, tree, reconstruction, targets)
+  a, b = (torch.from_numpy(x).movedim(-1, 1) for x in (reconstruction, targets))
+  want = loss(a.requires_grad_(), b).mean()
+  want.backward()
+  assert float(value) == pytest.approx(float(want), rel=1e-4)
+  close(gradient, a.grad.movedim(1, -1))
+
+
+@functools.cache
+def vgg(widths=(64, 128, 256, 512, 512)):
+  return torch_networks.randomised(torch_networks.VGG16(widths))
+
+
+def test_lpips(tmp_path):
+  heads = torch_networks.randomised(torch_networks.Heads())
+  files = {
+    'vgg16': saved(vgg(), tmp_path / 'vgg16.pth'),
+    'lpips-vgg': saved(heads, tmp_path / 'heads.pth'),
+  }
+  tree = networks.load('lpips', files)
+  loss = functools.partial(torch_networks.lpips, vgg(), heads)
+  same(lpips, tree, loss, 32, 48)
+
+
+def test_lpips_with_its_published_heads(tmp_path):
+  row = published.FILES['lpips-vgg']
+  path = networks.installed_heads() or row.path
+  if not path.is_file():
+    pytest.skip(
+      'no heads of LPIPS: neither the package lpips nor a fetched row'
+    )
+  heads = torch_networks.Heads()
+  heads.load_state_dict(torch.load(path))
+  files = {'vgg16': saved(vgg(), tmp_path / 'vgg16.pth'), 'lpips-vgg': path}
+  tree = networks.load('lpips', files)
+  assert min(float(w.min()) for w in tree['heads'].values()) >= 0
+  loss = functools.partial(torch_networks.lpips, vgg(), heads.eval())
+  same(lpips, tree, loss, 32, 32)
+
+
+@pytest.mark.parametrize('size', ((64, 64), (224, 224), (256, 320)))
+def test_convnext(tmp_path, size):
+  """Smaller than 224, 224 itself, and larger, where antialias counts."""
+  net = torch_networks.randomised(torch_networks.ConvNeXt(**SMALL))
+  files = {'convnext-small': saved(net, tmp_path / 'net.pth')}
+  tree = networks.load('convnext', files, **SMALL)
+  same(convnext, tree, functools.partial(torch_networks.convnext, net), *size)
+
+
+@functools.cache
+def tiny(term):
+  draw = functools.partial(networks.random, term, **SIZES[term])
+  return jax.jit(draw)(jax.random.key(0))
+
+
+@pytest.mark.parametrize('term', FROZEN_TERMS)
+def test_the_distance_to_itself_is_zero_and_flat(term):
+  _, targets = pair(32, 32)
+  value, gradient = ours(FROZEN_TERMS[term], tiny(term), targets, targets)
+  assert value == 0
+  np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize('term', FROZEN_TERMS)
+def test_mean_over_the_batch(term):
+  """Parts of a batch average to the whole: what accumulating counts on."""
+  reconstruction, targets = pair(32, 32, 4)
+  one = functools.partial(ours, FROZEN_TERMS[term], tiny(term))
+  whole, g = one(reconstruction, targets)
+  parts = [one(reconstruction[i::2], targets[i::2]) for i in (0, 1)]
+  assert float(whole) == pytest.approx(
+    sum(float(v) for v, _ in parts) / 2, rel=1e-5
+  )
+  close(g[::2], parts[0][1] / 2, 1e-5)
+
+
+@pytest.mark.parametrize('term', FROZEN_TERMS)
+def test_only_the_reconstruction_has_a_gradient(term):
+  reconstruction, targets = pair(32, 32, 1)
+
+  def loss(targets, tree):
+    x = LossInputs(jnp.asarray(reconstruction), targets, {term: tree})
+    return FROZEN_TERMS[term](x)
+
+  for g in jax.tree.leaves(
+    jax.jit(jax.grad(loss, (0, 1)))(targets, tiny(term))
+  ):
+    np.testing.assert_array_equal(g, 0)
+
+
+def test_features_that_are_all_zero():
+  """Dead everywhere: a distance of zero, and gradients that are numbers."""
+  dead = jax.tree.map(jnp.zeros_like, tiny('lpips')['net'])
+  tree = tiny('lpips') | {'net': dead}
+  value, gradient = ours(lpips, tree, *pair(32, 32))
+  assert value == 0
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_the_slope_at_zero_is_finite():
+  """Without the relu that hides it: at zero, and near it."""
+  for scale in (0.0, 1e-30, 1e-12, 1e-6):
+    x = jnp.full((1, 1, 1, 8), scale)
+    slope = jax.jacobian(_unit)(x)
+    assert np.isfinite(slope).all()
+    assert np.abs(slope).max() <= 1.01e5
+  np.testing.assert_array_equal(_unit(jnp.zeros((1, 1, 1, 8))), 0)
+  x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
+  np.testing.assert_allclose(np.square(_unit(x)).sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('term', FROZEN_TERMS)
+def test_precision(term):
+  """Every product of the value and its gradient asks for the highest."""
+  x = LossInputs(*pair(32, 32, 1), {term: tiny(term)})
+
+  def loss(image):
+    return FROZEN_TERMS[term](x.replace(reconstruction=image))
+
+  seen = []
+
+  def walk(program):
+    for eqn in program.eqns:
+      if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
+        seen.append(eqn.params['precision'])
+      for value in eqn.params.values():
+        if hasattr(value, 'jaxpr'):
+          value = value.jaxpr
+        if hasattr(value, 'eqns'):
+          walk(value)
+
+  walk(jax.make_jaxpr(jax.grad(loss))(x.reconstruction).jaxpr)
+  highest = (jax.lax.Precision.HIGHEST,) * 2
+  assert len(seen) > 20
+  assert set(seen) == {highest}
+
+
+@pytest.mark.parametrize('term', FROZEN_TERMS)
+@pytest.mark.parametrize('weights', (None, {}, {'other': {}}))
+def test_no_weights(term, weights):
+  x = LossInputs(*pair(32, 32, 1), weights)
+  with pytest.raises(UserError, match=f'"{term}" needs the weights') as e:
+    FROZEN_TERMS[term](x)
+  assert '\n' not in str(e.value)
+
+
+def test_images_too_small_for_lpips():
+  x = LossInputs(*pair(32, 15, 1), {'lpips': tiny('lpips')})
+  with pytest.raises(UserError, match='16 pixels a side'):
+    lpips(x)

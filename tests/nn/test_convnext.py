@@ -1,0 +1,42 @@
+"""ConvNeXt's logits against plain torch.
+
+To 1e-4 of the largest: up to forty layers of f32 sums in another order.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.losses import torch_networks
+from tests.nn.parity import compare
+from vqrae_jax.losses import networks
+from vqrae_jax.nn.convnext import ConvNeXt
+from vqrae_jax.ops import trees
+
+
+def check(side, **sizes):
+  theirs = torch_networks.randomised(torch_networks.ConvNeXt(**sizes))
+  compare(ConvNeXt(**sizes), networks.CONVNEXT_TABLE, theirs, side)
+
+
+@pytest.mark.parametrize('side', (32, 45, 64))
+def test_parity(side):
+  check(side, depths=(1, 2, 3, 1), widths=(8, 16, 24, 32), classes=10)
+
+
+def test_parity_at_published_widths():
+  check(32, depths=(1, 1, 1, 1))
+
+
+@pytest.mark.slow
+def test_parity_at_the_published_size():
+  check(64)
+
+
+def test_the_published_size():
+  image = jnp.zeros((1, 32, 32, 3))
+  params = jax.eval_shape(ConvNeXt().init, jax.random.key(0), image)['params']
+  leaves = trees.flatten(params)
+  # As torchvision states it for convnext_small.
+  assert sum(x.size for x in leaves.values()) == 50_223_688
+  assert leaves['blocks3/depthwise/kernel'].shape == (27, 7, 7, 1, 384)

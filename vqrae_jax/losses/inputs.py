@@ -1,0 +1,91 @@
+"""What an image loss was given: its types, shapes, range and weights.
+
+Values are looked at where there are any: outside `jit` and `grad`. Under a
+trace only types and shapes are known, and a wrong range passes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.types import LossInputs, Tree
+
+# Photographs, and what arithmetic may add to them.
+_TARGETS = (-0.01, 1.01)
+# A decoder's output is not clipped, and a young decoder's may lie anywhere
+# near; pixels of 0 to 255 leave these bounds.
+_RECONSTRUCTION = (-100.0, 100.0)
+
+
+def checked(x: LossInputs, term: str) -> LossInputs:
+  """`x` in f32, if both sides are images that an image loss takes.
+
+  Raises:
+    UserError: not floating point; not both [b h w 3]; or, of values that are
+      at hand, targets outside [-0.01, 1.01], a reconstruction beyond ±100.
+  """
+  sides = {
+    'targets': (x.targets, _TARGETS),
+    'reconstruction': (x.reconstruction, _RECONSTRUCTION),
+  }
+  for name, (images, bounds) in sides.items():
+    _check(images, bounds, f'{name} of the loss "{term}"')
+  if x.targets.shape != x.reconstruction.shape:
+    raise UserError(
+      f'the loss "{term}" has targets {x.targets.shape} and a reconstruction '
+      f'{x.reconstruction.shape}; give two of one shape'
+    )
+  return x.replace(
+    reconstruction=jnp.asarray(x.reconstruction, jnp.float32),
+    targets=jnp.asarray(x.targets, jnp.float32),
+  )
+
+
+def _check(images: Any, bounds: tuple[float, float], what: str) -> None:
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise UserError(
+      f'{what} are of type {images.dtype}; give floats in [0, 1]: divide '
+      'uint8 by 255'
+    )
+  if images.ndim != 4 or images.shape[-1] != 3:
+    raise UserError(
+      f'{what} must be [b h w 3], channels last; got {images.shape}'
+    )
+  here = getattr(images, 'is_fully_addressable', True)
+  if isinstance(images, jax.core.Tracer) or not here or not images.size:
+    return
+  values = np.asarray(images)
+  low, high = float(values.min()), float(values.max())
+  if low < bounds[0] or high > bounds[1]:
+    raise UserError(
+      f'{what} lie in [{low:.4g}, {high:.4g}], images in [0, 1]; '
+      f'{_way_out(low, high)}'
+    )
+
+
+def _way_out(low: float, high: float) -> str:
+  if low >= -1.01 and high <= 1.01:
+    return 'if they are in [-1, 1], give (x + 1) / 2'
+  if low < -10:
+    return 'has training diverged?'
+  if high > 10:
+    return 'divide by 255?'
+  return 'undo the pixel normalisation?'
+
+
+def weights_of(x: LossInputs, term: str) -> Tree:
+  """The frozen arrays of a term.
+
+  Raises:
+    UserError: the inputs have none for it.
+  """
+  found = (x.weights or {}).get(term)
+  if found is None:
+    raise UserError(
+      f'the loss "{term}" needs the weights of its network and has none; give '
+      f'LossInputs(weights={{"{term}": losses.networks.load("{term}")}})'
+    )
+  return found

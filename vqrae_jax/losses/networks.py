@@ -1,0 +1,205 @@
+"""The frozen networks of the perceptual losses: published files to arrays.
+
+  weights = {'lpips': networks.load('lpips')}          the published networks
+  weights = {'lpips': networks.random('lpips', key)}   random ones, as such
+
+A term's arrays are {"net": VGG16's or ConvNeXt's parameters}, and for LPIPS
+{"heads": {"tap1": f32[64], …}} beside them. Names are torchvision's and those
+of LPIPS's own file (version 0.1), which the package `lpips` carries: its copy
+is taken where it is installed, without importing it.
+"""
+
+import functools
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqrae_jax.errors import UserError, choose
+from vqrae_jax.nn import vgg
+from vqrae_jax.nn.convnext import ConvNeXt
+from vqrae_jax.ops import trees
+from vqrae_jax.types import Tree
+from vqrae_jax.weights import (
+  Pretrained,
+  Rule,
+  Table,
+  open_weights,
+  published,
+  skip,
+)
+
+# A random head's values lie in [0, this): LPIPS is then of the usual size.
+_HEAD = 0.5
+_GROUPS = range(1, len(vgg.CONVOLUTIONS) + 1)
+
+
+def _pair(
+  theirs: str, ours: str, weight: str, transform: str = 'same'
+) -> list[Rule]:
+  """A layer's weight, under our name for it, and its bias."""
+  row = '[{i}]' if '{i}' in theirs else ''
+  return [
+    Rule(f'{theirs}.weight', f'{ours}/{weight}{row}', transform),
+    Rule(f'{theirs}.bias', f'{ours}/bias{row}'),
+  ]
+
+
+def _layer(theirs: str, ours: str, transform: str) -> list[Rule]:
+  return _pair(theirs, ours, 'kernel', transform)
+
+
+def _norm(theirs: str, ours: str) -> list[Rule]:
+  return _pair(theirs, ours, 'scale')
+
+
+def _vgg_rows() -> list[Rule]:
+  """torchvision's list of layers: a convolution, a relu, …, a pooling."""
+  rows, layer = [], 0
+  for group, count in enumerate(vgg.CONVOLUTIONS, 1):
+    for n in range(1, count + 1):
+      rows += _layer(f'features.{layer}', f'conv{group}_{n}', 'conv')
+      layer += 2
+    layer += 1
+  return rows
+
+
+def _convnext_rows() -> list[Rule]:
+  """torchvision's layers: what halves the resolution, blocks, and so on."""
+  rows = _layer('features.0.0', 'embed', 'conv')
+  rows += _norm('features.0.1', 'norm1')
+  for level in range(1, 5):
+    if level > 1:
+      down = f'features.{2 * level - 2}'
+      rows += _norm(f'{down}.0', f'norm{level}')
+      rows += _layer(f'{down}.1', f'down{level}', 'conv')
+    block, ours = f'features.{2 * level - 1}.{{i}}', f'blocks{level}'
+    rows += _layer(f'{block}.block.0', f'{ours}/depthwise', 'conv')
+    rows += _norm(f'{block}.block.2', f'{ours}/norm')
+    rows += _layer(f'{block}.block.3', f'{ours}/fc1', 'linear')
+    rows += _layer(f'{block}.block.5', f'{ours}/fc2', 'linear')
+    rows.append(
+      Rule(f'{block}.layer_scale', f'{ours}/scale[{{i}}]', 'channels')
+    )
+  rows += _norm('classifier.0', 'norm')
+  return rows + _layer('classifier.2', 'head', 'linear')
+
+
+VGG16_TABLE = Table(
+  (
+    *_vgg_rows(),
+    skip(r'classifier\..*', 'the classifier: LPIPS reads convolutions'),
+  )
+)
+HEADS_TABLE = Table(
+  tuple(
+    Rule(f'lin{n - 1}.model.1.weight', f'tap{n}', 'batched channels')
+    for n in _GROUPS
+  )
+)
+CONVNEXT_TABLE = Table(tuple(_convnext_rows()))
+
+# A term: its parts, each a row of `published.FILES` and how it is read.
+PARTS = {
+  'lpips': {
+    'net': ('vgg16', VGG16_TABLE),
+    'heads': ('lpips-vgg', HEADS_TABLE),
+  },
+  'convnext': {'net': ('convnext-small', CONVNEXT_TABLE)},
+}
+
+
+def _random_lpips(key: Any, widths: tuple[int, ...] = vgg.WIDTHS) -> Tree:
+  key, net_key = jax.random.split(key)
+  image = jnp.zeros((1, vgg.MIN_SIDE, vgg.MIN_SIDE, 3))
+  net = vgg.VGG16(widths).init(net_key, image)['params']
+  heads = {
+    f'tap{n}': jax.random.uniform(
+      jax.random.fold_in(key, n), (width,), maxval=_HEAD
+    )
+    for n, width in enumerate(widths, 1)
+  }
+  return {'net': net, 'heads': heads}
+
+
+def _random_convnext(key: Any, **sizes: Any) -> Tree:
+  image = jnp.zeros((1, 32, 32, 3))
+  return {'net': ConvNeXt(**sizes).init(key, image)['params']}
+
+
+_RANDOM = {'lpips': _random_lpips, 'convnext': _random_convnext}
+
+
+def random(term: str, key: Any, **sizes: Any) -> Tree:
+  """A term's arrays, f32, drawn from `key`; pure.
+
+  Random features still tell images apart, but worse; a run on them is to be
+  named so.
+
+  Args:
+    term: "lpips" or "convnext".
+    key: a JAX key.
+    **sizes: other sizes than the published network's: `widths` of LPIPS's
+      VGG16; `depths`, `widths` and `classes` of ConvNeXt.
+  """
+  return choose(_RANDOM, term, 'loss with a network')(key, **sizes)
+
+
+def load(
+  term: str,
+  files: Mapping[str, str | pathlib.Path] | None = None,
+  **sizes: Any,
+) -> Tree:
+  """A term's arrays, f32 NumPy, out of the published files.
+
+  Args:
+    term: "lpips" or "convnext".
+    files: {row of `weights.published.FILES`: a file to take in its place}.
+    **sizes: as in `random`, for files of other sizes.
+
+  Raises:
+    UserError: a file that is not here (with the command that brings it),
+      damaged, or of another network.
+  """
+  parts = choose(PARTS, term, 'loss with a network')
+  target = jax.eval_shape(
+    functools.partial(random, term, **sizes), jax.random.key(0)
+  )
+  tree = {}
+  for part, (name, table) in parts.items():
+    path = (files or {}).get(name)
+    if path is None and part == 'heads':
+      path = installed_heads()
+    path = path or published.locate(name)
+    way_out = f'bring the published one with: {published.command(name)}'
+    leaves = Pretrained(open_weights(path), table, target[part], way_out).load()
+    tree[part] = trees.unflatten(leaves)
+    if part == 'heads':
+      _check_heads(leaves, path)
+  return tree
+
+
+def _check_heads(leaves: Mapping[str, np.ndarray], path: Any) -> None:
+  if min(float(w.min()) for w in leaves.values()) < 0:
+    raise UserError(
+      f'{path} holds negative weights; the heads of LPIPS are not negative, '
+      'or a distance would be'
+    )
+
+
+def installed_heads() -> pathlib.Path | None:
+  """The heads inside an installed `lpips`, if they are the published ones."""
+  try:
+    spec = importlib.util.find_spec('lpips')
+  except ValueError:  # a module without a spec stands in its place
+    return None
+  for folder in (spec and spec.submodule_search_locations) or ():
+    path = pathlib.Path(folder) / 'weights' / 'v0.1' / 'vgg.pth'
+    want = published.FILES['lpips-vgg'].sha256
+    if path.is_file() and published.digest(path) == want:
+      return path
+  return None
