@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from vqrae_jax.ops import images as image_ops
 
+HIGHEST = jax.lax.Precision.HIGHEST
 LeCamState = dict[str, Float[Array, '']]
 
 
@@ -152,7 +152,7 @@ def head_gradient(
   g = image_ops.patchify(g, patch)
   g = g.reshape(g.shape[0], g.shape[1] * g.shape[2], g.shape[3])
   x = features[:, prefix:].astype(jnp.float32)
-  return jnp.einsum('bne,bnp->ep', x, g, precision=Precision.HIGHEST)
+  return jnp.einsum('bne,bnp->ep', x, g, precision=HIGHEST)
 
 
 def adaptive_weight(

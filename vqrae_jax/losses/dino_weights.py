@@ -102,12 +102,11 @@ def load_backbone(
     UserError: no file, a damaged one, or one that does not fit.
   """
   path = published.locate('dino-s8') if path is None else path
+  shapes = jax.eval_shape(backbone.init, jax.random.key(0), _image(backbone))
   fitted = weights.Pretrained(
     weights.open_weights(path),
     TABLE,
-    jax.eval_shape(backbone.init, jax.random.key(0), _image(backbone))[
-      'params'
-    ],
+    shapes['params'],
     way_out='give the ViT-S/8 that DINO published, its backbone alone',
   )
   return trees.unflatten(fitted.load())
