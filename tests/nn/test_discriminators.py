@@ -25,7 +25,7 @@ TAPS, KERNEL = (2, 0, 1, 2), 5
 
 def images(*shape, seed=0):
   rng = np.random.default_rng(seed)
-  return rng.random(shape).astype(np.float32)
+  return jnp.asarray(rng.random(shape), jnp.float32)
 
 
 def off(found, want):
@@ -34,7 +34,7 @@ def off(found, want):
 
 
 def theirs(x):
-  return torch.tensor(x).double().permute(0, 3, 1, 2)
+  return torch.tensor(np.asarray(x)).double().permute(0, 3, 1, 2)
 
 
 def torch_gradients(model, x, seed, scale=lambda x: x):

@@ -196,7 +196,7 @@ class DinoDiscriminator(torch.nn.Module):
     for i, head in enumerate(self.heads):
       for name in ('enter', 'mix', 'out'):
         conv, at = getattr(head, name), f'head{i}/{name}'
-        out, c, k = conv.weight_orig.shape
+        c, k = conv.weight_orig.shape[1:]
         params[f'{at}/kernel'] = conv.weight_orig.permute(2, 1, 0)
         params[f'{at}/bias'] = conv.bias
         spectral[f'{at}/u'] = conv.weight_u

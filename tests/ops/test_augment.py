@@ -1,6 +1,7 @@
 """DiffAug given its draws, against torch; draws are each sample's own."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -44,7 +45,7 @@ def reference(images, draws, cutout):
 def test_it_equals_torch_values_and_gradients(cutout):
   rng = np.random.default_rng(0)
   images = rng.random((6, 16, 24, 3)).astype(np.float32)
-  draws = augment.draw(jax.random.key(5), np.arange(6))
+  draws = augment.draw(jax.random.key(5), jnp.arange(6))
   # The ends of the ranges, too.
   ends = np.float32(np.nextafter(np.float32(1), np.float32(0)))
   shift = np.asarray(draws.shift).copy()
@@ -64,8 +65,8 @@ def test_it_equals_torch_values_and_gradients(cutout):
 
 def test_draws_are_each_samples_own_and_span_their_ranges():
   key = jax.random.key(0)
-  whole = augment.draw(key, np.arange(4096))
-  part = augment.draw(key, np.arange(32, 40))
+  whole = augment.draw(key, jnp.arange(4096))
+  part = augment.draw(key, jnp.arange(32, 40))
   for a, b in zip(whole, part, strict=True):
     np.testing.assert_array_equal(a[32:40], b)
   for name, low, high in (
@@ -91,4 +92,6 @@ def test_no_draw_at_the_middle_changes_an_image():
     contrast=np.ones(1, np.float32),
     hole=np.full((1, 2), 0.5, np.float32),
   )
-  np.testing.assert_allclose(augment.apply(images, still), images, atol=1e-6)
+  np.testing.assert_allclose(
+    augment.apply(jnp.asarray(images), still), images, atol=1e-6
+  )
