@@ -191,10 +191,11 @@ def test_a_fresh_sigma_is_positive_and_advancing_finds_the_largest_gain():
   kernel = made['params']['head1']['mix']['kernel']
   vectors = made['spectral']
   gains = []
+  advance = jax.jit(spectral.advance)
   for _ in range(40):
     pair = vectors['head1']['mix']
     gains.append(float(spectral.sigma(kernel, pair['u'], pair['v'])))
-    vectors = spectral.advance(made['params'], vectors)
+    vectors = advance(made['params'], vectors)
   top = np.linalg.norm(np.asarray(kernel).reshape(-1, VIT.width), 2)
   assert 0 < gains[0] <= gains[1] <= top * 1.00001
   assert abs(gains[-1] - top) < 1e-2 * top

@@ -50,7 +50,9 @@ def test_it_equals_torch_values_and_gradients(cutout):
   ends = np.float32(np.nextafter(np.float32(1), np.float32(0)))
   shift = np.asarray(draws.shift).copy()
   shift[0], shift[1] = 0, ends
-  draws = draws._replace(shift=shift, hole=shift[::-1])
+  draws = draws._replace(
+    shift=jnp.asarray(shift), hole=jnp.asarray(shift[::-1])
+  )
   held = type(draws)(*map(np.asarray, draws))
   x = torch.tensor(images, dtype=torch.float64, requires_grad=True)
   want = reference(x, held, cutout)
@@ -86,11 +88,11 @@ def test_draws_are_each_samples_own_and_span_their_ranges():
 def test_no_draw_at_the_middle_changes_an_image():
   images = np.random.default_rng(0).random((1, 8, 8, 3)).astype(np.float32)
   still = augment.Draws(
-    shift=np.full((1, 2), 0.5, np.float32),
-    brightness=np.zeros(1, np.float32),
-    saturation=np.ones(1, np.float32),
-    contrast=np.ones(1, np.float32),
-    hole=np.full((1, 2), 0.5, np.float32),
+    shift=jnp.full((1, 2), 0.5),
+    brightness=jnp.zeros(1),
+    saturation=jnp.ones(1),
+    contrast=jnp.ones(1),
+    hole=jnp.full((1, 2), 0.5),
   )
   np.testing.assert_allclose(
     augment.apply(jnp.asarray(images), still), images, atol=1e-6

@@ -7,6 +7,7 @@ published: it starts at random.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -31,15 +32,24 @@ def halved(x: Array, axis: int) -> Array:
 
 
 def max_pooled(x: Array, size: int, axis: int) -> Array:
-  """Maxima over `size` equal parts of `axis`, overlapping where n % size."""
+  """Maxima over `size` equal parts of `axis`, overlapping where n % size.
+
+  By comparing pairs: the gradient of `jnp.max` divides by the number of values
+  that equal the maximum, and is NaN where a compiler that computes them twice
+  rounds the two apart (XLA's CPU backend at optimization level 0, 2026-11).
+  """
   n = x.shape[axis]
-  if n == size:
-    return x
-  parts = [
-    jax.lax.slice_in_dim(x, i * n // size, -(-(i + 1) * n // size), axis=axis)
-    for i in range(size)
-  ]
-  return jnp.stack([part.max(axis) for part in parts], axis)
+  first = np.arange(size) * n // size
+  last = -(-(np.arange(size) + 1) * n // size) - 1
+  found = None
+  for i in range((last - first).max() + 1):
+    at = np.minimum(first + i, last)
+    if n % size == 0:
+      value = jax.lax.slice_in_dim(x, i, None, n // size, axis)
+    else:
+      value = jnp.take(x, at, axis)
+    found = value if i == 0 else jnp.where(value > found, value, found)
+  return found
 
 
 class PatchGAN(nn.Module):
