@@ -7,17 +7,21 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
+from vqrae_jax.losses import adversarial
 from vqrae_jax.models.tokenizer import build_tokenizer
+from vqrae_jax.nn import discriminators
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import run as run_lib
 from vqrae_jax.train import state as state_lib
+from vqrae_jax.types import Player
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,27 @@ def test_every_leaf_of_a_state_is_claimed(kind):
     if '/mu/' in name:
       mine = '0/tokenizer/params/' + name.split('/mu/')[1]
       assert place == places[mine]
+
+
+@pytest.mark.parametrize('name', discriminators.DISCRIMINATORS)
+def test_every_leaf_of_a_discriminator_is_claimed(name):
+  """As a second player holds them: parameters flat, vectors and averages."""
+  model = discriminators.build(dict(name=name))
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  made = jax.eval_shape(model.init, jax.random.key(0), image)
+  params = trees.flatten(made['params'])
+  stats = dict(
+    spectral=made.get('spectral', {}), lecam=adversarial.lecam_init()
+  )
+  player = Player(params, optax.adamw(1e-3).init(params), stats)
+  mesh = sharding.make_mesh('fsdp+tp', tensor=2)
+  tree = dict(discriminator=player, backbone=made.get('backbone', {}))
+  places = trees.flatten(sharding.shardings_for(tree, mesh))
+  assert len(places) == len(jax.tree.leaves(tree))
+  large = [n for n, leaf in params.items() if leaf.size > 2**16]
+  for leaf in large:
+    assert 'fsdp' in places[f'discriminator/params/{leaf}'].spec, leaf
+  assert large
 
 
 def test_specs():

@@ -89,12 +89,16 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); a body for `nn.scan`."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); a body for `nn.scan`.
+
+  With `emit` the scan's output is each block's, besides the last one's.
+  """
 
   spec: ViTSpec
+  emit: bool = False
 
   @nn.compact
-  def __call__(self, x: Array, _: Any = None) -> tuple[Array, None]:
+  def __call__(self, x: Array, _: Any = None) -> tuple[Array, Array | None]:
     s = self.spec
 
     def scaled(y, name):
@@ -108,7 +112,21 @@ class Block(nn.Module):
     y = Attention(s, name='attention')(norm(s, 'norm1')(x))
     x = x + scaled(y, 'scale1')
     y = Mlp(s, name='mlp')(norm(s, 'norm2')(x))
-    return x + scaled(y, 'scale2'), None
+    x = x + scaled(y, 'scale2')
+    return x, x if self.emit else None
+
+
+def _stack(s: ViTSpec, emit: bool = False) -> nn.Module:
+  """The blocks as one module "blocks": (x, None) -> (x, f[depth b n d])."""
+  block = nn.remat(Block, prevent_cse=False) if s.remat else Block
+  stack = nn.scan(
+    block,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    length=s.depth,
+    unroll=1 if s.scan else s.depth,
+  )
+  return stack(s, emit, name='blocks')
 
 
 class Transformer(nn.Module):
@@ -118,16 +136,25 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b n d']) -> Float[Array, 'b n d']:
+    return _stack(self.spec)(x.astype(self.spec.dtype), None)[0]
+
+
+class Taps(nn.Module):
+  """A `Transformer`, its leaves the same, that gives blocks' outputs.
+
+  [b n d] -> [t b n d], after the blocks `after`, counted from 0, in that
+  order, repeated or not. The scan holds the outputs of all blocks until the
+  chosen ones are taken.
+  """
+
+  spec: ViTSpec
+  after: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b n d']) -> Float[Array, 't b n d']:
     s = self.spec
-    block = nn.remat(Block, prevent_cse=False) if s.remat else Block
-    stack = nn.scan(
-      block,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      length=s.depth,
-      unroll=1 if s.scan else s.depth,
-    )
-    return stack(s, name='blocks')(x.astype(s.dtype), None)[0]
+    outputs = _stack(s, emit=True)(x.astype(s.dtype), None)[1]
+    return jnp.stack([outputs[i] for i in self.after])
 
 
 class Embedder(nn.Module):

@@ -1,8 +1,8 @@
 """How a published array lies beside ours: the words that rules use.
 
 A transform says, for one destination block, the shape of its part of the
-source array, and carries values both ways, bitwise. What it does not do:
-choose keys (`rules.py`) or read files.
+source array, and carries values both ways, bitwise ("zeros" aside). What it
+does not do: choose keys (`rules.py`) or read files.
 """
 
 import dataclasses
@@ -87,6 +87,13 @@ TRANSFORMS = {
     shape=lambda ours: ours,
     forward=lambda part, ours: part,
     backward=lambda ours: ours,
+    index=lambda block: block,
+  ),
+  # Its values are not taken: zeros here, and zeros on the way back.
+  'zeros': Transform(
+    shape=lambda ours: ours,
+    forward=lambda part, ours: np.zeros(ours, part.dtype),
+    backward=np.zeros_like,
     index=lambda block: block,
   ),
   # A dense kernel: [out in] to [in out].

@@ -1,0 +1,198 @@
+"""Adversarial losses against torch; the adaptive weight against autograd."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests import tiny
+from vqrae_jax.losses import adversarial
+from vqrae_jax.models.decoder import Decoder
+from vqrae_jax.specs import IMAGENET_NORM, DecoderSpec, ViTSpec, build_spec
+
+RNG = np.random.default_rng(0)
+REAL = jnp.asarray(RNG.normal(0.5, 1.5, (4, 7)), jnp.float32)
+FAKE = jnp.asarray(RNG.normal(-0.3, 1.5, (4, 7)), jnp.float32)
+
+
+def cross_entropy(logits, label):
+  return F.binary_cross_entropy_with_logits(
+    logits, torch.full_like(logits, label)
+  )
+
+
+D_WANT = {
+  'hinge': lambda r, f: (
+    torch.clamp(1 - r, min=0).mean() / 2 + torch.clamp(1 + f, min=0).mean() / 2
+  ),
+  'non_saturating': lambda r, f: cross_entropy(r, 1) + cross_entropy(f, 0),
+  'vanilla': lambda r, f: (cross_entropy(r, 1) + cross_entropy(f, 0)) / 2,
+}
+G_WANT = {
+  'hinge': lambda f: -f.mean(),
+  'non_saturating': lambda f: cross_entropy(f, 1),
+  'vanilla': lambda f: cross_entropy(f, 1),
+}
+
+
+def held(ours, reference, *logits):
+  """Values and gradients to 1e-5."""
+  found, grads = jax.value_and_grad(ours, tuple(range(len(logits))))(*logits)
+  tensors = [
+    torch.tensor(np.asarray(x)).double().requires_grad_() for x in logits
+  ]
+  want = reference(*tensors)
+  want.backward()
+  np.testing.assert_allclose(found, want.detach(), rtol=1e-5)
+  for g, t in zip(grads, tensors, strict=True):
+    error = np.linalg.norm(g - t.grad.numpy())
+    assert error < 1e-5 * np.linalg.norm(t.grad)
+
+
+@pytest.mark.parametrize('name', D_WANT)
+def test_losses_equal_torch(name):
+  held(adversarial.D_LOSSES[name], D_WANT[name], REAL, FAKE)
+  held(adversarial.G_LOSSES[name], G_WANT[name], FAKE)
+  assert set(D_WANT) == set(adversarial.D_LOSSES) == set(adversarial.G_LOSSES)
+
+
+def test_losses_stay_finite_far_out():
+  far = jnp.array([-1e4, 1e4])
+  for name, loss in adversarial.D_LOSSES.items():
+    value, grads = jax.value_and_grad(loss, (0, 1))(far, far)
+    assert np.isfinite(value) and np.isfinite(grads).all(), name
+
+
+def test_lecam_over_three_steps():
+  """An independent count in f64, with a decay that shows."""
+  state, averages = adversarial.lecam_init(), [0.0, 0.0]
+  for step in range(3):
+    real, fake = REAL + step, FAKE - step
+
+    def want(r, f, averages=tuple(averages)):
+      above = torch.clamp(r - averages[1], min=0)
+      below = torch.clamp(averages[0] - f, min=0)
+      return (above**2).mean() + (below**2).mean()
+
+    held(functools.partial(adversarial.lecam, state=state), want, real, fake)
+    means = real.mean(), fake.mean()
+    state = adversarial.lecam_update(state, *means, decay=0.9)
+    averages = [
+      0.9 * a + 0.1 * float(m) for a, m in zip(averages, means, strict=True)
+    ]
+    np.testing.assert_allclose(state['real'], averages[0], rtol=1e-5)
+    np.testing.assert_allclose(state['fake'], averages[1], rtol=1e-5)
+  # Equal parts have the whole's mean.
+  parts = [adversarial.lecam(REAL[i::2], FAKE[i::2], state) for i in range(2)]
+  whole = adversarial.lecam(REAL, FAKE, state)
+  np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-6)
+
+
+def test_r1_equals_torch_and_reaches_the_parameters():
+  x = jnp.asarray(RNG.random((3, 4, 4, 3)), jnp.float32)
+  w = jnp.asarray(RNG.normal(size=(12, 5)), jnp.float32)
+
+  def ours(w):
+    def logits(images):
+      rows = images.reshape(3, 4, 12)
+      y = jnp.einsum('bnc,ck->bnk', rows, w, precision='highest')
+      return jnp.tanh(y).sum(-1)
+
+    return adversarial.r1_penalty(logits, x)
+
+  def theirs(w):
+    images = torch.tensor(np.asarray(x)).double().requires_grad_()
+    y = torch.tanh(images.reshape(3, 4, 12) @ w).sum(-1)
+    (g,) = torch.autograd.grad(y.sum(), images, create_graph=True)
+    return g.pow(2).flatten(1).sum(1).mean()
+
+  held(ours, theirs, w)
+
+
+def test_eight_bits():
+  x = np.array([-0.2, 0.1, 0.4999, 1.7], np.float32).reshape(1, 1, 4, 1)
+  x = jnp.asarray(np.repeat(x, 3, -1))
+  levels = np.asarray(adversarial.to_8_bits(x)) * 255
+  np.testing.assert_allclose(levels[0, 0, :, 0], [0, 26, 127, 255], atol=1e-4)
+  grad = jax.grad(lambda x: adversarial.to_8_bits(x).sum())(x)
+  assert not np.any(grad)
+
+
+@pytest.fixture(scope='module')
+def painted():
+  """A real decoder, one forward, and two losses at its images."""
+  vit = tiny.VIT | tiny.PAINTER | dict(depth=1)
+  spec = DecoderSpec(build_spec(ViTSpec, vit, 'vit'), IMAGENET_NORM)
+  decoder = Decoder(spec)
+  z = jnp.asarray(RNG.normal(size=(4, 3, 2, 6)), jnp.float32)
+  params = jax.jit(decoder.init)(jax.random.key(0), z)['params']
+  target = RNG.random((4, 12, 8, 3)).astype(np.float32)
+  mix = RNG.normal(size=(3, 2)).astype(np.float32)
+
+  def rec(images):
+    return jnp.abs(images - target).mean() + ((images - target) ** 2).mean()
+
+  def gan(images):
+    return -jnp.sin(3 * jnp.einsum('bhwc,ck->bhwk', images, mix)).mean()
+
+  return decoder, params, z, (rec, gan)
+
+
+def test_the_adaptive_weight_equals_two_passes_through_the_decoder(painted):
+  decoder, params, z, terms = painted
+  vit = decoder.spec.vit
+
+  @jax.jit
+  def by_autograd(params):
+    def at_head(term):
+      def loss(kernel):
+        head = params['head'] | {'kernel': kernel}
+        return term(decoder.apply({'params': params | {'head': head}}, z)[0])
+
+      return jax.grad(loss)(params['head']['kernel'])
+
+    return [at_head(term) for term in terms]
+
+  head_gradient = functools.partial(
+    adversarial.head_gradient,
+    std=decoder.spec.pixel_norm.std,
+    patch=vit.patch_size,
+    prefix=vit.num_prefix_tokens,
+  )
+
+  @jax.jit
+  def by_hand(params):
+    images, features = decoder.apply({'params': params}, z)
+    cotangents = [jax.grad(term)(images) for term in terms]
+    whole = [head_gradient(g, features) for g in cotangents]
+    # Rows apart, as micro-batches hold them, add.
+    parts = [
+      sum(head_gradient(g[i::2], features[i::2]) for i in range(2))
+      for g in cotangents
+    ]
+    return whole, parts
+
+  with jax.default_matmul_precision('highest'):
+    want = by_autograd(params)
+    whole, parts = by_hand(params)
+  for w, a, b in zip(want, whole, parts, strict=True):
+    scale = np.linalg.norm(w)
+    assert w.shape == a.shape == (32, 48)
+    assert np.linalg.norm(a - w) < 1e-5 * scale
+    assert np.linalg.norm(b - w) < 1e-5 * scale
+  found = adversarial.adaptive_weight(*map(jnp.linalg.norm, whole))
+  norms = [np.linalg.norm(np.asarray(w, np.float64)) for w in want]
+  np.testing.assert_allclose(found, norms[0] / (norms[1] + 1e-6), rtol=1e-5)
+
+
+def test_the_weight_is_clipped():
+  weight = adversarial.adaptive_weight
+  zero, one = jnp.zeros(()), jnp.ones(())
+  assert weight(one, zero) == 1e4
+  assert weight(zero, zero) == 0
+  assert weight(one, one, low=2.0) == 2
+  np.testing.assert_allclose(weight(one, one, eps=1.0), 0.5)

@@ -1,0 +1,171 @@
+"""Adversarial losses on logits, LeCam, R1, and the weight that adapts.
+
+Logits are f32 of any shape, high for real. The discriminator's own losses are
+hinge (arXiv 1705.02894), non-saturating (1406.2661) and vanilla, which is half
+of it; the decoder's go with them. Nothing here knows a network: a caller
+brings logits, or a function that gives them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vqrae_jax.ops import images as image_ops
+
+HIGHEST = jax.lax.Precision.HIGHEST
+LeCamState = dict[str, Float[Array, '']]
+
+
+def d_hinge(
+  real: Float[Array, '*r'], fake: Float[Array, '*f']
+) -> Float[Array, '']:
+  """(mean relu(1 - real) + mean relu(1 + fake)) / 2."""
+  return (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean()) / 2
+
+
+def d_non_saturating(
+  real: Float[Array, '*r'], fake: Float[Array, '*f']
+) -> Float[Array, '']:
+  """mean softplus(-real) + mean softplus(fake): cross-entropy, summed."""
+  return jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean()
+
+
+def d_vanilla(
+  real: Float[Array, '*r'], fake: Float[Array, '*f']
+) -> Float[Array, '']:
+  """(mean softplus(-real) + mean softplus(fake)) / 2."""
+  return d_non_saturating(real, fake) / 2
+
+
+def g_hinge(fake: Float[Array, '*f']) -> Float[Array, '']:
+  """-mean fake."""
+  return -fake.mean()
+
+
+def g_softplus(fake: Float[Array, '*f']) -> Float[Array, '']:
+  """mean softplus(-fake): -log of the chance that it is real."""
+  return jax.nn.softplus(-fake).mean()
+
+
+# A config's word: what the discriminator and what the decoder minimise.
+D_LOSSES = {
+  'hinge': d_hinge,
+  'non_saturating': d_non_saturating,
+  'vanilla': d_vanilla,
+}
+G_LOSSES = {
+  'hinge': g_hinge,
+  'non_saturating': g_softplus,
+  'vanilla': g_softplus,
+}
+
+
+def lecam_init() -> LeCamState:
+  """{"real": f32[], "fake": f32[]}, averages of logits, at zero."""
+  return {'real': jnp.zeros(()), 'fake': jnp.zeros(())}
+
+
+def lecam(
+  real: Float[Array, '*r'], fake: Float[Array, '*f'], state: LeCamState
+) -> Float[Array, '']:
+  """LeCam's regulariser of the discriminator (arXiv 2104.03310).
+
+  mean relu(real - average of fake)^2 + mean relu(average of real - fake)^2,
+  a mean over logits, so that equal parts of a batch have its mean. TiTok's
+  form is the same with `real.mean()` and `fake.mean()`: that one is of a whole
+  batch only.
+  """
+  above = jax.nn.relu(real - state['fake'])
+  below = jax.nn.relu(state['real'] - fake)
+  return jnp.mean(above**2) + jnp.mean(below**2)
+
+
+def lecam_update(
+  state: LeCamState,
+  real_mean: Float[Array, ''],
+  fake_mean: Float[Array, ''],
+  decay: float = 0.999,
+) -> LeCamState:
+  """The averages after one step, from the means of its whole batch."""
+
+  def moved(average, mean):
+    return decay * average + (1 - decay) * mean
+
+  return {
+    'real': moved(state['real'], real_mean),
+    'fake': moved(state['fake'], fake_mean),
+  }
+
+
+def r1_penalty(
+  logits: Callable[[Array], Array], images: Float[Array, 'b h w 3']
+) -> Float[Array, '']:
+  """mean over images of |gradient of the sum of an image's logits|^2.
+
+  R1 (arXiv 1801.04406) without its factor gamma/2. The gradient is that with
+  respect to images in [0, 1]; over [-1, 1] the penalty would be a quarter.
+
+  Args:
+    logits: images f32[b h w 3] -> f32[b n], each row of its own image alone.
+    images: real ones, in [0, 1], augmented or not.
+  """
+  gradient = jax.grad(lambda x: logits(x).sum())(images)
+  return jnp.mean(jnp.sum(gradient**2, axis=(1, 2, 3)))
+
+
+def to_8_bits(images: Float[Array, 'b h w 3']) -> Float[Array, 'b h w 3']:
+  """Clipped to [0, 1] and rounded to 1/255, as photographs are.
+
+  For reconstructions that the discriminator learns on: rounded real images
+  beside unrounded ones would give it that to tell them by. No gradient passes.
+  """
+  x = jax.lax.stop_gradient(images)
+  return jnp.round(jnp.clip(x, 0.0, 1.0) * 255) / 255
+
+
+def head_gradient(
+  cotangent: Float[Array, 'b h w 3'],
+  features: Float[Array, 'b n e'],
+  std: Sequence[float],
+  patch: int,
+  prefix: int,
+) -> Float[Array, 'e p']:
+  """The gradient of a loss at the kernel of the decoder's head.
+
+  The head is linear and followed by fixed steps only, so its gradient is one
+  product of its inputs with the loss's gradient at the image. Computed in f32
+  at the highest precision, whatever the decoder computes in.
+
+  Args:
+    cotangent: of the loss, at the unclipped reconstruction.
+    features: the head's inputs, prefix tokens first.
+    std: of the decoder's pixel norm.
+    patch: pixels of a patch's side.
+    prefix: prefix tokens, which paint nothing.
+
+  Returns:
+    f32[e patch*patch*3]; those of equal parts of a batch add.
+  """
+  g = cotangent.astype(jnp.float32) * jnp.asarray(std, jnp.float32)
+  g = image_ops.patchify(g, patch)
+  g = g.reshape(g.shape[0], g.shape[1] * g.shape[2], g.shape[3])
+  x = features[:, prefix:].astype(jnp.float32)
+  return jnp.einsum('bne,bnp->ep', x, g, precision=HIGHEST)
+
+
+def adaptive_weight(
+  norm_rec: Float[Array, ''],
+  norm_gan: Float[Array, ''],
+  eps: float = 1e-6,
+  low: float = 0.0,
+  high: float = 1e4,
+) -> Float[Array, '']:
+  """clip(norm_rec / (norm_gan + eps), low, high) (arXiv 2012.09841).
+
+  Args:
+    norm_rec, norm_gan: norms of `head_gradient` over the whole batch, of the
+      weighted reconstruction losses and of the adversarial one.
+  """
+  return jnp.clip(norm_rec / (norm_gan + eps), low, high)

@@ -1,0 +1,139 @@
+"""A discriminator that looks through a frozen DINO ViT-S/8.
+
+As RAE trains against it (arXiv 2510.11690), after StyleGAN-T's (2301.09515):
+patch tokens after some of DINO's blocks (2104.14294), and on each such tap a
+small head of spectral-normed convolutions along the tokens. Only the heads
+learn. The backbone's leaves are the collection "backbone", an argument like
+the others: where they come from is `losses/dino_weights.py`.
+"""
+
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.nn import vit
+from vqrae_jax.nn.spectral import SpectralConv
+from vqrae_jax.ops import images as image_ops
+from vqrae_jax.specs import IMAGENET_NORM, ViTSpec
+
+DINO_S8 = ViTSpec(
+  width=384,
+  depth=12,
+  mlp_dim=1536,
+  num_heads=6,
+  patch_size=8,
+  grid=(28, 28),
+  norm_eps=1e-6,
+  num_prefix_tokens=1,
+  prefix_has_posemb=True,
+)
+# After which blocks, counted from 0; the last one's logits come first.
+TAPS = (11, 2, 5, 8, 11)
+
+
+class Backbone(nn.Module):
+  """images f32[b h w 3] in [0, 1] -> patch tokens f[t b n d] of each tap.
+
+  Images are resized to the native grid's pixels, bilinear without antialias.
+  """
+
+  spec: ViTSpec
+  taps: tuple[int, ...]
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, 'b h w 3']
+  ) -> Float[Array, 't b n d']:
+    s = self.spec
+    size = (s.grid[0] * s.patch_size, s.grid[1] * s.patch_size)
+    x = image_ops.resize(images, size, 'bilinear', antialias=False)
+    x = image_ops.normalize(x, IMAGENET_NORM.mean, IMAGENET_NORM.std)
+    x = image_ops.patchify(x, s.patch_size)
+    x = vit.Embedder(s, name='embed')(x)
+    x = vit.Taps(s, self.taps, name='transformer')(x)
+    return x[:, :, s.num_prefix_tokens :]
+
+
+class InstanceNorm(nn.Module):
+  """Each channel of each image over its tokens to mean 0 and variance 1.
+
+  [b n c]; then scale and bias. The variance is two-pass, over n.
+  """
+
+  eps: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b n c']:
+    scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
+    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+    x = x - x.mean(1, keepdims=True)
+    x = x / jnp.sqrt(jnp.mean(x * x, axis=1, keepdims=True) + self.eps)
+    return x * scale + bias
+
+
+class Head(nn.Module):
+  """Tokens f32[b n c] of one tap -> logits f32[b n]."""
+
+  kernel: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b n']:
+    def layer(x, kernel, name):
+      y = SpectralConv(x.shape[-1], kernel, name=name)(x)
+      y = InstanceNorm(name=f'{name}_norm')(y)
+      return nn.leaky_relu(y, 0.2)
+
+    x = layer(x, 1, 'enter')
+    x = (x + layer(x, self.kernel, 'mix')) / math.sqrt(2)
+    return SpectralConv(1, name='out')(x)[..., 0]
+
+
+class DinoDiscriminator(nn.Module):
+  """images f32[b h w 3] in [0, 1] -> logits f32[b n], high for real.
+
+  n = taps x patches, 3920 at the defaults, tap by tap. Collections: "params"
+  (the heads, 7,386,245 at the defaults), "backbone" (frozen) and "spectral"
+  (`spectral.advance` moves it; calls never do). The heads compute in f32, the
+  backbone in its spec's dtype.
+  """
+
+  vit: ViTSpec = DINO_S8
+  taps: tuple[int, ...] = TAPS
+  kernel: int = 9
+
+  def __post_init__(self):
+    depth, tokens = self.vit.depth, math.prod(self.vit.grid)
+    if not self.taps or not all(0 <= t < depth for t in self.taps):
+      raise UserError(
+        f'discriminator.taps={self.taps} must be blocks from 0 to {depth - 1}'
+      )
+    if self.kernel % 2 == 0 or not 0 < self.kernel <= tokens:
+      raise UserError(
+        f'discriminator.kernel={self.kernel} must be odd and at most the '
+        f'{tokens} tokens of discriminator.vit.grid'
+      )
+    super().__post_init__()
+
+  @property
+  def backbone(self) -> Backbone:
+    """The module whose "params" are this one's collection "backbone"."""
+    return Backbone(self.vit, self.taps, parent=None)
+
+  @nn.compact
+  def __call__(self, images: Float[Array, 'b h w 3']) -> Float[Array, 'b n']:
+    first = {}
+    if self.is_initializing():
+      first = self.backbone.init(self.make_rng('params'), images)['params']
+    leaves = {
+      name: self.variable('backbone', name, lambda n=name: first[n]).value
+      for name in ('embed', 'transformer')
+    }
+    taps = self.backbone.apply({'params': leaves}, images)
+    logits = [
+      Head(self.kernel, name=f'head{i}')(tap.astype(jnp.float32))
+      for i, tap in enumerate(taps)
+    ]
+    return jnp.concatenate(logits, axis=1)

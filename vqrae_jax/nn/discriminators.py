@@ -1,0 +1,38 @@
+"""The discriminators that a config may name, and how one is built.
+
+Each is `apply(variables, images f32[b h w 3] in [0, 1]) -> logits f32[b n]`,
+with the collection "params"; the DINO one has "backbone" and "spectral" too.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from vqrae_jax.errors import UserError, choose
+from vqrae_jax.nn.dino import DINO_S8, DinoDiscriminator
+from vqrae_jax.nn.patchgan import PatchGAN
+from vqrae_jax.specs import build_spec, merge_sections
+
+DISCRIMINATORS = {'patch': PatchGAN, 'dino': DinoDiscriminator}
+
+Discriminator = PatchGAN | DinoDiscriminator
+
+
+def build(section: Mapping, where: str = 'discriminator') -> Discriminator:
+  """The discriminator that `section` names.
+
+  Args:
+    section: dict(name="patch"|"dino", **its fields). Fields of `vit` that are
+      not given are DINO ViT-S/8's.
+    where: the section's name in the config, for the errors.
+
+  Raises:
+    UserError: an unknown name, field or value.
+  """
+  fields = {k: v for k, v in section.items() if k != 'name'}
+  cls = choose(DISCRIMINATORS, section.get('name', '(none given)'), where)
+  if cls is DinoDiscriminator and 'vit' in fields:
+    given = fields['vit']
+    if not isinstance(given, Mapping):
+      raise UserError(f'{where}.vit={given!r} must be a section of fields')
+    fields['vit'] = merge_sections(dataclasses.asdict(DINO_S8), given)
+  return build_spec(cls, fields, where)

@@ -1,0 +1,116 @@
+"""A discriminator of patches, with blurred pooling (TiTok's, 2406.07550).
+
+Convolutions with "same" zero padding; the grid is halved by the blur
+(1 3 3 1), which keeps it from aliasing (arXiv 1904.11486). Nothing in it is
+published: it starts at random.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.nn.spectral import uniform
+
+BLUR = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
+
+
+def halved(x: Array, axis: int) -> Array:
+  """Every second sample of `x` blurred along `axis`, zeros beyond its ends."""
+  n = x.shape[axis]
+  m = -(-n // 2)
+  missing = 2 * (m - 1) + len(BLUR) - n
+  pads = [(0, 0)] * x.ndim
+  pads[axis] = (missing // 2, missing - missing // 2)
+  x = jnp.pad(x, pads)
+  return sum(
+    weight * jax.lax.slice_in_dim(x, i, i + 2 * m - 1, 2, axis)
+    for i, weight in enumerate(BLUR)
+  )
+
+
+def max_pooled(x: Array, size: int, axis: int) -> Array:
+  """Maxima over `size` equal parts of `axis`, overlapping where n % size.
+
+  By comparing pairs: the gradient of `jnp.max` divides by the number of values
+  that equal the maximum, and is NaN where a compiler that computes them twice
+  rounds the two apart (XLA's CPU backend at optimization level 0, 2026-11).
+  """
+  n = x.shape[axis]
+  first = np.arange(size) * n // size
+  last = -(-(np.arange(size) + 1) * n // size) - 1
+  found = None
+  for i in range((last - first).max() + 1):
+    at = np.minimum(first + i, last)
+    if n % size == 0:
+      value = jax.lax.slice_in_dim(x, i, None, n // size, axis)
+    else:
+      value = jnp.take(x, at, axis)
+    found = value if i == 0 else jnp.where(value > found, value, found)
+  return found
+
+
+class PatchGAN(nn.Module):
+  """images f32[b h w 3] in [0, 1] -> logits f32[b n], high for real.
+
+  Widths are `hidden` times 1, 1, 2, 4, … After the last halving the grid is
+  max-pooled to `pool` x `pool` (0: left as it is), so n = pool^2. At its
+  defaults 1,909,889 parameters.
+  """
+
+  hidden: int = 128
+  halvings: int = 3
+  groups: int = 32
+  pool: int = 16
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    if min(self.hidden, self.halvings, self.groups) < 1 or self.pool < 0:
+      raise UserError(
+        f'discriminator: hidden={self.hidden}, halvings={self.halvings} '
+        f'and groups={self.groups} must be above 0, pool={self.pool} not below'
+      )
+    if self.hidden % self.groups:
+      raise UserError(
+        f'discriminator.hidden={self.hidden} must be a multiple of '
+        f'discriminator.groups={self.groups}'
+      )
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise UserError(
+        f'discriminator.dtype={self.dtype!r} must be "float32" or "bfloat16"'
+      )
+    super().__post_init__()
+
+  def _conv(self, x: Array, features: int, side: int, name: str) -> Array:
+    init = uniform(side * side * x.shape[-1])
+    return nn.Conv(
+      features,
+      (side, side),
+      dtype=self.dtype,
+      kernel_init=init,
+      bias_init=init,
+      name=name,
+    )(x)
+
+  @nn.compact
+  def __call__(self, images: Float[Array, 'b h w 3']) -> Float[Array, 'b n']:
+    x = self._conv(2 * images - 1, self.hidden, 5, 'conv_in')
+    x = nn.leaky_relu(x, 0.1)
+    for i in range(self.halvings):
+      x = self._conv(x, self.hidden * 2**i, 3, f'conv{i}')
+      x = halved(halved(x, 1), 2)
+      x = nn.GroupNorm(
+        self.groups,
+        epsilon=1e-5,
+        dtype=self.dtype,
+        use_fast_variance=False,
+        name=f'norm{i}',
+      )(x)
+      x = nn.leaky_relu(x, 0.1)
+    if self.pool:
+      x = max_pooled(max_pooled(x, self.pool, 1), self.pool, 2)
+    x = nn.leaky_relu(self._conv(x, x.shape[-1], 1, 'conv_mix'), 0.1)
+    x = self._conv(x, 1, 5, 'conv_out')
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2]).astype(jnp.float32)

@@ -1,0 +1,105 @@
+"""Spectral norm (arXiv 1802.05957): kernels divided by their largest gain.
+
+The gain sigma = v'Wu comes from two vectors in the collection "spectral". A
+call only reads them; `advance` moves them, once a step, before the
+discriminator's gradient. Gradients go through W, not through the vectors.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vqrae_jax.ops import trees
+
+HIGHEST = jax.lax.Precision.HIGHEST
+EPS = 1e-12  # torch's, under both norms
+
+
+def _unit(x: Array) -> Array:
+  # The root's slope at zero never matters: nothing here is differentiated.
+  return x / jnp.maximum(jnp.linalg.norm(x), EPS)
+
+
+def _matrix(kernel: Array) -> Array:
+  """[k c o] (or any kernel, outputs last) as the matrix [k*c o]."""
+  return kernel.reshape(-1, kernel.shape[-1])
+
+
+def _iterate(kernel: Array, u: Array) -> tuple[Array, Array]:
+  """One power iteration: u f32[o] -> (u, v f32[k*c])."""
+  w = _matrix(kernel)
+  v = _unit(jnp.einsum('io,o->i', w, u, precision=HIGHEST))
+  return _unit(jnp.einsum('io,i->o', w, v, precision=HIGHEST)), v
+
+
+def sigma(kernel: Array, u: Array, v: Array) -> Float[Array, '']:
+  """v'Wu, differentiable in the kernel alone."""
+  u, v = jax.lax.stop_gradient((u, v))
+  return jnp.einsum('i,io,o->', v, _matrix(kernel), u, precision=HIGHEST)
+
+
+def advance(params: Any, spectral: Any) -> Any:
+  """One power iteration for every kernel that has vectors in `spectral`.
+
+  Args:
+    params: the discriminator's, nested or {leaf name: leaf}.
+    spectral: its collection "spectral" (nested or flat too); {} stays {}.
+
+  Returns:
+    The next `spectral`, in the same form.
+  """
+  kernels, vectors = trees.flatten(params), trees.flatten(spectral)
+  moved = {}
+  for name in vectors:
+    home, _, last = name.rpartition('/')
+    if last == 'u':
+      u, v = _iterate(kernels[f'{home}/kernel'], vectors[name])
+      moved |= {name: u, f'{home}/v': v}
+  moved = jax.lax.stop_gradient(moved)
+  return trees.map_named(lambda name, _: moved[name], spectral)
+
+
+def uniform(fan_in: int) -> nn.initializers.Initializer:
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's start of kernels and biases."""
+  bound = 1 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class SpectralConv(nn.Module):
+  """A convolution along tokens that wraps around, its kernel over sigma.
+
+  [b n c] -> [b n features]; `kernel` tokens wide, odd, at most n.
+  """
+
+  features: int
+  kernel: int = 1
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b n o']:
+    shape = (self.kernel, x.shape[-1], self.features)
+    init = uniform(self.kernel * x.shape[-1])
+    kernel = self.param('kernel', init, shape)
+    bias = self.param('bias', init, (self.features,))
+
+    first = (None, None)
+    if self.is_initializing():
+      # Iterated once: sigma would be as likely negative as not.
+      key = self.make_rng('params')
+      first = _iterate(kernel, _unit(jax.random.normal(key, shape[-1:])))
+    u = self.variable('spectral', 'u', lambda: first[0]).value
+    v = self.variable('spectral', 'v', lambda: first[1]).value
+    kernel = kernel / sigma(kernel, u, v)
+    side = self.kernel // 2
+    x = jnp.pad(x, ((0, 0), (side, side), (0, 0)), mode='wrap')
+    y = jax.lax.conv_general_dilated(
+      x, kernel, (1,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC')
+    )
+    return y + bias

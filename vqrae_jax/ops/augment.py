@@ -1,0 +1,117 @@
+"""Differentiable augmentation of what a discriminator sees, drawn explicitly.
+
+DiffAug (arXiv 2006.10738): translation, brightness, saturation, contrast and,
+if asked, cutout. `draw` makes each sample's numbers out of a key and that
+sample's own number, so that they do not depend on which device or which part
+of a step a sample falls to; `apply` is a pure function of images and draws.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+TRANSLATION = 0.125  # of a side, at most, either way
+
+
+class Draws(NamedTuple):
+  """One sample's numbers a row; those in [0, 1) are scaled by the image.
+
+  Attributes:
+    shift: f32[b 2] in [0, 1), rows and columns: where in ±.125 of a side.
+    brightness: f32[b] in [-.5, .5), added.
+    saturation: f32[b] in [0, 2), scales the distance from the pixel's grey.
+    contrast: f32[b] in [.5, 1.5), scales the distance from the image's mean.
+    hole: f32[b 2] in [0, 1): the middle of the cutout.
+  """
+
+  shift: Array
+  brightness: Array
+  saturation: Array
+  contrast: Array
+  hole: Array
+
+
+def draw(key: Key[Array, ''], sample_indices: Int[Array, ' b']) -> Draws:
+  """The draws of each sample.
+
+  Args:
+    key: of this step and this use: real and reconstructed images want two.
+    sample_indices: each sample's row in the step's whole batch.
+  """
+
+  def numbers(index):
+    return jax.random.uniform(jax.random.fold_in(key, index), (7,))
+
+  u = jax.vmap(numbers)(sample_indices)
+  return Draws(
+    shift=u[:, :2],
+    brightness=u[:, 2] - 0.5,
+    saturation=2 * u[:, 3],
+    contrast=u[:, 4] + 0.5,
+    hole=u[:, 5:],
+  )
+
+
+def _translate(x: Array, shift: Array) -> Array:
+  """Moves each image by up to TRANSLATION of a side; what comes in is 0."""
+  h, w = x.shape[1:3]
+  most = (round(h * TRANSLATION), round(w * TRANSLATION))
+  steps = jnp.asarray([2 * m + 1 for m in most], shift.dtype)
+  start = jnp.floor(shift * steps).astype(jnp.int32)
+  start = jnp.minimum(start, steps.astype(jnp.int32) - 1)
+  padded = jnp.pad(x, ((0, 0), (most[0],) * 2, (most[1],) * 2, (0, 0)))
+
+  def cut(image, at):
+    return jax.lax.dynamic_slice(image, (at[0], at[1], 0), x.shape[1:])
+
+  return jax.vmap(cut)(padded, start)
+
+
+def _cut_out(x: Array, hole: Array, share: float) -> Array:
+  """Zeroes a rectangle of `share` of each side, partly outside or not."""
+
+  def inside(n, u):
+    side = round(n * share)
+    middle = jnp.floor(u * (n + 1 - side % 2)).astype(jnp.int32)
+    first = (middle - side // 2)[:, None]
+    at = jnp.arange(n)[None]
+    return (at >= first) & (at < first + side)
+
+  rows, columns = (inside(x.shape[1 + i], hole[:, i]) for i in range(2))
+  gone = rows[:, :, None] & columns[:, None, :]
+  return jnp.where(gone[..., None], 0.0, x)
+
+
+def apply(
+  images: Float[Array, 'b h w 3'], draws: Draws, cutout: float = 0.0
+) -> Float[Array, 'b h w 3']:
+  """Augmented images, differentiable in `images`.
+
+  The published numbers are for images in [-1, 1]; ours are scaled to it and
+  back. So what is moved in or cut out is grey, and ±.5 of brightness is ±.25
+  here.
+
+  Args:
+    images: f32 in [0, 1]; values beyond are kept as they are.
+    draws: from `draw`, a row an image.
+    cutout: the hole's side as a share of the image's; 0 for none.
+
+  Returns:
+    f32, not clipped.
+  """
+
+  def each(numbers):
+    return numbers[:, None, None, None]
+
+  x = 2 * images.astype(jnp.float32) - 1
+  x = _translate(x, draws.shift)
+  x = x + each(draws.brightness)
+  grey = x.mean(-1, keepdims=True)
+  x = each(draws.saturation) * (x - grey) + grey
+  mean = x.mean((1, 2, 3), keepdims=True)
+  x = each(draws.contrast) * (x - mean) + mean
+  if cutout:
+    x = _cut_out(x, draws.hole, cutout)
+  return (x + 1) / 2
