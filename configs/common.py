@@ -26,7 +26,9 @@ def base() -> ml_collections.ConfigDict:
     max_skipped=0.01,
   )
   config.init_from = optional(str)
-  config.init = dict(encoder=optional(str), decoder=optional(str))
+  config.init = dict(
+    encoder=optional(str), decoder=optional(str), networks='published'
+  )
   config.teacher = optional(str)
   config.discriminator = optional(object)
   config.optim = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0)

@@ -25,6 +25,7 @@ AXES = ('data', 'fsdp', 'model')
 # End of a leaf's name -> the axes of its trailing dimensions; leading ones
 # (the stack of blocks, an average's history) are whole on every device.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r'(lpips|convnext)/.*', ()),  # small, and every device wants all of it
   (r'attention/(query|key|value)/kernel', ('fsdp', 'model')),
   (r'attention/(query|key|value)/bias', ('model',)),
   (r'attention/out/kernel', ('model', 'fsdp')),

@@ -223,11 +223,9 @@ def build_spec(cls: type[Spec], section: Mapping[str, Any], where: str) -> Spec:
     UserError: an unknown, missing or mistyped key.
   """
   hints = typing.get_type_hints(cls)
-  fields = {
-    f.name: f
-    for f in dataclasses.fields(cls)
-    if f.init and f.name not in ('parent', 'name')
-  }
+  fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+  if fields.pop('parent', None):  # a linen module's own, and so is its name
+    del fields['name']
   values = {}
   for key, value in section.items():
     if key not in fields:

@@ -67,7 +67,7 @@ class Adversary:
       'lecam': adversarial.lecam_init(),
     }
     player = Player(params, self.optimizer.init(params), stats)
-    return player, trees.flatten(variables.get('backbone', {}))
+    return player, variables.get('backbone', {})
 
   def logits(
     self, params: Any, spectral: Any, frozen: Frozen, images: Any
@@ -77,7 +77,7 @@ class Adversary:
     if spectral:
       variables['spectral'] = trees.unflatten(spectral)
     if frozen.discriminator:
-      variables['backbone'] = trees.unflatten(frozen.discriminator)
+      variables['backbone'] = frozen.discriminator
     return self.module.apply(variables, images)
 
   def _seen(self, state: TrainState, images: Any, rows: Any, use: int) -> Any:

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from vqrae_jax.data.pipeline import CROPS, Augment
 from vqrae_jax.errors import UserError, choose, did_you_mean
-from vqrae_jax.losses import IMAGE_TERMS, LATENT_TERMS
+from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.optim import Adam, Schedule, steps_of
 from vqrae_jax.specs import build_spec
 
 Duration = int | str
+NETWORKS = ('published', 'random')
 DISTILL_TARGETS = ('teacher', 'self')
 INIT = 'init'  # the teacher that a run begins with
 
@@ -252,15 +253,22 @@ class InitSpec:
     encoder: a published encoder: a row of the table, "hf:ORG/NAME[@REV]", a
       folder or a file.
     decoder: "rae:FILE", a published RAE decoder.
+    networks: "published" or "random": the frozen networks that losses and the
+      discriminator look through. Random features still tell images apart, but
+      worse, and a run on them says so.
   """
 
   encoder: str | None = None
   decoder: str | None = None
+  networks: str = 'published'
 
   def __post_init__(self):
     for part in ('encoder', 'decoder'):  # cleared on a command line
       if getattr(self, part) == '':
         object.__setattr__(self, part, None)
+    if self.networks not in NETWORKS:
+      near = did_you_mean(self.networks, NETWORKS)
+      raise UserError(f'init.networks={self.networks!r}{near}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +355,7 @@ class RunSpec:
 
   def terms(self) -> dict[str, LossTerm]:
     """{name: LossTerm}, names checked against the loss tables."""
-    known = [*IMAGE_TERMS, *LATENT_TERMS, 'gan']
+    known = [*IMAGE_TERMS, *FROZEN_TERMS, *LATENT_TERMS, 'gan']
     terms: dict[str, LossTerm] = {}
     for name, value in self.losses.items():
       if name not in known:
@@ -371,10 +379,11 @@ class RunSpec:
         else f'discriminator={self.discriminator.name} has no losses.gan to '
         'learn for; add that, or set discriminator=None'
       )
-    if gan and gan.adaptive and not any(n in IMAGE_TERMS for n in terms):
+    image = [*IMAGE_TERMS, *FROZEN_TERMS]
+    if gan and gan.adaptive and not any(n in image for n in terms):
       raise UserError(
         'losses.gan is adaptive, and there is no image loss to balance it '
-        f'against; add one ({", ".join(IMAGE_TERMS)}) or set '
+        f'against; add one ({", ".join(image)}) or set '
         'losses.gan.adaptive=False'
       )
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from vqrae_jax import export, pretrained
 from vqrae_jax.errors import UserError
+from vqrae_jax.losses import dino_weights, networks
 from vqrae_jax.models import rae
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
 from vqrae_jax.ops import trees
@@ -132,6 +133,52 @@ def with_teacher(given: Given, tokenizer: Tokenizer, word: str | None) -> Given:
     says=f'{given.says or "random weights"}; the teacher is {says}',
     teacher=(brought.source, brought.revision),
   )
+
+
+def with_networks(
+  given: Given, terms: list[str], adversary: Any, kind: str
+) -> Given:
+  """`given` with the frozen networks of losses and discriminator.
+
+  Args:
+    given: what the run begins with.
+    terms: the losses that have one.
+    adversary: the second player, or None.
+    kind: the config's `init.networks`; "random" leaves the seed's.
+
+  Raises:
+    UserError: a file that is not here (with the command that brings it, and
+      the way out), or is another.
+  """
+  backbone = getattr(adversary and adversary.module, 'backbone', None)
+  names = terms + ['discriminator'] * (backbone is not None)
+  if not names:
+    return given
+  if kind == 'random':
+    says = f'RANDOM networks in {", ".join(names)} (init.networks="random")'
+    return dataclasses.replace(
+      given, says=f'{given.says or "random weights"}; {says}'
+    )
+  leaves = {}
+  try:
+    for term in terms:
+      tree = {'losses': {term: networks.load(term)}}
+      leaves |= trees.flatten(tree)
+  except UserError as e:
+    raise UserError(
+      f'losses.{term}: {e}, or train on random features: '
+      '--config.init.networks=random'
+    ) from None
+  if backbone is not None:
+    try:
+      tree = {'discriminator': dino_weights.load_backbone(backbone)}
+    except UserError as e:
+      raise UserError(
+        f'discriminator: {e}, or take the one without a backbone: '
+        '--config.discriminator.name=patch'
+      ) from None
+    leaves |= trees.flatten(tree)
+  return dataclasses.replace(given, leaves=given.leaves | leaves)
 
 
 def _together(parts: list[Given]) -> Given:

@@ -160,6 +160,11 @@ class Run:
     given = origin.given_leaves(self.tokenizer, spec.init_from, spec.init)
     given = origin.with_teacher(given, self.tokenizer, spec.teacher)
     source = given.source or f'seed {spec.seed}'
+    given = origin.with_networks(
+      given, self.plan.networks, self.plan.adversary, spec.init.networks
+    )
+    kind = (f'{spec.init.networks} weights', None)
+    self._origins = {'losses': kind, 'discriminator': kind}
     self._origins['params'] = (source, given.revision)
     if given.teacher is not None:
       self._origins['teacher'] = given.teacher

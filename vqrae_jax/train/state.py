@@ -16,7 +16,7 @@ import optax
 
 from vqrae_jax import optim, sharding
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import IMAGE_TERMS, LATENT_TERMS
+from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS, networks
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.train import origin
@@ -62,7 +62,12 @@ class Plan:
   @property
   def image_terms(self) -> list[str]:
     """The losses whose gradient is taken at the reconstruction."""
-    return [n for n in self.weights if n in IMAGE_TERMS]
+    return [n for n in self.weights if n in IMAGE_TERMS | FROZEN_TERMS]
+
+  @property
+  def networks(self) -> list[str]:
+    """The losses that look through a frozen network."""
+    return [n for n in self.weights if n in FROZEN_TERMS]
 
   @property
   def latent_terms(self) -> list[str]:
@@ -202,10 +207,18 @@ def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
   )
   teacher = None
   if plan.teacher:
-    encoder = {'encoder': variables['params']['encoder']}
-    teacher = jax.tree.map(jnp.copy, trees.flatten(encoder))
+    teacher = jax.tree.map(
+      jnp.copy, {'encoder': variables['params']['encoder']}
+    )
+  seen_by = {
+    term: networks.random(term, jax.random.fold_in(jax.random.key(seed), n))
+    for n, term in enumerate(plan.networks)
+  }
   return state, Frozen(
-    params=rest, teacher=teacher, discriminator=backbone or None
+    params=rest,
+    losses=seen_by or None,
+    teacher=teacher,
+    discriminator=backbone or None,
   )
 
 
@@ -231,8 +244,8 @@ def init_state(
     plan: from `make_plan`.
     mesh: where they lie.
     seed: of every random weight and of the run's key.
-    given: {"params/…", "codebook/…" or "teacher/…": array} to begin with
-      instead (`origin.given_leaves`).
+    given: {"params/…", "codebook/…", or "teacher/…" and the other frozen
+      trees: array} to begin with instead (`origin.py`).
   """
   places = sharding.shardings_for(
     jax.eval_shape(lambda: fresh_state(plan, seed)), mesh
@@ -282,10 +295,12 @@ def with_leaves(
     codebook=trees.unflatten(tables),
   )
   params = _replaced(frozen.params, 'params/', given)
-  teacher = frozen.teacher
-  if teacher is not None:
-    teacher = _replaced(teacher, 'teacher/', given)
-  return state, frozen.replace(params=params, teacher=teacher)
+  others = {}
+  for part in ('losses', 'teacher', 'discriminator'):
+    if (tree := getattr(frozen, part)) is not None:
+      leaves = _replaced(trees.flatten(tree), f'{part}/', given)
+      others[part] = trees.unflatten(leaves)
+  return state, frozen.replace(params=params, **others)
 
 
 def variables_of(

@@ -18,7 +18,7 @@ from flax import struct
 
 from vqrae_jax import optim
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import IMAGE_TERMS, LATENT_TERMS
+from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import trees
@@ -26,6 +26,7 @@ from vqrae_jax.train.state import Plan
 from vqrae_jax.types import Frozen, LatentInputs, LossInputs, TrainState
 
 Metrics = dict[str, jax.Array]
+_IMAGE = IMAGE_TERMS | FROZEN_TERMS
 
 
 @struct.dataclass
@@ -59,9 +60,7 @@ def _cotangents(
   values, image, gan = {}, None, None
   for name in plan.image_terms:
     values[name], g = jax.value_and_grad(
-      lambda x, term=IMAGE_TERMS[name]: term(
-        LossInputs(x, targets, frozen.losses)
-      )
+      lambda x, term=_IMAGE[name]: term(LossInputs(x, targets, frozen.losses))
     )(recon)
     g = plan.weights[name](state.step) * g
     image = g if image is None else image + g
@@ -75,7 +74,7 @@ def _forward(plan: Plan, state: TrainState, frozen: Frozen, targets: jax.Array):
   rngs = {'quantizer': jax.random.fold_in(state.rng, state.step)}
   teacher = None
   if plan.teacher:
-    variables = {'params': trees.unflatten(frozen.teacher)}
+    variables = {'params': frozen.teacher}
     teacher = plan.tokenizer.apply(variables, targets, method='encode')
   painted = plan.image_terms or plan.adversary is not None
 
