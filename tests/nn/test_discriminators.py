@@ -147,8 +147,9 @@ def test_dino_equals_torch_over_three_steps(tmp_path):
   have = dict(params=params, backbone=backbone, spectral=vectors)
   trees.check_same(dict(shapes), have, 'the reference')
   # A flat tree of parameters, as a player holds it, gives a flat one.
-  flat = spectral.advance(trees.flatten(params), trees.flatten(vectors))
-  want = trees.flatten(spectral.advance(params, vectors))
+  advance = jax.jit(spectral.advance)
+  flat = advance(trees.flatten(params), trees.flatten(vectors))
+  want = trees.flatten(advance(params, vectors))
   for name, leaf in flat.items():
     np.testing.assert_array_equal(leaf, want[name])
   # Keys' biases of the file are not taken, the other two thirds are.
