@@ -112,7 +112,7 @@ def dino(tmp_path, spec, taps, kernel):
   return reference, model, backbone, file
 
 
-def hold(reference, model, backbone, x, steps):
+def hold(reference, model, backbone, x, steps, slopes=1e-4):
   """Ours equals torch's in training, step by step, and then in evaluation."""
   params, vectors = map(trees.unflatten, reference.leaves())
   n = len(model.taps) * model.vit.grid[0] * model.vit.grid[1]
@@ -131,11 +131,11 @@ def hold(reference, model, backbone, x, steps):
     logits, (dp, found) = run(params, rest, x, seed)
     assert logits.shape == (len(x), n)
     assert off(logits, want) < 1e-4
-    assert off(found, dx) < 1e-4
+    assert off(found, dx) < slopes
     for i, head in enumerate(reference.heads):
       for name in ('enter', 'mix', 'out'):
         kernel = getattr(head, name).weight_orig.grad.permute(2, 1, 0)
-        assert off(dp[f'head{i}'][name]['kernel'], kernel) < 1e-4, name
+        assert off(dp[f'head{i}'][name]['kernel'], kernel) < slopes, name
   return params, vectors
 
 
@@ -167,7 +167,10 @@ def test_dino_equals_torch_at_its_real_size(tmp_path):
     tmp_path, defaults.vit, defaults.taps, defaults.kernel
   )
   assert file['pos_embed'].shape == (1, 785, 384)
-  hold(reference, model, backbone, images(1, 256, 256, 3), 1)
+  # Of three million LeakyReLUs a few lie so near their kink that f32 and f64
+  # fall to either side: torch's own f32 gradient at the images is 4.3e-3 off
+  # its f64 one (values 1.6e-5), ours 4.9e-4.
+  hold(reference, model, backbone, images(1, 256, 256, 3), 1, slopes=2e-3)
 
 
 def test_dino_at_its_defaults():
