@@ -251,3 +251,20 @@ def test_a_random_backbone_fits():
   shapes = jax.eval_shape(model.init, jax.random.key(0), images(1, 16, 16, 3))
   found = dino_weights.random_backbone(jax.random.key(0), model.backbone)
   trees.check_same(shapes['backbone'], found, 'a random backbone')
+
+
+@pytest.mark.parametrize('name', ('patch', 'dino'))
+def test_bf16_and_remat_are_near_and_their_gradients_finite(name):
+  if name == 'patch':
+    model, half = PatchGAN(**PATCH), PatchGAN(**PATCH, dtype='bfloat16')
+  else:
+    spec = dataclasses.replace(VIT, dtype='bfloat16', remat=True)
+    model, half = (DinoDiscriminator(s, TAPS, KERNEL) for s in (VIT, spec))
+  x = images(2, 16, 16, 3)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+  want = jax.jit(model.apply)(variables, x)
+  found, pull = jax.vjp(jax.jit(lambda x: half.apply(variables, x)), x)
+  assert found.dtype == jnp.float32
+  assert off(found, want) < 5e-2
+  gradient = pull(jnp.ones_like(found))[0]
+  assert np.isfinite(gradient).all() and np.any(gradient)
