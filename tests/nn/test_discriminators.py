@@ -112,7 +112,7 @@ def dino(tmp_path, spec, taps, kernel):
   return reference, model, backbone, file
 
 
-def hold(reference, model, backbone, x, steps):
+def hold(reference, model, backbone, x, steps, slopes=1e-4):
   """Ours equals torch's in training, step by step, and then in evaluation."""
   params, vectors = map(trees.unflatten, reference.leaves())
   n = len(model.taps) * model.vit.grid[0] * model.vit.grid[1]
@@ -131,11 +131,11 @@ def hold(reference, model, backbone, x, steps):
     logits, (dp, found) = run(params, rest, x, seed)
     assert logits.shape == (len(x), n)
     assert off(logits, want) < 1e-4
-    assert off(found, dx) < 1e-4
+    assert off(found, dx) < slopes
     for i, head in enumerate(reference.heads):
       for name in ('enter', 'mix', 'out'):
         kernel = getattr(head, name).weight_orig.grad.permute(2, 1, 0)
-        assert off(dp[f'head{i}'][name]['kernel'], kernel) < 1e-4, name
+        assert off(dp[f'head{i}'][name]['kernel'], kernel) < slopes, name
   return params, vectors
 
 
@@ -147,8 +147,9 @@ def test_dino_equals_torch_over_three_steps(tmp_path):
   have = dict(params=params, backbone=backbone, spectral=vectors)
   trees.check_same(dict(shapes), have, 'the reference')
   # A flat tree of parameters, as a player holds it, gives a flat one.
-  flat = spectral.advance(trees.flatten(params), trees.flatten(vectors))
-  want = trees.flatten(spectral.advance(params, vectors))
+  advance = jax.jit(spectral.advance)
+  flat = advance(trees.flatten(params), trees.flatten(vectors))
+  want = trees.flatten(advance(params, vectors))
   for name, leaf in flat.items():
     np.testing.assert_array_equal(leaf, want[name])
   # Keys' biases of the file are not taken, the other two thirds are.
@@ -166,7 +167,10 @@ def test_dino_equals_torch_at_its_real_size(tmp_path):
     tmp_path, defaults.vit, defaults.taps, defaults.kernel
   )
   assert file['pos_embed'].shape == (1, 785, 384)
-  hold(reference, model, backbone, images(1, 256, 256, 3), 1)
+  # Of three million LeakyReLUs a few lie so near their kink that f32 and f64
+  # fall to either side: torch's own f32 gradient at the images is 4.3e-3 off
+  # its f64 one (values 1.6e-5), ours 4.9e-4.
+  hold(reference, model, backbone, images(1, 256, 256, 3), 1, slopes=2e-3)
 
 
 def test_dino_at_its_defaults():
@@ -247,3 +251,20 @@ def test_a_random_backbone_fits():
   shapes = jax.eval_shape(model.init, jax.random.key(0), images(1, 16, 16, 3))
   found = dino_weights.random_backbone(jax.random.key(0), model.backbone)
   trees.check_same(shapes['backbone'], found, 'a random backbone')
+
+
+@pytest.mark.parametrize('name', ('patch', 'dino'))
+def test_bf16_and_remat_are_near_and_their_gradients_finite(name):
+  if name == 'patch':
+    model, half = PatchGAN(**PATCH), PatchGAN(**PATCH, dtype='bfloat16')
+  else:
+    spec = dataclasses.replace(VIT, dtype='bfloat16', remat=True)
+    model, half = (DinoDiscriminator(s, TAPS, KERNEL) for s in (VIT, spec))
+  x = images(2, 16, 16, 3)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+  want = jax.jit(model.apply)(variables, x)
+  found, pull = jax.vjp(jax.jit(lambda x: half.apply(variables, x)), x)
+  assert found.dtype == jnp.float32
+  assert off(found, want) < 5e-2
+  gradient = pull(jnp.ones_like(found))[0]
+  assert np.isfinite(gradient).all() and np.any(gradient)

@@ -108,12 +108,14 @@ def dino_file(width, depth, mlp, patch, side, seed=0):
 
 def dino_taps(state, images, heads, taps):
   """[b 3 h w] in [0, 1] -> a list of [b c n], one a tap."""
-  state = {name: value.double() for name, value in state.items()}
+  state = {name: value.to(images.dtype) for name, value in state.items()}
   kernel = state['patch_embed.proj.weight']
   width, patch = kernel.shape[0], kernel.shape[-1]
   side = patch * math.isqrt(state['pos_embed'].shape[1] - 1)
   x = F.interpolate(images, (side, side), mode='bilinear', align_corners=False)
-  mean, std = (torch.tensor(v).double()[:, None, None] for v in (MEAN, STD))
+  mean, std = (
+    torch.tensor(v, dtype=images.dtype)[:, None, None] for v in (MEAN, STD)
+  )
   x = F.conv2d(
     (x - mean) / std, kernel, state['patch_embed.proj.bias'], stride=patch
   )
