@@ -51,7 +51,7 @@ def same(term, tree, loss, h, w):
   a, b = (torch.from_numpy(x).movedim(-1, 1) for x in (reconstruction, targets))
   want = loss(a.requires_grad_(), b).mean()
   want.backward()
-  assert float(value) == pytest.approx(float(want), rel=1e-4)
+  assert float(value) == pytest.approx(want.item(), rel=1e-4)
   close(gradient, a.grad.movedim(1, -1))
 
 
@@ -79,7 +79,7 @@ def test_lpips_with_its_published_heads(tmp_path):
       'no heads of LPIPS: neither the package lpips nor a fetched row'
     )
   heads = torch_networks.Heads()
-  heads.load_state_dict(torch.load(path))
+  heads.load_state_dict(torch.load(path, 'cpu'))
   files = {'vgg16': saved(vgg(), tmp_path / 'vgg16.pth'), 'lpips-vgg': path}
   tree = networks.load('lpips', files)
   assert min(float(w.min()) for w in tree['heads'].values()) >= 0
@@ -104,10 +104,11 @@ def tiny(term):
 
 @pytest.mark.parametrize('term', FROZEN_TERMS)
 def test_the_distance_to_itself_is_zero_and_flat(term):
+  """To rounding: XLA may compile the two passes differently."""
   _, targets = pair(32, 32)
   value, gradient = ours(FROZEN_TERMS[term], tiny(term), targets, targets)
-  assert value == 0
-  np.testing.assert_array_equal(gradient, 0)
+  assert value <= 1e-10
+  assert np.abs(gradient).max() <= 1e-7
 
 
 @pytest.mark.parametrize('term', FROZEN_TERMS)

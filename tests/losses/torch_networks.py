@@ -33,7 +33,7 @@ class VGG16(nn.Module):
 
   def forward(self, x):
     taps = []
-    for n, layer in enumerate(self.features):
+    for n, layer in enumerate(self.features[:30]):
       x = layer(x)
       if n in (3, 8, 15, 22, 29):
         taps.append(x)

@@ -54,8 +54,9 @@ def _check(images: Any, bounds: tuple[float, float], what: str) -> None:
     raise UserError(
       f'{what} must be [b h w 3], channels last; got {images.shape}'
     )
-  here = getattr(images, 'is_fully_addressable', True)
-  if isinstance(images, jax.core.Tracer) or not here or not images.size:
+  if isinstance(images, jax.core.Tracer) or not images.size:
+    return
+  if not getattr(images, 'is_fully_addressable', True):  # on other hosts
     return
   values = np.asarray(images)
   low, high = float(values.min()), float(values.max())
