@@ -8,6 +8,7 @@ import pytest
 from tests.losses.test_perceptual import pair, tiny
 from vqrae_jax.errors import UserError
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS
+from vqrae_jax.losses.inputs import checked
 from vqrae_jax.types import LossInputs
 
 TERMS = IMAGE_TERMS | FROZEN_TERMS
@@ -56,11 +57,10 @@ def test_a_wrong_reconstruction_alone(term, case):
     TERMS[term](inputs(term, change(images()), images()))
 
 
-@pytest.mark.parametrize('term', TERMS)
-def test_a_decoder_may_leave_the_range(term):
+def test_a_decoder_may_leave_the_range():
   """It is not clipped; only what is surely no output of one is refused."""
-  loss = TERMS[term](inputs(term, 4 * images() - 2, images()))
-  assert np.isfinite(loss) and loss > 0
+  x = checked(LossInputs(4 * images() - 2, images()), 'l2')
+  assert x.reconstruction.max() == 2
 
 
 @pytest.mark.parametrize('term', TERMS)
@@ -94,4 +94,5 @@ def test_shapes(term):
 @pytest.mark.parametrize('term', TERMS)
 def test_half_precision_is_computed_in_f32(term):
   half = jnp.asarray(images(), jnp.bfloat16)
-  assert TERMS[term](inputs(term, half + 0.1, half)).dtype == jnp.float32
+  x = inputs(term, half + 0.1, half)
+  assert jax.eval_shape(TERMS[term], x).dtype == jnp.float32

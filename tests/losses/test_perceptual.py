@@ -1,8 +1,10 @@
 """LPIPS and the ConvNeXt term against plain torch, and where they could fail.
 
-Values relative to 1e-4, gradients to 1e-4 of the largest: deep sums of f32.
+torch computes in f64, we in f32: values to 1e-5, gradients to 1e-5 of the
+largest.
 """
 
+import copy
 import functools
 
 import jax
@@ -20,7 +22,7 @@ from vqrae_jax.types import LossInputs
 from vqrae_jax.weights import published
 
 WIDTHS = (8, 8, 16, 16, 16)
-SMALL = dict(depths=(1, 2, 2, 1), widths=(8, 16, 24, 32), classes=10)
+SMALL = dict(depths=(1, 2, 1, 1), widths=(4, 8, 12, 16), classes=10)
 SIZES = {'lpips': dict(widths=WIDTHS), 'convnext': SMALL}
 
 
@@ -44,14 +46,20 @@ def ours(term, tree, reconstruction, targets):
   return jax.jit(jax.value_and_grad(loss))(reconstruction, targets, tree)
 
 
+def double(*modules):
+  """Copies in f64: torch's own f32 gradients are off by up to 2e-4 here."""
+  return [copy.deepcopy(m).double() for m in modules]
+
+
 def same(term, tree, loss, h, w):
   """Values and gradients equal those of the torch function `loss`."""
   reconstruction, targets = pair(h, w)
   value, gradient = ours(term, tree, reconstruction, targets)
-  a, b = (torch.from_numpy(x).movedim(-1, 1) for x in (reconstruction, targets))
+  sides = map(torch.from_numpy, (reconstruction, targets))
+  a, b = (x.double().movedim(-1, 1) for x in sides)
   want = loss(a.requires_grad_(), b).mean()
   want.backward()
-  assert float(value) == pytest.approx(float(want), rel=1e-4)
+  assert float(value) == pytest.approx(want.item(), rel=1e-5)
   close(gradient, a.grad.movedim(1, -1))
 
 
@@ -67,7 +75,7 @@ def test_lpips(tmp_path):
     'lpips-vgg': saved(heads, tmp_path / 'heads.pth'),
   }
   tree = networks.load('lpips', files)
-  loss = functools.partial(torch_networks.lpips, vgg(), heads)
+  loss = functools.partial(torch_networks.lpips, *double(vgg(), heads))
   same(lpips, tree, loss, 32, 48)
 
 
@@ -79,21 +87,26 @@ def test_lpips_with_its_published_heads(tmp_path):
       'no heads of LPIPS: neither the package lpips nor a fetched row'
     )
   heads = torch_networks.Heads()
-  heads.load_state_dict(torch.load(path))
+  heads.load_state_dict(torch.load(path, 'cpu'))
   files = {'vgg16': saved(vgg(), tmp_path / 'vgg16.pth'), 'lpips-vgg': path}
   tree = networks.load('lpips', files)
   assert min(float(w.min()) for w in tree['heads'].values()) >= 0
-  loss = functools.partial(torch_networks.lpips, vgg(), heads.eval())
+  loss = functools.partial(torch_networks.lpips, *double(vgg(), heads.eval()))
   same(lpips, tree, loss, 32, 32)
 
 
-@pytest.mark.parametrize('size', ((64, 64), (224, 224), (256, 320)))
+@pytest.mark.parametrize('size', ((64, 64), (256, 320)))
 def test_convnext(tmp_path, size):
-  """Smaller than 224, 224 itself, and larger, where antialias counts."""
+  """Smaller than 224, and larger, where antialias counts."""
   net = torch_networks.randomised(torch_networks.ConvNeXt(**SMALL))
   files = {'convnext-small': saved(net, tmp_path / 'net.pth')}
   tree = networks.load('convnext', files, **SMALL)
-  same(convnext, tree, functools.partial(torch_networks.convnext, net), *size)
+  same(
+    convnext,
+    tree,
+    functools.partial(torch_networks.convnext, *double(net)),
+    *size,
+  )
 
 
 @functools.cache
@@ -104,23 +117,23 @@ def tiny(term):
 
 @pytest.mark.parametrize('term', FROZEN_TERMS)
 def test_the_distance_to_itself_is_zero_and_flat(term):
+  """To rounding: XLA may compile the two passes differently."""
   _, targets = pair(32, 32)
   value, gradient = ours(FROZEN_TERMS[term], tiny(term), targets, targets)
-  assert value == 0
-  np.testing.assert_array_equal(gradient, 0)
+  assert value <= 1e-10
+  assert np.abs(gradient).max() <= 1e-7
 
 
 @pytest.mark.parametrize('term', FROZEN_TERMS)
 def test_mean_over_the_batch(term):
   """Parts of a batch average to the whole: what accumulating counts on."""
-  reconstruction, targets = pair(32, 32, 4)
-  one = functools.partial(ours, FROZEN_TERMS[term], tiny(term))
-  whole, g = one(reconstruction, targets)
-  parts = [one(reconstruction[i::2], targets[i::2]) for i in (0, 1)]
-  assert float(whole) == pytest.approx(
-    sum(float(v) for v, _ in parts) / 2, rel=1e-5
-  )
-  close(g[::2], parts[0][1] / 2, 1e-5)
+  loss = jax.jit(FROZEN_TERMS[term])
+  parts = [pair(32, 32, 2, seed) for seed in (0, 1)]
+  whole = map(np.concatenate, zip(*parts, strict=True))
+  weights = {term: tiny(term)}
+  one, two = (loss(LossInputs(*part, weights)) for part in parts)
+  want = (float(one) + float(two)) / 2
+  assert float(loss(LossInputs(*whole, weights))) == pytest.approx(want, 1e-5)
 
 
 @pytest.mark.parametrize('term', FROZEN_TERMS)

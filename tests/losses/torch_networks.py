@@ -14,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _channels(values):
-  return torch.tensor(values)[None, :, None, None]
+  return torch.tensor(values, dtype=torch.double)[None, :, None, None]
 
 
 class VGG16(nn.Module):
@@ -33,7 +33,7 @@ class VGG16(nn.Module):
 
   def forward(self, x):
     taps = []
-    for n, layer in enumerate(self.features):
+    for n, layer in enumerate(self.features[:30]):
       x = layer(x)
       if n in (3, 8, 15, 22, 29):
         taps.append(x)

@@ -1,5 +1,7 @@
 """A linen network against a torch one whose arrays it takes by a table."""
 
+import copy
+
 import jax
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from vqrae_jax.weights import Pretrained
 from vqrae_jax.weights.handles import arrays
 
 
-def close(have, want, tolerance=1e-4):
+def close(have, want, tolerance=1e-5):
   """Equal to `tolerance` of the largest value."""
   have, want = np.asarray(have), np.asarray(want)
   assert have.shape == want.shape
@@ -25,8 +27,11 @@ def ported(model, table, x, theirs):
   return trees.unflatten(leaves)
 
 
-def compare(model, table, theirs, side, tolerance=1e-4):
-  """Every output, and the images' gradient of random sums of them."""
+def compare(model, table, theirs, side, tolerance=1e-5):
+  """Every output, and the images' gradient of random sums of them.
+
+  torch computes in f64: its own f32 would be a good part of the difference.
+  """
   rng = np.random.default_rng(0)
 
   def draw(shape):
@@ -34,12 +39,12 @@ def compare(model, table, theirs, side, tolerance=1e-4):
 
   x = draw((2, side, side + 8, 3))
   params = ported(model, table, x, theirs)
-  image = torch.from_numpy(x).movedim(-1, 1).requires_grad_()
-  want = theirs(image)
+  image = torch.from_numpy(x).double().movedim(-1, 1).requires_grad_()
+  want = copy.deepcopy(theirs).double()(image)
   want = want if isinstance(want, list) else [want]
   want = [w.movedim(1, -1) for w in want]
   sums = [draw(w.shape) for w in want]
-  torch.autograd.backward(want, [torch.from_numpy(s) for s in sums])
+  torch.autograd.backward(want, [torch.from_numpy(s).double() for s in sums])
 
   @jax.jit
   def both(params, x):

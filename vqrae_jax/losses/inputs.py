@@ -56,7 +56,7 @@ def _check(images: Any, bounds: tuple[float, float], what: str) -> None:
     )
   if isinstance(images, jax.core.Tracer) or not images.size:
     return
-  if not getattr(images, 'is_fully_addressable', True):
+  if not getattr(images, 'is_fully_addressable', True):  # on other hosts
     return
   values = np.asarray(images)
   low, high = float(values.min()), float(values.max())
