@@ -113,8 +113,33 @@ class TrainState:
 
 
 @struct.dataclass
+class StepPart:
+  """What a step, or an equal part of one, gives before anything moves.
+
+  Attributes:
+    gradients: {leaf: gradient}, a mean over the part's images.
+    metrics: {"loss/NAME", "mse": f32[]}, means too; "mse" is the clipped
+      reconstruction's.
+    stats: the quantizer's, sums.
+    fakes: uint8[b h w 3], the reconstruction, if a discriminator learns on it.
+  """
+
+  gradients: Tree
+  metrics: Tree
+  stats: Tree
+  fakes: Array | None
+
+
+@struct.dataclass
 class Frozen:
-  """Arrays that no step moves: an argument, never donated, never saved."""
+  """Arrays that no step moves: an argument, never donated, never saved.
+
+  Attributes:
+    params: the tokenizer's frozen leaves, by full name.
+    losses: {term: its network}, None without such terms.
+    teacher: {"encoder": parameters} of a frozen encoder, or None.
+    discriminator: the discriminator's backbone, or None.
+  """
 
   params: Tree
   losses: Tree = None

@@ -106,6 +106,8 @@ def test_the_balance_and_the_gradient_are_those_of_two_passes():
   )
   np.testing.assert_allclose(part.metrics['gan_balance'], want, rtol=1e-5)
   for name, found in part.gradients.items():
+    if name.endswith('attention/key/bias'):
+      continue  # softmax does not see it: its true gradient is zero
     total = rec[name] + 0.5 * want * gan[name]
     scale = np.abs(total).max() + 1e-6
     np.testing.assert_allclose(found, total, atol=2e-5 * scale, err_msg=name)
@@ -126,6 +128,8 @@ def test_accumulation_is_one_big_batch():
   for player in ('tokenizer', 'discriminator'):
     a, b = (pieces.host(getattr(s, player).opt_state) for s in (one, four))
     for name in a:
+      if name.endswith('attention/key/bias'):
+        continue  # its true gradient is zero
       scale = np.abs(a[name]).max() + 1e-12
       np.testing.assert_allclose(
         b[name], a[name], atol=2e-5 * scale, err_msg=f'{player} {name}'

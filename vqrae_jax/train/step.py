@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from vqrae_jax import optim
 from vqrae_jax.errors import UserError
@@ -23,28 +22,16 @@ from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import trees
 from vqrae_jax.train.state import Plan
-from vqrae_jax.types import Frozen, LatentInputs, LossInputs, TrainState
+from vqrae_jax.types import (
+  Frozen,
+  LatentInputs,
+  LossInputs,
+  StepPart,
+  TrainState,
+)
 
 Metrics = dict[str, jax.Array]
 _IMAGE = IMAGE_TERMS | FROZEN_TERMS
-
-
-@struct.dataclass
-class Part:
-  """What a step, or an equal part of one, gives before anything moves.
-
-  Attributes:
-    gradients: {leaf: gradient}, a mean over the part's images.
-    metrics: {"loss/NAME", "mse": f32[]}, means too; "mse" is the clipped
-      reconstruction's.
-    stats: the quantizer's, sums.
-    fakes: uint8[b h w 3], the reconstruction, if a discriminator learns on it.
-  """
-
-  gradients: dict[str, jax.Array]
-  metrics: Metrics
-  stats: dict[str, jax.Array]
-  fakes: jax.Array | None
 
 
 def _cotangents(
@@ -99,7 +86,7 @@ def loss_gradients(
   images: jax.Array,
   rows: jax.Array | None = None,
   balance: jax.Array | None = None,
-) -> Part:
+) -> StepPart:
   """One forward, the losses at the image, one pullback.
 
   Args:
@@ -135,7 +122,7 @@ def loss_gradients(
   (gradients,) = pullback((cotangent, sent))
   clipped = jnp.clip(recon, 0.0, 1.0)
   metrics['mse'] = jnp.mean((clipped - targets) ** 2)
-  return Part(gradients, metrics, stats, fakes)
+  return StepPart(gradients, metrics, stats, fakes)
 
 
 def _balance(plan, image, gan, features):
@@ -179,7 +166,7 @@ def _whole_balance(plan, state, frozen, images, rows):
 
 def accumulated(
   plan: Plan, state: TrainState, frozen: Frozen, images: jax.Array
-) -> tuple[Part, tuple[jax.Array, ...] | None]:
+) -> tuple[StepPart, tuple[jax.Array, ...] | None]:
   """`loss_gradients` of a batch, computed in `plan.accumulate` parts.
 
   Part m holds rows m, m + A, …: each device keeps the rows it has. Parts are
