@@ -57,13 +57,12 @@ def encoder_of(photos, workdir):
   return {n: np.asarray(x) for n, x in leaves.items()}
 
 
-def drift(run, workdir, begun):
+def drift(workdir, begun):
   """Mean squared distance of the latents from those the run began with."""
   from vqrae_jax import export
 
   tokenizer, variables = export.load_tokenizer(workdir / 'tokenizer')
   images = tiny.images(8)
-  del run
   now = tokenizer.apply(variables, images, method='encode')
   before = tokenizer.apply(begun, images, method='encode')
   return float(np.mean((np.asarray(now) - np.asarray(before)) ** 2))
@@ -88,7 +87,7 @@ def test_the_encoder_moves_and_the_teacher_holds_it(
   moved = encoder_of(photos, tmp_path / 'taught')
   assert all((moved[n] != x).any() for n, x in still.items())
   _, begun = export.load_tokenizer(first / 'tokenizer')
-  free, held = (drift(None, tmp_path / n, begun) for n in ('free', 'taught'))
+  free, held = (drift(tmp_path / n, begun) for n in ('free', 'taught'))
   with capsys.disabled():
     print(
       f'\nlatents drift by {free:.2e} without a teacher, {held:.2e} with one'
