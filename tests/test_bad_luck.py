@@ -13,7 +13,7 @@ from vqrae_jax import command, reconstruct_images
 from vqrae_jax.data.pipeline import Augment, TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
-from vqrae_jax.train import loop
+from vqrae_jax.train import finite, loop
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -69,9 +69,9 @@ def test_damaged_notes_do_not_stop_a_run(place, tmp_path, monkeypatch, capsys):
 def test_a_spoilt_checkpoint_is_named(place, tmp_path, monkeypatch):
   """Its values may be finite; the message says how to go further back."""
   monkeypatch.chdir(place)
-  wild = dict(schedules=(('.*', dict(lr=1e30)),), duration=9)
+  wild = dict(schedules=(('.*', dict(lr=1e15)),), duration=9, max_nonfinite=0)
   words = r'not finite at step 2 .* remove .*/checkpoints/00000001\.json'
-  with pytest.raises(loop.NonFinite, match=words):
+  with pytest.raises(finite.NonFinite, match=words):
     loop.train(bad.config() | wild, tmp_path)
   assert not (tmp_path / 'tokenizer').exists()
 

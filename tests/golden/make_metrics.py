@@ -1,4 +1,5 @@
-"""Writes metrics.json: the figures of three steps of every quantizer.
+"""Writes metrics.json: the figures of three steps of every quantizer, and of
+both kinds of runs with a second player (`RUNS`).
 
     python -m tests.golden.make_metrics
 
@@ -29,22 +30,57 @@ from tests.train import pieces
 
 PATH = pathlib.Path(__file__).with_name('metrics.json')
 STEPS = 3
+RATE = dict(lr=1e-2, end_lr=1e-3, warmup=2)
+OPTIM = dict(b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip=0.1)
+
+# The decoder hears of the discriminator a step after that begins to learn.
+ADVERSARIAL = dict(
+  discriminator=dict(
+    name='patch',
+    fields=dict(hidden=8, halvings=2, groups=4, pool=0),
+    schedule=RATE,
+    optim=OPTIM,
+    lecam=0.01,
+  ),
+  init=dict(networks='random'),
+)
+_GAN = dict(gan=dict(weight=0.5, start=1))
+# {name: (quantizer, what its config has more)}
+RUNS = {kind: (kind, {}) for kind in tiny.LOSSES} | {
+  'encoder frozen, LPIPS and GAN': (
+    'vq-ema',
+    ADVERSARIAL
+    | dict(
+      losses=tiny.LOSSES['vq-ema'] | dict(lpips=0.5) | _GAN,
+      schedules=(('encoder/.*', None), ('.*', RATE)),
+    ),
+  ),
+  'encoder open, GAN and a teacher': (
+    'simvq-l2',
+    ADVERSARIAL
+    | dict(
+      losses=tiny.LOSSES['simvq-l2'] | dict(distill=1.0) | _GAN,
+      teacher='siglip-base-patch16-224',  # a word: weights are the seed's
+    ),
+  ),
+}
 
 
-def plan_of(kind: str):
+def plan_of(name: str):
   """The plan whose figures are pinned."""
-  return pieces.planned(
-    kind,
-    schedules=(('.*', dict(lr=1e-2, end_lr=1e-3, warmup=2)),),
-    optim=dict(b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip=0.1),
+  kind, more = RUNS[name]
+  base = dict(
+    schedules=(('.*', RATE),),
+    optim=OPTIM,
     ema=0.2,
     log=dict(usage_window=2),
   )
+  return pieces.planned(kind, **base | more)
 
 
-def figures(kind: str) -> dict[str, list[float]]:
+def figures(name: str) -> dict[str, list[float]]:
   """{metric: its value at each step}; "ema_gap" is |average - weights|."""
-  plan = plan_of(kind)
+  plan = plan_of(name)
   state, frozen = pieces.started(plan, spread=50.0)
   step = pieces.jitted(plan)
   rows = []
@@ -69,4 +105,4 @@ def text(found: dict[str, dict]) -> str:
 
 
 if __name__ == '__main__':
-  PATH.write_text(text({kind: figures(kind) for kind in tiny.LOSSES}))
+  PATH.write_text(text({name: figures(name) for name in RUNS}))

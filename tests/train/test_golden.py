@@ -1,4 +1,4 @@
-"""Three steps of every quantizer give the figures that are on file."""
+"""Three steps of every kind of run give the figures that are on file."""
 
 import json
 
@@ -16,15 +16,16 @@ LOOSER = {
 }
 
 
-def test_every_quantizer_is_on_file():
-  assert list(GOLDEN) == list(tiny.LOSSES)
+def test_every_run_is_on_file():
+  assert list(GOLDEN) == list(make_metrics.RUNS)
+  assert {kind for kind, _ in make_metrics.RUNS.values()} == set(tiny.LOSSES)
   assert make_metrics.PATH.read_text() == make_metrics.text(GOLDEN)
 
 
-@pytest.mark.parametrize('kind', tiny.LOSSES)
-def test_figures(kind):
-  found = make_metrics.figures(kind)
-  assert found.keys() == GOLDEN[kind].keys()
-  for name, want in GOLDEN[kind].items():
+@pytest.mark.parametrize('run', make_metrics.RUNS)
+def test_figures(run):
+  found = make_metrics.figures(run)
+  assert found.keys() == GOLDEN[run].keys()
+  for name, want in GOLDEN[run].items():
     rtol = LOOSER.get(name, 1e-5)
     np.testing.assert_allclose(found[name], want, rtol=rtol, err_msg=name)

@@ -10,7 +10,7 @@ from PIL import Image
 import vqrae_jax
 from tests import tiny
 from vqrae_jax import sharding
-from vqrae_jax.train import lock, loop, summary
+from vqrae_jax.train import finite, lock, loop, summary
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -26,7 +26,7 @@ def photos(tmp_path_factory):
 
 def config(photos, kind='fsq-cosmos', **keys):
   data = dict(source=str(photos), image_size=16, exclude=('photo0',))
-  held_out = dict(source=str(photos), include=('photo0',), tile=16)
+  held_out = dict(source=str(photos), include=('photo0',), tile=16, every=3)
   log = dict(every=2, images_every=3, usage_window=3)
   base = dict(data=data, eval=held_out, log=log, duration=5)
   return tiny.run(kind, **(base | keys))
@@ -51,6 +51,7 @@ def test_what_a_run_leaves(ran, photos):
     'config.json',
     'lock',
     'metrics.jsonl',
+    'pictures',
     'reconstructions.png',
     'summary.json',
     'tensorboard',
@@ -74,10 +75,32 @@ def test_what_a_run_leaves(ran, photos):
 def test_rows_of_metrics(ran):
   _, workdir = ran
   found = rows(workdir)
-  assert [r['step'] for r in found] == [2, 4, 5]
+  assert [r['step'] for r in found] == [2, 3, 4, 5]
   for row in found:
     assert set(row) >= {'loss/l2', 'psnr', 'grad_norm', 'usage'}
     assert set(row) >= {'perplexity', 'images_per_second', 'lr/decoder'}
+    assert row['weight/l2'] == 1.0 and row['nonfinite'] == 0
+
+
+def test_held_out_figures_on_the_way(ran):
+  """Every 3 steps and at the end, of the averaged weights; the last are those
+  of the exported tokenizer."""
+  figures, workdir = ran
+  found = {r['step']: r for r in rows(workdir) if 'eval/psnr' in r}
+  assert list(found) == [3, 5]
+  for name in ('psnr', 'ssim', 'usage', 'perplexity'):
+    assert found[5][f'eval/{name}'] == pytest.approx(figures[name], rel=1e-4)
+  assert found[3]['eval/psnr'] != found[5]['eval/psnr']
+
+
+def test_pictures_on_the_way_are_of_held_out_tiles(ran, photos):
+  _, workdir = ran
+  left = sorted(p.name for p in (workdir / 'pictures').iterdir())
+  assert left == ['00000003.png', '00000005.png']
+  page = np.asarray(Image.open(workdir / 'pictures' / left[0]))
+  assert page.shape == (32, 6 * 16, 3)  # six tiles above what they became
+  photo = np.asarray(Image.open(photos / 'photo0.png'))
+  np.testing.assert_array_equal(page[:16, :16], photo[:16, :16])
 
 
 def test_the_figures_are_of_the_files(ran, photos):
@@ -110,8 +133,9 @@ def test_other_quantizers_run_too(kind, photos, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path):
-  bad = config(photos, schedules=(('.*', dict(lr=1e30)),), duration=50)
-  with pytest.raises(loop.NonFinite, match=r'loss/l2.*not finite at step \d+'):
+  bad = config(photos, schedules=(('.*', dict(lr=1e15)),), duration=50)
+  words = r'loss/l2.*not finite at step \d+ .*, 11 steps in a row; lower'
+  with pytest.raises(finite.NonFinite, match=words):
     loop.train(bad, tmp_path)
   assert not (tmp_path / 'tokenizer').exists()
 

@@ -1,8 +1,11 @@
 """A run that is killed and started again is the run that was not.
 
 The runs are real processes on 8 fake devices, killed by SIGKILL: no handler,
-no flush. Compared are all rows of metrics.jsonl but clocks, with the running
-checksum of the samples, and the fingerprint of the tokenizer at the end.
+no flush. Both players are in them: a codebook and weights with averages, a
+discriminator with power iterations and LeCam's averages, which begins after the
+first steps. Compared are all rows of metrics.jsonl but clocks, with the running
+checksum of the samples, the fingerprint of the tokenizer at the end, and every
+array of the last checkpoint.
 """
 
 import json
@@ -14,13 +17,26 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests import tiny
+from vqrae_jax.train.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 24
+DINO = dict(
+  name='dino',
+  fields=dict(
+    vit=dict(width=16, depth=2, mlp_dim=32, num_heads=2, grid=(2, 2)),
+    taps=(1, 0),
+    kernel=3,
+  ),
+  start=2,
+  lecam=0.01,
+)
 
 WORKER = """
 import json, sys
@@ -44,6 +60,9 @@ def config(tmp_path_factory):
     log=dict(every=1, images_every=0, usage_window=5, tensorboard=False),
     checkpoint=dict(every=3, keep=2),
     mesh=dict(layout='fsdp'),
+    losses=tiny.LOSSES['vq-ema'] | dict(gan=dict(weight=0.5, start=4)),
+    discriminator=DINO,
+    init=dict(networks='random'),
     schedules=(
       ('encoder/embed/.*', None),
       ('.*', dict(lr=1e-3, warmup=3)),
@@ -102,7 +121,22 @@ def finished(config, workdir):
   err = process.communicate(timeout=300)[1]
   assert process.returncode == 0, err
   figures = json.loads((workdir / 'summary.json').read_text())
-  return [tiny.without_clocks(r) for r in rows(workdir)], figures, err
+  return [tiny.without_clocks(r) for r in rows(workdir)], figures, err, workdir
+
+
+def last_state(workdir):
+  """{leaf name: its bytes} of the newest checkpoint."""
+  kept = Checkpoints(workdir / 'checkpoints')
+  manifest = kept.latest()
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    for name, (shape, dtype) in manifest['leaves'].items()
+    if name != 'rng'
+  }
+  found = kept.restore(manifest, shapes, part=True)
+  kept.close()
+  return {name: np.asarray(x).tobytes() for name, x in found.items()}
 
 
 @pytest.fixture(scope='module')
@@ -111,11 +145,17 @@ def uninterrupted(config, tmp_path_factory):
 
 
 def same(found, want):
-  (rows_found, figures, _), (rows_want, wanted, _) = found, want
+  rows_found, figures, _, at = found
+  rows_want, wanted, _, at_want = want
   assert [r['step'] for r in rows_found] == list(range(1, STEPS + 1))
   assert rows_found == rows_want
   for name in ('fingerprint', 'samples', 'skipped', 'steps'):
     assert figures[name] == wanted[name], name
+  assert rows_found[-1]['loss/discriminator'] > 0
+  leaves = last_state(at)
+  assert leaves == last_state(at_want)
+  for part in ('ema/', 'codebook/', 'discriminator/stats/spectral/', 'usage'):
+    assert any(name.startswith(part) for name in leaves), part
 
 
 def test_killed_at_a_step_and_in_a_save(config, uninterrupted, tmp_path):

@@ -82,6 +82,66 @@ def bits_per_image(tokenizer: Tokenizer, h: int, w: int) -> float:
   return tokens * math.log2(tokenizer.codebook_size)
 
 
+def tiles_of(source: Images, tile: int) -> np.ndarray:
+  """uint8 [n tile tile 3]: every photograph cut from its top left corner,
+  remainders dropped.
+
+  Raises:
+    UserError: no photograph holds a tile.
+  """
+  cut = [pipeline.tiles(source[i], (tile, tile)) for i in range(len(source))]
+  tiles = np.concatenate(cut)
+  if not len(tiles):
+    raise UserError(f'no photograph holds a tile of {tile} px')
+  return tiles
+
+
+def measure(
+  tokenizer: Tokenizer,
+  variables: Tree,
+  tiles: np.ndarray,
+  batch_size: int,
+  place: Callable = np.asarray,
+  read: Callable = np.asarray,
+) -> tuple[metrics.Sums, np.ndarray | None]:
+  """A tokenizer on tiles: images -> indices -> images where it is discrete.
+
+  Args:
+    tokenizer, variables: what is measured.
+    tiles: uint8 [n t t 3], t a multiple of the decoder's patch.
+    batch_size: tiles at once.
+    place: lays a batch of tiles where the variables lie.
+    read: brings results to this host.
+
+  Returns:
+    (sums, with code counts if it is discrete; i32 indices of all tiles, or
+    None).
+  """
+  targets = tiles.astype(np.float32) / 255
+
+  def bound(fn):
+    fn = _bound(fn, tokenizer, variables)
+    return lambda rows: fn(place(rows))
+
+  if not tokenizer.codebook_size:
+    run = bound(inference.reconstruct)
+    images = in_batches(lambda x: read(run(x).images), tiles, batch_size)
+    return _sums(images, targets, batch_size), None
+  encode = bound(inference.encode_to_indices)
+  decode = bound(inference.decode_from_indices)
+  indices = in_batches(lambda x: read(encode(x)), tiles, batch_size)
+  painted = in_batches(lambda x: read(decode(x)), indices, batch_size)
+  total = _sums(painted, targets, batch_size)
+  q = tokenizer.quantizer.codes_per_token
+  total.counts = np.stack(
+    [
+      np.bincount(column, minlength=tokenizer.codebook_size)
+      for column in indices.reshape(-1, q).T
+    ]
+  )
+  return total, indices
+
+
 def evaluate_tiles(
   tokenizer: Tokenizer,
   variables: Tree,
@@ -104,35 +164,20 @@ def evaluate_tiles(
     bits_per_image.
   """
   tokenizer.grid(tile, tile)
-  cut = [pipeline.tiles(source[i], (tile, tile)) for i in range(len(source))]
-  tiles = np.concatenate(cut)
-  if not len(tiles):
-    raise UserError(f'no photograph holds a tile of {tile} px')
+  tiles = tiles_of(source, tile)
   targets = tiles.astype(np.float32) / 255
   baseline = _sums(
     block_mean(targets, tokenizer.patch_size), targets, batch_size
   )
-  discrete = tokenizer.codebook_size > 0
-  if not discrete:
-    run = _bound(inference.reconstruct, tokenizer, variables)
-    images = in_batches(lambda x: run(x).images, tiles, batch_size)
-    results = _sums(images, targets, batch_size).results()
-    return results | {'psnr_block_mean': baseline.results()['psnr']}
-  encode = _bound(inference.encode_to_indices, tokenizer, variables)
+  total, indices = measure(tokenizer, variables, tiles, batch_size)
+  figures = total.results()
+  figures['psnr_block_mean'] = baseline.results()['psnr']
+  if indices is None:
+    return figures
   decode = _bound(inference.decode_from_indices, tokenizer, variables)
-  indices = in_batches(encode, tiles, batch_size)
-  total = _sums(in_batches(decode, indices, batch_size), targets, batch_size)
-  q = tokenizer.quantizer.codes_per_token
-  total.counts = np.stack(
-    [
-      np.bincount(column, minlength=tokenizer.codebook_size)
-      for column in indices.reshape(-1, q).T
-    ]
-  )
   shuffled = np.random.default_rng(0).permutation(indices.ravel())
   shuffled = in_batches(decode, shuffled.reshape(indices.shape), batch_size)
-  return total.results() | {
-    'psnr_block_mean': baseline.results()['psnr'],
+  return figures | {
     'psnr_shuffled': _sums(shuffled, targets, batch_size).results()['psnr'],
     'bits_per_image': bits_per_image(tokenizer, tile, tile),
   }

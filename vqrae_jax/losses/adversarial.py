@@ -17,6 +17,8 @@ from vqrae_jax.ops import images as image_ops
 HIGHEST = jax.lax.Precision.HIGHEST
 LeCamState = dict[str, Float[Array, '']]
 
+MAX_WEIGHT = 1e4  # of the adaptive weight
+
 
 def d_hinge(
   real: Float[Array, '*r'], fake: Float[Array, '*f']
@@ -160,7 +162,7 @@ def adaptive_weight(
   norm_gan: Float[Array, ''],
   eps: float = 1e-6,
   low: float = 0.0,
-  high: float = 1e4,
+  high: float = MAX_WEIGHT,
 ) -> Float[Array, '']:
   """clip(norm_rec / (norm_gan + eps), low, high) (arXiv 2012.09841).
 

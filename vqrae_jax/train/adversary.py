@@ -44,7 +44,7 @@ class Adversary:
     gan_start: the first step at which the decoder hears of it.
     start: the first step at which it learns.
     optimizer: over {leaf name: leaf}.
-    rate: step -> its learning rate, counted from its own first update.
+    rate: update -> its learning rate, counted from its own first.
     decoder: the spec of the head that both gradients are compared at.
   """
 
@@ -57,6 +57,12 @@ class Adversary:
   optimizer: optax.GradientTransformation
   rate: Callable[[Any], Any]
   decoder: DecoderSpec
+
+  def rate_at(self, step: int) -> float:
+    """Its learning rate in a step; 0 before it learns."""
+    if step < self.start:
+      return 0.0
+    return float(self.rate((step - self.start) * self.spec.updates))
 
   def fresh(self, key: jax.Array, image: Any) -> tuple[Player, dict]:
     """(the player at its start, its frozen backbone, random); pure."""
@@ -245,12 +251,13 @@ def make_adversary(
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), image)
   leaves = trees.flatten(shapes['params'])
+  # Its schedule counts its own updates.
   optimizer, rates = optim.make_optimizer(
     spec.optim,
     dict.fromkeys(leaves, spec.schedule),
     leaves,
-    max(total_steps - start, 1),
-    steps_per_epoch,
+    max(total_steps - start, 1) * spec.updates,
+    steps_per_epoch and steps_per_epoch * spec.updates,
   )
   return Adversary(
     module=module,

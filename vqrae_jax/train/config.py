@@ -106,7 +106,8 @@ class LogSpec:
 
   Attributes:
     every: steps between rows of metrics.jsonl, log lines and scalars.
-    images_every: steps between reconstruction grids in TensorBoard; 0: none.
+    images_every: steps between grids of reconstructions, of held-out tiles
+      if there are any, in workdir/pictures and TensorBoard; 0: none.
     usage_window: steps over which usage and perplexity are counted.
     tensorboard: write event files at all.
   """
@@ -166,15 +167,29 @@ class InitSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-  """The evaluation at the run's end: photographs cut into square tiles."""
+  """The evaluation: held-out photographs cut into square tiles.
+
+  Attributes:
+    source: a DATA word.
+    tile: pixels of a tile's side.
+    include, exclude: globs of photographs' names.
+    batch_size: tiles at once.
+    every: steps between evaluations of the averaged weights; 0: at the end
+      only, where it is the exported tokenizer that is measured.
+  """
 
   source: str
   tile: int
   include: tuple[str, ...] = ()
   exclude: tuple[str, ...] = ()
   batch_size: int = 32
+  every: int = 0
 
   def __post_init__(self):
+    if self.every < 0:
+      raise UserError(
+        f'eval.every={self.every} must not be negative; 0 for the end only'
+      )
     if self.tile < 1 or self.batch_size < 1:
       raise UserError(
         f'eval.tile={self.tile} and eval.batch_size={self.batch_size} must be '
@@ -202,6 +217,8 @@ class RunSpec:
       that this run begins with (from `init_from` or `init.encoder`), or a
       published encoder as in `init.encoder`.
     discriminator: the second player, where losses.gan asks for one.
+    max_nonfinite: steps in a row that are left out, their losses or gradients
+      being no number, before the run stops.
   """
 
   model: Mapping
@@ -222,10 +239,16 @@ class RunSpec:
   log: LogSpec = LogSpec()
   checkpoint: CheckpointSpec = CheckpointSpec()
   eval: EvalSpec | None = None
+  max_nonfinite: int = 10
 
   def __post_init__(self):
     if self.accumulate < 1:
       raise UserError(f'accumulate={self.accumulate} must be above 0')
+    if self.max_nonfinite < 0:
+      raise UserError(
+        f'max_nonfinite={self.max_nonfinite} must not be negative; 0 stops at '
+        'the first'
+      )
     for part in ('encoder', 'decoder'):
       if self.init_from is not None and getattr(self.init, part) is not None:
         raise UserError(

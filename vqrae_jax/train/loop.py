@@ -7,52 +7,27 @@ that a user gets.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import time
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 from vqrae_jax.errors import Stopped, UserError
-from vqrae_jax.evaluate import pictures
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import finite, shown, summary
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.train import summary
+from vqrae_jax.train.alarms import Alarms
 from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.train.lock import only_run_in
+from vqrae_jax.train.position import Position, check_skipped
 from vqrae_jax.train.report import Report, write_json
 from vqrae_jax.train.run import Run, check_workdir, host_copy
 from vqrae_jax.train.stop import StopRequest
-
-
-class NonFinite(UserError):
-  """A loss that is no number; the run stops where it happened."""
-
-
-def check_finite(step: int, metrics: dict[str, float]) -> None:
-  """Raises `NonFinite` that names the step and the losses."""
-  bad = [
-    k
-    for k, v in metrics.items()
-    if (k.startswith('loss/') or k == 'grad_norm') and not np.isfinite(v)
-  ]
-  if bad:
-    values = ', '.join(
-      f'{k}={v:.4g}'
-      for k, v in sorted(metrics.items())
-      if k not in ('samples', 'skipped')
-    )
-    raise NonFinite(
-      f'{", ".join(bad)} not finite at step {step} ({values}); lower the '
-      'learning rate, lengthen the warm-up, or compute in float32'
-    )
 
 
 def _read(metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -67,7 +42,7 @@ def dry_run(config: Any) -> dict[str, float]:
     batch = run.place(run.batches.batch(0))
     _, metrics = step(state, frozen, batch)
     metrics = _read(metrics)
-  check_finite(1, metrics)
+  finite.check_finite(1, metrics)
   return metrics
 
 
@@ -171,51 +146,15 @@ def _warn_of_changes(path: pathlib.Path, now: Mapping[str, Any]) -> None:
       )
 
 
-@dataclasses.dataclass
-class Position:
-  """Where a run is in its data: all that a checkpoint needs beside arrays.
-
-  Attributes:
-    step: completed steps; the next sample is step x batch_size.
-    samples: a running CRC of which photograph each sample was.
-    skipped: unreadable photographs met so far, over all hosts.
-  """
-
-  step: int = 0
-  samples: int = 0
-  skipped: int = 0
-
-  @classmethod
-  def of(cls, manifest: Mapping[str, Any]) -> 'Position':
-    """The position that a checkpoint's manifest tells.
-
-    Raises:
-      UserError: it tells none, or one of another version of this package.
-    """
-    try:
-      return cls(**manifest['position'])
-    except (KeyError, TypeError) as e:
-      raise UserError(
-        f'checkpoint {manifest["step"]}: its manifest tells no position '
-        f'({e}); go on with the version of vqrae_jax that wrote it'
-      ) from None
-
-  def after(self, step: int, metrics: dict[str, float]) -> 'Position':
-    """The position after a step, by what the step read."""
-    mark = int(metrics['samples']).to_bytes(4, 'little')
-    return Position(
-      step=step,
-      samples=zlib.crc32(mark, self.samples),
-      skipped=self.skipped + int(metrics['skipped']),
-    )
-
-
 class _Going:
   """The loop's bookkeeping: what is pending, written, saved and measured."""
 
   def __init__(self, run, workdir, kept, frozen, position, profile):
     self.run, self.workdir, self.kept = run, workdir, kept
     self.frozen, self.position, self.profile = frozen, position, profile
+    self.shown = shown.Shown(run, frozen)
+    self.alarms = Alarms(run.plan.adversary)
+    self.measured: dict[int, dict[str, float]] = {}
     self.first = position.step
     spec = run.spec
     self.report = Report(
@@ -238,7 +177,6 @@ class _Going:
     """All that is left of the run; the last state."""
     run, spec, total = self.run, self.run.spec, self.run.plan.total_steps
     batches = run.batches.iterate(self.first)
-    shown = run.place(run.batches.batch(0))['images']
     for number in range(self.first + 1, total + 1):
       self._profile(number, start=True)
       asked = time.perf_counter()
@@ -252,49 +190,81 @@ class _Going:
         jax.block_until_ready(metrics)
         self.compiled, self.waited = time.perf_counter(), 0.0
       self._profile(number, start=False)
-      every = spec.log.images_every
-      if every and (number % every == 0 or number == total):
-        picture = _picture(run, state, self.frozen, shown)
-        self.report.images(number, picture)
+      self._show(state, number)
       stopping = stop.wanted(number) and number < total
       every = spec.checkpoint.every
       if every and (number % every == 0 or number == total or stopping):
         self._settle()
-        self._save(state)
+        # While steps are left out the checkpoint before them stays the newest:
+        # should the state be spoilt, older ones are not pushed out.
+        if not self.position.nonfinite_in_a_row or number == total or stopping:
+          self._save(state)
       if stopping:
         self._stop(stop, number)
     self._settle()
     self.ended = time.perf_counter()
     return state
 
+  def _show(self, state, number: int) -> None:
+    """Pictures and held-out figures, where the config asks for them."""
+    spec, last = self.run.spec, number == self.run.plan.total_steps
+    every = spec.log.images_every
+    if every and (number % every == 0 or last):
+      picture = self.shown.picture(state)
+      self.report.images(number, picture)
+      shown.save(picture, self.workdir, number)
+    every = spec.eval.every if spec.eval is not None else 0
+    if every and (number % every == 0 or last):
+      self.measured[number] = self.shown.figures(state)
+
   def _settle(self) -> None:
-    """Reads the pending step's metrics: stops on no-numbers, writes its row."""
+    """Reads the pending step's metrics, listens to them, writes its row."""
     if self.pending is None:
       return
     run, (number, metrics) = self.run, self.pending
     self.pending = None
     metrics = _read(metrics)
-    try:
-      check_finite(number, metrics)
-    except NonFinite as e:
-      self.kept.wait()
-      if not (steps := self.kept.steps()):
-        raise
-      # Its values may be finite and spoilt: only a step later shows it.
-      raise NonFinite(
-        f'{e}; the same command goes on from step {steps[-1]}: should that be '
-        f'spoilt too, remove {self.workdir}/checkpoints/{steps[-1]:08d}.json'
-      ) from None
     self.position = self.position.after(number, metrics)
+    self._check_nonfinite(number, metrics)
     self.report.unreadable(run.batches.unreadable)
     check_skipped(run, self.position, self.workdir)
     self.report.step()
-    if number % run.spec.log.every == 0 or number == run.plan.total_steps:
+    self.alarms.hear(number, metrics)
+    measured = self.measured.pop(number, {})
+    every, last = run.spec.log.every, number == run.plan.total_steps
+    if number % every == 0 or last or measured:
+      for words in self.alarms.words():
+        logging.warning('step %d: %s', number, words)
       wait, self.waited = self.waited, 0.0
-      row = metrics | run.rates_at(number - 1)
+      row = metrics | run.rates_at(number - 1, self.position.nonfinite)
+      row['nonfinite'] = self.position.nonfinite
       row['skipped'] = self.position.skipped
       row['samples'] = f'{self.position.samples:08x}'
-      self.report.row(number, row, wait)
+      self.report.row(number, row | measured, wait)
+
+  def _check_nonfinite(self, number: int, metrics) -> None:
+    """Says that a step was left out; stops where too many are."""
+    words = finite.problem(number, metrics)
+    if not words:
+      return
+    in_a_row = self.position.nonfinite_in_a_row
+    most = self.run.spec.max_nonfinite
+    if in_a_row <= most and self.position.nonfinite < self.run.plan.total_steps:
+      logging.warning(
+        '%s: the step is left out, %d in a row (max_nonfinite=%d)',
+        words, in_a_row, most,
+      )  # fmt: skip
+      return
+    streak = f', {in_a_row} steps in a row' if in_a_row > 1 else ''
+    words = f'{words}{streak}; {finite.REMEDY}'
+    self.kept.wait()
+    if steps := self.kept.steps():
+      # Its values may be finite and spoilt: only a step later shows it.
+      words += (
+        f'; the same command goes on from step {steps[-1]}: should that be '
+        f'spoilt too, remove {self.workdir}/checkpoints/{steps[-1]:08d}.json'
+      )
+    raise finite.NonFinite(words)
 
   def _save(self, state) -> None:
     position = dataclasses.asdict(self.position)
@@ -337,38 +307,3 @@ class _Going:
       seconds = max(self.ended - self.compiled, 1e-9)
       found['images_per_second'] = done * run.spec.batch_size / seconds
     return found
-
-
-def check_skipped(run: Any, position: Position, workdir: pathlib.Path) -> None:
-  """Stops a run whose photographs are unreadable more often than allowed.
-
-  Raises:
-    UserError: with the last name met on this host.
-  """
-  samples = position.step * run.spec.batch_size
-  share = run.spec.data.max_skipped
-  if position.skipped <= share * max(samples, len(run.source)):
-    return
-  name, reason = next(
-    reversed(run.batches.unreadable.items()), ('another host', 'see its log')
-  )
-  raise UserError(
-    f'{position.skipped} photographs of {samples} samples could not be read, '
-    f'more than data.max_skipped={share} allows; the last was {name}: '
-    f'{reason}; {workdir}/unreadable.jsonl names them: mend or remove them, '
-    'or raise data.max_skipped'
-  )
-
-
-def _picture(run, state, frozen, images) -> np.ndarray:
-  """The first images of the run above what the averaged weights make of
-  them; every host takes part."""
-  variables = state_lib.variables_of(state, frozen, ema=True)
-  painted = _reconstruct(run.tokenizer, variables, images)
-  shown, painted = host_copy((images, painted), run.mesh)
-  return pictures.grid(shown[:8], pictures.to_uint8(painted[:8]))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(tokenizer, variables, images):
-  return tokenizer.apply(variables, images).images

@@ -6,6 +6,7 @@ each step appears once: a run that goes on cuts the rows after its checkpoint.
 """
 
 import json
+import math
 import pathlib
 import shutil
 import sys
@@ -17,6 +18,9 @@ import jax
 import numpy as np
 from absl import logging
 from tqdm import tqdm
+
+# Not in the line of a row: words, and counts that are nearly always 0.
+_QUIET = ('samples', 'skipped', 'nonfinite')
 
 
 class Report:
@@ -102,7 +106,7 @@ class Report:
       return
     row = {
       'step': step,
-      **metrics,
+      **{k: _plain(v) for k, v in metrics.items()},
       'images_per_second': rate,
       'data_wait': min(waited / seconds, 1.0),
     }
@@ -112,7 +116,7 @@ class Report:
     words = ' '.join(
       f'{k.removeprefix("loss/")} {v:.4g}'
       for k, v in metrics.items()
-      if not k.startswith('lr/') and k not in ('samples', 'skipped')
+      if not k.startswith(('lr/', 'weight/')) and k not in _QUIET
     )
     line = f'step {step}/{self._total} {words} {rate:.1f} img/s ETA {left:.0f}s'
     if self._bar is None or self._bar.disable:
@@ -126,7 +130,7 @@ class Report:
       self._bar.set_postfix(brief, refresh=False)
     if self._events is not None:
       for name, value in row.items():
-        if name != 'step' and not isinstance(value, str):
+        if name != 'step' and isinstance(value, int | float):
           self._events.add_scalar(name, value, step)
 
   def images(self, step: int, picture: np.ndarray) -> None:
@@ -141,6 +145,12 @@ class Report:
     for thing in (self._rows, self._events, self._bar):
       if thing is not None:
         thing.close()
+
+
+def _plain(value: Any) -> Any:
+  """What JSON can say: null for what is no number."""
+  lost = isinstance(value, float) and not math.isfinite(value)
+  return None if lost else value
 
 
 def keep_rows(path: pathlib.Path, last: int) -> None:

@@ -222,13 +222,23 @@ class Run:
     }
     return sharding.place_batch(rows, self.mesh)
 
-  def rates_at(self, step: int) -> dict[str, float]:
-    """{"lr/PART": the highest rate} of encoder, quantizer and decoder."""
+  def rates_at(self, step: int, left_out: int = 0) -> dict[str, float]:
+    """{"lr/PART": the highest rate} of encoder, quantizer, decoder and
+    discriminator, {"weight/LOSS": its weight}.
+
+    Args:
+      step: completed steps before the one that is asked for.
+      left_out: those of them that moved nothing: no optimizer counts them.
+    """
     rates: dict[str, float] = {}
     for schedule, part in self.plan.parts:
-      name, rate = f'lr/{part}', float(schedule(step))
+      name, rate = f'lr/{part}', float(schedule(step - left_out))
       rates[name] = max(rates.get(name, 0.0), rate)
-    return rates
+    weights, adversary = dict(self.plan.weights), self.plan.adversary
+    if adversary is not None:
+      rates['lr/discriminator'] = adversary.rate_at(step - left_out)
+      weights['gan'] = adversary.weight
+    return rates | {f'weight/{n}': float(w(step)) for n, w in weights.items()}
 
   def describe(self) -> str:
     """One line: what is trained, on what, where."""

@@ -21,6 +21,7 @@ from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import trees
+from vqrae_jax.train.finite import unless_spoilt
 from vqrae_jax.train.state import Plan
 from vqrae_jax.types import (
   Frozen,
@@ -229,7 +230,8 @@ def train_step(
     The next state, and f32[] metrics: "loss/NAME" unweighted, "psnr" of the
     clipped batch, "grad_norm" before clipping and "update_norm", "usage" and
     "perplexity" over the window; with a discriminator "gan_balance",
-    "logits/real", "logits/fake" and its own norms.
+    "logits/real", "logits/fake" and its own norms. "nonfinite" is 1 where a
+    loss or a norm is no number: then all of the state but `step` is as it was.
   """
   whole, lot = accumulated(plan, state, frozen, images)
   gradients, metrics, stats = whole.gradients, dict(whole.metrics), whole.stats
@@ -262,15 +264,15 @@ def train_step(
   if lot is not None:
     discriminator, said = plan.adversary.step(state, frozen, *lot)
     metrics |= said
-  state = state.replace(
-    step=state.step + 1,
+  moved = state.replace(
     tokenizer=player.replace(params=params, opt_state=opt_state),
     codebook=codebook,
     discriminator=discriminator,
     ema=ema,
     usage=usage,
   )
-  return state, metrics
+  moved, metrics['nonfinite'] = unless_spoilt(state, moved, metrics)
+  return moved.replace(step=state.step + 1), metrics
 
 
 def _reached(fn: Callable, *args: Any) -> list[bool]:

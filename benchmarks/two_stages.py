@@ -1,0 +1,232 @@
+"""python benchmarks/two_stages.py --data=FOLDER [--steps=1000] [--out=DIR]
+
+Both stages of `configs/two_stages_small.py` with and without each term, one run
+after another: the base, four runs with the encoder frozen, three with it open.
+Runs that are finished are not run again. Writes, for `docs/results.md`,
+OUT/table.md, OUT/curves.svg (held-out PSNR and the losses over steps) and
+OUT/reconstructions.png (two photographs of the scikit-image wheel, which no run
+has seen, by each run).
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = 'configs/two_stages_small.py'
+
+# name: (the config's arguments, the run it begins with)
+RUNS = {
+  'base': ('stage=0', None),
+  'l2': ('stage=1,lpips=False,gan=False', 'base'),
+  'l2-lpips': ('stage=1,gan=False', 'base'),
+  'l2-gan': ('stage=1,lpips=False', 'base'),
+  'l2-lpips-gan': ('stage=1', 'base'),
+  'open': ('stage=2,distill=none', 'l2-lpips-gan'),
+  'open-self': ('stage=2,distill=self', 'l2-lpips-gan'),
+  'open-teacher': ('stage=2,distill=teacher', 'l2-lpips-gan'),
+}
+COLOURS = (
+  '#888888', '#1f77b4', '#2ca02c', '#ff7f0e', '#d62728', '#9467bd', '#17becf',
+  '#8c564b',
+)  # fmt: skip
+CURVES = ('eval/psnr', 'usage', 'loss/lpips', 'loss/gan', 'gan_balance')
+
+
+def command(name, options):
+  arguments, before = RUNS[name]
+  words = [
+    f'--config={CONFIG}:{arguments},steps={options.steps}',
+    f'--config.data.source={options.data}',
+    f'--workdir={options.out}/{name}',
+  ]
+  if before:
+    words.append(f'--config.init_from={options.out}/{before}')
+  return words
+
+
+def run(name, options):
+  """Trains one run, unless its figures are there."""
+  if not (pathlib.Path(options.out) / name / 'summary.json').exists():
+    print(f'== {name}', flush=True)
+    words = command(name, options)
+    train = [sys.executable, '-m', 'vqrae_jax.train', *words]
+    subprocess.run(train, cwd=ROOT, check=True)
+
+
+def opened(name, options):
+  import vqrae_jax
+
+  folder = pathlib.Path(options.out) / name / 'tokenizer'
+  return vqrae_jax.load_tokenizer(folder)
+
+
+def rows(name, options):
+  path = pathlib.Path(options.out) / name / 'metrics.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def drift(name, options, tiles):
+  """|Z - Z0|^2 / |Z0|^2 of latents against the run it began with."""
+  import numpy as np
+
+  import vqrae_jax
+
+  now, before = (
+    np.asarray(vqrae_jax.encode(*opened(n, options), tiles))
+    for n in (name, RUNS[name][1])
+  )
+  return float(((now - before) ** 2).sum() / (before**2).sum())
+
+
+def table(options, tiles):
+  """Markdown: a row a run, with the command that made it."""
+  lines = [
+    '| run | PSNR, dB | SSIM | usage | perplexity | latents moved | s |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  commands = []
+  for name in RUNS:
+    path = pathlib.Path(options.out) / name / 'summary.json'
+    x = json.loads(path.read_text())
+    moved = f'{drift(name, options, tiles):.3f}' if RUNS[name][1] else '–'
+    lines.append(
+      f'| {name} | {x["psnr"]:.2f} | {x["ssim"]:.3f} | {x["usage"]:.3f} | '
+      f'{x["perplexity"]:.0f} | {moved} | {x["train_seconds"]:.0f} |'
+    )
+    words = ' '.join(command(name, options))
+    commands.append(f'    python -m vqrae_jax.train {words}')
+  return '\n'.join([*lines, '', *commands, ''])
+
+
+def line(points, box, colour):
+  """An SVG polyline of [(x, y)] in data units, scaled into the box."""
+  (x0, x1), (y0, y1), left, top, width, height = box
+  scaled = ' '.join(
+    f'{left + (x - x0) / max(x1 - x0, 1e-9) * width:.1f},'
+    f'{top + height - (y - y0) / max(y1 - y0, 1e-9) * height:.1f}'
+    for x, y in points
+  )
+  return (
+    f'<polyline points="{scaled}" fill="none" stroke="{colour}" '
+    'stroke-width="1.5"/>'
+  )
+
+
+def curves(options):
+  """SVG: a panel a figure, a line a run."""
+  width, height, gap = 300, 170, 60
+  parts, panels = [], [(i % 2, i // 2) for i in range(len(CURVES))]
+  for figure, (column, row) in zip(CURVES, panels, strict=True):
+    found = {
+      name: [
+        (r['step'], r[figure])
+        for r in rows(name, options)
+        if r.get(figure) is not None
+        and (figure not in ('loss/gan', 'gan_balance') or r.get('weight/gan'))
+      ]
+      for name in RUNS
+    }
+    values = [y for points in found.values() for _, y in points]
+    if not values:
+      continue
+    left, top = gap + column * (width + gap), 30 + row * (height + gap)
+    span = (min(values), max(values))
+    box = ((0, options.steps), span, left, top, width, height)
+    parts.append(
+      f'<rect x="{left}" y="{top}" width="{width}" height="{height}" '
+      'fill="none" stroke="#ccc"/>'
+      f'<text x="{left}" y="{top - 8}">{figure}</text>'
+      f'<text x="{left - 6}" y="{top + 10}" text-anchor="end">'
+      f'{span[1]:.3g}</text>'
+      f'<text x="{left - 6}" y="{top + height}" text-anchor="end">'
+      f'{span[0]:.3g}</text>'
+      f'<text x="{left + width}" y="{top + height + 15}" text-anchor="end">'
+      f'{options.steps} steps</text>'
+    )
+    parts += [
+      line(points, box, colour)
+      for points, colour in zip(found.values(), COLOURS, strict=True)
+      if points
+    ]
+  left, top = gap + (width + gap), 30 + 2 * (height + gap)
+  for i, (name, colour) in enumerate(zip(RUNS, COLOURS, strict=True)):
+    y = top + 10 + 18 * i
+    parts.append(
+      f'<line x1="{left}" y1="{y}" x2="{left + 24}" y2="{y}" '
+      f'stroke="{colour}" stroke-width="3"/>'
+      f'<text x="{left + 32}" y="{y + 4}">{name}</text>'
+    )
+  size = f'width="{2 * (width + gap) + 20}" height="{3 * (height + gap) + 20}"'
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" '
+    'font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    f'{"".join(parts)}</svg>\n'
+  )
+
+
+def page(options):
+  """A crop of two photographs by each run, three times as large."""
+  import numpy as np
+  from PIL import Image, ImageDraw, ImageFont
+
+  from vqrae_jax.data.sources import open_source
+  from vqrae_jax.evaluate import evaluator, pictures
+
+  source = open_source('bundled:photos', ('astronaut', 'chelsea'), ())
+  corners = ((0, 160), (60, 110))
+  crops = [
+    source[i][top : top + 96, left : left + 96]
+    for i, (top, left) in enumerate(corners)
+  ]
+
+  def large(images):
+    column = np.concatenate([np.asarray(x) for x in images])
+    return column.repeat(3, 0).repeat(3, 1)
+
+  columns, labels = [large(crops)], ['original']
+  for name in RUNS:
+    tokenizer, variables = opened(name, options)
+    painted = [
+      pictures.to_uint8(
+        evaluator.reconstruct_tiled(tokenizer, variables, x, 32)[1]
+      )
+      for x in crops
+    ]
+    columns.append(large(painted))
+    labels.append(name)
+  sheet = np.concatenate(columns, axis=1)
+  image = Image.new('RGB', (sheet.shape[1], sheet.shape[0] + 22), 'white')
+  image.paste(Image.fromarray(sheet), (0, 22))
+  draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+  for i, label in enumerate(labels):
+    draw.text((i * columns[0].shape[1] + 4, 4), label, 'black', font)
+  return image
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--data', required=True)
+  parser.add_argument('--steps', type=int, default=1000)
+  parser.add_argument('--out', default='runs/two_stages')
+  options = parser.parse_args()
+  for name in RUNS:
+    run(name, options)
+  from configs import two_stages_small
+  from vqrae_jax.data.sources import open_source
+  from vqrae_jax.evaluate import evaluator
+
+  held_out = open_source(options.data, two_stages_small.HELD_OUT, ())
+  out = pathlib.Path(options.out)
+  tiles = evaluator.tiles_of(held_out, 32)[:256]
+  (out / 'table.md').write_text(table(options, tiles))
+  (out / 'curves.svg').write_text(curves(options))
+  page(options).save(out / 'reconstructions.png')
+  print((out / 'table.md').read_text())
+
+
+if __name__ == '__main__':
+  sys.path.insert(0, str(ROOT))
+  main()

@@ -1,0 +1,88 @@
+"""python -m vqrae_jax.train --config=configs/two_stages_small.py --config.data.source=FOLDER
+
+Both stages of a tokenizer at a size that two CPU cores train in minutes: 32-
+pixel crops, patch 4, SimVQ with 4096 codes, two blocks a side. What the recipes
+take from a published encoder comes from a short run of its own here:
+
+    …/two_stages_small.py:stage=0            everything open, L2
+    …/two_stages_small.py:stage=1 --config.init_from=runs/A
+                                             encoder frozen, + LPIPS and GAN
+    …/two_stages_small.py:stage=2 --config.init_from=runs/B
+                                             open again, + distillation
+
+`docs/results.md` has the figures of each term with and without. Arguments:
+`:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher` ("self",
+"none"). Photographs whose name matches `HELD_OUT` are measured on only.
+
+Weights: L2 1, LPIPS .1, GAN .1 of the adaptive weight; SimVQ's 1 and .25, as
+in arXiv 2411.02038; distillation 1 as in 2511.23386. The perceptual ones are a
+tenth of the large recipes': VGG16's features are random here
+(`init.networks`), since the published file may be out of reach;
+`--config.init.networks=published` takes it.
+"""
+
+from configs import common
+
+HELD_OUT = ('n*15_*',)  # of ImageNet's names
+
+
+def get_config(arguments=None):
+  arg = common.arguments(
+    arguments,
+    stage=(1, 0, 2),
+    steps=1000,
+    lpips=True,
+    gan=True,
+    distill=('teacher', 'self', 'none'),
+  )
+  config = common.base()
+  vit = common.vit(width=192, depth=2, patch=4, pixels=32)
+  config.model = dict(
+    encoder=dict(vit=vit),
+    quantizer=dict(name='simvq', num_codes=4096, code_dim=64, distance='l2'),
+    decoder=dict(vit=vit | dict(posemb='sincos2d')),
+    dtype='float32',
+    remat=False,
+  )
+  config.data.update(exclude=HELD_OUT, image_size=32, resize=(100, 400))
+  config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
+  config.duration = f'{arg.steps} steps'
+  config.batch_size = 16
+  config.ema = 0.99
+  config.optim.b2 = 0.95
+  config.log.update(every=50, images_every=max(arg.steps // 4, 1))
+  config.eval = dict(
+    source=config.data.get_ref('source'),
+    include=HELD_OUT,
+    tile=32,
+    batch_size=64,
+    every=max(arg.steps // 10, 1),
+  )
+  rate = dict(lr=5e-4, warmup=arg.steps // 12)
+  if arg.stage == 0:
+    config.schedules = ((r'.*', rate),)
+    return config
+  config.init_from = 'RUN'  # --config.init_from=runs/NAME
+  config.init.networks = 'random'
+  if arg.lpips:
+    config.losses.lpips = 0.1
+  if arg.gan:
+    start = arg.steps // 5
+    config.losses.gan = dict(weight=0.1, start=start, ramp=start)
+    config.discriminator = dict(
+      name='patch',
+      fields=dict(hidden=32, halvings=2, groups=8, pool=0),
+      schedule=dict(lr=2e-4),
+      start=start // 2,
+      lecam=0.001,
+    )
+  if arg.stage == 1:
+    config.schedules = common.encoder_frozen(**rate)
+    return config
+  slow = dict(lr=1e-4, warmup=arg.steps // 12)
+  config.schedules = ((r'.*', slow),)
+  if arg.distill != 'none':
+    config.losses.distill = dict(weight=1.0, target=arg.distill)
+  if arg.distill == 'teacher':
+    config.teacher = 'init'
+  return config
