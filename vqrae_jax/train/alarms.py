@@ -10,6 +10,7 @@ stopped.
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.losses import adversarial
@@ -32,7 +33,7 @@ class Alarms:
     self._heard: list[Mapping[str, float]] = []
     self._sounding: set[str] = set()
     if adversary is not None:
-      zero = np.zeros(1, np.float32)
+      zero = jnp.zeros(1)
       loss = adversarial.D_LOSSES[adversary.spec.loss]
       self._guessing = float(loss(zero, zero))
 
