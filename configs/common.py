@@ -28,7 +28,10 @@ def base() -> ml_collections.ConfigDict:
   )
   config.init_from = optional(str)
   config.init = dict(
-    encoder=optional(str), decoder=optional(str), networks='published'
+    encoder=optional(str),
+    decoder=optional(str),
+    latents=optional(str),
+    networks='published',
   )
   config.teacher = optional(str)
   config.discriminator = optional(object)

@@ -26,7 +26,8 @@ def typed(*argv, cwd=ROOT):
 
 
 @pytest.mark.parametrize(
-  'module', ('train', 'reconstruct_images', 'fetch_weights', 'convert')
+  'module',
+  ('train', 'reconstruct_images', 'fetch_weights', 'convert', 'latent_stats'),
 )
 def test_help_has_an_example(module):
   code, out, _ = typed(f'vqrae_jax.{module}', '--help')

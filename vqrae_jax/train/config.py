@@ -23,6 +23,7 @@ from vqrae_jax.train.terms import (
 )
 
 NETWORKS = ('published', 'random')
+INIT_PARTS = ('encoder', 'decoder', 'latents')  # from files of their own
 INIT = 'init'  # the teacher that a run begins with
 
 
@@ -147,6 +148,7 @@ class InitSpec:
     encoder: a published encoder: a row of the table, "hf:ORG/NAME[@REV]", a
       folder or a file.
     decoder: "rae:FILE", a published RAE decoder.
+    latents: a file of latents' mean and var, where `model.latents` has a norm.
     networks: "published" or "random": the frozen networks that losses and the
       discriminator look through. Random features still tell images apart, but
       worse, and a run on them says so.
@@ -154,10 +156,11 @@ class InitSpec:
 
   encoder: str | None = None
   decoder: str | None = None
+  latents: str | None = None
   networks: str = 'published'
 
   def __post_init__(self):
-    for part in ('encoder', 'decoder'):  # cleared on a command line
+    for part in INIT_PARTS:  # cleared on a command line
       if getattr(self, part) == '':
         object.__setattr__(self, part, None)
     if self.networks not in NETWORKS:
@@ -231,7 +234,7 @@ class RunSpec:
   def __post_init__(self):
     if self.accumulate < 1:
       raise UserError(f'accumulate={self.accumulate} must be above 0')
-    for part in ('encoder', 'decoder'):
+    for part in INIT_PARTS:
       if self.init_from is not None and getattr(self.init, part) is not None:
         raise UserError(
           f'init_from brings a whole tokenizer, so init.{part} has no place; '
