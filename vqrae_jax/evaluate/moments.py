@@ -5,7 +5,9 @@ halves merged are the whole, whatever the halves. Sums of squares about zero
 would lose what this keeps where a mean is far from zero.
 
 The host computes in f64, since accelerators have no f64 of any speed and f32
-sums would depend on how tokens were cut into batches.
+sums would depend on how tokens were cut into batches. A core takes 2.5 ms for
+an image of 256 tokens of 1024 channels (2026-11), beside the device and about
+as long as decoding its photograph.
 """
 
 import dataclasses

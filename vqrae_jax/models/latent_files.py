@@ -38,7 +38,7 @@ def read_statistics(source: weights.Source) -> dict[str, np.ndarray]:
     )
   if not all((np.abs(x) < _LARGEST).all() for x in arrays.values()):
     raise UserError(
-      f'{source.name} holds NaN or infinity, or what f32 cannot; compute it again'
+      f'{source.name} holds NaN or infinity in f32; compute it again'
     )
   if (arrays['var'] < 0).any():
     raise UserError(f'{source.name}: var is negative; it is no variance')
