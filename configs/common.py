@@ -70,7 +70,7 @@ def second_stage(config, *, duration: str, distill: str, **schedule) -> None:
   if distill == 'teacher':
     config.teacher = 'init'
   config.init_from = 'RUN'  # --config.init_from=runs/NAME
-  config.init.encoder = None  # it comes with the run
+  config.init.encoder = config.init.latents = None  # they come with the run
   config.duration = duration
   config.schedules = ((r'.*', schedule),)
 

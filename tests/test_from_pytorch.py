@@ -30,6 +30,7 @@ TERMS = {**losses.IMAGE_TERMS, **losses.LATENT_TERMS}
 MODEL = {
   'encoder': specs.EncoderSpec,
   'decoder': specs.DecoderSpec,
+  'latents': specs.LatentsSpec,
   'quantizer': tuple(QUANTIZERS.values()),
   'dtype': None,
   'scan': None,

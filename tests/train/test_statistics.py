@@ -96,6 +96,7 @@ def test_a_table_still_starts_at_normalised_tokens(photos, files):
     state, frozen, _ = run.start()
   stats = wanted(files['channel'])
   same(state.codebook['latents'], stats)
+  assert run.frozen_record(frozen)['params']['source'] == 'seed 0'
   batch = run.batches.batch(0)['images']
   params = trees.merge(state.tokenizer.params, frozen.params)
   variables = {'params': params}

@@ -44,7 +44,7 @@ class Given:
       its file when it is sliced}, a subset of the tokenizer's variables as
       training has them; "teacher/…" where a frozen encoder teaches.
     says: what was taken, in a line.
-    source: the words it came from; '' for none.
+    source: the words that weights came from; '' for none.
     revision: the commits of hub's snapshots among them, if any.
     teacher: (source, revision) of the encoder that teaches, or None.
   """
@@ -190,7 +190,7 @@ def _together(parts: list[Given]) -> Given:
   return Given(
     leaves,
     ' and '.join(part.says for part in parts),
-    ' and '.join(part.source for part in parts),
+    ' and '.join(part.source for part in parts if part.source),
     ' and '.join(revisions) or None,
   )
 
@@ -236,7 +236,8 @@ def _latents(tokenizer: Tokenizer, path: str) -> Given:
     )
   except UserError as e:
     raise UserError(f'init.latents={path}: {e}') from None
-  return Given(dict(leaves), f'the statistics of latents in {path}', path)
+  # No source of weights: manifests name those of frozen leaves.
+  return Given(dict(leaves), f'the statistics of latents in {path}')
 
 
 def _of_tokenizer(path: pathlib.Path) -> tuple[Leaves, str]:
@@ -301,7 +302,7 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
 
 
 def _began_with(tokenizer: Tokenizer, spec: config_lib.RunSpec) -> Leaves:
-  """The parameters that a run began with, and its first tables, on the host."""
+  """The variables that a run began with, on the host, but for statistics."""
   fresh = trees.flatten(jax.jit(lambda: from_seed(tokenizer, spec.seed))())
   fresh = jax.tree.map(np.asarray, fresh)
   # The checkpoint has the statistics; their file may be gone.
