@@ -15,6 +15,7 @@ def base() -> ml_collections.ConfigDict:
   config.accumulate = 1
   config.ema = 0.999
   config.max_nonfinite = 10
+  config.noise_tau = 0.0
   config.data = dict(
     source='FOLDER',
     image_size=ml_collections.FieldReference(256, field_type=object),
@@ -28,7 +29,10 @@ def base() -> ml_collections.ConfigDict:
   )
   config.init_from = optional(str)
   config.init = dict(
-    encoder=optional(str), decoder=optional(str), networks='published'
+    encoder=optional(str),
+    decoder=optional(str),
+    latents=optional(str),
+    networks='published',
   )
   config.teacher = optional(str)
   config.discriminator = optional(object)
@@ -67,7 +71,7 @@ def second_stage(config, *, duration: str, distill: str, **schedule) -> None:
   if distill == 'teacher':
     config.teacher = 'init'
   config.init_from = 'RUN'  # --config.init_from=runs/NAME
-  config.init.encoder = None  # it comes with the run
+  config.init.encoder = config.init.latents = None  # they come with the run
   config.duration = duration
   config.schedules = ((r'.*', schedule),)
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from vqrae_jax import command, reconstruct_images
+from vqrae_jax import command, latent_stats, reconstruct_images
 from vqrae_jax.train import __main__ as train_main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -69,6 +69,7 @@ CONFIGS = [
   ('accumulate=2', 'times accumulate=2'),
   ('seed=-1', 'seed=-1 must lie in'),
   ('ema=1.5', 'ema=1.5 must lie in'),
+  ('noise_tau=-0.5', 'noise_tau=-0.5 must be finite and not negative'),
   ('duration="soon"', "duration='soon' must be a number of steps"),
   ('duration="3 epocs"', 'did you mean "epochs"'),
   ('duration=0', 'no step at all; an epoch is 0.375 of them'),
@@ -108,6 +109,17 @@ CONFIGS = [
   ('log=dict(images_every=-1)', 'log.images_every=-1 must not be neg'),
   ('log=dict(usage_window=0)', 'usage_window must be above 0'),
   ('log=dict(usage_window=10**6)', 'usage_window=1000000 steps .* GiB'),
+  (
+    'model=MODEL | dict(latents=dict(norm="channel"))',
+    'needs statistics: python -m vqrae_jax.latent_stats --config=',
+  ),
+  ('model=MODEL | dict(latents=dict(norm="mean"))', "latents.norm='mean'"),
+  ('init=dict(latents="s.npz")', 'init.latents=s.npz has no place'),
+  (
+    'model=MODEL | dict(latents=dict(norm="channel")), '
+    'init=dict(latents="notes.txt")',
+    'init.latents=notes.txt: .* says no format of weights',
+  ),
   ('init_from="nowhere"', 'init_from=nowhere: there is no such folder'),
   ('init_from="photos"', 'photos is no tokenizer: it has no config.json'),
   ('init_from="notes.txt"', 'init_from=notes.txt'),
@@ -147,7 +159,7 @@ CONFIGS = [
   ('eval=dict(source="bad/zero.png", tile=16)', 'zero.png'),
 ]
 
-# What both commands say of DATA; what only training says is below.
+# What all commands say of DATA; what only training says is below.
 DATA = [
   ('nowhere', 'data "nowhere" is no folder, file, glob'),
   ('hollow', '"hollow" holds no image .* it holds nothing'),
@@ -243,6 +255,7 @@ RECONSTRUCT = [
 MAINS = {
   'train': train_main.main,
   'reconstruct_images': reconstruct_images.main,
+  'latent_stats': latent_stats.main,
 }
 
 
@@ -296,6 +309,7 @@ def test_data(name, data, words, answer):
     'reconstruct_images': [
       '--tokenizer=tokenizer', '--out=out', f'--images={data}'
     ],
+    'latent_stats': ['--config=mine.py', '--out=s.npz', f'--data={data}'],
   }[name]  # fmt: skip
   assert re.search(words, answer(name, argv))
 

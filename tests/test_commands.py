@@ -26,7 +26,8 @@ def typed(*argv, cwd=ROOT):
 
 
 @pytest.mark.parametrize(
-  'module', ('train', 'reconstruct_images', 'fetch_weights', 'convert')
+  'module',
+  ('train', 'reconstruct_images', 'fetch_weights', 'convert', 'latent_stats'),
 )
 def test_help_has_an_example(module):
   code, out, _ = typed(f'vqrae_jax.{module}', '--help')
@@ -130,6 +131,19 @@ def test_reconstruct_images(tile, tokenizer_dir, tmp_path, capsys):
     assert image.size == (41 // side * side, 30 // side * side)
   said = capsys.readouterr().out
   assert said.count(' dB ') == 3 and 'comparison.png' in said
+
+
+def test_tiles_have_the_grid_that_statistics_are_of(tmp_path):
+  """The decoder's own grid is 4x4, the statistics' 2x2: tiles of 8 px."""
+  tokenizer = tiny.normalised('fsq-cosmos', 'position', grid=(2, 2))
+  export.save_tokenizer(*tokenizer, tmp_path / 'tokenizer')
+  Image.fromarray(tiny.images(1, 17, 25)[0]).save(tmp_path / 'p.png')
+  flags = [f'--tokenizer={tmp_path}/tokenizer', f'--images={tmp_path}/p.png']
+  reconstruct_images.main([*flags, f'--out={tmp_path}/out'])
+  with Image.open(tmp_path / 'out' / 'p.png') as image:
+    assert image.size == (24, 16)
+  with pytest.raises(UserError, match='4x4 tokens, .* are of 2x2'):
+    reconstruct_images.main([*flags, f'--out={tmp_path}/x', '--tile=16'])
 
 
 @pytest.mark.parametrize(

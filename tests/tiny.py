@@ -93,6 +93,26 @@ def built(config: dict, seed: int = 1, spread: float = 1.0):
   return tokenizer, variables
 
 
+def normalised(kind: str, norm: str, grid=(4, 4), seed: int = 3, **options):
+  """(tokenizer, variables) of `model(kind)` whose latents are normalised."""
+  latents = dict(norm=norm) | (dict(grid=grid) if norm == 'position' else {})
+  config = model(kind, **options) | dict(latents=latents)
+  tokenizer, variables = built(config)
+  return tokenizer, with_statistics(variables, seed)
+
+
+def with_statistics(variables: dict, seed: int = 3) -> dict:
+  """The variables with a mean and a std that are not 0 and 1."""
+  rng = np.random.default_rng(seed)
+  shape = variables['codebook']['latents']['mean'].shape
+  stats = dict(
+    mean=rng.normal(0, 0.3, shape).astype('f4'),
+    std=rng.uniform(0.5, 2.0, shape).astype('f4'),
+  )
+  codebook = variables['codebook'] | dict(latents=jax.device_put(stats))
+  return variables | dict(codebook=codebook)
+
+
 def run(kind: str = 'fsq-cosmos', **keys) -> dict:
   """A run config over `model(kind)`, of 16-pixel images."""
   config = dict(

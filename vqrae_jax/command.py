@@ -11,6 +11,7 @@ import errno
 import io
 import logging as std_logging
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -94,6 +95,36 @@ def required(values: flags.FlagValues, *names: str) -> None:
   for name in names:
     if getattr(values, name) in (None, ''):
       raise UserError(f'flag --{name} is missing: {values[name].help}')
+
+
+def new_file(path: str, ending: str) -> pathlib.Path:
+  """What --out names: not there yet, in a folder that is.
+
+  Raises:
+    UserError: another ending, no folder, or something is there.
+  """
+  out = pathlib.Path(path).expanduser()
+  if out.suffix != ending:
+    raise UserError(f'--out={path} must end in {ending}')
+  if out.exists() or out.is_symlink():
+    raise UserError(f'--out={path} exists and is not replaced; name another')
+  if not out.parent.is_dir():
+    raise UserError(f'--out={path}: there is no folder {out.parent}')
+  return out
+
+
+def join_hosts() -> None:
+  """Joins the other hosts of a `--distributed` command.
+
+  Raises:
+    UserError: there is nothing to join, or no way to it.
+  """
+  import jax
+
+  try:
+    jax.distributed.initialize()
+  except (RuntimeError, ValueError) as e:
+    raise UserError(f'--distributed: {" ".join(str(e).split())}') from None
 
 
 def _worth_saying(record: std_logging.LogRecord) -> bool:

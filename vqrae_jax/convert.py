@@ -173,19 +173,16 @@ def _without(
 
 def _target(out: pathlib.Path, ending: str) -> pathlib.Path:
   """What may be written: new, and a file in a folder that is there."""
-  if ending and out.suffix != ending:
-    raise UserError(f'--out={out} must end in {ending}')
+  if ending:
+    return command.new_file(str(out), ending)
   if out.exists() or out.is_symlink():
     raise UserError(f'--out={out} exists and is not replaced; name another')
-  if not ending:  # a directory, whose parents are made
-    if out.suffix in ('.safetensors', '.npz', '.pt'):
-      raise UserError(f'--out={out} must be a directory, with no {out.suffix}')
-    above = next(p for p in out.absolute().parents if p.exists())
-    if not above.is_dir():
-      raise UserError(f'--out={out}: {above} is a file')
-    return out
-  if not out.parent.is_dir():
-    raise UserError(f'--out={out}: there is no folder {out.parent}')
+  # A directory, whose parents are made.
+  if out.suffix in ('.safetensors', '.npz', '.pt'):
+    raise UserError(f'--out={out} must be a directory, with no {out.suffix}')
+  above = next(p for p in out.absolute().parents if p.exists())
+  if not above.is_dir():
+    raise UserError(f'--out={out}: {above} is a file')
   return out
 
 
@@ -295,22 +292,12 @@ def decoder(source: Source, model: dict, out: pathlib.Path) -> None:
 
 def statistics(source: Source, out: pathlib.Path) -> None:
   """RAE's mean and variance of latents, as .npz; bitwise."""
-  import numpy as np
+  from vqrae_jax.models.latent_files import read_statistics
 
-  if set(source) != {'mean', 'var'}:
-    raise UserError(f'{source.name} holds no "mean" and "var" of latents')
-  arrays = {k: np.asarray(h.read()) for k, h in source.items()}
-  if arrays['mean'].shape != arrays['var'].shape:
-    raise UserError(
-      f'{source.name}: mean is {arrays["mean"].shape}, var '
-      f'{arrays["var"].shape}; they must be alike'
-    )
-  if not all(np.isfinite(x).all() for x in arrays.values()):
-    raise UserError(f'{source.name} holds NaN or infinity; compute it again')
-  if (arrays['var'] < 0).any():
-    raise UserError(f'{source.name}: var is negative; it is no variance')
+  arrays = read_statistics(source)
   print(f'read {source.name}: mean and var of shape {arrays["mean"].shape}')
   _write(out, arrays)
+  print(f'begin a run with them: --config.init.latents={out}')
 
 
 def back(directory: str, out: pathlib.Path) -> None:

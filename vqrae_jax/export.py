@@ -5,7 +5,8 @@
 
 Blocks are stored stacked, whatever `scan` was. The codebook holds the baked
 code table ("codebook/quantizer/codes"), which inference reads and never
-computes; SimVQ's basis and map lie beside it, for later training.
+computes; SimVQ's basis and map lie beside it, for later training. Statistics
+of latents are "codebook/latents/mean" and "…/std".
 
 The fingerprint is the SHA-256 of the canonical JSON of the model config and,
 for each leaf in order of its name, the name, the shape and the values as
@@ -236,12 +237,11 @@ def _check_leaves(tokenizer, leaves, path) -> None:
   def make(key, image):
     variables = tokenizer.init(key, image)
     baked = tokenizer.apply(variables, method='baked_codebook')
-    codebook = variables.get('codebook', {}).get('quantizer', {}) | baked
-    if not codebook:
-      return {'params': variables['params']}
+    codebook = variables.get('codebook', {})
+    quantizer = codebook.get('quantizer', {}) | baked
     return {
       'params': variables['params'],
-      'codebook': {'quantizer': codebook},
+      'codebook': codebook | {'quantizer': quantizer},
     }
 
   want = trees.flatten(jax.eval_shape(make, jax.random.key(0), image))

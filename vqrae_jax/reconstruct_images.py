@@ -79,7 +79,7 @@ def reconstruct_folder(
     print('this tokenizer is continuous: images pass through latents')
   p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
   if tile is None:
-    tile = p * min(vit.grid)
+    tile = p * min(tokenizer.latents_spec.grid or vit.grid)
   if tile < 0 or tile % p:
     raise UserError(
       f'--tile={tile} must be 0 or a multiple of the decoder patch {p}'

@@ -38,6 +38,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'quantizer/(codes|basis|sums|kernel|project_\w+/kernel)', ('fsdp', None)),
   (r'quantizer/(project_\w+/dense\d|map_tokens)/kernel', ('fsdp', None)),
   (r'quantizer/(frequencies|project_in/gain)', ()),
+  (r'latents/(mean|std)', ()),
   (r'quantizer/post_conv/kernel', (None, None, 'fsdp', None)),
   (r'head\d+/\w+/kernel', (None, 'fsdp', None)),
   (r'(head\d+/\w+/[uv]|lecam/(real|fake))', ()),

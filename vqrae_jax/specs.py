@@ -27,6 +27,7 @@ LATER_FIELDS = {
 }
 DTYPES = ('float32', 'bfloat16')
 RESIZES = ('bicubic', 'bilinear')
+LATENT_NORMS = ('none', 'channel', 'position')
 
 Spec = TypeVar('Spec')
 
@@ -162,6 +163,32 @@ class DecoderSpec:
 
   vit: ViTSpec
   pixel_norm: PixelNorm = PixelNorm()
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentsSpec:
+  """How latents are normalised before they are quantised.
+
+  `norm` is "none", "channel" (a mean and a std a channel, any grid) or
+  "position" (one for each position's channels too); `grid` is then the grid
+  of tokens (rows, columns) that the statistics are of, else None.
+  """
+
+  norm: str = 'none'
+  grid: tuple[int, int] | None = None
+
+  def __post_init__(self):
+    _one_of('latents.norm', self.norm, LATENT_NORMS)
+    if (self.norm == 'position') != (self.grid is not None):
+      raise UserError(
+        f'latents.norm="{self.norm}" with latents.grid={self.grid}: the grid '
+        'of tokens, (16, 16) for instance, goes with norm="position" and with '
+        'no other'
+      )
+    if self.grid is not None:
+      whole = all(isinstance(n, int) and n > 0 for n in self.grid)
+      if len(self.grid) != 2 or not whole:
+        raise UserError(f'latents.grid={self.grid} must be (rows, columns)')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,10 @@ class TokenizerOutput:
 
   Attributes:
     images: f32[b h w 3], the reconstruction, not clipped.
-    latents: f[b gh gw d], the encoder's continuous features.
-    quantizer: the quantizer's output.
+    latents: f[b gh gw d], the encoder's continuous features, before they are
+      normalised.
+    quantizer: the quantizer's output; its `z_q` is in the space of `latents`
+      again, its `codes` are of the normalised ones.
     features: f[b n d], the decoder's tokens before its head, cls included.
     losses: {name: f32[]} unweighted, if they were asked for; else None.
   """

@@ -106,6 +106,50 @@ def test_post_quant_in_latent_space(kind):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('norm', ('channel', 'position'))
+@pytest.mark.parametrize('kind', ('fsq-cosmos', 'vq-ema', 'simvq-cosine'))
+def test_decode_is_the_forward_of_normalised_latents(kind, norm, dtype):
+  """Normalising and its inverse are inside the law, jitted and eagerly."""
+  tokenizer, variables = tiny.normalised(kind, norm, depth=1, dtype=dtype)
+  images = tiny.images(2)
+  doors = [
+    functools.partial(f, tokenizer)
+    for f in (
+      vqrae_jax.encode_to_indices,
+      vqrae_jax.decode_from_indices,
+      vqrae_jax.reconstruct,
+    )
+  ]
+  jitted = [jax.jit(f, compiler_options=tiny.AS_USERS) for f in doors]
+  for encode, decode, reconstruct in (jitted, doors):
+    indices = encode(variables, images)
+    assert len(np.unique(indices)) > 4, 'the test saw few codes'
+    out = reconstruct(variables, images)
+    np.testing.assert_array_equal(indices, out.quantizer.indices)
+    painted = decode(variables, indices)
+    np.testing.assert_array_equal(
+      bits(painted), bits(np.clip(out.images, 0, 1))
+    )
+
+
+@pytest.mark.parametrize('norm', ('channel', 'position'))
+def test_continuous_decodes_its_codes(norm):
+  """`none` has no indices: its codes through the tail are the forward."""
+  tokenizer, variables = tiny.normalised('none', norm, depth=1)
+
+  def decode(variables, codes):
+    return tokenizer.apply(
+      variables, method=lambda t: t._inference_tail(codes)[0]
+    )
+
+  options = dict(compiler_options=tiny.AS_USERS)
+  reconstruct = functools.partial(vqrae_jax.reconstruct, tokenizer)
+  out = jax.jit(reconstruct, **options)(variables, tiny.images(2))
+  painted = jax.jit(decode, **options)(variables, out.quantizer.codes)
+  np.testing.assert_array_equal(bits(painted), bits(out.images))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('kind', tiny.QUANTIZERS)
 def test_training_forward_uses_the_same_codes(kind, dtype):
   tokenizer, variables = made(kind, dtype, None)

@@ -29,7 +29,9 @@ def distill(x: LatentInputs) -> Float[Array, '']:
   With a teacher, mean (latents - teacher)^2: the continuous latents stay
   those of a frozen encoder (arXiv 2511.23386). Without one ("self"),
   mean (z_q - sg(latents))^2: the quantised latents stay near the continuous
-  ones, as the PyTorch project has it.
+  ones, as the PyTorch project has it. Where latents are normalised for the
+  quantizer, all of these are in the encoder's own space: z_q is brought back
+  before the decoder reads it, and so before it is compared.
   """
   latents = x.out.latents.astype(jnp.float32)
   if x.teacher is not None:

@@ -1,5 +1,9 @@
 """The tokenizer: encoder, quantizer, decoder, and the size rule between them.
 
+Latents may be normalised before the quantizer; what comes out of its tail is
+then brought back, so that `encode` and the decoder know the encoder's own
+latents (`models/latents.py`).
+
 h and w are multiples of the decoder's patch p_d; the encoder, with its patch
 p_e, sees the image resized to (h/p_d) p_e x (w/p_d) p_e, so that both have
 the grid (h/p_d, w/p_d); the output is h x w. Any aspect ratio goes.
@@ -23,6 +27,7 @@ from vqrae_jax.encoders import ENCODERS
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.latents import LatentNorm
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import pixels
 from vqrae_jax.specs import (
@@ -30,6 +35,7 @@ from vqrae_jax.specs import (
   RUN_OPTIONS,
   DecoderSpec,
   EncoderSpec,
+  LatentsSpec,
   build_spec,
   merge_sections,
 )
@@ -42,10 +48,13 @@ class Tokenizer(nn.Module):
   encoder_spec: EncoderSpec
   quantizer: quantizers.Quantizer
   decoder_spec: DecoderSpec
+  latents_spec: LatentsSpec = LatentsSpec()
 
   def setup(self):
     self.encoder = Encoder(self.encoder_spec)
     self.decoder = Decoder(self.decoder_spec)
+    if self.latents_spec.norm != 'none':
+      self.latents = LatentNorm(self.latents_spec, self.latent_dim)
 
   @property
   def patch_size(self) -> int:
@@ -95,15 +104,28 @@ class Tokenizer(nn.Module):
     """z_q f[b gh gw d] -> (images f32[b h w 3] not clipped, features)."""
     return self.decoder(z_q)
 
+  def _normalised(self, latents: Array) -> Array:
+    """Latents f[b gh gw d] as the quantizer reads them."""
+    if self.latents_spec.norm == 'none':
+      return latents
+    return self.latents.normalise(latents)
+
+  def _in_latent_space(self, z_q: Array) -> Array:
+    """The quantizer's z_q f[b gh gw d] as the decoder reads it."""
+    if self.latents_spec.norm == 'none':
+      return z_q
+    return self.latents.inverse(z_q)
+
   def code_tokens(self, images: ArrayLike) -> Array:
     """Images -> f32[n c], the tokens that codes are compared with."""
-    z = self.quantizer.to_code_space(self.encode(images))
+    z = self.quantizer.to_code_space(self._normalised(self.encode(images)))
     return z.reshape(-1, z.shape[-1])
 
   def encode_to_indices(self, images: ArrayLike) -> Array:
     """Images -> i32[b gh gw]; needs no decoder variables."""
     latents = jax.lax.optimization_barrier(self.encode(images))
-    return self.quantizer.latents_to_indices(latents)
+    z = jax.lax.optimization_barrier(self._normalised(latents))
+    return self.quantizer.latents_to_indices(z)
 
   def decode_from_indices(self, indices: ArrayLike) -> Array:
     """i32[b gh gw] -> f32[b h w 3] not clipped; needs no encoder variables."""
@@ -111,12 +133,16 @@ class Tokenizer(nn.Module):
 
   def _inference_tail(self, codes: Array) -> tuple[Array, Array]:
     codes = jax.lax.optimization_barrier(codes)
-    return jax.lax.optimization_barrier(
-      self.decoder(self.quantizer.tail(codes))
-    )
+    z_q = self._in_latent_space(self.quantizer.tail(codes))
+    return jax.lax.optimization_barrier(self.decoder(z_q))
 
   def __call__(
-    self, images: ArrayLike, *, train: bool = False, rngs: Any = None
+    self,
+    images: ArrayLike,
+    *,
+    train: bool = False,
+    rngs: Any = None,
+    noise: Array | None = None,
   ) -> TokenizerOutput:
     """One pass: images f[b h w 3] in [0, 1] to a reconstruction.
 
@@ -124,11 +150,18 @@ class Tokenizer(nn.Module):
       images: f[b h w 3] in [0, 1], or uint8.
       train: gradients pass straight through the quantizer.
       rngs: keys for stochastic quantizers, by name.
+      noise: f32[b gh gw d], added to what is quantised, not to the latents
+        that come out.
     """
     latents = self.encode(images)
     if not train:
       latents = jax.lax.optimization_barrier(latents)
-    out = self.quantizer(latents, train=train, rngs=rngs)
+    z = latents if noise is None else latents + noise.astype(latents.dtype)
+    z = self._normalised(z)
+    if not train:
+      z = jax.lax.optimization_barrier(z)
+    out = self.quantizer(z, train=train, rngs=rngs)
+    out = out.replace(z_q=self._in_latent_space(out.z_q))
     if train:
       images, features = self.decode(out.z_q)
     else:
@@ -195,17 +228,20 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
       encoder: dict(name=…) of the encoder table and, or, its spec's fields.
       quantizer: dict(name="fsq"|"vq"|"simvq"|"none", …).
       decoder: dict(name="B"|"L"|"XL"|"symmetric") and, or, its fields.
+      latents: dict(norm="none"|"channel"|"position"), "none" if absent; with
+        "position" also grid=(rows, columns).
       dtype, scan, remat: how to run; "float32", True, False by default.
 
   Returns:
     A linen module. `init(key, images)` makes its variables: the collections
-    "params" and, where the quantizer has tables, "codebook".
+    "params" and, where the quantizer has tables or latents are normalised,
+    "codebook".
 
   Raises:
     UserError: an unknown or impossible key, with the nearest right one.
   """
   config = _as_dict(model_config)
-  known = ('encoder', 'quantizer', 'decoder', *RUN_OPTIONS)
+  known = ('encoder', 'quantizer', 'decoder', 'latents', *RUN_OPTIONS)
   for key in config:
     if key not in known:
       raise UserError(f'unknown key "model.{key}"{did_you_mean(key, known)}')
@@ -220,7 +256,18 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
       config['quantizer'], encoder.vit.width, options.get('dtype', 'float32')
     ),
     decoder_spec=_decoder_spec(config['decoder'], options, encoder),
+    latents_spec=_latents_spec(config.get('latents')),
   )
+
+
+def _latents_spec(section: Any) -> LatentsSpec:
+  if section is None:
+    return LatentsSpec()
+  if not isinstance(section, Mapping):
+    raise UserError(
+      f'model.latents={section!r} must be a section: dict(norm="channel")'
+    )
+  return build_spec(LatentsSpec, section, 'model.latents')
 
 
 def _as_dict(config: Any) -> dict:
@@ -258,8 +305,12 @@ def describe(tokenizer: Tokenizer) -> dict:
   }
   if quantizer.post_quant is not None:
     fields['post_quant'] = dataclasses.asdict(quantizer.post_quant)
-  return {
+  model = {
     'encoder': spec_fields(tokenizer.encoder_spec),
     'quantizer': {'name': quantizers.name_of(quantizer), **old_fields(fields)},
     'decoder': spec_fields(tokenizer.decoder_spec),
   }
+  # Younger than format 1, like LATER_FIELDS, but a section.
+  if tokenizer.latents_spec != LatentsSpec():
+    model['latents'] = dataclasses.asdict(tokenizer.latents_spec)
+  return model

@@ -73,6 +73,7 @@ def fit(source: Source, tokenizer: Tokenizer) -> dict[str, Pretrained]:
   Raises:
     UserError: a part that does not fit; the line shows both sides.
   """
+  _check_latents(tokenizer)
   parts, want = split(source), targets(tokenizer)
   shapes = {key: handle.shape for key, handle in parts['encoder'].items()}
   table, names = torch_encoders.file_table(
@@ -98,6 +99,15 @@ def fit(source: Source, tokenizer: Tokenizer) -> dict[str, Pretrained]:
   }
 
 
+def _check_latents(tokenizer: Tokenizer) -> None:
+  if tokenizer.latents_spec.norm != 'none':
+    raise UserError(
+      f'model.latents.norm="{tokenizer.latents_spec.norm}": the PyTorch '
+      'project normalises latents after it quantises them, by a file beside '
+      'the weights; only models with norm="none" are converted'
+    )
+
+
 def load(fits: Mapping[str, Pretrained]) -> dict[str, np.ndarray]:
   """{"params/…" or "codebook/…": array} of all parts."""
   return {
@@ -116,6 +126,7 @@ def export(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   Raises:
     UserError: a tokenizer that the project has no form for.
   """
+  _check_latents(tokenizer)
   leaves = {n: np.asarray(x) for n, x in trees.flatten(variables).items()}
   q = tokenizer.quantizer
   for name in _NOT_THEIRS:

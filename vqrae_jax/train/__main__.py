@@ -135,12 +135,7 @@ def main(argv: list[str]) -> None:
   if values.dry_run and profile:
     raise UserError('--dry_run has one step and no --profile')
   if values.distributed:
-    import jax
-
-    try:
-      jax.distributed.initialize()
-    except (RuntimeError, ValueError) as e:
-      raise UserError(f'--distributed: {" ".join(str(e).split())}') from None
+    command.join_hosts()
   from vqrae_jax import sharding
   from vqrae_jax.train import loop, summary
 

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from vqrae_jax.train.terms import (
 )
 
 NETWORKS = ('published', 'random')
+INIT_PARTS = ('encoder', 'decoder', 'latents')  # from files of their own
 INIT = 'init'  # the teacher that a run begins with
 
 
@@ -147,6 +149,7 @@ class InitSpec:
     encoder: a published encoder: a row of the table, "hf:ORG/NAME[@REV]", a
       folder or a file.
     decoder: "rae:FILE", a published RAE decoder.
+    latents: a file of latents' mean and var, where `model.latents` has a norm.
     networks: "published" or "random": the frozen networks that losses and the
       discriminator look through. Random features still tell images apart, but
       worse, and a run on them says so.
@@ -154,10 +157,11 @@ class InitSpec:
 
   encoder: str | None = None
   decoder: str | None = None
+  latents: str | None = None
   networks: str = 'published'
 
   def __post_init__(self):
-    for part in ('encoder', 'decoder'):  # cleared on a command line
+    for part in INIT_PARTS:  # cleared on a command line
       if getattr(self, part) == '':
         object.__setattr__(self, part, None)
     if self.networks not in NETWORKS:
@@ -210,6 +214,9 @@ class RunSpec:
     accumulate: micro-batches that a step's batch is computed in, one after
       another; the result is that of the whole batch.
     ema: decay of the weights' moving average; 0 for none.
+    noise_tau: noise on latents in training, U[0, tau) x N(0, 1), one U a
+      sample, before they are normalised and quantised; .8 for RAE, 0 for
+      discrete tokens.
     init_from: a run's workdir or a tokenizer's directory whose weights the
       run begins with; its optimizer and step count begin anew.
     init: parts of the weights from elsewhere.
@@ -231,6 +238,7 @@ class RunSpec:
   seed: int = 0
   optim: Adam = Adam()
   ema: float = 0.999
+  noise_tau: float = 0.0
   init_from: str | None = None
   init: InitSpec = InitSpec()
   teacher: str | None = None
@@ -249,7 +257,7 @@ class RunSpec:
         f'max_nonfinite={self.max_nonfinite} must not be negative; 0 stops at '
         'the first'
       )
-    for part in ('encoder', 'decoder'):
+    for part in INIT_PARTS:
       if self.init_from is not None and getattr(self.init, part) is not None:
         raise UserError(
           f'init_from brings a whole tokenizer, so init.{part} has no place; '
@@ -261,6 +269,11 @@ class RunSpec:
       raise UserError(f'seed={self.seed} must lie in [0, 2147483648)')
     if not 0 <= self.ema < 1:
       raise UserError(f'ema={self.ema} must lie in [0, 1)')
+    if not 0 <= self.noise_tau < math.inf:
+      raise UserError(
+        f'noise_tau={self.noise_tau} must be finite and not negative; 0 for '
+        'none'
+      )
     if self.log.every < 1 or self.log.usage_window < 1:
       raise UserError('log.every and log.usage_window must be above 0')
     if self.log.images_every < 0:

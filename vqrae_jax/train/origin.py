@@ -4,8 +4,9 @@
 the averaged weights and the live codebook of its newest checkpoint, with the
 leaves it kept frozen made again as that run made them and held against their
 hash. `init.encoder` brings a published encoder, `init.decoder` a published
-decoder. Nothing is loaded in part: both sides have the same leaves, or the run
-stops with both lists.
+decoder, `init.latents` the statistics that latents are normalised by. Nothing
+is loaded in part: both sides have the same leaves, or the run stops with both
+lists.
 
 Learning rates, optimizer, averages and the step count begin anew.
 """
@@ -23,7 +24,7 @@ import numpy as np
 from vqrae_jax import export, pretrained
 from vqrae_jax.errors import UserError
 from vqrae_jax.losses import dino_weights, networks
-from vqrae_jax.models import rae
+from vqrae_jax.models import latent_files, rae
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
@@ -43,7 +44,7 @@ class Given:
       its file when it is sliced}, a subset of the tokenizer's variables as
       training has them; "teacher/…" where a frozen encoder teaches.
     says: what was taken, in a line.
-    source: the words it came from; '' for none.
+    source: the words that weights came from; '' for none.
     revision: the commits of hub's snapshots among them, if any.
     teacher: (source, revision) of the encoder that teaches, or None.
   """
@@ -86,6 +87,8 @@ def given_leaves(
     if init.decoder is not None:
       leaves, says = _decoder(tokenizer, init.decoder)
       parts.append(Given(leaves, says, init.decoder))
+    if init.latents is not None:
+      parts.append(_latents(tokenizer, init.latents))
     return _together(parts)
   path = pathlib.Path(init_from).expanduser()
   if (path / 'checkpoints').is_dir():
@@ -187,7 +190,7 @@ def _together(parts: list[Given]) -> Given:
   return Given(
     leaves,
     ' and '.join(part.says for part in parts),
-    ' and '.join(part.source for part in parts),
+    ' and '.join(part.source for part in parts if part.source),
     ' and '.join(revisions) or None,
   )
 
@@ -225,12 +228,25 @@ def _decoder(tokenizer: Tokenizer, word: str) -> tuple[Leaves, str]:
   return leaves, f'the decoder of {source.value}{note}{skipped}'
 
 
+def _latents(tokenizer: Tokenizer, path: str) -> Given:
+  """Mean and std of latents out of a file of statistics."""
+  try:
+    leaves = latent_files.leaves_of(
+      path, tokenizer.latents_spec, tokenizer.latent_dim
+    )
+  except UserError as e:
+    raise UserError(f'init.latents={path}: {e}') from None
+  # No source of weights: manifests name those of frozen leaves.
+  return Given(dict(leaves), f'the statistics of latents in {path}')
+
+
 def _of_tokenizer(path: pathlib.Path) -> tuple[Leaves, str]:
   tokenizer, variables = export.load_tokenizer(path)
   leaves = trees.flatten({'params': variables['params']})
-  tables = dict(variables.get('codebook', {}).get('quantizer', {}))
+  codebook = dict(variables.get('codebook', {}))
+  tables = dict(codebook.pop('quantizer', {}))
   tables = tokenizer.quantizer.training_codebook(tables)
-  leaves |= {f'codebook/quantizer/{n}': x for n, x in tables.items()}
+  leaves |= trees.flatten({'codebook': codebook | {'quantizer': tables}})
   leaves = jax.tree.map(np.asarray, leaves)
   return leaves, f'all {len(leaves)} leaves of the tokenizer {path}'
 
@@ -286,10 +302,12 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
 
 
 def _began_with(tokenizer: Tokenizer, spec: config_lib.RunSpec) -> Leaves:
-  """The variables that a run began with, on the host."""
+  """The variables that a run began with, on the host, but for statistics."""
   fresh = trees.flatten(jax.jit(lambda: from_seed(tokenizer, spec.seed))())
   fresh = jax.tree.map(np.asarray, fresh)
-  return fresh | given_leaves(tokenizer, spec.init_from, spec.init).leaves
+  # The checkpoint has the statistics; their file may be gone.
+  init = dataclasses.replace(spec.init, latents=None)
+  return fresh | given_leaves(tokenizer, spec.init_from, init).leaves
 
 
 def hash_frozen(

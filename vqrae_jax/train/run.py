@@ -5,6 +5,7 @@ data, held-out photographs, the folder the tokenizer will go to, shapes,
 schedules, losses, devices.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -27,7 +28,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
 from vqrae_jax.models.tokenizer import build_tokenizer, describe
 from vqrae_jax.ops import trees
-from vqrae_jax.train import changes, origin, ranges
+from vqrae_jax.train import changes, origin, ranges, statistics
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
@@ -80,6 +81,7 @@ class Run:
     self._hashes: dict[str, str] | None = None
     self._origins: dict[str, tuple[str, str | None]] = {}
     self.tokenizer = build_tokenizer(spec.model)
+    statistics.check(spec, self.tokenizer)
     if odd := ranges.unusual(spec, self.tokenizer):
       logging.warning(odd)
     data = spec.data
@@ -119,7 +121,7 @@ class Run:
     state, frozen = state_lib.init_state(
       plan, self.mesh, spec.seed, given.leaves
     )
-    if not any(n.startswith('codebook/') for n in given.leaves):
+    if not any(n.startswith('codebook/quantizer/') for n in given.leaves):
       first = sharding.place_batch(self.batches.batch(0), self.mesh)
       begin = jax.jit(
         _placed(functools.partial(state_lib.init_codebook, plan)),
@@ -148,16 +150,21 @@ class Run:
     if jax.tree.leaves(frozen):
       # By the same program as at the run's start: bitwise the same leaves.
       _, frozen = state_lib.init_state(
-        self.plan, self.mesh, self.spec.seed, self._bring().leaves
+        self.plan, self.mesh, self.spec.seed, self._bring(again=True).leaves
       )
     where = f'checkpoint {manifest["step"]}'
     origin.check_frozen(self.frozen_hashes(frozen), manifest['frozen'], where)
     return state, frozen, self._step(state)
 
-  def _bring(self) -> origin.Given:
-    """What the config brings; where it came from is kept for manifests."""
+  def _bring(self, again: bool = False) -> origin.Given:
+    """What the config brings; where it came from is kept for manifests.
+
+    `again`: for the frozen trees of a run that goes on; the statistics of
+    latents are in its checkpoint, their file may be gone.
+    """
     spec = self.spec
-    given = origin.given_leaves(self.tokenizer, spec.init_from, spec.init)
+    init = dataclasses.replace(spec.init, latents=None) if again else spec.init
+    given = origin.given_leaves(self.tokenizer, spec.init_from, init)
     given = origin.with_teacher(given, self.tokenizer, spec.teacher)
     source = given.source or f'seed {spec.seed}'
     given = origin.with_networks(
