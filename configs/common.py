@@ -14,6 +14,7 @@ def base() -> ml_collections.ConfigDict:
   config.batch_size = 32
   config.accumulate = 1
   config.ema = 0.999
+  config.noise_tau = 0.0
   config.data = dict(
     source='FOLDER',
     image_size=ml_collections.FieldReference(256, field_type=object),

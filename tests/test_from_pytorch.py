@@ -173,7 +173,7 @@ def test_it_exists(kind, word):
     ('key here', 'model.quantizer.num_embeddings'),
     ('key here', 'losses.lpips2'),
     ('key here', 'data.image_size.h'),
-    ('key here', 'noise_tau'),
+    ('key here', 'noise_tao'),
     ('function here', 'vqrae_jax.forward'),
     ('function here', 'Quantizer.get_codebook_entry'),
     ('command here', 'python -m vqrae_jax.train --resume=3'),

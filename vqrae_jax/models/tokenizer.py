@@ -116,7 +116,12 @@ class Tokenizer(nn.Module):
     )
 
   def __call__(
-    self, images: ArrayLike, *, train: bool = False, rngs: Any = None
+    self,
+    images: ArrayLike,
+    *,
+    train: bool = False,
+    rngs: Any = None,
+    noise: Array | None = None,
   ) -> TokenizerOutput:
     """One pass: images f[b h w 3] in [0, 1] to a reconstruction.
 
@@ -124,11 +129,14 @@ class Tokenizer(nn.Module):
       images: f[b h w 3] in [0, 1], or uint8.
       train: gradients pass straight through the quantizer.
       rngs: keys for stochastic quantizers, by name.
+      noise: f32[b gh gw d], added to what is quantised, not to the latents
+        that come out.
     """
     latents = self.encode(images)
     if not train:
       latents = jax.lax.optimization_barrier(latents)
-    out = self.quantizer(latents, train=train, rngs=rngs)
+    z = latents if noise is None else latents + noise.astype(latents.dtype)
+    out = self.quantizer(z, train=train, rngs=rngs)
     if train:
       images, features = self.decode(out.z_q)
     else:

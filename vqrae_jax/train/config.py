@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,6 +196,9 @@ class RunSpec:
     accumulate: micro-batches that a step's batch is computed in, one after
       another; the result is that of the whole batch.
     ema: decay of the weights' moving average; 0 for none.
+    noise_tau: noise on latents in training, U[0, tau) x N(0, 1), one U a
+      sample, before they are normalised and quantised; .8 for RAE, 0 for
+      discrete tokens.
     init_from: a run's workdir or a tokenizer's directory whose weights the
       run begins with; its optimizer and step count begin anew.
     init: parts of the weights from elsewhere.
@@ -214,6 +218,7 @@ class RunSpec:
   seed: int = 0
   optim: Adam = Adam()
   ema: float = 0.999
+  noise_tau: float = 0.0
   init_from: str | None = None
   init: InitSpec = InitSpec()
   teacher: str | None = None
@@ -238,6 +243,11 @@ class RunSpec:
       raise UserError(f'seed={self.seed} must lie in [0, 2147483648)')
     if not 0 <= self.ema < 1:
       raise UserError(f'ema={self.ema} must lie in [0, 1)')
+    if not 0 <= self.noise_tau < math.inf:
+      raise UserError(
+        f'noise_tau={self.noise_tau} must be finite and not negative; 0 for '
+        'none'
+      )
     if self.log.every < 1 or self.log.usage_window < 1:
       raise UserError('log.every and log.usage_window must be above 0')
     if self.log.images_every < 0:

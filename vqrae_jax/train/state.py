@@ -41,6 +41,7 @@ class Plan:
     accumulate: parts that a step's batch is computed in.
     moves_codebook: whether the `codebook` collection follows its updates.
     teacher: whether a frozen encoder is distilled from.
+    noise_tau: the noise on latents in training, at most; 0 for none.
     adversary: the second player, or None.
   """
 
@@ -57,6 +58,7 @@ class Plan:
   accumulate: int
   moves_codebook: bool
   teacher: bool
+  noise_tau: float
   adversary: Adversary | None
 
   @property
@@ -175,6 +177,7 @@ def make_plan(
     accumulate=spec.accumulate,
     moves_codebook=any(schedules[n] is not None for n in tables),
     teacher=spec.teacher is not None,
+    noise_tau=spec.noise_tau,
     adversary=adversary,
   )
 

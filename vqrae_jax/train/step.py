@@ -20,7 +20,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.ops import trees
+from vqrae_jax.ops import noise, trees
 from vqrae_jax.train.state import Plan
 from vqrae_jax.types import (
   Frozen,
@@ -32,6 +32,7 @@ from vqrae_jax.types import (
 
 Metrics = dict[str, jax.Array]
 _IMAGE = IMAGE_TERMS | FROZEN_TERMS
+_NOISE = 104  # apart from the adversary's draws of the same step
 
 
 def _cotangents(
@@ -56,9 +57,26 @@ def _cotangents(
   return values, image, gan
 
 
-def _forward(plan: Plan, state: TrainState, frozen: Frozen, targets: jax.Array):
+def _noise(plan: Plan, state: TrainState, targets: jax.Array, rows: jax.Array):
+  """f32[b gh gw d] that training adds to the latents of these rows, or None."""
+  if not plan.noise_tau:
+    return None
+  key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), _NOISE)
+  tokenizer = plan.tokenizer
+  shape = (*tokenizer.grid(*targets.shape[1:3]), tokenizer.latent_dim)
+  return plan.noise_tau * noise.draw(key, rows, shape)
+
+
+def _forward(
+  plan: Plan,
+  state: TrainState,
+  frozen: Frozen,
+  targets: jax.Array,
+  rows: jax.Array,
+):
   """params -> ((image or None, latent losses), (image, stats, features))."""
   rngs = {'quantizer': jax.random.fold_in(state.rng, state.step)}
+  added = _noise(plan, state, targets, rows)
   teacher = None
   if plan.teacher:
     variables = {'params': frozen.teacher}
@@ -69,7 +87,9 @@ def _forward(plan: Plan, state: TrainState, frozen: Frozen, targets: jax.Array):
     variables = {'params': trees.merge(params, frozen.params)}
     if state.codebook:
       variables['codebook'] = state.codebook
-    out = plan.tokenizer.apply(variables, targets, train=True, rngs=rngs)
+    out = plan.tokenizer.apply(
+      variables, targets, train=True, rngs=rngs, noise=added
+    )
     seen = LatentInputs(out, teacher)
     latent = {name: LATENT_TERMS[name](seen) for name in plan.latent_terms}
     # Without an image loss nothing may pretend to reach the decoder.
@@ -98,7 +118,7 @@ def loss_gradients(
   """
   targets = image_ops.to_unit(images)
   rows = jnp.arange(len(images)) if rows is None else rows
-  forward = _forward(plan, state, frozen, targets)
+  forward = _forward(plan, state, frozen, targets, rows)
   (_, latent), pullback, (recon, stats, features) = jax.vjp(
     forward, state.tokenizer.params, has_aux=True
   )
@@ -146,7 +166,7 @@ def _whole_balance(plan, state, frozen, images, rows):
   def one(part):
     images, rows = part
     targets = image_ops.to_unit(images)
-    forward = _forward(plan, state, frozen, targets)
+    forward = _forward(plan, state, frozen, targets, rows)
     _, (recon, _, features) = forward(state.tokenizer.params)
     _, image, gan = _cotangents(plan, state, frozen, targets, recon, rows)
     return adversary.at_head(image, features), adversary.at_head(gan, features)
