@@ -218,6 +218,9 @@ WANTED = {
     INTERN, 'XL', 16384, 1536, 16, 256, 768, '60000 steps', 1e-4, PAPER_2,
     LATE, fields=L2,
   ),
+  ('rae_dinov2_b', None): Numbers(
+    DINO, 'XL', 0, 768, 16, 256, 512, '16 epochs', 2e-4, RAE, EPOCH_8, 0.9978,
+  ),
   ('finetune_decoder', None): Numbers(
     SIGLIP, 'L', 16384, 1536, 14, 224, 512, '4 epochs', 2e-5, RAE, BOTH_NOW,
     0.9978, COSINE,
@@ -244,6 +247,7 @@ def test_numbers(name, arguments):
   assert spec.batch_size == want.batch and spec.duration == want.duration
   assert {n: t.weight for n, t in spec.terms().items()} == want.losses
   assert spec.ema == want.ema
+  assert spec.noise_tau == (0 if want.codes else 0.8)
   for field, value in want.fields.items():
     assert getattr(tokenizer.quantizer, field) == value, field
   open_encoder = any(n.startswith('encoder/') for n in plan.trainable)
@@ -314,7 +318,7 @@ def test_a_finetuned_decoder_moves_no_index():
     assert {n.split('/')[0] for n in plan.trainable} == {'decoder'}
     assert not plan.moves_codebook
   recipes = importlib.import_module('configs.finetune_decoder').RECIPES
-  others = {'quickstart', 'finetune_decoder'}
+  others = {'quickstart', 'finetune_decoder', 'rae_dinov2_b'}
   assert {*recipes} == {*NAMES} - others
 
 

@@ -259,6 +259,7 @@ def test_needs_of_losses_and_of_encoders_given_elsewhere():
     ('simvq_siglip2_l:preset=paper,stage=2', 'siglip2-large-patch16-256', BOTH),
     ('vq_dinov2_b', 'dinov2-with-registers-base', DINO),
     ('vq_dinov2_b_decxl', 'dinov2-with-registers-base', DINO),
+    ('rae_dinov2_b', 'dinov2-with-registers-base', DINO),
     ('vqvae_16k', 'siglip-large-patch16-384', DINO),
     ('fsq_siglip_l', 'siglip-large-patch16-384', DINO),
     ('fsq_cosmos_64k', 'siglip2-base-patch16-256', DINO),
