@@ -83,7 +83,7 @@ def dino_discriminator(start: str, **schedule) -> ml_collections.ConfigDict:
 
   Heads on a frozen DINO ViT-S/8, kernels of 9 with spectral norm, hinge, the
   decoder's loss -mean D(fake); DiffAug on every image, nothing cut out; AdamW
-  (.9, .95) without decay; one update a step.
+  (.9, .95) without decay; one update a step. Gradients clipped at 1 are ours.
 
   Args:
     start: from when it learns.
@@ -96,7 +96,7 @@ def dino_discriminator(start: str, **schedule) -> ml_collections.ConfigDict:
       start=start,
       updates=1,
       schedule=schedule,
-      optim=dict(b1=0.9, b2=0.95, weight_decay=0.0),
+      optim=dict(b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0),
       augment=True,
       cutout=0.0,
       lecam=0.0,
@@ -117,10 +117,10 @@ def paper_discriminator() -> ml_collections.ConfigDict:
     dict(
       name='patch',
       loss='hinge',
-      start=50000,
+      start='50000 steps',
       updates=1,
-      schedule=dict(lr=4e-5, warmup=2000, decay='constant'),
-      optim=dict(b1=0.9, b2=0.999, weight_decay=1e-4),
+      schedule=dict(lr=4e-5, warmup='2000 steps', decay='constant'),
+      optim=dict(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0),
       augment=False,
       lecam=0.001,
       r1=0.0,

@@ -13,7 +13,8 @@ The numbers are those of RAE's trainer, line by line:
 - DINO discriminator: learns from epoch 6, 2e-4 to 2e-5 after an epoch of
   warm-up;
 - AdamW (.9, .95), no decay, 2e-4 to 2e-5 after an epoch of warm-up, batch 512,
-  16 epochs, EMA .9978, the encoder frozen;
+  16 epochs, EMA .9978, the encoder frozen; clip 1 is the PyTorch project's
+  (VQ DINOv2-B XL);
 - data: crops of 256 from 384 (1.5 times), no flips.
 
 The networks' weights are the published ones, fetched at the start
@@ -50,7 +51,7 @@ def get_config(arguments=None):
   )
   config.duration = '16 epochs'
   config.batch_size = 512
-  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.0)
+  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0)
   config.ema = 0.9978
   config.mesh.layout = 'fsdp'
   return config

@@ -10,7 +10,8 @@ First stage, line by line:
   encoder frozen;
 - the PyTorch project's first-stage configs: LPIPS 1.0 from the start; the
   adversarial weight .75, balanced, heard by the decoder from epoch 8; DINO
-  discriminator from epoch 6, 2e-4 to 2e-5 after an epoch of warm-up;
+  discriminator from epoch 6, 2e-4 to 2e-5 after an epoch of warm-up (its later
+  SigLIP files: 4e-4 to 1e-4);
 - SimVQ and the project's vq weight of 1: codebook 1, commitment .25;
 - VQRAE (2511.23386), for what those leave open: betas .9 and .999, decay 1e-4,
   clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is TiTok's (2406.07550).

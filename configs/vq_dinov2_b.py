@@ -12,7 +12,7 @@ trainer, line by line:
 - DINO discriminator: learns from epoch 6, 2e-4 to 2e-5 after an epoch of
   warm-up;
 - AdamW (.9, .95), no decay, 2e-4 to 2e-5 after an epoch of warm-up, batch 512,
-  16 epochs, EMA .9978;
+  16 epochs, EMA .9978; clip 1 is the PyTorch project's (VQ DINOv2-B XL);
 - data: crops of 256 from 384 (1.5 times), no flips;
 - no noise on the latents: they become discrete tokens.
 
@@ -55,6 +55,6 @@ def get_config(arguments=None):
   )
   config.duration = '16 epochs'
   config.batch_size = 512
-  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.0)
+  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0)
   config.ema = 0.9978
   return config

@@ -1,5 +1,9 @@
 """Layer-wise rates and an encoder's last blocks, as recipes ask for them."""
 
+import pathlib
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +120,13 @@ def test_each_block_learns_slower_than_the_one_above(shapes, last):
     np.testing.assert_allclose(ratio, 0.8**24, rtol=1e-5)
   else:
     assert POSITIONS not in names
+
+
+def test_the_readmes_example_is_the_recipes():
+  readme = pathlib.Path(__file__).resolve().parents[1] / 'README.md'
+  blocks = re.findall(r'```python\n(.*?)```', readme.read_text(), re.S)
+  [example] = [b for b in blocks if 'layerwise' in b]
+  config = types.SimpleNamespace()
+  exec(example, {'config': config})
+  recipe = simvq_siglip_l.get_config('stage=2,open=6,decay=0.8')
+  assert config.schedules == config_lib.plain(recipe.schedules)
