@@ -4,20 +4,29 @@ SimVQ on InternViT-6B V2.5 (arXiv 2412.05271, 45 blocks of 3200): 16,384 codes
 of 1536 channels, L2, and a ViT-XL decoder. It sees 224 pixels, the decoder
 paints patches of 16: 256 pixels from 16 x 16 tokens.
 
-VQRAE's numbers (arXiv 2511.23386): squared L2 to the mapped basis, batch 768,
-4e-4 to 1e-4 in 45,000 steps, the encoder frozen. `:decoder=symmetric` mirrors
-the encoder as the paper does (5.5 billion parameters more to train);
-`:decoder=B` and `:decoder=L` are smaller. `:stage=2` with
-`--config.init_from=runs/internvit_6b` goes on for 60,000 steps with everything
-open, decoder 1e-4 to 1e-5, encoder at 1e-5, held to the encoder that it began
-with (`distill`).
+First stage, line by line:
+- VQRAE (arXiv 2511.23386): L2, perceptual term, quantizer's terms with .25 of
+  commitment, no GAN; squared L2 to the mapped basis; AdamW (.9, .999), decay
+  1e-4, clip 1, 4e-4 to 1e-4 after 2000 steps of warm-up, batch 768, 45,000
+  steps, crop and flip, the encoder frozen. `:decoder=symmetric` mirrors the
+  encoder as the paper does (5.5 billion parameters more to train); XL is this
+  recipe's, `:decoder=B` and `:decoder=L` are smaller.
+- TA-TiTok (2501.07730): the perceptual term, the mean of LPIPS and .1
+  ConvNeXt-S with a weight of 1.1, so 1.0 and .1; EMA .999 is TiTok's
+  (2406.07550).
+
+`:stage=2` with `--config.init_from=runs/internvit_6b` opens the encoder:
+- VQRAE: the same terms, a GAN of weight .1 from step 50,000, 1.0 times the
+  squared distance to the encoder that it begins with ("teacher"); decoder 1e-4
+  to 1e-5, encoder 1e-5, discriminator 4e-5, 60,000 steps;
+- TiTok: that weight is fixed, the discriminator PatchGAN with hinge and LeCam
+  .001.
 
 Parameters lie over all devices ("fsdp") and blocks are recomputed in the
 backward (`remat`): the frozen encoder alone is 22 GB in f32.
 
-The encoder's weights are the published ones, fetched at the start
-(`--config.init.encoder=` for random ones). Not here yet: the
-perceptual term and the GAN.
+The networks' weights are the published ones, fetched at the start
+(`--config.init.encoder=` for a random encoder).
 """
 
 from configs import common
@@ -37,7 +46,9 @@ def get_config(arguments=None):
   )
   config.init.encoder = 'internvit-6b-448px-v2_5'
   config.data.update(image_size=256, resize=288, crop='random', flip=True)
-  config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
+  config.losses = dict(
+    l2=1.0, lpips=1.0, convnext=0.1, codebook=1.0, commit=0.25
+  )
   config.schedules = common.encoder_frozen(lr=4e-4, end_lr=1e-4, warmup=2000)
   config.duration = '45000 steps'
   config.batch_size = 768
@@ -45,14 +56,10 @@ def get_config(arguments=None):
   config.ema = 0.999
   config.mesh.layout = 'fsdp'
   if arg.stage == 2:
-    common.second_stage(
-      config,
-      duration='60000 steps',
-      distill='teacher',
-      lr=1e-4,
-      end_lr=1e-5,
-      warmup=2000,
-    )
-    still = dict(lr=1e-5, end_lr=1e-5, warmup=2000)
-    config.schedules = ((r'encoder/.*', still), *config.schedules)
+    common.second_stage(config, duration='60000 steps')
+    config.losses.gan = dict(weight=0.1, start=50000, adaptive=False)
+    config.losses.distill = dict(weight=1.0, target='teacher')
+    config.teacher = 'init'
+    config.discriminator = common.paper_discriminator()
+    config.schedules = common.paper_second_rates()
   return config

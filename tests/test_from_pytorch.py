@@ -20,12 +20,17 @@ from vqrae_jax import losses, specs, types
 from vqrae_jax.models import tokenizer as tokenizer_lib
 from vqrae_jax.quantizers import QUANTIZERS, Quantizer
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import ranges
+from vqrae_jax.train import ranges, terms
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs' / 'from_pytorch.md').read_text()
 
-TERMS = {**losses.IMAGE_TERMS, **losses.LATENT_TERMS}
+TERMS = {
+  *losses.IMAGE_TERMS,
+  *losses.FROZEN_TERMS,
+  *losses.LATENT_TERMS,
+  *terms.TERMS,
+}
 # Sections that are mappings in `RunSpec`, and what each may hold.
 MODEL = {
   'encoder': specs.EncoderSpec,
@@ -102,7 +107,8 @@ def check_key(dotted):
   if head == 'losses':
     assert rest[0] in TERMS, f'no loss {dotted}'
     if rest[1:]:
-      below(config_lib.LossTerm, rest[1:], dotted)
+      kind = terms.TERMS.get(rest[0], terms.LossTerm)
+      below(kind, rest[1:], dotted)
   elif head == 'model':
     assert rest[0] in MODEL, f'no key {dotted}'
     if rest[1:]:
@@ -173,6 +179,8 @@ def test_it_exists(kind, word):
   [
     ('key here', 'model.quantizer.num_embeddings'),
     ('key here', 'losses.lpips2'),
+    ('key here', 'losses.lpips.adaptive'),
+    ('key here', 'discriminator.strat'),
     ('key here', 'data.image_size.h'),
     ('key here', 'noise_tao'),
     ('function here', 'vqrae_jax.forward'),

@@ -80,8 +80,9 @@ def table() -> str:
 def needed(config: Any) -> list[str]:
   """What a config needs: rows of the table, and hub ids.
 
-  The encoder it names, or the one it starts from (`init.encoder`), and the
-  networks inside its losses and figures.
+  The encoder it names, or the one it starts from (`init.encoder`), a teacher
+  of its own, and the networks inside its losses, discriminator and figures,
+  unless `init.networks` is "random". Each once, encoders first.
   """
   from vqrae_jax.encoders import ENCODERS
   from vqrae_jax.weights.published import NEEDS
@@ -92,17 +93,21 @@ def needed(config: Any) -> list[str]:
       node = node.get(key) if hasattr(node, 'get') else None
     return node
 
-  names = []
   given = section('init', 'encoder')
   if given is None:
     given = section('model', 'encoder', 'name')
-  if given in ENCODERS or str(given).startswith('hf:'):
-    names.append(given)
-  terms = {k: v for k, v in (section('losses') or {}).items() if v}
-  terms |= {k: v for k, v in (section('eval') or {}).items() if v}
-  for term in terms:
-    names += NEEDS.get(term, ())
-  return names
+  names = [
+    name
+    for name in (given, section('teacher'))
+    if name in ENCODERS or str(name).startswith('hf:')
+  ]
+  wanted = [k for k, v in (section('eval') or {}).items() if v]
+  if section('init', 'networks') != 'random':
+    wanted += [k for k, v in (section('losses') or {}).items() if v]
+    wanted.append(section('discriminator', 'name'))
+  for name in wanted:
+    names += NEEDS.get(name, ())
+  return list(dict.fromkeys(names))
 
 
 def fetch(names: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import http.server
+import importlib
 import os
 import threading
 
@@ -17,6 +18,10 @@ from vqrae_jax.weights import hub, published
 download = download_lib.download
 DATA = np.random.default_rng(0).bytes(3 << 20)
 HASH = hashlib.sha256(DATA).hexdigest()
+
+LPIPS = ('vgg16', 'lpips-vgg')
+BOTH = (*LPIPS, 'convnext-small')
+DINO = (*LPIPS, 'dino-s8')
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -206,8 +211,11 @@ def test_a_config_says_what_it_needs(monkeypatch, tmp_path, row, capsys):
   import huggingface_hub
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+  files = []
+  monkeypatch.setattr(fetch_weights, '_file', files.append)
   fetch_weights.main(['--config=configs/simvq_siglip2_l.py:preset=paper'])
   assert [a[:2] for a in asked] == [('google/siglip2-large-patch16-256', None)]
+  assert sorted(files) == ['convnext-small', 'lpips-vgg', 'vgg16']
   assert 'commit abc, 1 MiB' in capsys.readouterr().out
   assert not {'*.py', '*'} & set(asked[0][2])
   fetch_weights.main(['--config=configs/quickstart.py'])
@@ -220,12 +228,57 @@ def test_needs_of_losses_and_of_encoders_given_elsewhere():
   needed = fetch_weights.needed
   losses = dict(l2=1.0, lpips=1.0, convnext=0.0, gan=dict(weight=0.75))
   model = dict(encoder=dict(name='vit-mae-base'))
-  assert needed(dict(model=model, losses=losses)) == [
-    'vit-mae-base', 'vgg16', 'lpips-vgg', 'dino-s8',
+  config = dict(model=model, losses=losses, discriminator=dict(name='dino'))
+  lpips = ['vgg16', 'lpips-vgg']
+  assert needed(config) == ['vit-mae-base', *lpips, 'dino-s8']
+  patch = config | dict(discriminator=dict(name='patch'))
+  assert needed(patch) == ['vit-mae-base', *lpips]
+  # Neither the teacher of its own start nor one named twice is another file.
+  for teacher in ('init', 'vit-mae-base', None):
+    assert needed(patch | dict(teacher=teacher)) == needed(patch)
+  taught = patch | dict(teacher='dinov2-base')
+  assert needed(taught) == ['vit-mae-base', 'dinov2-base', *lpips]
+  blind = config | dict(init=dict(networks='random'))
+  assert needed(blind) == ['vit-mae-base']
+  assert needed(blind | dict(eval=dict(rfid=True))) == [
+    'vit-mae-base', 'inception',
   ]  # fmt: skip
   init = dict(encoder='hf:me/mine')
   assert needed(dict(model=model, init=init)) == ['hf:me/mine']
   assert needed(dict(model=model, init=dict(encoder='/a/path'))) == []
+
+
+@pytest.mark.parametrize(
+  'name, encoder, files',
+  [
+    ('simvq_siglip_l', 'siglip-large-patch16-384', DINO),
+    ('simvq_siglip_l:stage=2', 'siglip-large-patch16-384', LPIPS),
+    ('simvq_siglip2_l', 'siglip2-large-patch16-256', DINO),
+    ('simvq_siglip2_l:stage=2', 'siglip2-large-patch16-256', LPIPS),
+    ('simvq_siglip2_l:preset=paper', 'siglip2-large-patch16-256', BOTH),
+    ('simvq_siglip2_l:preset=paper,stage=2', 'siglip2-large-patch16-256', BOTH),
+    ('vq_dinov2_b', 'dinov2-with-registers-base', DINO),
+    ('vq_dinov2_b_decxl', 'dinov2-with-registers-base', DINO),
+    ('rae_dinov2_b', 'dinov2-with-registers-base', DINO),
+    ('vqvae_16k', 'siglip-large-patch16-384', DINO),
+    ('fsq_siglip_l', 'siglip-large-patch16-384', DINO),
+    ('fsq_cosmos_64k', 'siglip2-base-patch16-256', DINO),
+    ('internvit_6b', 'internvit-6b-448px-v2_5', BOTH),
+    ('internvit_6b:stage=2', 'internvit-6b-448px-v2_5', BOTH),
+    ('paper_siglip2_so400m', 'siglip2-so400m-patch16-256', BOTH),
+    ('paper_siglip2_so400m:stage=2', 'siglip2-so400m-patch16-256', BOTH),
+    ('paper_internvit_300m', 'internvit-300m-448px-v2_5', BOTH),
+    ('paper_internvit_300m:stage=2', 'internvit-300m-448px-v2_5', BOTH),
+    ('finetune_decoder', 'siglip-large-patch16-384', DINO),
+  ],
+)
+def test_what_each_recipe_needs(name, encoder, files):
+  """All that a run of it opens: none of it is met only after hours."""
+  name, _, arguments = name.partition(':')
+  recipe = importlib.import_module(f'configs.{name}')
+  config = recipe.get_config(arguments or None)
+  first, *others = fetch_weights.needed(config)
+  assert first == encoder and sorted(others) == sorted(files)
 
 
 def test_the_hub_out_of_reach(monkeypatch):

@@ -1,7 +1,7 @@
 """Weights that are single files on the web, beside the encoders of the hub.
 
 A row says where a file lies, what its SHA-256 must be, its licence and what
-needs it; `NEEDS` says which keys of a config ask for which rows. A licence is
+needs it; `NEEDS` says which words of a config ask for which rows. A licence is
 the one its authors state; read it there before relying on it. Encoders have
 their own table (`encoders/published.py`). Nothing here touches the network.
 """
@@ -82,11 +82,12 @@ FILES = {
   ),
 }
 
-# A key of a config's `losses` (or `eval`): the rows that it needs.
+# A key of a config's `losses` (or `eval`), or its discriminator's name: the
+# rows that it needs.
 NEEDS = {
   'lpips': ('vgg16', 'lpips-vgg'),
   'convnext': ('convnext-small',),
-  'gan': ('dino-s8',),
+  'dino': ('dino-s8',),
   'rfid': ('inception',),
 }
 
