@@ -13,6 +13,8 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.train import step as step_lib
 
+PATCH = dict(name='patch', fields=dict(hidden=8, halvings=2, groups=4, pool=0))
+LOSSES = dict(l2=1.0, gan=dict(weight=0.5))
 # An eps above the gradients: Adam would make ±1 of a rounding error.
 OPTIM = dict(eps=0.1, clip=None)
 
@@ -44,6 +46,19 @@ def test_accumulation_draws_what_the_whole_batch_does(kind):
   for a, b in zip(one_rows, two_rows, strict=True):
     for name in a:
       np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
+
+
+def test_the_balance_hears_the_same_noise():
+  """Its sweep over the parts draws what the gradients' pass does."""
+  found = []
+  for parts in (1, 2):
+    plan = planned(
+      'none', noise_tau=0.8, accumulate=parts, losses=LOSSES,
+      discriminator=PATCH,
+    )  # fmt: skip
+    _, metrics = jitted(plan)(*started(plan), tiny.images(8))
+    found.append(float(metrics['gan_balance']))
+  np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
 def test_tau_is_felt_and_zero_is_not():
