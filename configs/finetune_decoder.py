@@ -18,8 +18,8 @@ The numbers, line by line:
   players from the first step, the decoder's adversarial weight rising over an
   epoch, since the discriminator begins at random.
 
-The networks' weights are the published ones (`python -m
-vqrae_jax.fetch_weights` brings them).
+The losses' networks come beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/finetune_decoder.py`.
 """
 
 from configs import (

@@ -12,10 +12,13 @@ The encoder is RAE's SigLIP2 (arXiv 2510.11690). The numbers, line by line:
   adversarial weight .75, balanced, heard by the decoder from epoch 8; DINO
   discriminator from epoch 6, 2e-4 to 2e-5 after an epoch of warm-up;
 - VQRAE (2511.23386), for what those leave open: AdamW (.9, .999), decay 1e-4,
-  clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is TiTok's (2406.07550).
+  clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is TiTok's
+  (2406.07550).
 
-The networks' weights are the published ones, fetched at the start
-(`--config.init.encoder=` for a random encoder).
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones); the losses' networks come
+beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/fsq_cosmos_64k.py`.
 """
 
 from configs import common

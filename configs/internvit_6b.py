@@ -25,8 +25,10 @@ First stage, line by line:
 Parameters lie over all devices ("fsdp") and blocks are recomputed in the
 backward (`remat`): the frozen encoder alone is 22 GB in f32.
 
-The networks' weights are the published ones, fetched at the start
-(`--config.init.encoder=` for a random encoder).
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones); the losses' networks come
+beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/internvit_6b.py`.
 """
 
 from configs import common

@@ -22,8 +22,10 @@ encoder:
 - TiTok: that weight is fixed, the discriminator PatchGAN with hinge and LeCam
   .001.
 
-The networks' weights are the published ones, fetched at the start
-(`--config.init.encoder=` for a random encoder).
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones); the losses' networks come
+beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/paper_internvit_300m.py`.
 """
 
 from configs import common

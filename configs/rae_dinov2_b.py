@@ -17,9 +17,11 @@ The numbers are those of RAE's trainer, line by line:
   (VQ DINOv2-B XL);
 - data: crops of 256 from 384 (1.5 times), no flips.
 
-The networks' weights are the published ones, fetched at the start
-(`--config.init.encoder=` for a random encoder). The published decoder comes by
-`--config.init.decoder=rae:FILE`.
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones); the losses' networks come
+beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/rae_dinov2_b.py`. The
+published decoder comes by `--config.init.decoder=rae:FILE`.
 """
 
 from configs import common

@@ -24,11 +24,15 @@ decoder that mirrors the encoder, batch 1024.
   1e-4 to 1e-5, encoder 1e-5, discriminator 4e-5.
 - The perceptual term is TA-TiTok's (2501.07730), the mean of LPIPS and .1
   ConvNeXt-S with a weight of 1.1, so 1.0 and .1; the discriminator TiTok's.
-The tower is not the paper's largest: `paper_siglip2_so400m.py` is.
 
-The second stage wants `--config.init_from=runs/simvq_siglip2_l`. The networks'
-weights are the published ones, fetched at the start (`--config.init.encoder=`
-for a random encoder).
+The tower is not the paper's: `paper_siglip2_so400m.py` has that.
+
+The second stage wants `--config.init_from=runs/simvq_siglip2_l`.
+
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones); the losses' networks come
+beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/simvq_siglip2_l.py`.
 """
 
 from configs import common

@@ -14,7 +14,8 @@ First stage, line by line:
   SigLIP files: 4e-4 to 1e-4);
 - SimVQ and the project's vq weight of 1: codebook 1, commitment .25;
 - VQRAE (2511.23386), for what those leave open: betas .9 and .999, decay 1e-4,
-  clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is TiTok's (2406.07550).
+  clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is TiTok's
+  (2406.07550).
 
 `:stage=2` with `--config.init_from=runs/simvq_siglip_l` opens the encoder:
 - the request: L2, reduced LPIPS, distillation of the continuous latents into
@@ -28,8 +29,10 @@ First stage, line by line:
 `,open=6` opens its last 6 blocks of 24 only, `,decay=0.8` lets each block learn
 at .8 of the rate above it.
 
-The networks' weights are the published ones, fetched at the start
-(`--config.init.encoder=` for a random encoder).
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones); the losses' networks come
+beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/simvq_siglip_l.py`.
 """
 
 from configs import common

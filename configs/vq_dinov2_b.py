@@ -20,8 +20,10 @@ VQ is arXiv 1711.00937 with the usual decay .99, epsilon 1e-5 and commitment
 .25; while the encoder is frozen the commitment moves nothing and is a measure
 in the logs.
 
-The networks' weights are the published ones, fetched at the start
-(`--config.init.encoder=` for a random encoder).
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones); the losses' networks come
+beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/vq_dinov2_b.py`.
 """
 
 from configs import common

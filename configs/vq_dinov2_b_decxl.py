@@ -19,9 +19,11 @@ The PyTorch project's file for this model has others (GAN .8 from step 10,000,
 which have RAE's; so does this recipe. The quantizer's decay .99, epsilon 1e-5
 and commitment .25 are the usual ones.
 
-The networks' weights are the published ones, fetched at the start
-(`--config.init.encoder=` for a random encoder). The published decoder comes by
-`--config.init.decoder=rae:FILE`.
+The encoder's weights are the published ones, fetched at the start
+(`--config.init.encoder=` for random ones); the losses' networks come
+beforehand, by
+`python -m vqrae_jax.fetch_weights --config=configs/vq_dinov2_b_decxl.py`. The
+published decoder comes by `--config.init.decoder=rae:FILE`.
 """
 
 from configs import common
