@@ -160,6 +160,19 @@ def save_tokenizer(
   return config['fingerprint']
 
 
+def is_tokenizer(path: pathlib.Path) -> bool:
+  """Whether a folder says of itself that it is a tokenizer's."""
+  try:
+    config = json.loads((path / CONFIG).read_bytes())
+  except (OSError, ValueError):
+    return False
+  return (
+    (path / WEIGHTS).is_file()
+    and isinstance(config, dict)
+    and {'format_version', 'model'} <= config.keys()
+  )
+
+
 def _read_config(path: pathlib.Path) -> dict:
   if not path.is_dir():
     raise UserError(f'no tokenizer at {path}: there is no such folder')

@@ -86,6 +86,7 @@ def figures(name: str) -> dict[str, list[float]]:
   rows = []
   for i in range(STEPS):
     state, metrics = step(state, frozen, tiny.images(8, seed=i))
+    assert not metrics.pop('nonfinite')
     gap = jax.tree.map(lambda a, b: a - b, state.ema, state.tokenizer.params)
     rows.append(metrics | {'ema_gap': optax.global_norm(gap)})
   # Nine digits are all of an f32.

@@ -40,7 +40,8 @@ def started(plan, mesh=None, images=None, spread=1.0):
     state, frozen = state_lib.init_state(plan, mesh, 0)
     if spread != 1:
       name = 'encoder/embed/positions'
-      wide = np.asarray(state.tokenizer.params[name]) * spread
+      leaves = state.tokenizer.params | frozen.params
+      wide = np.asarray(leaves[name]) * spread
       state, frozen = state_lib.with_leaves(
         state, frozen, {f'params/{name}': wide}
       )

@@ -161,6 +161,31 @@ def test_a_published_decoder(photos, tmp_path):
     begun(config(photos, init=given, model=wide))
 
 
+def test_the_encoder_of_another_run(photos, tmp_path):
+  """Whatever its quantizer: a continuous run's, to begin discrete tokens."""
+  first = config(photos, 'none', seed=5, schedules=(('.*', dict(lr=1e-3)),))
+  loop.train(first, tmp_path / 'first')
+  _, variables = vqrae_jax.load_tokenizer(tmp_path / 'first' / 'tokenizer')
+  want = trees.flatten({'encoder': variables['params']['encoder']})
+  for place in (tmp_path / 'first', tmp_path / 'first' / 'tokenizer'):
+    child = config(photos, 'simvq-l2', init=dict(encoder=str(place)))
+    found, _ = begun(child)
+    for name, leaf in want.items():
+      np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+  fresh, _ = begun(config(photos, 'simvq-l2'))
+  assert (fresh['decoder/head/kernel'] == found['decoder/head/kernel']).all()
+  # A run that began so is one that others can begin with.
+  loop.train(child, tmp_path / 'second')
+  grandchild = config(photos, 'simvq-l2', init_from=str(tmp_path / 'second'))
+  again, _ = begun(grandchild)
+  np.testing.assert_array_equal(again[name], leaf)
+  model = tiny.model('simvq-l2')
+  model['encoder'] = dict(vit=tiny.VIT | dict(act='gelu_tanh'))
+  words = r'has vit\.act=gelu, model\.encoder has gelu_tanh; make the two equal'
+  with pytest.raises(UserError, match=words):
+    begun(child | dict(model=model))
+
+
 def test_a_published_encoder(photos, tmp_path):
   """A folder fills the encoder; manifests name it; the run goes on."""
   pytest.importorskip('torch')

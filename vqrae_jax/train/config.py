@@ -147,7 +147,7 @@ class InitSpec:
 
   Attributes:
     encoder: a published encoder: a row of the table, "hf:ORG/NAME[@REV]", a
-      folder or a file.
+      folder or a file; or that of a tokenizer's directory or a run.
     decoder: "rae:FILE", a published RAE decoder.
     latents: a file of latents' mean and var, where `model.latents` has a norm.
     networks: "published" or "random": the frozen networks that losses and the

@@ -25,7 +25,11 @@ from vqrae_jax import export, pretrained
 from vqrae_jax.errors import UserError
 from vqrae_jax.losses import dino_weights, networks
 from vqrae_jax.models import latent_files, rae
-from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
+from vqrae_jax.models.tokenizer import (
+  Tokenizer,
+  build_tokenizer,
+  describe,
+)
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train.checkpoint import Checkpoints
@@ -198,7 +202,10 @@ def _together(parts: list[Given]) -> Given:
 def _encoder(
   tokenizer: Tokenizer, word: str, key: str = 'init.encoder'
 ) -> Given:
-  """The encoder's leaves out of a published encoder."""
+  """The encoder's leaves out of a published encoder, or of a tokenizer."""
+  folder = _tokenizer_at(pathlib.Path(word).expanduser())
+  if folder is not None:
+    return _encoder_of(tokenizer, word, folder, key)
   try:
     found = pretrained.find_encoder(word)
     fit = pretrained.fit_encoder(found, tokenizer.encoder_spec)
@@ -209,6 +216,33 @@ def _encoder(
   skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
   says = f'the {len(leaves)} leaves of the encoder {word}{at}{skipped}'
   return Given(leaves, says, word, found.revision)
+
+
+def _tokenizer_at(path: pathlib.Path) -> pathlib.Path | None:
+  """The tokenizer's directory that `path` is, or that the run there left."""
+  for folder in (path / 'tokenizer', path):
+    if export.is_tokenizer(folder):
+      return folder
+  return None
+
+
+def _encoder_of(
+  tokenizer: Tokenizer, word: str, folder: pathlib.Path, key: str
+) -> Given:
+  other, variables = export.load_tokenizer(folder)
+  have, want = (describe(t)['encoder'] for t in (other, tokenizer))
+  have, want = trees.flatten(have), trees.flatten(want)
+  for name in sorted(have.keys() | want.keys()):
+    if have.get(name) != want.get(name):
+      raise UserError(
+        f'{key}={word}: that encoder has {name.replace("/", ".")}='
+        f'{have.get(name)}, model.encoder has {want.get(name)}; make the two '
+        'equal'
+      )
+  leaves = trees.flatten({'encoder': variables['params']['encoder']})
+  leaves = {f'params/{n}': np.asarray(x) for n, x in leaves.items()}
+  says = f'the {len(leaves)} leaves of the encoder of the tokenizer {folder}'
+  return Given(leaves, says, word)
 
 
 def _decoder(tokenizer: Tokenizer, word: str) -> tuple[Leaves, str]:
