@@ -43,7 +43,8 @@ def command(name, options):
     f'--workdir={options.out}/{name}',
   ]
   if before:
-    words.append(f'--config.init_from={options.out}/{before}')
+    key = 'init.encoder' if before == 'base' else 'init_from'
+    words.append(f'--config.{key}={options.out}/{before}')
   return words
 
 
@@ -91,10 +92,13 @@ def table(options, tiles):
   for name in RUNS:
     path = pathlib.Path(options.out) / name / 'summary.json'
     x = json.loads(path.read_text())
+    codes = 'continuous | –'
+    if 'usage' in x:
+      codes = f'{x["usage"]:.3f} | {x["perplexity"]:.0f}'
     moved = f'{drift(name, options, tiles):.3f}' if RUNS[name][1] else '–'
     lines.append(
-      f'| {name} | {x["psnr"]:.2f} | {x["ssim"]:.3f} | {x["usage"]:.3f} | '
-      f'{x["perplexity"]:.0f} | {moved} | {x["train_seconds"]:.0f} |'
+      f'| {name} | {x["psnr"]:.2f} | {x["ssim"]:.3f} | {codes} | {moved} | '
+      f'{x["train_seconds"]:.0f} |'
     )
     words = ' '.join(command(name, options))
     commands.append(f'    python -m vqrae_jax.train {words}')

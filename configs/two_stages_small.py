@@ -1,24 +1,22 @@
 """python -m vqrae_jax.train --config=configs/two_stages_small.py --config.data.source=FOLDER
 
 Both stages of a tokenizer at a size that two CPU cores train in minutes: 32-
-pixel crops, patch 4, SimVQ with 4096 codes, two blocks a side. What the recipes
-take from a published encoder comes from a short run of its own here:
+pixel crops, patch 4, SimVQ with 4096 codes, two blocks a side. In the place of
+a published encoder is that of a continuous autoencoder, trained before:
 
-    …/two_stages_small.py:stage=0            everything open, L2
-    …/two_stages_small.py:stage=1 --config.init_from=runs/A
-                                             encoder frozen, + LPIPS and GAN
-    …/two_stages_small.py:stage=2 --config.init_from=runs/B
-                                             open again, + distillation
+    …:stage=0                                       continuous, everything open
+    …:stage=1 --config.init.encoder=runs/A          its encoder frozen, SimVQ,
+                                                    a new decoder, LPIPS, GAN
+    …:stage=2 --config.init_from=runs/B             open, with distillation
 
 `docs/results.md` has the figures of each term with and without. Arguments:
 `:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher` ("self",
 "none"). Photographs whose name matches `HELD_OUT` are measured on only.
 
-Weights: L2 1, LPIPS .1, GAN .1 of the adaptive weight; SimVQ's 1 and .25, as
-in arXiv 2411.02038; distillation 1 as in 2511.23386. The perceptual ones are a
-tenth of the large recipes': VGG16's features are random here
-(`init.networks`), since the published file may be out of reach;
-`--config.init.networks=published` takes it.
+Weights: L2 1; LPIPS .1 and GAN .1 of the adaptive weight, a tenth of the large
+recipes', since VGG16's features are random here (`init.networks`; "published"
+takes the published file); SimVQ's 1 and .25, as in arXiv 2411.02038;
+distillation 1 as in 2511.23386.
 """
 
 from configs import common
@@ -37,15 +35,16 @@ def get_config(arguments=None):
   )
   config = common.base()
   vit = common.vit(width=192, depth=2, patch=4, pixels=32)
+  quantizer = dict(name='simvq', num_codes=4096, code_dim=64, distance='l2')
   config.model = dict(
     encoder=dict(vit=vit),
-    quantizer=dict(name='simvq', num_codes=4096, code_dim=64, distance='l2'),
+    quantizer=quantizer if arg.stage else dict(name='none'),
     decoder=dict(vit=vit | dict(posemb='sincos2d')),
     dtype='float32',
     remat=False,
   )
   config.data.update(exclude=HELD_OUT, image_size=32, resize=(100, 400))
-  config.losses = dict(l2=1.0, codebook=1.0, commit=0.25)
+  config.losses = dict(l2=1.0)
   config.duration = f'{arg.steps} steps'
   config.batch_size = 16
   config.ema = 0.99
@@ -62,7 +61,7 @@ def get_config(arguments=None):
   if arg.stage == 0:
     config.schedules = ((r'.*', rate),)
     return config
-  config.init_from = 'RUN'  # --config.init_from=runs/NAME
+  config.losses.update(codebook=1.0, commit=0.25)
   config.init.networks = 'random'
   if arg.lpips:
     config.losses.lpips = 0.1
@@ -77,8 +76,10 @@ def get_config(arguments=None):
       lecam=0.001,
     )
   if arg.stage == 1:
+    config.init.encoder = 'RUN'  # --config.init.encoder=runs/NAME
     config.schedules = common.encoder_frozen(**rate)
     return config
+  config.init_from = 'RUN'  # --config.init_from=runs/NAME
   slow = dict(lr=1e-4, warmup=arg.steps // 12)
   config.schedules = ((r'.*', slow),)
   if arg.distill != 'none':
