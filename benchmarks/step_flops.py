@@ -25,6 +25,11 @@ unrolled and the codes are searched in one piece.
 --memory compiles the step with the encoder frozen and trainable (blocks in a
 scan) and prints the bytes of arguments and temporaries: what `memory_analysis`
 says of this CPU's program.
+
+At the defaults the step costs 4050 GFLOP, 1.006 of what the shapes say and
+1.0000 of the sum of its parts (dino: 4402, 1.013, 1.0000). With 24 blocks of
+SigLIP-L a frozen encoder takes .43 of the memory of a trainable one, 8.0 GiB
+for 18.6 (jax 0.10.2, 2026-11).
 """
 
 import argparse
@@ -43,17 +48,18 @@ from vqrae_jax.losses import FROZEN_TERMS
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.nn import vgg
+from vqrae_jax.nn.patchgan import PatchGAN
 from vqrae_jax.ops import codes
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.types import LossInputs
 
-FROZEN = ((r'encoder/.*', None), (r'.*', dict(lr=1e-3)))
-FREE = ((r'.*', dict(lr=1e-3)),)
+ALL = (r'.*', dict(lr=1e-3))
+SCHEDULES = {'frozen': ((r'encoder/.*', None), ALL), 'trainable': (ALL,)}
 
 
-def make_plan(model, pixels, batch, discriminator, schedules=FROZEN):
+def make_plan(model, pixels, batch, discriminator, encoder='frozen'):
   """The plan of a run with an image loss, LPIPS and a second player."""
   spec = config_lib.read_config(
     dict(
@@ -61,7 +67,7 @@ def make_plan(model, pixels, batch, discriminator, schedules=FROZEN):
       data=dict(source='none', image_size=pixels),
       losses=dict(l2=1.0, lpips=1.0, gan=0.75, codebook=1.0, commit=0.25),
       discriminator=discriminator,
-      schedules=schedules,
+      schedules=SCHEDULES[encoder],
       duration=1000,
       batch_size=batch,
     )
@@ -79,11 +85,9 @@ def flops(fn, *args) -> float:
   return jax.jit(fn).lower(*args).compile().cost_analysis()['flops']
 
 
-def step_flops(plan, state, frozen, images) -> float:
-  """The compiler's count of the whole step."""
-  return flops(
-    functools.partial(step_lib.train_step, plan), state, frozen, images
-  )
+def step_flops(plan, *args) -> float:
+  """The compiler's count of the whole step; `args` are its own."""
+  return flops(functools.partial(step_lib.train_step, plan), *args)
 
 
 def f32(*shape):
@@ -152,7 +156,7 @@ def dino_flops(module, b):
 
 def adversarial_flops(module, b, side):
   """(the decoder's loss, the discriminator's step) by the shapes."""
-  if not hasattr(module, 'backbone'):
+  if isinstance(module, PatchGAN):
     forward, first = patch_flops(module, b, side)
     # Neither real nor fake images want a gradient.
     return 2 * forward, 2 * (3 * forward - first)
@@ -200,16 +204,11 @@ def tokenizer_parts(plan, state, images):
   prefixed = n + decoder.num_prefix_tokens
   head = 2 * prefixed * decoder.width * pixels
   projection = 2 * b * n * d * c
-  of_quantizer = (learned, tables)
+  of_quantizer, search = (learned, tables), (tokens, f32(k, c))
   return [
     ('encoder: E', b * e, encode, (params['encoder'], images)),
     ('code table: 2', 2 * (2 * k * c * c), table, of_quantizer),
-    (
-      'nearest code',
-      2 * b * n * k * c,
-      codes.nearest_code,
-      (tokens, f32(k, c)),
-    ),
+    ('nearest code', 2 * b * n * k * c, codes.nearest_code, search),
     ('projection in: 2', 2 * projection, project_in, (*of_quantizer, latents)),
     ('projection out: 3', 3 * projection, project_out, (*of_quantizer, tokens)),
     (
@@ -283,40 +282,30 @@ def loss_parts(plan, state, frozen, images):
   ]
 
 
-def account(plan, state, frozen, images) -> list[Part]:
-  """The step's parts, each compiled alone.
-
-  Args:
-    plan: with a frozen encoder, SimVQ and the losses of `make_plan`.
-    state, frozen: from `shapes_of`.
-    images: ShapeDtypeStruct uint8[b h h 3].
-  """
-  rows = tokenizer_parts(plan, state, images)
-  rows += loss_parts(plan, state, frozen, images)
-  return [Part(name, want, flops(fn, *args)) for name, want, fn, args in rows]
+def measured(rows) -> dict[str, Part]:
+  """{name: Part}, each compiled alone."""
+  return {
+    name: Part(name, want, flops(fn, *args)) for name, want, fn, args in rows
+  }
 
 
 def table(parts, whole) -> str:
   """Rows of GFLOP, their sum, and the step beside it."""
 
-  def line(name, *numbers, ratio=''):
-    shown = ''.join(
-      f'{"":>12}' if x is None else f'{x / 1e9:12.2f}' for x in numbers
+  def line(name, predicted, measured):
+    if predicted is None:
+      return f'{name:32}{"":12}{measured / 1e9:12.2f}'
+    return (
+      f'{name:32}{predicted / 1e9:12.2f}{measured / 1e9:12.2f}'
+      f'{measured / predicted:9.4f}'
     )
-    return f'{name:32}{shown}{ratio:>9}'
-
-  def over(a, b):
-    return f'{a / b:.4f}' if b else ''
 
   lines = [f'{"GFLOP":32}{"predicted":>12}{"measured":>12}{"ratio":>9}']
-  for x in parts:
-    ratio = over(x.measured, x.predicted)
-    lines.append(line(x.name, x.predicted, x.measured, ratio=ratio))
+  lines += [line(x.name, x.predicted, x.measured) for x in parts]
   total = sum(x.measured for x in parts)
   # What has no product is taken as measured.
   said = sum(x.measured if x.predicted is None else x.predicted for x in parts)
-  lines.append(line('sum of the parts', said, total, ratio=over(total, said)))
-  lines.append(line('the step', said, whole, ratio=over(whole, said)))
+  lines += [line('sum of the parts', said, total), line('step', said, whole)]
   lines.append(f'the step over the sum of its parts: {whole / total:.4f}')
   return '\n'.join(lines)
 
@@ -328,8 +317,8 @@ def megabytes(tree) -> float:
 def memory(flags) -> None:
   """The step's buffers with the encoder frozen and trainable."""
   rows = {}
-  for name, schedules in (('frozen', FROZEN), ('trainable', FREE)):
-    plan = plan_of(flags, schedules, scan=True)
+  for name in SCHEDULES:
+    plan = plan_of(flags, name, scan=True)
     state, frozen = shapes_of(plan)
     step = jax.jit(
       functools.partial(step_lib.train_step, plan), donate_argnums=0
@@ -337,24 +326,24 @@ def memory(flags) -> None:
     program = step.lower(state, frozen, images_of(flags)).compile()
     found = program.memory_analysis()
     player = state.tokenizer
+    arguments = found.argument_size_in_bytes / 2**20
+    temporaries = found.temp_size_in_bytes / 2**20
     rows[name] = {
       'trainable leaves': megabytes(player.params),
       'moments': megabytes(player.opt_state),
       'average': megabytes(state.ema),
       'frozen': megabytes(frozen),
-      'arguments': found.argument_size_in_bytes / 2**20,
-      'temporaries': found.temp_size_in_bytes / 2**20,
+      'arguments': arguments,
+      'temporaries': temporaries,
+      'arguments + temporaries': arguments + temporaries,
     }
-    rows[name]['arguments + temporaries'] = (
-      rows[name]['arguments'] + rows[name]['temporaries']
-    )
   print(f'{"MiB":26}{"frozen":>12}{"trainable":>12}{"ratio":>9}')
   for key, held in rows['frozen'].items():
     free = rows['trainable'][key]
     print(f'{key:26}{held:12,.0f}{free:12,.0f}{held / free:9.2f}')
 
 
-def plan_of(flags, schedules=FROZEN, scan=False):
+def plan_of(flags, encoder='frozen', scan=False):
   """A real-size plan."""
   fields = {'vit': {'scan': scan}} if flags.discriminator == 'dino' else {}
   model = dict(
@@ -366,7 +355,7 @@ def plan_of(flags, schedules=FROZEN, scan=False):
     scan=scan,
   )
   second = dict(name=flags.discriminator, fields=fields)
-  return make_plan(model, flags.pixels, flags.batch, second, schedules)
+  return make_plan(model, flags.pixels, flags.batch, second, encoder)
 
 
 def images_of(flags):
@@ -401,7 +390,9 @@ def main():
   state, frozen = shapes_of(plan)
   began = time.perf_counter()
   whole = step_flops(plan, state, frozen, images)
-  print(table(account(plan, state, frozen, images), whole))
+  parts = tokenizer_parts(plan, state, images)
+  parts += loss_parts(plan, state, frozen, images)
+  print(table(measured(parts).values(), whole))
   print(f'{time.perf_counter() - began:.0f} s')
 
 
