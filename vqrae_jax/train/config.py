@@ -226,6 +226,9 @@ class RunSpec:
   def __post_init__(self):
     if self.accumulate < 1:
       raise UserError(f'accumulate={self.accumulate} must be above 0')
+    for word in ('init_from', 'teacher'):  # cleared on a command line
+      if getattr(self, word) == '':
+        object.__setattr__(self, word, None)
     for part in ('encoder', 'decoder'):
       if self.init_from is not None and getattr(self.init, part) is not None:
         raise UserError(
@@ -256,7 +259,8 @@ class RunSpec:
       if not isinstance(value, Mapping):
         value = {'weight': value}
       kind = TERMS.get(name, LossTerm)
-      terms[name] = build_spec(kind, value, f'losses.{name}')
+      where = f'losses.{name}'
+      terms[name] = build_spec(kind, value, where).check(where)
     if not terms:
       raise UserError(f'losses is empty; there are: {", ".join(known)}')
     self._check_teacher(terms.get('distill'))
