@@ -10,6 +10,9 @@ import re
 import jax
 import pytest
 
+from tests import tiny
+from vqrae_jax.train import config as config_lib
+
 PATCH = 'discriminator=dict(name="patch")'
 GAN = f'losses=dict(l2=1.0, gan=0.5), {PATCH}'
 
@@ -211,6 +214,15 @@ def test_a_recipe_that_goes_on_asks_for_the_run_first(recipe, answer, programs):
   assert 'init_from=RUN: there is no such folder' in found
   assert '--config.init_from=runs/NAME' in found
   assert not programs()
+
+
+def test_a_word_emptied_on_a_command_line_is_none():
+  emptied = tiny.run(
+    init_from='', teacher='', init=dict(encoder='', decoder='')
+  )
+  spec = config_lib.read_config(emptied)
+  assert spec.init_from is None and spec.teacher is None
+  assert spec.init == config_lib.InitSpec()
 
 
 def test_a_program_would_be_heard(programs):
