@@ -1,20 +1,36 @@
-"""A folder of everything that a command may be pointed at by mistake."""
+"""A folder of everything that a command may be pointed at by mistake, and the
+one answer that it must give."""
 
 import io
 import json
 import pathlib
+import re
 import shutil
 import struct
+import sys
 import tarfile
 import zlib
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests import tiny
 from tests.data import makers
-from vqrae_jax import export
+from vqrae_jax import command, export, latent_stats, reconstruct_images
+from vqrae_jax.train import __main__ as train_main
 from vqrae_jax.train import loop
+
+MAINS = {
+  'train': train_main.main,
+  'reconstruct_images': reconstruct_images.main,
+  'latent_stats': latent_stats.main,
+}
+# A key made of a seed, an array laid on a device: single operations, and the
+# first of a process compiles them.
+SINGLE = {f'jit({n})' for n in (
+  '_threefry_seed', 'broadcast_in_dim', 'copy', 'stage',
+)}  # fmt: skip
 
 FROZEN = (('encoder/embed/.*', None), ('.*', dict(lr=1e-3)))
 
@@ -212,3 +228,29 @@ def _archives(root):
   makers.array_record(root / 'foreign.array_record', foreign)
   makers.array_record(root / 'none.array_record', [])
   (root / 'noise.array_record').write_bytes(b'\x07' * 999)
+
+
+def tree(folder: pathlib.Path) -> dict[str, int]:
+  """{what lies in it: when it changed}."""
+  return {
+    str(p.relative_to(folder)): p.lstat().st_mtime_ns if p.is_file() else 0
+    for p in folder.rglob('*')
+  }
+
+
+def answer(place, monkeypatch, capsys, name: str, argv: list[str]) -> str:
+  """The error line of a command that must fail cleanly, and write nothing."""
+  monkeypatch.chdir(place)
+  monkeypatch.setattr(sys, 'argv', [name, *argv])
+  before = tree(place)
+  with pytest.raises(SystemExit) as stop:
+    command.run(MAINS[name])
+  err = capsys.readouterr().err
+  *others, last = err.splitlines()
+  print(last)
+  assert stop.value.code == 2
+  assert last.startswith('error: ') and err.endswith('\n')
+  assert all(re.match(r'[IW]\d{4} ', line) for line in others), err
+  assert 'Traceback' not in err
+  assert tree(place) == before
+  return last

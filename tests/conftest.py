@@ -17,6 +17,7 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_backend_optimization_level=0'
 )
 
+import functools
 import pathlib
 
 import jax
@@ -68,6 +69,30 @@ def place(tmp_path_factory) -> pathlib.Path:
   from tests import bad  # not before the hook is there
 
   return bad.make(tmp_path_factory.mktemp('a place') / 'wörk')
+
+
+@pytest.fixture
+def answer(place, monkeypatch, capsys):
+  """(command, argv) -> its error line (`tests/bad.py`)."""
+  from tests import bad
+
+  return functools.partial(bad.answer, place, monkeypatch, capsys)
+
+
+@pytest.fixture
+def programs():
+  """() -> names of the programs compiled since, single operations left out."""
+  from tests import bad
+
+  heard = set()
+
+  def listen(event, seconds, **said):
+    if event == '/jax/core/compile/backend_compile_duration':
+      heard.add(said['fun_name'])
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield lambda: heard - bad.SINGLE
+  jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-from vqrae_jax import command, latent_stats, reconstruct_images
-from vqrae_jax.train import __main__ as train_main
+from tests import bad
+from tests.bad import tree
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -252,44 +252,6 @@ RECONSTRUCT = [
   ('--tokeniser=tokenizer', 'did you mean "tokenizer"'),
 ]
 
-MAINS = {
-  'train': train_main.main,
-  'reconstruct_images': reconstruct_images.main,
-  'latent_stats': latent_stats.main,
-}
-
-
-def tree(folder):
-  return {
-    str(p.relative_to(folder)): p.lstat().st_mtime_ns if p.is_file() else 0
-    for p in folder.rglob('*')
-  }
-
-
-@pytest.fixture
-def answer(place, monkeypatch, capsys):
-  """(name, argv) -> the error line of a command that must fail cleanly."""
-
-  def given(name, argv, may_write=False):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, 'argv', [name, *argv])
-    before = tree(place)
-    with pytest.raises(SystemExit) as stop:
-      command.run(MAINS[name])
-    return checked(stop.value.code, capsys.readouterr().err, before)
-
-  def checked(code, err, before):
-    *others, last = err.splitlines()
-    print(last)
-    assert code == 2
-    assert last.startswith('error: ') and err.endswith('\n')
-    assert all(re.match(r'[IW]\d{4} ', line) for line in others), err
-    assert 'Traceback' not in err
-    assert tree(place) == before
-    return last
-
-  return given
-
 
 @pytest.mark.parametrize('argv, words', FLAGS)
 def test_flags_of_train(argv, words, answer):
@@ -297,11 +259,12 @@ def test_flags_of_train(argv, words, answer):
 
 
 @pytest.mark.parametrize('keys, words', CONFIGS)
-def test_configs(keys, words, answer):
+def test_configs(keys, words, answer, programs):
   assert re.search(words, answer('train', [f'--config=mine.py:{keys}']))
+  assert not programs()
 
 
-@pytest.mark.parametrize('name', MAINS)
+@pytest.mark.parametrize('name', bad.MAINS)
 @pytest.mark.parametrize('data, words', DATA)
 def test_data(name, data, words, answer):
   argv = {

@@ -162,12 +162,12 @@ class Adam:
         raise UserError(
           f'optim.{name}={getattr(self, name)} must lie in [0, 1)'
         )
-    if self.eps <= 0 or self.weight_decay < 0:
+    if not (0 < self.eps < np.inf and 0 <= self.weight_decay < np.inf):
       raise UserError(
         f'optim.eps={self.eps} must be above 0 and '
-        f'optim.weight_decay={self.weight_decay} not below'
+        f'optim.weight_decay={self.weight_decay} not below, both finite'
       )
-    if self.clip is not None and self.clip <= 0:
+    if self.clip is not None and not self.clip > 0:
       raise UserError(
         f'optim.clip={self.clip} must be above 0, or None for no clipping'
       )

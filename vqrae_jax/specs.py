@@ -238,6 +238,18 @@ def _nested(kind: Any) -> type | None:
   return None
 
 
+def _placed(message: str, where: str) -> str:
+  """A spec's own error, which cannot know where in a config it stands, with
+  that place ahead of it: "optim.b1=…" of "discriminator.optim"."""
+  where = where.removeprefix('config.')
+  parent, dot, section = where.rpartition('.')
+  if where == 'config' or message.startswith(where):
+    return message
+  if message.startswith(f'{section}.'):
+    return f'{parent}{dot}{message}'
+  return f'{where}: {message}'
+
+
 def build_spec(cls: type[Spec], section: Mapping[str, Any], where: str) -> Spec:
   """`cls(**section)`, nested specs included, with errors a user can mend.
 
@@ -263,8 +275,11 @@ def build_spec(cls: type[Spec], section: Mapping[str, Any], where: str) -> Spec:
       value = build_spec(inner, value, f'{where}.{key}')
     value = _plain(value)
     if not _accepts(kind, value):
-      shown = getattr(kind, '__name__', str(kind))
-      raise UserError(f'{where}.{key}={value!r} must be of type {shown}')
+      shown = f'of type {getattr(kind, "__name__", kind)}'
+      if inner is not None:
+        names = ', '.join(f.name for f in dataclasses.fields(inner))
+        shown = f'a section, dict(…) of: {names}'
+      raise UserError(f'{where}.{key}={value!r} must be {shown}')
     values[key] = value
   for key, field in fields.items():
     needed = (
@@ -273,7 +288,10 @@ def build_spec(cls: type[Spec], section: Mapping[str, Any], where: str) -> Spec:
     )
     if needed and key not in values:
       raise UserError(f'missing key "{where}.{key}"')
-  return cls(**values)
+  try:
+    return cls(**values)
+  except UserError as e:
+    raise UserError(_placed(str(e), where)) from None
 
 
 def merge_sections(base: Mapping, over: Mapping) -> dict:

@@ -216,7 +216,7 @@ def test_vector_schedules_reach_the_step():
     (dict(losses={}), 'losses is empty'),
     (dict(losses=dict(l2=1.0, commit=0.1)), 'FSQ as configured has no such'),
     (dict(losses=dict(l2=dict(wieght=1.0))), 'did you mean "weight"'),
-    (dict(losses=dict(l2=dict(weight=1.0, unit='days'))), 'losses='),
+    (dict(losses=dict(l2=dict(weight=1.0, unit='days'))), 'losses.l2.unit'),
     (dict(schedules=(('.*', None),)), 'nothing to train'),
     (dict(schedules=(('.*', dict(rl=1.0)),)), 'did you mean "lr"'),
     (dict(schedules=(('.*', 1.0),)), r'must be None or dict\(lr='),

@@ -66,6 +66,13 @@ def decode(
   w: dict[str, torch.Tensor], z: np.ndarray, heads: int, mean, std
 ) -> np.ndarray:
   """Latents [b n c] of a square grid -> pixels [b h w 3], not clipped."""
+  return painted(w, torch.from_numpy(z), heads, mean, std).numpy()
+
+
+def painted(
+  w: dict[str, torch.Tensor], z: torch.Tensor, heads: int, mean, std
+) -> torch.Tensor:
+  """`decode` of tensors, to be differentiated; in the type of `w` and `z`."""
 
   def dense(x, name):
     return x @ w[f'{name}.weight'].T + w[f'{name}.bias']
@@ -79,7 +86,7 @@ def decode(
   def split(x):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-  x = dense(torch.from_numpy(z), 'decoder_embed')
+  x = dense(z, 'decoder_embed')
   b, n, _ = x.shape
   x = torch.cat([w['trainable_cls_token'].expand(b, -1, -1), x], 1)
   x = x + w['decoder_pos_embed']
@@ -108,4 +115,4 @@ def decode(
   x = torch.stack(
     [torch.cat([torch.cat(list(line), 1) for line in image], 0) for image in x]
   )
-  return (x * torch.tensor(std) + torch.tensor(mean)).numpy()
+  return x * x.new_tensor(std) + x.new_tensor(mean)

@@ -108,12 +108,13 @@ class DinoDiscriminator(nn.Module):
     depth, tokens = self.vit.depth, math.prod(self.vit.grid)
     if not self.taps or not all(0 <= t < depth for t in self.taps):
       raise UserError(
-        f'discriminator.taps={self.taps} must be blocks from 0 to {depth - 1}'
+        f'discriminator.fields.taps={self.taps} must be blocks from 0 to '
+        f'{depth - 1}'
       )
     if self.kernel % 2 == 0 or not 0 < self.kernel <= tokens:
       raise UserError(
-        f'discriminator.kernel={self.kernel} must be odd and at most the '
-        f'{tokens} tokens of discriminator.vit.grid'
+        f'discriminator.fields.kernel={self.kernel} must be odd and at most '
+        f'the {tokens} tokens of discriminator.fields.vit.grid'
       )
     super().__post_init__()
 

@@ -23,13 +23,15 @@ def build(section: Mapping, where: str = 'discriminator') -> Discriminator:
   Args:
     section: dict(name="patch"|"dino", **its fields). Fields of `vit` that are
       not given are DINO ViT-S/8's.
-    where: the section's name in the config, for the errors.
+    where: the section's name in the config, whose `fields` they are there;
+      for the errors.
 
   Raises:
     UserError: an unknown name, field or value.
   """
   fields = {k: v for k, v in section.items() if k != 'name'}
   cls = choose(DISCRIMINATORS, section.get('name', '(none given)'), where)
+  where = f'{where}.fields'
   if cls is DinoDiscriminator and 'vit' in fields:
     given = fields['vit']
     if not isinstance(given, Mapping):

@@ -69,17 +69,18 @@ class PatchGAN(nn.Module):
   def __post_init__(self):
     if min(self.hidden, self.halvings, self.groups) < 1 or self.pool < 0:
       raise UserError(
-        f'discriminator: hidden={self.hidden}, halvings={self.halvings} '
+        f'discriminator.fields: hidden={self.hidden}, halvings={self.halvings} '
         f'and groups={self.groups} must be above 0, pool={self.pool} not below'
       )
     if self.hidden % self.groups:
       raise UserError(
-        f'discriminator.hidden={self.hidden} must be a multiple of '
-        f'discriminator.groups={self.groups}'
+        f'discriminator.fields.hidden={self.hidden} must be a multiple of '
+        f'discriminator.fields.groups={self.groups}'
       )
     if self.dtype not in ('float32', 'bfloat16'):
       raise UserError(
-        f'discriminator.dtype={self.dtype!r} must be "float32" or "bfloat16"'
+        f'discriminator.fields.dtype={self.dtype!r} must be "float32" or '
+        '"bfloat16"'
       )
     super().__post_init__()
 

@@ -257,6 +257,9 @@ class RunSpec:
         f'max_nonfinite={self.max_nonfinite} must not be negative; 0 stops at '
         'the first'
       )
+    for word in ('init_from', 'teacher'):  # cleared on a command line
+      if getattr(self, word) == '':
+        object.__setattr__(self, word, None)
     for part in INIT_PARTS:
       if self.init_from is not None and getattr(self.init, part) is not None:
         raise UserError(
@@ -292,7 +295,8 @@ class RunSpec:
       if not isinstance(value, Mapping):
         value = {'weight': value}
       kind = TERMS.get(name, LossTerm)
-      terms[name] = build_spec(kind, value, f'losses.{name}')
+      where = f'losses.{name}'
+      terms[name] = build_spec(kind, value, where).check(where)
     if not terms:
       raise UserError(f'losses is empty; there are: {", ".join(known)}')
     self._check_teacher(terms.get('distill'))

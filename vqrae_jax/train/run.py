@@ -78,6 +78,7 @@ class Run:
 
   def __init__(self, config: Any, mesh: jax.sharding.Mesh | None = None):
     self.spec = spec = config_lib.read_config(config)
+    origin.check_placeholder(spec.init_from)
     self._hashes: dict[str, str] | None = None
     self._origins: dict[str, tuple[str, str | None]] = {}
     self.tokenizer = build_tokenizer(spec.model)

@@ -144,6 +144,13 @@ def make_plan(
         f'losses.{name} starts at {term.start} {term.unit}, after the '
         f'{total} steps of the run'
       )
+  if (player := spec.discriminator) is not None:
+    start = optim.steps_of(player.start, steps_per_epoch, 'discriminator.start')
+    if start >= total:
+      raise UserError(
+        f'discriminator.start={player.start!r} lies after the {total} steps of '
+        'the run; begin earlier, or lengthen duration'
+      )
   _check_window(spec.log.usage_window, tokenizer)
   optimizer, rates = optim.make_optimizer(
     spec.optim,

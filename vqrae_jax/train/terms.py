@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.losses.adversarial import D_LOSSES
-from vqrae_jax.optim import Adam, Schedule, steps_of
+from vqrae_jax.optim import UNITS, Adam, Schedule, steps_of
 
 Duration = int | str
 DISTILL_TARGETS = ('teacher', 'self')
@@ -33,12 +33,27 @@ class LossTerm:
   unit: str = 'steps'
   ramp: int | float = 0
 
-  def __post_init__(self):
+  def check(self, where: str) -> 'LossTerm':
+    """Itself, if a run can have it.
+
+    Args:
+      where: its section of the config, for the errors.
+
+    Raises:
+      UserError: a weight that trains nothing, or no time to start.
+    """
     if not 0 < self.weight < float('inf'):
       raise UserError(
-        f'a loss with weight={self.weight} trains nothing; give a number '
-        'above 0, or leave the term out'
+        f'{where}.weight={self.weight} trains nothing; give a number above 0, '
+        'or leave the term out'
       )
+    if self.unit not in UNITS:
+      raise UserError(
+        f'{where}.unit={self.unit!r}{did_you_mean(self.unit, UNITS)}'
+      )
+    for name in ('start', 'ramp'):  # an epoch's length does not matter here
+      steps_of(f'{getattr(self, name)} {self.unit}', 1, f'{where}.{name}')
+    return self
 
   def start_step(self, steps_per_epoch: float | None) -> int:
     """The first step that counts."""
@@ -64,11 +79,11 @@ class DistillTerm(LossTerm):
 
   target: str = 'teacher'
 
-  def __post_init__(self):
-    super().__post_init__()
+  def check(self, where: str) -> LossTerm:
     if self.target not in DISTILL_TARGETS:
       near = did_you_mean(self.target, DISTILL_TARGETS)
-      raise UserError(f'losses.distill.target={self.target!r}{near}')
+      raise UserError(f'{where}.target={self.target!r}{near}')
+    return super().check(where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +132,10 @@ class DiscriminatorSpec:
     choose(D_LOSSES, self.loss, 'discriminator.loss')
     if self.updates < 1:
       raise UserError(f'discriminator.updates={self.updates} must be above 0')
-    if self.lecam < 0 or self.r1 < 0:
+    if not (0 <= self.lecam < float('inf') and 0 <= self.r1 < float('inf')):
       raise UserError(
         f'discriminator.lecam={self.lecam} and discriminator.r1={self.r1} '
-        'must not be negative'
+        'must be finite and must not be negative'
       )
     if not 0 <= self.cutout < 1:
       raise UserError(f'discriminator.cutout={self.cutout} must lie in [0, 1)')
