@@ -37,7 +37,6 @@ from vqrae_jax.types import Frozen
 from vqrae_jax.weights import parse_source
 
 Leaves = dict[str, Any]
-PLACEHOLDER = 'RUN'  # what configs/ write where a user is to name a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +70,6 @@ def from_seed(tokenizer: Tokenizer, seed: Any) -> Any:
   """The random variables of a run that begins with this seed; pure."""
   image = jnp.zeros((1, tokenizer.patch_size, tokenizer.patch_size, 3))
   return tokenizer.init(seed_keys(seed)[0], image)
-
-
-def check_placeholder(init_from: str | None) -> None:
-  """The recipes' own word for a run that none is yet; any other word waits
-  until it is opened, for a run that goes on may no longer need it.
-
-  Raises:
-    UserError: nothing was put in its place.
-  """
-  if init_from == PLACEHOLDER and not pathlib.Path(init_from).exists():
-    raise UserError(
-      f'init_from={init_from}: there is no such folder; this recipe goes on '
-      'from a finished run: name its workdir, --config.init_from=runs/NAME'
-    )
 
 
 def given_leaves(
