@@ -70,20 +70,29 @@ def test_a_run_goes_on_with_both_players(
 
 
 def test_one_device_and_eight_agree(photos):
+  """Three steps of both players. Adam divides a gradient by its own size, and
+  with a small eps makes ±1 of rounding errors where the true gradient is zero
+  (attention keys' bias): this one is above them."""
+  optim = dict(b1=0.9, b2=0.95, eps=1e-3)
   found = []
   for devices, layout in ((1, 'dp'), (8, 'fsdp')):
     mesh = sharding.make_mesh(layout, jax.devices()[:devices])
-    run = Run(config(photos, batch_size=8), mesh)
+    keys = dict(optim=optim, discriminator=PATCH | dict(optim=optim))
+    run = Run(config(photos, batch_size=8, **keys), mesh)
     with jax.set_mesh(mesh):
       state, frozen, step = run.start()
-      batch = run.place(run.batches.batch(0))
-      for _ in range(2):
+      rows = []
+      for i in range(3):
+        batch = run.place(run.batches.batch(i))
         state, metrics = step(state, frozen, batch)
-      found.append({k: float(v) for k, v in metrics.items()})
-  for name, value in found[0].items():
-    np.testing.assert_allclose(
-      found[1][name], value, rtol=2e-4, atol=1e-6, err_msg=name
-    )
+        rows.append({k: float(v) for k, v in metrics.items()})
+      found.append(rows)
+  for one, eight in zip(*found, strict=True):
+    assert one['loss/gan'] != 0 or one is found[0][0]
+    for name, value in one.items():
+      np.testing.assert_allclose(
+        eight[name], value, rtol=1e-5, atol=1e-6, err_msg=name
+      )
 
 
 def test_every_leaf_lies_somewhere(photos):
