@@ -9,7 +9,7 @@ a published encoder is that of a continuous autoencoder, trained before:
                                                     a new decoder, LPIPS, GAN
     …:stage=2 --config.init_from=runs/B             open, with distillation
 
-`docs/results.md` has the figures of each term with and without. Arguments:
+`benchmarks/two_stages.py` runs each term with and without. Arguments:
 `:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher` ("self",
 "none"). Photographs whose name matches `HELD_OUT` are measured on only.
 

@@ -24,6 +24,7 @@ LATER_FIELDS = {
   'adapter_out': 'linear',
   'code_scale': 'rms',
   'token_map': False,
+  'basis_init': 'tokens',
 }
 DTYPES = ('float32', 'bfloat16')
 RESIZES = ('bicubic', 'bilinear')

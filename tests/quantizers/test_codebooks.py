@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vqrae_jax import quantizers
@@ -134,10 +135,86 @@ def test_data_init_gives_distinct_codes_at_real_tokens(tokens):
   np.testing.assert_array_equal(start['counts'], 1)
 
 
-def test_gradient_table_and_simvq_leave_the_collection_alone():
+def simvq_usage(basis_init, steps=40):
+  """(codes used over ten batches at the start, and after `steps` of Adam on
+  the codebook's loss), of 1024, for clustered tokens."""
+  quantizer = quantizers.build(
+    dict(name='simvq', num_codes=1024, code_dim=64, basis_init=basis_init),
+    D,
+    'float32',
+  )
+  batch = clustered(0)
+  variables = quantizer.init(jax.random.key(0), batch()[:8])
+  z = quantizer.apply(variables, batch(), method='to_code_space')
+  codebook = quantizer.init_codebook(
+    variables['codebook'], z, jax.random.key(1)
+  )
+  params, optimizer = variables['params'], optax.adam(1e-3)
+  moments = optimizer.init(params)
+
+  @jax.jit
+  def step(params, moments, z):
+    def loss(params):
+      out = quantizer.apply(
+        {'params': params, 'codebook': codebook}, z, train=True
+      )
+      return out.losses['codebook']
+
+    updates, moments = optimizer.update(jax.grad(loss)(params), moments)
+    return optax.apply_updates(params, updates), moments
+
+  @jax.jit
+  def count(params, z):
+    variables = {'params': params, 'codebook': codebook}
+    return quantizer.apply(variables, z).stats['counts']
+
+  def usage(params):
+    counts = sum(count(params, batch()) for _ in range(10))
+    return float(code_ops.usage(counts)[0])
+
+  first = usage(params)
+  for _ in range(steps):
+    params, moments = step(params, moments, batch())
+  return first, usage(params)
+
+
+def test_simvq_codebook_lives(capsys):
+  """All codes at once follow the tokens they began at. (The commitment is left
+  out: alone, it would draw all tokens to one point.)"""
+  ours, random = simvq_usage('tokens'), simvq_usage('normal')
+  with capsys.disabled():
+    print(
+      f'\nSimVQ usage at the start and after 40 steps: {ours[0]:.1%}, '
+      f'{ours[1]:.1%} (random basis: {random[0]:.1%}, {random[1]:.1%})'
+    )
+  assert min(ours) >= 0.90
+  assert random[1] < 0.2
+
+
+@pytest.mark.parametrize('distance', ('l2', 'cosine'))
+def test_simvq_begins_at_tokens(distance):
+  """Each token is its own code, whatever its size."""
+  quantizer = quantizers.build(
+    dict(name='simvq', num_codes=6, code_dim=4, distance=distance), 4, 'float32'
+  )
+  z = jax.random.normal(jax.random.key(0), (6, 4)) * 3
+  variables = quantizer.init(jax.random.key(2), z)
+  tokens = quantizer.apply(variables, z, method='to_code_space')
+  codebook = quantizer.init_codebook(
+    variables['codebook'], tokens, jax.random.key(1)
+  )
+  out = quantizer.apply(variables | {'codebook': codebook}, z, train=True)
+  assert len(np.unique(out.indices)) == 6
+  assert float(out.losses['commit']) < 1e-12
+  basis = np.asarray(codebook['basis'])
+  np.testing.assert_allclose((basis**2).mean(-1), 1, rtol=1e-5)
+
+
+def test_gradient_table_and_a_random_basis_leave_the_collection_alone():
   for section in (
     dict(name='vq', num_codes=7, update='gradient'),
-    dict(name='simvq', num_codes=7, code_dim=4),
+    dict(name='simvq', num_codes=7, code_dim=4, basis_init='normal'),
+    dict(name='simvq', num_codes=7, code_dim=4, token_map=True),
   ):
     quantizer = quantizers.build(section, 4, 'float32')
     codebook = {'basis': jnp.ones(3)}

@@ -102,7 +102,7 @@ class Quantizer(nn.Module):
     return {'counts': counts[None]}
 
   def init_codebook(self, codebook: dict, z: Array, rng: Array) -> dict:
-    """The codebook as the first tokens f32[n c] suggest it; pure."""
+    """The codebook as a run's first tokens f32[n c] suggest it; pure."""
     return codebook
 
   def update_codebook(self, codebook: dict, stats: dict) -> dict:
@@ -214,6 +214,21 @@ def commitment(surrogate: Array, codes: Array) -> Array:
 def codebook_loss(surrogate: Array, codes: Array) -> Array:
   """mean (sg(surrogate) - codes)^2: pulls codes to their latents."""
   return jnp.mean((jax.lax.stop_gradient(surrogate) - codes) ** 2)
+
+
+def tokens_as_codes(z: Array, num_codes: int, rng: Array) -> Array:
+  """Codes f32[num_codes c] at tokens f32[n c] of a batch, drawn by `rng`.
+
+  All are different while there are enough tokens. With fewer they repeat,
+  moved by a hundredth of the tokens' spread so that no two codes tie.
+  """
+  n, k = z.shape[0], num_codes
+  order_key, noise_key = jax.random.split(rng)
+  order = jax.random.permutation(order_key, n)
+  codes = z[order[jnp.arange(k) % n]].astype(jnp.float32)
+  repeated = (jnp.arange(k) >= n)[:, None]
+  noise = jax.random.normal(noise_key, codes.shape) * z.std(0) * 0.01
+  return codes + jnp.where(repeated, noise, 0.0)
 
 
 def nearest_index(codes: Array, table: Array) -> Array:

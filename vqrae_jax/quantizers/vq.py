@@ -111,21 +111,10 @@ class VQ(base.Quantizer):
     return stats
 
   def init_codebook(self, codebook, z, rng):
-    """Codes at tokens of the batch: all different while there are enough.
-
-    With fewer tokens than codes they repeat, moved by a hundredth of the
-    tokens' spread so that no two codes tie.
-    """
+    """Codes at tokens of the batch."""
     if not self.data_init or self.update != 'ema':
       return codebook
-    n, k = z.shape[0], self.num_codes
-    order_key, noise_key = jax.random.split(rng)
-    order = jax.random.permutation(order_key, n)
-    codes = z[order[jnp.arange(k) % n]].astype(jnp.float32)
-    repeated = (jnp.arange(k) >= n)[:, None]
-    noise = jax.random.normal(noise_key, codes.shape) * z.std(0) * 0.01
-    codes = codes + jnp.where(repeated, noise, 0.0)
-    return self._fresh_average(codes)
+    return self._fresh_average(base.tokens_as_codes(z, self.num_codes, rng))
 
   def _fresh_average(self, codes):
     counts = jnp.ones(self.num_codes, jnp.float32)

@@ -338,13 +338,13 @@ def init_codebook(
   Quantizers without data-dependent initialisation leave it as it is, and so
   does a schedule that freezes it.
   """
-  if not (state.codebook and plan.moves_codebook):
+  quantizer = plan.tokenizer.quantizer
+  held = quantizer.moving_tables and not plan.moves_codebook
+  if 'quantizer' not in state.codebook or held:
     return state
   tokens = plan.tokenizer.apply(
     variables_of(state, frozen), images, method='code_tokens'
   )
   key = jax.random.fold_in(state.rng, 2**31 - 1)  # a step no run reaches
-  codebook = plan.tokenizer.quantizer.init_codebook(
-    state.codebook['quantizer'], tokens, key
-  )
+  codebook = quantizer.init_codebook(state.codebook['quantizer'], tokens, key)
   return state.replace(codebook=state.codebook | {'quantizer': codebook})
