@@ -2,9 +2,9 @@
 
 Both stages of `configs/two_stages_small.py` with and without each term, one run
 after another: the base, four runs with the encoder frozen, three with it open.
-Runs that are finished are not run again. Writes OUT/table.md, OUT/curves.svg (held-out PSNR and the losses over steps) and
-OUT/reconstructions.png (two photographs of the scikit-image wheel, which no run
-has seen, by each run).
+Runs that are finished are not run again. Writes OUT/table.md, OUT/curves.svg
+(held-out PSNR and the losses over steps) and OUT/reconstructions.png (two
+photographs of the scikit-image wheel, which no run has seen, by each run).
 """
 
 import argparse
