@@ -9,12 +9,12 @@ Largest figures on two CPU cores (2026-11-21, torch 2.13, jax 0.10.2):
 
                                f32       bf16      torch's bf16
   siglip-large-patch16-256     6.2e-07   1.03e-02  1.03e-02
-  siglip2-so400m-patch14-384   6.5e-07   1.08e-02  1.08e-02
-  dinov2-with-registers-base   5.2e-07   8.70e-03  8.74e-03
-  dinov2-giant                 8.7e-07   1.53e-02  1.53e-02
-  vit-mae-base                 6.1e-07   8.43e-03  8.49e-03
-  internvit-300m-448px         6.1e-07   1.11e-02  1.11e-02
-  internvit-6b, two layers     3.7e-07   5.38e-03  5.15e-03
+  siglip2-so400m-patch14-384   9.5e-07   1.09e-02  1.10e-02
+  dinov2-with-registers-base   7.5e-07   8.67e-03  8.73e-03
+  dinov2-giant                 1.4e-06   1.53e-02  1.53e-02
+  vit-mae-base                 8.0e-07   8.50e-03  8.51e-03
+  internvit-300m-448px         9.3e-07   1.11e-02  1.10e-02
+  internvit-6b, two layers     5.0e-07   5.38e-03  5.15e-03
 """
 
 import dataclasses

@@ -116,10 +116,9 @@ def test_r1_equals_torch_and_reaches_the_parameters():
 def test_eight_bits():
   x = np.array([-0.2, 0.1, 0.4999, 1.7], np.float32).reshape(1, 1, 4, 1)
   x = jnp.asarray(np.repeat(x, 3, -1))
-  levels = np.asarray(adversarial.to_8_bits(x)) * 255
-  np.testing.assert_allclose(levels[0, 0, :, 0], [0, 26, 127, 255], atol=1e-4)
-  grad = jax.grad(lambda x: adversarial.to_8_bits(x).sum())(x)
-  assert not np.any(grad)
+  levels = np.asarray(adversarial.to_8_bits(x))
+  assert levels.dtype == np.uint8
+  assert levels[0, 0, :, 0].tolist() == [0, 26, 127, 255]
 
 
 @pytest.fixture(scope='module')

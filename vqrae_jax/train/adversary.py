@@ -243,8 +243,7 @@ def make_adversary(
   """The second player as the config has it; no arrays yet.
 
   Raises:
-    UserError: an unknown discriminator or one of its fields, a start past the
-      run's end.
+    UserError: an unknown discriminator, or one of its fields.
   """
   module = discriminators.build({'name': spec.name, **spec.fields})
   start = optim.steps_of(spec.start, steps_per_epoch, 'discriminator.start')

@@ -20,6 +20,7 @@ from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.run import Run, host_copy
 
 SHOWN = 8
+LARGE = 128  # pixels: smaller images are enlarged by a whole number
 
 
 class Shown:
@@ -82,9 +83,11 @@ def _spread(n: int) -> list[int]:
 
 
 def save(picture: np.ndarray, workdir: pathlib.Path, step: int) -> None:
-  """Writes workdir/pictures/STEP.png, on process 0."""
+  """Writes workdir/pictures/STEP.png, on process 0; small images enlarged."""
   if not jax.process_index():
     path = workdir / 'pictures' / f'{step:08d}.png'
+    times = max(LARGE // (len(picture) // 2), 1)
+    picture = picture.repeat(times, 0).repeat(times, 1)
     pictures.save_png(Image.fromarray(picture), path)
 
 

@@ -17,7 +17,12 @@ import optax
 
 from vqrae_jax import optim
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
+from vqrae_jax.losses import (
+  FROZEN_TERMS,
+  IMAGE_TERMS,
+  LATENT_TERMS,
+  adversarial,
+)
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import noise, trees
@@ -135,7 +140,7 @@ def loss_gradients(
     metrics['gan_balance'] = balance
     gan = adversary.weight(state.step) * balance * gan
     cotangent = gan if cotangent is None else cotangent + gan
-    fakes = jnp.round(jnp.clip(recon, 0.0, 1.0) * 255).astype(jnp.uint8)
+    fakes = adversarial.to_8_bits(recon)
   sent = {
     n: jnp.asarray(plan.weights[n](state.step), x.dtype)
     for n, x in latent.items()
