@@ -33,8 +33,13 @@ def test_moments_and_averages_lie_with_their_parameter(recipe, layout):
 @pytest.mark.parametrize('recipe', golden.RECIPES)
 def test_a_device_holds_its_share(recipe, layout):
   """Every large leaf is spread over all devices; with tensor parallelism, a
-  leaf outside the blocks at least over the fsdp axis, 4 of the 8."""
-  leaves = placed(recipe, layout)
+  leaf outside the blocks at least over the fsdp axis, 4 of the 8. The networks
+  of image losses are whole everywhere, as their rule says."""
+  leaves = {
+    name: leaf
+    for name, leaf in placed(recipe, layout).items()
+    if not name.startswith('1/losses/')
+  }
   for name, leaf in leaves.items():
     if golden.bytes_of(leaf) > MIB:
       parts = 4 if layout == 'fsdp+tp' and '/blocks/' not in name else 8
