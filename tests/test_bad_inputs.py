@@ -125,7 +125,6 @@ CONFIGS = [
   ('init_from="notes.txt"', 'init_from=notes.txt'),
   ('init_from="other"', 'does not fit the model'),
   ('init_from="tok/encoder"', 'init.encoder begins a run with it'),
-  ('init=dict(encoder="tokenizer")', 'is a tokenizer; load_tokenizer opens'),
   ('init=dict(encoder="tok/encoder")', 'encoder/config.json is damaged'),
   ('init_from="unbegun"', 'no checkpoint yet'),
   ('init_from="torn"', 'no checkpoint in .* is whole'),

@@ -170,6 +170,7 @@ def is_tokenizer(path: pathlib.Path) -> bool:
     (path / WEIGHTS).is_file()
     and isinstance(config, dict)
     and {'format_version', 'model'} <= config.keys()
+    and stored.KEY not in config
   )
 
 
