@@ -30,8 +30,9 @@ def test_figures(run):
   for name, want in GOLDEN[run].items():
     rtol, atol = LOOSER.get(name, 1e-5), 0.0
     if adversarial:
-      # A pixel of a reconstruction on the edge between two of 256 levels falls
-      # to either side, and from the next step on all hear of it.
+      # Loose after the first step: by .8 % off in the discriminator's gradient
+      # norm between two compilations. Rounding to 8 bits (a pixel between two
+      # levels falls to either side) is the likely cause, and not shown yet.
       np.testing.assert_allclose(found[name][0], want[0], rtol=5e-5)
       rtol, atol = 2e-2, 2e-3
     np.testing.assert_allclose(

@@ -84,7 +84,7 @@ def same(found, want):
     np.testing.assert_array_equal(found[name], want[name], err_msg=name)
 
 
-def test_training_moves_the_table_and_not_the_statistics(parent, files):
+def test_training_leaves_the_statistics_as_they_are(parent, files):
   norm, workdir = parent
   same(tables(workdir), wanted(files[norm]))
 
