@@ -53,6 +53,7 @@ from vqrae_jax.ops import codes
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
+from vqrae_jax.train.finite import unless_spoilt
 from vqrae_jax.types import LossInputs
 
 ALL = (r'.*', dict(lr=1e-3))
@@ -243,14 +244,25 @@ def loss_parts(plan, state, frozen, images):
 
     return jax.value_and_grad(loss)(x)
 
+  def kept(before, after, norm):
+    # Its selects fuse with what they choose from, which is then counted twice.
+    return unless_spoilt(before, after, {'grad_norm': norm})
+
+  def played(state, frozen, *lot):
+    player, said = adversary.step(state, frozen, *lot)
+    norm = said['discriminator/grad_norm']
+    return kept(state.discriminator, player, norm), said
+
   def moved(gradients, player, ema):
     updates, opt_state = plan.optimizer.update(
       gradients, player.opt_state, player.params
     )
     params = optim.apply_updates(player.params, updates)
-    ema = jax.tree.map(lambda e, p: e + 0.1 * (p - e), ema, params)
-    norms = optax.global_norm(gradients), optax.global_norm(updates)
-    return params, opt_state, ema, norms
+    average = jax.tree.map(lambda e, p: e + 0.1 * (p - e), ema, params)
+    norm = optax.global_norm(gradients)
+    before = player.params, player.opt_state, ema
+    after = params, opt_state, average
+    return kept(before, after, norm), norm, optax.global_norm(updates)
 
   player = state.tokenizer
   return [
@@ -275,7 +287,7 @@ def loss_parts(plan, state, frozen, images):
     (
       'discriminator: 2 x 3',
       learnt,
-      adversary.step,
+      played,
       (state, frozen, one, one, row),
     ),
     ('AdamW, average, norms', None, moved, (player.params, player, state.ema)),
