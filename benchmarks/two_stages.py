@@ -1,7 +1,7 @@
 """python benchmarks/two_stages.py --data=FOLDER [--steps=1000] [--out=DIR]
 
 Both stages of `configs/two_stages_small.py` with and without each term, one run
-after another: the base, four runs with the encoder frozen, three with it open.
+after another: the base, five runs with the encoder frozen, three with it open.
 Runs that are finished are not run again. Writes OUT/table.md, OUT/curves.svg
 (held-out PSNR and the losses over steps) and OUT/reconstructions.png (two
 photographs of the scikit-image wheel, which no run has seen, by each run).
@@ -16,10 +16,15 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = 'configs/two_stages_small.py'
 
-# name: (the config's arguments, the run it begins with)
+# name: (the config's arguments, the run it begins with, what else is set)
 RUNS = {
   'base': ('stage=0', None),
   'l2': ('stage=1,lpips=False,gan=False', 'base'),
+  'l2-commit': (
+    'stage=1,lpips=False,gan=False',
+    'base',
+    '--config.losses.commit=0.001',
+  ),
   'l2-lpips': ('stage=1,gan=False', 'base'),
   'l2-gan': ('stage=1,lpips=False', 'base'),
   'l2-lpips-gan': ('stage=1', 'base'),
@@ -28,14 +33,14 @@ RUNS = {
   'open-teacher': ('stage=2,distill=teacher', 'l2-lpips-gan'),
 }
 COLOURS = (
-  '#888888', '#1f77b4', '#2ca02c', '#ff7f0e', '#d62728', '#9467bd', '#17becf',
-  '#8c564b',
+  '#888888', '#1f77b4', '#bcbd22', '#2ca02c', '#ff7f0e', '#d62728', '#9467bd',
+  '#17becf', '#8c564b',
 )  # fmt: skip
 CURVES = ('eval/psnr', 'usage', 'loss/lpips', 'loss/gan', 'gan_balance')
 
 
 def command(name, options):
-  arguments, before = RUNS[name]
+  arguments, before, *more = RUNS[name]
   words = [
     f'--config={CONFIG}:{arguments},steps={options.steps}',
     f'--config.data.source={options.data}',
@@ -44,7 +49,7 @@ def command(name, options):
   if before:
     key = 'init.encoder' if before == 'base' else 'init_from'
     words.append(f'--config.{key}={options.out}/{before}')
-  return words
+  return words + more
 
 
 def run(name, options):

@@ -24,27 +24,32 @@ def one_device():
   return sharding.make_mesh(devices=jax.devices()[:1])
 
 
-def started(plan, mesh=None, images=None, spread=1.0):
+# {leaf: by how much it is made larger}. Fresh latents are nearly the same for
+# every token, and few codes would occur; fresh reconstructions nearly flat.
+APART = {'encoder/embed/positions': 50.0}
+PAINTED = {'decoder/head/kernel': 5.0}
+
+
+def started(plan, mesh=None, images=None, larger=None):
   """(state, frozen) at step 0, the codebook at tokens of `images`.
 
   Args:
     plan: from `planned`.
     mesh: where they lie; one device by default.
     images: the first batch.
-    spread: by how much learned positions are made larger: fresh latents are
-      nearly the same for every token, and few codes would occur.
+    larger: {leaf name: factor}, of fresh weights.
   """
   mesh = mesh or one_device()
   images = tiny.images(8) if images is None else images
   with jax.set_mesh(mesh):
     state, frozen = state_lib.init_state(plan, mesh, 0)
-    if spread != 1:
-      name = 'encoder/embed/positions'
+    if larger:
       leaves = state.tokenizer.params | frozen.params
-      wide = np.asarray(leaves[name]) * spread
-      state, frozen = state_lib.with_leaves(
-        state, frozen, {f'params/{name}': wide}
-      )
+      wide = {
+        f'params/{name}': np.asarray(leaves[name]) * factor
+        for name, factor in larger.items()
+      }
+      state, frozen = state_lib.with_leaves(state, frozen, wide)
     begin = jax.jit(functools.partial(state_lib.init_codebook, plan))
     state = begin(state, frozen, images)
   return state, frozen

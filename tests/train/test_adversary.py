@@ -52,6 +52,23 @@ def test_both_players_move_and_say_so():
   assert metrics['gan_balance'] > 0
 
 
+def test_the_discriminator_learns_on_8_bits():
+  """Its fakes are the step's own reconstruction, clipped and rounded."""
+  plan, state, frozen = begun()
+  images = tiny.images(8)
+  learn_on = jax.jit(lambda *args: step_lib.accumulated(plan, *args)[1])
+  reals, fakes, rows = learn_on(state, frozen, images)
+  assert fakes.dtype == np.uint8 and fakes.shape == (1, *images.shape)
+  np.testing.assert_array_equal(reals[0], images)
+  np.testing.assert_array_equal(rows[0], np.arange(8))
+  variables = {'params': trees.merge(state.tokenizer.params, frozen.params)}
+  painted = jax.jit(
+    lambda v: plan.tokenizer.apply(v, images / np.float32(255)).images
+  )(variables)
+  off = np.abs(fakes[0] - 255 * np.clip(painted, 0, 1))
+  assert off.max() < 0.501
+
+
 def test_starts_are_kept_to_the_bit():
   """Before its start each player's loss changes nothing."""
   _, state, frozen = begun()

@@ -73,7 +73,7 @@ def bf16_result(plan, state, frozen, mesh):
 def begun(kind):
   """(plan, state, frozen) at step 0, on the host."""
   plan = pieces.planned(kind, ema=0.0)
-  return plan, *jax.device_get(pieces.started(plan, spread=50.0))
+  return plan, *jax.device_get(pieces.started(plan, larger=pieces.APART))
 
 
 @functools.cache
