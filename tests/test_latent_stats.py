@@ -1,7 +1,6 @@
 """`latent_stats`: against numpy over all latents, as one host and as two."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -171,9 +170,7 @@ latent_stats.main(json.loads(argv))
 
 def as_processes(count, argv, cwd):
   address = f'127.0.0.1:{free_port()}'
-  env = os.environ | tiny.CACHE | {'JAX_PLATFORMS': 'cpu'}
-  env['XLA_FLAGS'] = '--xla_force_host_platform_device_count=1'
-  env['PYTHONPATH'] = str(ROOT)
+  env = tiny.alone(1) | {'PYTHONPATH': str(ROOT)}
   running = [
     subprocess.Popen(
       [sys.executable, '-c', WORKER, address, str(rank), str(count),

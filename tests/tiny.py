@@ -1,6 +1,7 @@
 """Small tokenizers and runs, the same in every test."""
 
 import functools
+import os
 import pathlib
 
 import jax
@@ -40,6 +41,17 @@ CACHE = {
   ),
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
 }
+
+
+def alone(devices: int) -> dict[str, str]:
+  """The environment of a process with so many fake devices, compiled as the
+  suite is."""
+  flags = (
+    f'--xla_force_host_platform_device_count={devices} '
+    '--xla_backend_optimization_level=0'
+  )
+  return os.environ | CACHE | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+
 
 # Losses that move every leaf of each quantizer.
 LOSSES = {

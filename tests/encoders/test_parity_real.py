@@ -8,7 +8,7 @@ Weights pass through a file, as published ones do. `-s` prints the figures.
 Largest figures on two CPU cores (2026-11-21, torch 2.13, jax 0.10.2):
 
                                f32       bf16      torch's bf16
-  siglip-large-patch16-256     6.2e-07   1.03e-02  1.03e-02
+  siglip-large-patch16-256     9.1e-07   1.03e-02  1.03e-02
   siglip2-so400m-patch14-384   9.5e-07   1.09e-02  1.10e-02
   dinov2-with-registers-base   7.5e-07   8.67e-03  8.73e-03
   dinov2-giant                 1.4e-06   1.53e-02  1.53e-02

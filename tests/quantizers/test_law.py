@@ -1,6 +1,7 @@
 """The law of DESIGN's quantizers, for each one and each of its forms."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from tests import tiny
 GRIDS = {'square': (16, 16), '2:1': (32, 16), '1:3': (8, 24)}
 KERNELS = (None, 1, 3)
 DTYPES = ('float32', 'bfloat16')
+# Each dtype and each kernel; `make test-slow` has their whole product.
+QUICK = (('float32', None), ('bfloat16', 1), ('float32', 3))
 
 
 def bits(x):
@@ -38,8 +41,13 @@ def lookups(tokenizer, variables, indices, codes):
   )
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+  ('dtype', 'kernel'),
+  [
+    pytest.param(*form, marks=() if form in QUICK else pytest.mark.slow)
+    for form in itertools.product(DTYPES, KERNELS)
+  ],
+)
 @pytest.mark.parametrize('kind', tiny.QUANTIZERS)
 def test_decode_is_the_forward(kind, dtype, kernel):
   """Codes, indices and pixels agree bitwise on every grid, all jitted."""

@@ -1,7 +1,6 @@
 """Two real processes train as one: same batches, same losses, one export."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -45,8 +44,7 @@ def train(config, workdir, processes, devices, until=None):
   `until(workdir)` becoming true sends the last process a SIGTERM.
   """
   address = f'127.0.0.1:{free_port()}'
-  flag = f'--xla_force_host_platform_device_count={devices}'
-  env = os.environ | tiny.CACHE | {'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu'}
+  env = tiny.alone(devices)
   words = [json.dumps(config), str(workdir)]
   running = [
     subprocess.Popen(

@@ -116,6 +116,19 @@ def killed(config, workdir, when):
   return process.returncode == -signal.SIGKILL
 
 
+def signalled(config, workdir, when):
+  """Runs until `when(workdir)`, then SIGTERM: it saves, says so, stops."""
+  process = started(config, workdir)
+  while process.poll() is None and not when(workdir):
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  err = process.communicate()[1]
+  assert process.returncode == 143, err
+  assert 'stopped: by SIGTERM after step' in err.splitlines()[-1]
+  last = rows(workdir)[-1]['step']
+  assert (workdir / 'checkpoints' / f'{last:08d}.json').exists()
+
+
 def finished(config, workdir):
   process = started(config, workdir)
   err = process.communicate(timeout=300)[1]
@@ -158,8 +171,11 @@ def same(found, want):
     assert any(name.startswith(part) for name in leaves), part
 
 
-def test_killed_at_a_step_and_in_a_save(config, uninterrupted, tmp_path):
+def test_killed_at_a_step_stopped_by_a_signal_killed_in_a_save(
+  config, uninterrupted, tmp_path
+):
   assert killed(config, tmp_path, at_step(8))
+  signalled(config, tmp_path, at_step(11))
   in_time = killed(config, tmp_path, in_a_save)
   found = finished(config, tmp_path)
   print(f'killed in a save: {in_time}')
@@ -181,16 +197,3 @@ def test_killed_at_ten_random_steps(config, uninterrupted, tmp_path):
     same(finished(config, workdir), uninterrupted)
   print(f'{kills} kills at random steps, {saves} in a save')
   assert kills == 10 and saves >= 1
-
-
-def test_a_signal_saves_and_stops(config, uninterrupted, tmp_path):
-  process = started(config, tmp_path)
-  while process.poll() is None and not at_step(4)(tmp_path):
-    time.sleep(0.01)
-  process.send_signal(signal.SIGTERM)
-  err = process.communicate()[1]
-  assert process.returncode == 143, err
-  assert 'stopped: by SIGTERM after step' in err.splitlines()[-1]
-  last = rows(tmp_path)[-1]['step']
-  assert (tmp_path / 'checkpoints' / f'{last:08d}.json').exists()
-  same(finished(config, tmp_path), uninterrupted)
