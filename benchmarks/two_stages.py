@@ -2,7 +2,8 @@
 
 Both stages of `configs/two_stages_small.py` with and without each term, one run
 after another: the base, five runs with the encoder frozen, three with it open.
-Runs that are finished are not run again. Writes OUT/table.md, OUT/curves.svg
+Runs that are finished are not run again; `--report` runs none, and reports of
+those. Writes OUT/table.md, OUT/curves.svg
 (held-out PSNR and the losses over steps) and OUT/reconstructions.png (two
 photographs of the scikit-image wheel, which no run has seen, by each run).
 """
@@ -29,8 +30,8 @@ RUNS = {
   'l2-gan': ('stage=1,lpips=False', 'base'),
   'l2-lpips-gan': ('stage=1', 'base'),
   'open': ('stage=2,distill=none', 'l2-lpips-gan'),
-  'open-self': ('stage=2,distill=self', 'l2-lpips-gan'),
   'open-teacher': ('stage=2,distill=teacher', 'l2-lpips-gan'),
+  'open-self': ('stage=2,distill=self', 'l2-lpips-gan'),
 }
 COLOURS = (
   '#888888', '#1f77b4', '#bcbd22', '#2ca02c', '#ff7f0e', '#d62728', '#9467bd',
@@ -52,9 +53,15 @@ def command(name, options):
   return words + more
 
 
+def finished(options):
+  """Names of the runs whose figures are there."""
+  out = pathlib.Path(options.out)
+  return [name for name in RUNS if (out / name / 'summary.json').exists()]
+
+
 def run(name, options):
   """Trains one run, unless its figures are there."""
-  if not (pathlib.Path(options.out) / name / 'summary.json').exists():
+  if name not in finished(options):
     print(f'== {name}', flush=True)
     words = command(name, options)
     train = [sys.executable, '-m', 'vqrae_jax.train', *words]
@@ -93,13 +100,13 @@ def table(options, tiles):
     '|---|---|---|---|---|---|---|',
   ]
   commands = []
-  for name in RUNS:
+  for name in finished(options):
     path = pathlib.Path(options.out) / name / 'summary.json'
     x = json.loads(path.read_text())
     codes = 'continuous | –'
     if 'usage' in x:
       codes = f'{x["usage"]:.3f} | {x["perplexity"]:.0f}'
-    moved = f'{drift(name, options, tiles):.3f}' if RUNS[name][1] else '–'
+    moved = f'{drift(name, options, tiles):.2g}' if RUNS[name][1] else '–'
     lines.append(
       f'| {name} | {x["psnr"]:.2f} | {x["ssim"]:.3f} | {codes} | {moved} | '
       f'{x["train_seconds"]:.0f} |'
@@ -126,6 +133,7 @@ def line(points, box, colour):
 def curves(options):
   """SVG: a panel a figure, a line a run."""
   width, height, gap = 300, 170, 60
+  colours = dict(zip(RUNS, COLOURS, strict=True))
   parts, panels = [], [(i % 2, i // 2) for i in range(len(CURVES))]
   for figure, (column, row) in zip(CURVES, panels, strict=True):
     found = {
@@ -135,7 +143,7 @@ def curves(options):
         if r.get(figure) is not None
         and (figure not in ('loss/gan', 'gan_balance') or r.get('weight/gan'))
       ]
-      for name in RUNS
+      for name in finished(options)
     }
     values = [y for points in found.values() for _, y in points]
     if not values:
@@ -155,16 +163,16 @@ def curves(options):
       f'{options.steps} steps</text>'
     )
     parts += [
-      line(points, box, colour)
-      for points, colour in zip(found.values(), COLOURS, strict=True)
+      line(points, box, colours[name])
+      for name, points in found.items()
       if points
     ]
   left, top = gap + (width + gap), 30 + 2 * (height + gap)
-  for i, (name, colour) in enumerate(zip(RUNS, COLOURS, strict=True)):
+  for i, name in enumerate(finished(options)):
     y = top + 10 + 18 * i
     parts.append(
       f'<line x1="{left}" y1="{y}" x2="{left + 24}" y2="{y}" '
-      f'stroke="{colour}" stroke-width="3"/>'
+      f'stroke="{colours[name]}" stroke-width="3"/>'
       f'<text x="{left + 32}" y="{y + 4}">{name}</text>'
     )
   size = f'width="{2 * (width + gap) + 20}" height="{3 * (height + gap) + 20}"'
@@ -195,7 +203,7 @@ def page(options):
     return column.repeat(3, 0).repeat(3, 1)
 
   columns, labels = [large(crops)], ['original']
-  for name in RUNS:
+  for name in finished(options):
     tokenizer, variables = opened(name, options)
     painted = [
       pictures.to_uint8(
@@ -219,9 +227,11 @@ def main():
   parser.add_argument('--data', required=True)
   parser.add_argument('--steps', type=int, default=1000)
   parser.add_argument('--out', default='runs/two_stages')
+  parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
-  for name in RUNS:
-    run(name, options)
+  if not options.report:
+    for name in RUNS:
+      run(name, options)
   from configs import two_stages_small
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator
