@@ -29,7 +29,8 @@ $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made setup.py constraints.txt
 
 quickstart: $(VENV)/.demo
 	JAX_PLATFORMS=cpu $(BIN)/python -m vqrae_jax.train \
-	  --config=configs/quickstart.py$(if $(STEPS),:steps=$(STEPS))
+	  --config=configs/quickstart.py$(if $(STEPS),:steps=$(STEPS)) \
+	  --workdir=runs/quickstart
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'

@@ -26,10 +26,10 @@ unrolled and the codes are searched in one piece.
 scan) and prints the bytes of arguments and temporaries: what `memory_analysis`
 says of this CPU's program.
 
-At the defaults the step costs 4050 GFLOP, 1.006 of what the shapes say and
-1.0000 of the sum of its parts (dino: 4402, 1.013, 1.0000). With 24 blocks of
-SigLIP-L a frozen encoder takes .43 of the memory of a trainable one, 8.0 GiB
-for 18.6 (jax 0.10.2, 2026-11).
+At the defaults the step costs 4053 GFLOP, 1.006 of what the shapes say and
+.9999 of the sum of its parts (dino: 4402, 1.013, 1.0000). With 24 blocks of
+SigLIP-L a frozen encoder takes .43 of the memory of a trainable one, 8.4 GiB
+for 19.3 (jax 0.10.2, 2026-11).
 """
 
 import argparse

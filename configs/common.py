@@ -192,7 +192,10 @@ def arguments(text: str | None, **defaults):
   for pair in filter(None, (text or '').split(',')):
     name, equals, value = pair.partition('=')
     if not equals or name not in defaults:
-      raise ValueError(f'config argument "{pair}" is none of: {known}')
+      there_are = (
+        f'is none of: {known}' if known else 'has no place: there are none'
+      )
+      raise ValueError(f'config argument "{pair}" {there_are}')
     allowed = choices.get(name)
     try:
       found = _like(values[name], value)

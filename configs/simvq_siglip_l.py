@@ -19,8 +19,9 @@ First stage, line by line:
 
 `:stage=2` with `--config.init_from=runs/simvq_siglip_l` opens the encoder:
 - the request: L2, reduced LPIPS, distillation of the continuous latents into
-  the quantised ones (`distill`, target "self"; "teacher" with
-  `--config.teacher=init` is the paper's), no GAN, 1e-5, 10 epochs;
+  the quantised ones (`distill`, target "self"; the paper's is
+  `--config.losses.distill.target=teacher --config.teacher=init`), no GAN, 1e-5,
+  10 epochs;
 - the PyTorch project's second-stage config: LPIPS .5, distill 2.0, codebook 1,
   commitment .25, cosine to a tenth, 1000 steps of warm-up, AdamW (.9, .95)
   with decay .05, EMA .9999.

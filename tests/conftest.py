@@ -7,14 +7,11 @@ and the thin command lines.
 
 import os
 
+from tests import flags
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Compiling is most of the suite's time, and LLVM's share of it the largest;
-# what is computed, in which order and where, is decided before it. The law's
-# tests compile as users do (`tiny.AS_USERS`).
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8'
-  + ' --xla_backend_optimization_level=0'
+  f'{os.environ.get("XLA_FLAGS", "")} {flags.devices(8)}'
 )
 
 import functools

@@ -44,6 +44,10 @@ LOSSES = [
     r"losses\.l2\.start='-3 steps' must not be negative",
   ),
   (
+    'losses=dict(l2=dict(weight=1.0, ramp=9))',
+    r'losses\.l2 rises for 9 steps, past the 2 steps of the run',
+  ),
+  (
     'losses=dict(l2=dict(weight=1.0, ramp=1.5))',
     r"losses\.l2\.ramp='1\.5 steps' must be a whole number",
   ),
@@ -112,6 +116,10 @@ SECOND_PLAYER = [
     player(start=9),
     r'discriminator\.start=9 lies after the 2 steps of the run; begin earlier',
   ),
+  (
+    player(start=1),
+    r'losses\.gan starts before discriminator\.start=1, .* let it start then',
+  ),
   (player(start='"1 epocs"'), r"discriminator\.start='1 epocs' .*\"epochs\""),
   (player(schedule='dict(lr=-1.0)'), r'discriminator\.schedule: .*lr=-1\.0'),
   (
@@ -151,6 +159,15 @@ BEGINNINGS = [
     'teacher=siglip-larg: .*did you mean "siglip-large-patch16-384"',
   ),
   (
+    'losses=dict(l2=1.0, distill=1.0), teacher="siglip-large-patch16-256", '
+    'schedules=(("encoder/.*", None), (".*", dict(lr=1e-3)))',
+    r'losses\.distill holds an encoder that moves, and schedules freeze this',
+  ),
+  (
+    quantizer('name="none"', 'l2=1.0, distill=dict(weight=1.0, target="self")'),
+    r'losses\.distill\.target="self" draws .* this quantizer has no codes',
+  ),
+  (
     'losses=dict(l2=1.0, distill=dict(weight=1.0, target="techer"))',
     r"losses\.distill\.target='techer'; did you mean \"teacher\"",
   ),
@@ -176,6 +193,18 @@ OTHERS = [
   (
     'schedules=((".*", dict(lr=float("nan"))),)',
     r'schedules\["\.\*"\]: schedule lr=nan',
+  ),
+  (
+    'schedules=((".*", dict(lr=0.0)),)',
+    r'schedule lr=0 trains nothing; None freezes leaves',
+  ),
+  (
+    'schedules=((".*/transformer/.*", dict(lr=1e-3, layers=("a", 1.0))),)',
+    r"schedule layers=.* 'a' must be a finite factor, not negative, or None",
+  ),
+  (
+    'schedules=((".*/transformer/.*", dict(lr=1e-3, layers=(-1.0, 1.0))),)',
+    r'schedule layers=.* -1\.0 must be a finite factor',
   ),
   ('schedules=dict(lr=1e-3)', 'schedules=.* must be of type tuple'),
   ('mesh=dict(layot="dp")', r'"config\.mesh\.layot"; did you mean "layout"'),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vqrae_jax import command, export, reconstruct_images
+from vqrae_jax import command, config_flag, export, reconstruct_images
 from vqrae_jax.errors import UserError
 from vqrae_jax.train import __main__ as train_main
 
@@ -43,7 +43,7 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_the_installed_configs_are_found_from_anywhere(tmp_path):
-  path = train_main.find_config('configs/simvq_siglip_l.py')
+  path = config_flag.find_config('configs/simvq_siglip_l.py')
   assert pathlib.Path(path).is_file()
   code, _, err = typed(
     'vqrae_jax.train', '--config=configs/simvq_siglip_l.py', cwd=tmp_path
@@ -84,6 +84,18 @@ def test_train_says_what_is_right(argv, words, monkeypatch, tmp_path):
     train_main.main(argv)
   assert '\n' not in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'words, workdir',
+  [
+    ('configs/quickstart.py', 'runs/quickstart'),
+    ('a/b.py:stage=2,decay=0.8', 'runs/b-stage=2,decay=0.8'),
+    ('a/b.py:data=x/y', 'runs/b-data=x_y'),
+  ],
+)
+def test_each_argument_has_a_workdir_of_its_own(words, workdir):
+  assert train_main.default_workdir(words) == workdir
 
 
 def test_a_config_of_ones_own(tmp_path, monkeypatch, capsys):

@@ -365,6 +365,16 @@ def test_a_plain_latent_norm_has_no_parameters():
     assert 'encoder/norm/scale' not in plan.leaves
 
 
+def test_held_out_data_may_come_from_elsewhere():
+  from configs import two_stages_small
+
+  config = two_stages_small.get_config()
+  config.data.source = 'a'
+  assert config.eval.source == 'a'
+  config.eval.source = 'b'
+  assert config.data.source == 'a'
+
+
 def test_arguments_are_checked():
   with pytest.raises(ValueError, match='step=3.* is none of: steps=1000'):
     read('quickstart', 'step=3')
@@ -374,7 +384,7 @@ def test_arguments_are_checked():
     read('simvq_siglip_l', 'stage=3')
   with pytest.raises(ValueError, match='preset=request or preset=paper'):
     read('simvq_siglip2_l', 'preset=papers')
-  with pytest.raises(ValueError, match='is none of'):
+  with pytest.raises(ValueError, match='has no place: there are none'):
     read('vqvae_16k', 'stage=2')
   with pytest.raises(ValueError, match='recipe=simvq_siglip_l or recipe='):
     read('finetune_decoder', 'recipe=quickstart')

@@ -140,6 +140,8 @@ def check_command(line):
     found = importlib.util.find_spec(f'{module}.__main__')
   source = pathlib.Path(found.origin).read_text()
   defined = {*re.findall(r"DEFINE_\w+\(\s*'(\w+)'", source)}
+  if 'config_flag.parse(' in source:
+    defined.add('config')
   for flag in flags:
     name, _, value = flag.removeprefix('--').partition('=')
     assert flag.startswith('--')

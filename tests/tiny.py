@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 import vqrae_jax
+from tests import flags
 
 VIT = dict(
   width=32, depth=2, mlp_dim=48, num_heads=4, patch_size=4, grid=(4, 4)
@@ -31,8 +32,11 @@ QUANTIZERS = {
   ),
 }
 
-# Of `jax.jit`: what conftest.py turns down for all other programs.
-AS_USERS = {'xla_backend_optimization_level': 3}
+# Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
+AS_USERS = {
+  'xla_backend_optimization_level': 3,
+  'xla_cpu_use_fusion_emitters': True,
+}
 
 # For processes of their own: the suite's cache of compilations.
 CACHE = {
@@ -46,11 +50,8 @@ CACHE = {
 def alone(devices: int) -> dict[str, str]:
   """The environment of a process with so many fake devices, compiled as the
   suite is."""
-  flags = (
-    f'--xla_force_host_platform_device_count={devices} '
-    '--xla_backend_optimization_level=0'
-  )
-  return os.environ | CACHE | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  quick = {'XLA_FLAGS': flags.devices(devices), 'JAX_PLATFORMS': 'cpu'}
+  return os.environ | CACHE | quick
 
 
 # Losses that move every leaf of each quantizer.

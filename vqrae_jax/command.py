@@ -163,4 +163,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     sys.exit(143)
   except KeyboardInterrupt:
     print('stopped', file=sys.stderr)
-    sys.exit(130)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A program may be compiling in a thread that no orderly end waits for.
+    os._exit(130)

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from vqrae_jax import command
+from vqrae_jax import command, config_flag
 from vqrae_jax.encoders import ENCODERS
 from vqrae_jax.errors import UserError, did_you_mean
 from vqrae_jax.specs import DTYPES
@@ -36,17 +36,12 @@ EXAMPLE = (
   f'python -m {MODULE} --source=vqrae_torch:ckpt.pt '
   '--config=configs/simvq_siglip_l.py --out=tokenizer'
 )
+ABOUT = 'a config whose "model" the file is; --config.model.a.b=v changes a key'
 
 
 def main(argv: list[str]) -> None:
   """Parses flags, converts one source, prints what became of each key."""
-  from vqrae_jax.train import __main__ as train_main
-
-  argv = train_main.resolved(argv)
-  values = _flags(argv, overrides=False)
-  if values.config is not None:
-    train_main.check_overrides(values.config, argv)
-    values = _flags(argv, overrides=True)
+  values = config_flag.parse(argv, MODULE, EXAMPLE, ABOUT, _flags)
   command.required(values, 'source', 'out')
   if values.to not in ('ours', 'torch'):
     raise UserError(f'--to={values.to} must be ours or torch')
@@ -77,26 +72,13 @@ def main(argv: list[str]) -> None:
   command.required(values, 'config')
   model = values.config.to_dict().get('model')
   if not isinstance(model, dict):
-    raise UserError(f'{argv[0]}: the config has no section "model"')
+    raise UserError('--config: the config has no section "model"')
   if word.kind == 'rae':
     return decoder(source, model, _target(out, '.safetensors'))
   whole(source, model, _fields(values.quantizer), out)
 
 
-def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
-  """As in `train`: once without overrides, to see that each has its key."""
-  from ml_collections import config_flags
-
-  if not overrides:
-    argv = [w for w in argv if not w.lstrip('-').startswith('config.')]
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    'config',
-    None,
-    'a config whose "model" the file is; --config.model.a.b=v changes a key',
-    flag_values=values,
-    sys_argv=[MODULE, *argv],
-  )
+def _flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     'source',
     None,
@@ -133,8 +115,6 @@ def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
     'levels=(8,5,5),bound="clip" or distance="l2"',
     flag_values=values,
   )
-  command.parse(values, argv, MODULE, EXAMPLE)
-  return values
 
 
 def _fields(text: str) -> dict[str, Any]:

@@ -12,35 +12,17 @@ from typing import Any
 
 from absl import flags
 
-from vqrae_jax import command
+from vqrae_jax import command, config_flag
 from vqrae_jax.errors import UserError, did_you_mean
 
 MODULE = 'vqrae_jax.fetch_weights'
 EXAMPLE = f'python -m {MODULE} --config=configs/simvq_siglip_l.py'
+ABOUT = 'the recipe whose weights are wanted, as for training'
 
 
 def main(argv: list[str]) -> None:
   """Parses flags; prints the table, or a line for each thing brought."""
-  from ml_collections import config_flags
-
-  from vqrae_jax.train.__main__ import resolved
-
-  values = flags.FlagValues()
-  argv = resolved(argv)
-  config_flags.DEFINE_config_file(
-    'config',
-    None,
-    'the recipe whose weights are wanted, as for training',
-    flag_values=values,
-    sys_argv=[MODULE, *argv],
-  )
-  flags.DEFINE_list(
-    'names', [], 'rows of the table to bring, by name', flag_values=values
-  )
-  flags.DEFINE_bool(
-    'list', False, 'print the table and fetch nothing', flag_values=values
-  )
-  command.parse(values, argv, MODULE, EXAMPLE)
+  values = config_flag.parse(argv, MODULE, EXAMPLE, ABOUT, _flags)
   if values.list:
     print(table())
     return
@@ -52,6 +34,15 @@ def main(argv: list[str]) -> None:
     if not names:
       print('this recipe needs no published weights')
   fetch(dict.fromkeys(names))
+
+
+def _flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_list(
+    'names', [], 'rows of the table to bring, by name', flag_values=values
+  )
+  flags.DEFINE_bool(
+    'list', False, 'print the table and fetch nothing', flag_values=values
+  )
 
 
 def table() -> str:

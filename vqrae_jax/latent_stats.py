@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from vqrae_jax import command
+from vqrae_jax import command, config_flag
 from vqrae_jax.errors import UserError
 
 MODULE = 'vqrae_jax.latent_stats'
@@ -24,17 +24,12 @@ EXAMPLE = (
   f'python -m {MODULE} --config=configs/simvq_siglip_l.py --data=PHOTOS '
   '--out=stats.npz'
 )
+ABOUT = 'the run whose latents are measured; --config.a.b=v changes a key'
 
 
 def main(argv: list[str]) -> None:
   """Parses flags, joins the other hosts, measures, writes one file."""
-  from vqrae_jax.train import __main__ as train_main
-
-  argv = train_main.resolved(argv)
-  values = _flags(argv, overrides=False)
-  if values.config is not None:
-    train_main.check_overrides(values.config, argv)
-    values = _flags(argv, overrides=True)
+  values = config_flag.parse(argv, MODULE, EXAMPLE, ABOUT, _flags)
   command.required(values, 'config', 'out')
   out = command.new_file(values.out, '.npz')
   for name in ('images', 'batch_size'):
@@ -52,20 +47,7 @@ def main(argv: list[str]) -> None:
   )
 
 
-def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
-  """As in `train`: once without overrides, to see that each has its key."""
-  from ml_collections import config_flags
-
-  if not overrides:
-    argv = [w for w in argv if not w.lstrip('-').startswith('config.')]
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    'config',
-    None,
-    'the run whose latents are measured; --config.a.b=v changes a key',
-    flag_values=values,
-    sys_argv=[MODULE, *argv],
-  )
+def _flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     'data',
     None,
@@ -98,8 +80,6 @@ def _flags(argv: list[str], overrides: bool) -> flags.FlagValues:
     'join the other hosts, as in training; each reads its share',
     flag_values=values,
   )
-  command.parse(values, argv, MODULE, EXAMPLE)
-  return values
 
 
 def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:

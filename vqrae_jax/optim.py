@@ -81,7 +81,7 @@ class Schedule:
   end_lr: float = 0.0
   warmup: int | str = 0
   decay: str = 'cosine'
-  layers: tuple[float | int | None, ...] | None = None
+  layers: tuple | None = None
 
   def __post_init__(self):
     if self.decay not in DECAYS:
@@ -93,6 +93,15 @@ class Schedule:
         f'schedule lr={self.lr}, end_lr={self.end_lr} must be finite and not '
         'negative'
       )
+    if not self.lr and not self.end_lr:
+      raise UserError('schedule lr=0 trains nothing; None freezes leaves')
+    for factor in self.layers or ():
+      number = isinstance(factor, int | float) and 0 <= factor < np.inf
+      if factor is not None and not number:
+        raise UserError(
+          f'schedule layers={self.layers}: {factor!r} must be a finite factor, '
+          'not negative, or None for a frozen block'
+        )
 
   def rate(self, total: int, warmup: int) -> Callable[[Any], Any]:
     """step -> f32[], for a run of `total` steps."""
@@ -179,6 +188,7 @@ def make_optimizer(
   params: Mapping[str, Any],
   total_steps: int,
   steps_per_epoch: float | None,
+  updates: int = 1,
 ) -> tuple[optax.GradientTransformation, Rates]:
   """AdamW over {leaf name: leaf}, each leaf at its own rate.
 
@@ -188,6 +198,7 @@ def make_optimizer(
     params: {leaf name: array or shape}.
     total_steps: the run's length, for the decays.
     steps_per_epoch: for warm-ups in epochs.
+    updates: in one step; all of a step are at its rate.
 
   Returns:
     The transformation, and {leaf name: step -> rate} for the logs.
@@ -212,10 +223,10 @@ def make_optimizer(
       for name, g in grads.items()
     }
 
-  def scaled(updates, step):
+  def scaled(deltas, step):
     """-rate × update; exactly zero in a frozen slice."""
 
-    now = {rate: rate(step) for rate in made.values()}
+    now = {rate: rate(step // updates) for rate in made.values()}
 
     def one(name, update):
       update = -now[rates[name]].astype(update.dtype) * update
@@ -224,7 +235,7 @@ def make_optimizer(
       factor, moves = factors[name]
       return jnp.where(moves, factor * update, 0.0)
 
-    return {name: one(name, u) for name, u in updates.items()}
+    return {name: one(name, u) for name, u in deltas.items()}
 
   decayed = {name: decays(name, leaf) for name, leaf in params.items()}
   chain = [optax.stateless(lambda grads, _: still(grads))]

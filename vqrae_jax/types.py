@@ -24,6 +24,8 @@ class QuantizerOutput:
     losses: {name: f32[]}, unweighted.
     stats: {"counts": i32[q k], ...}, what `update_codebook` and the usage
       window need; {} if the quantizer is continuous.
+    quantized: in training z_q once more, with a gradient that ends at the
+      codes instead of passing straight through to the latents; else None.
   """
 
   z_q: Array
@@ -31,6 +33,7 @@ class QuantizerOutput:
   indices: Array | None
   losses: dict[str, Array]
   stats: dict[str, Array]
+  quantized: Array | None = None
 
 
 @struct.dataclass

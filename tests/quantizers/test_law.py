@@ -14,8 +14,13 @@ from tests import tiny
 GRIDS = {'square': (16, 16), '2:1': (32, 16), '1:3': (8, 24)}
 KERNELS = (None, 1, 3)
 DTYPES = ('float32', 'bfloat16')
-# Each dtype and each kernel; `make test-slow` has their whole product.
-QUICK = (('float32', None), ('bfloat16', 1), ('float32', 3))
+# Each dtype, kernel and grid; `make test-slow` has their whole product.
+QUICK = (
+  ('float32', None, 'square'),
+  ('float32', None, '1:3'),
+  ('float32', 3, 'square'),
+  ('bfloat16', 1, '2:1'),
+)
 
 
 def bits(x):
@@ -42,15 +47,15 @@ def lookups(tokenizer, variables, indices, codes):
 
 
 @pytest.mark.parametrize(
-  ('dtype', 'kernel'),
+  ('dtype', 'kernel', 'grid'),
   [
     pytest.param(*form, marks=() if form in QUICK else pytest.mark.slow)
-    for form in itertools.product(DTYPES, KERNELS)
+    for form in itertools.product(DTYPES, KERNELS, GRIDS)
   ],
 )
 @pytest.mark.parametrize('kind', tiny.QUANTIZERS)
-def test_decode_is_the_forward(kind, dtype, kernel):
-  """Codes, indices and pixels agree bitwise on every grid, all jitted."""
+def test_decode_is_the_forward(kind, dtype, kernel, grid):
+  """Codes, indices and pixels agree bitwise, all jitted."""
   tokenizer, variables = made(kind, dtype, kernel)
   encode, decode, reconstruct, look = (
     jax.jit(functools.partial(f, tokenizer), compiler_options=tiny.AS_USERS)
@@ -61,25 +66,23 @@ def test_decode_is_the_forward(kind, dtype, kernel):
       lookups,
     )
   )
-  for grid, (h, w) in GRIDS.items():
-    images = tiny.images(2, h, w)
-    out = reconstruct(variables, images)
-    indices = encode(variables, images)
-    assert indices.shape == (2, *tokenizer.index_shape(h, w))
-    assert indices.dtype == jnp.int32
-    assert indices.min() >= 0 and indices.max() < tokenizer.codebook_size
-    assert len(np.unique(indices)) > 4, f'{grid}: the test saw few codes'
-    np.testing.assert_array_equal(indices, out.quantizer.indices)
-    codes = out.quantizer.codes
-    assert codes.dtype == jnp.float32
-    looked_up, back = look(variables, indices, codes)
-    np.testing.assert_array_equal(bits(codes), bits(looked_up))
-    np.testing.assert_array_equal(back, indices)
-    painted = decode(variables, indices)
-    assert painted.dtype == jnp.float32
-    np.testing.assert_array_equal(
-      bits(painted), bits(np.clip(out.images, 0, 1))
-    )
+  h, w = GRIDS[grid]
+  images = tiny.images(2, h, w)
+  out = reconstruct(variables, images)
+  indices = encode(variables, images)
+  assert indices.shape == (2, *tokenizer.index_shape(h, w))
+  assert indices.dtype == jnp.int32
+  assert indices.min() >= 0 and indices.max() < tokenizer.codebook_size
+  assert len(np.unique(indices)) > 4, 'the test saw few codes'
+  np.testing.assert_array_equal(indices, out.quantizer.indices)
+  codes = out.quantizer.codes
+  assert codes.dtype == jnp.float32
+  looked_up, back = look(variables, indices, codes)
+  np.testing.assert_array_equal(bits(codes), bits(looked_up))
+  np.testing.assert_array_equal(back, indices)
+  painted = decode(variables, indices)
+  assert painted.dtype == jnp.float32
+  np.testing.assert_array_equal(bits(painted), bits(np.clip(out.images, 0, 1)))
 
 
 @pytest.mark.parametrize('kind', tiny.QUANTIZERS)
@@ -113,8 +116,15 @@ def test_post_quant_in_latent_space(kind):
   np.testing.assert_array_equal(bits(painted), bits(want))
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('norm', ('channel', 'position'))
+@pytest.mark.parametrize(
+  ('norm', 'dtype'),
+  [
+    ('channel', 'float32'),
+    ('position', 'bfloat16'),
+    pytest.param('channel', 'bfloat16', marks=pytest.mark.slow),
+    pytest.param('position', 'float32', marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize('kind', ('fsq-cosmos', 'vq-ema', 'simvq-cosine'))
 def test_decode_is_the_forward_of_normalised_latents(kind, norm, dtype):
   """Normalising and its inverse are inside the law, jitted and eagerly."""

@@ -1,5 +1,7 @@
 """The law, for the forms that only checkpoints of the PyTorch project have."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def test_the_law(form, dtype):
   tokenizer, variables = tiny.built(tiny.model(kind, 1, dtype=dtype, **fields))
   images = tiny.images(2)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=tiny.AS_USERS)
   def all_of(variables, images):
     out = vqrae_jax.reconstruct(tokenizer, variables, images)
     indices = vqrae_jax.encode_to_indices(tokenizer, variables, images)
@@ -51,7 +53,11 @@ def test_the_law(form, dtype):
   assert (
     np.asarray(codes).tobytes() == np.asarray(out.quantizer.codes).tobytes()
   )
-  decode = jax.jit(vqrae_jax.decode_from_indices, static_argnums=0)
+  decode = jax.jit(
+    vqrae_jax.decode_from_indices,
+    static_argnums=0,
+    compiler_options=tiny.AS_USERS,
+  )
   painted = decode(tokenizer, variables, indices)
   rec = np.clip(np.asarray(out.images), 0, 1)
   assert rec.tobytes() == np.asarray(painted).tobytes()

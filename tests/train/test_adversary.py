@@ -9,6 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.train import pieces
+from vqrae_jax import optim
 from vqrae_jax.errors import UserError
 from vqrae_jax.losses import adversarial
 from vqrae_jax.models.tokenizer import build_tokenizer
@@ -90,6 +91,23 @@ def test_starts_are_kept_to_the_bit():
   assert moved(one.discriminator, two.discriminator)
   _, metrics = step(two, frozen, images)
   assert metrics['loss/gan'] != 0
+
+
+def test_several_updates_do_not_hurry_its_schedule():
+  """A warm-up in steps lasts as many, whatever the updates in each."""
+  schedule = optim.Schedule(lr=1.0, warmup=4, decay='constant')
+  leaf = {'w': np.ones(3, np.float32)}
+  free = optim.Adam(clip=None)
+  once, twice = (
+    optim.make_optimizer(free, {'w': schedule}, leaf, 8, None, n)[0]
+    for n in (1, 2)
+  )
+  a, b = once.init(leaf), twice.init(leaf)
+  for _ in range(6):
+    step, a = once.update(leaf, a, leaf)
+    for _ in range(2):
+      half, b = twice.update(leaf, b, leaf)
+      np.testing.assert_allclose(half['w'], step['w'], rtol=1e-5)
 
 
 def test_the_balance_and_the_gradient_are_those_of_two_passes():

@@ -130,7 +130,7 @@ def test_the_teacher_is_the_encoder_that_init_from_brings(first, photos):
 def test_both_targets_by_hand():
   rng = np.random.default_rng(0)
   latents, z_q, teacher = rng.normal(size=(3, 2, 4, 4, 5)).astype(np.float32)
-  quantized = QuantizerOutput(z_q, z_q, None, {}, {})
+  quantized = QuantizerOutput(z_q, z_q, None, {}, {}, quantized=z_q)
   images = np.zeros((2, 16, 16, 3), np.float32)
   out = TokenizerOutput(images, latents, quantized, images[:, :, 0])
   want = ((latents - teacher) ** 2).mean()
@@ -140,6 +140,24 @@ def test_both_targets_by_hand():
   # "self" pulls the codes to the latents, not the latents to the codes.
   pull = jax.grad(lambda x: distill(LatentInputs(out.replace(latents=x))))
   assert not np.asarray(pull(latents)).any()
+
+
+@pytest.mark.parametrize('kind', ('simvq-l2', 'vq-gradient', 'fsq-cosmos'))
+def test_self_moves_codes_and_the_way_back_from_them_alone(kind):
+  """Straight through it would push tokens from their codes."""
+  tokenizer, variables = tiny.built(tiny.model(kind))
+  images = tiny.images(2)
+
+  def loss(params):
+    given = variables | {'params': params}
+    return distill(LatentInputs(tokenizer.apply(given, images, train=True)))
+
+  found = jax.jit(jax.grad(loss))(variables['params'])
+  moved = {n for n, g in trees.flatten(found).items() if np.asarray(g).any()}
+  assert moved and all(n.startswith('quantizer/') for n in moved)
+  assert not any(n.startswith('quantizer/project_in') for n in moved)
+  if kind == 'simvq-l2':
+    assert {'quantizer/kernel', 'quantizer/project_out/kernel'} <= moved
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,16 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path):
   assert not (tmp_path / 'tokenizer').exists()
 
 
+def test_a_finished_run_stays_as_it_is(ran, photos):
+  """The same command again, or one that would have trained otherwise."""
+  figures, workdir = ran
+  left = {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()}
+  other = config(photos, schedules=(('.*', dict(lr=0.5)),))
+  for again in (config(photos), other):
+    assert loop.train(again, workdir) == json.loads(json.dumps(figures))
+  assert {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()} == left
+
+
 def test_one_run_a_workdir(ran, photos):
   _, workdir = ran
   before = (workdir / 'metrics.jsonl').read_bytes()
@@ -147,7 +157,7 @@ def test_one_run_a_workdir(ran, photos):
     lock.only_run_in(workdir),
     pytest.raises(vqrae_jax.UserError, match='another run is going on in'),
   ):
-    loop.train(config(photos), workdir)
+    loop.train(config(photos, duration=6), workdir)
   assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 

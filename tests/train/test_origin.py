@@ -77,6 +77,25 @@ def test_all_leaves_come_along(parent, photos, what):
     assert (counts == 1).all() == (what == 'tokenizer')
 
 
+def test_what_froze_nothing_needs_none_before_it(photos, tmp_path):
+  """A run that trained all of itself stands alone; one that did not says
+  what it misses."""
+  loop.train(config(photos), tmp_path / 'first')
+  again = dict(init_from=str(tmp_path / 'first'))
+  everything = (('.*', dict(lr=1e-3)),)
+  loop.train(config(photos, schedules=everything, **again), tmp_path / 'open')
+  loop.train(config(photos, **again), tmp_path / 'shut')
+  (tmp_path / 'first').rename(tmp_path / 'gone')
+  begun(config(photos, init_from=str(tmp_path / 'open')))
+  (tmp_path / 'open/tokenizer').rename(tmp_path / 'not there yet')
+  with pytest.raises(UserError, match='open: that run has no tokenizer/ yet'):
+    begun(config(photos, init=dict(encoder=str(tmp_path / 'open'))))
+  with pytest.raises(
+    UserError, match='shut: what it kept frozen is not in its'
+  ):
+    begun(config(photos, init_from=str(tmp_path / 'shut')))
+
+
 def test_an_unfinished_run_will_do(photos, tmp_path):
   loop.train(config(photos), tmp_path)
   found, _ = begun(config(photos, init_from=str(tmp_path)))

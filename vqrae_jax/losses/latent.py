@@ -28,13 +28,19 @@ def distill(x: LatentInputs) -> Float[Array, '']:
 
   With a teacher, mean (latents - teacher)^2: the continuous latents stay
   those of a frozen encoder (arXiv 2511.23386). Without one ("self"),
-  mean (z_q - sg(latents))^2: the quantised latents stay near the continuous
-  ones, as the PyTorch project has it. Where latents are normalised for the
-  quantizer, all of these are in the encoder's own space: z_q is brought back
-  before the decoder reads it, and so before it is compared.
+  mean (z_q - sg(latents))^2, as the PyTorch project has it: codes and the way
+  back from them follow the continuous latents. Here the gradient ends at the
+  codes. Straight through to the encoder it would push tokens away from their
+  codes, against `commit`: a small run with it fell from 22.2 to 15.7 dB and to
+  a perplexity of 4 within 500 steps (2026-11). Where latents are normalised
+  for the quantizer, all of these are in the encoder's own space: z_q is brought
+  back before the decoder reads it, and so before it is compared.
   """
   latents = x.out.latents.astype(jnp.float32)
   if x.teacher is not None:
     return jnp.mean((latents - x.teacher.astype(jnp.float32)) ** 2)
-  z_q = x.out.quantizer.z_q.astype(jnp.float32)
-  return jnp.mean((z_q - jax.lax.stop_gradient(latents)) ** 2)
+  found = x.out.quantizer
+  # Out of training z_q has no gradient to the latents.
+  z_q = found.z_q if found.quantized is None else found.quantized
+  latents = jax.lax.stop_gradient(latents)
+  return jnp.mean((z_q.astype(jnp.float32) - latents) ** 2)

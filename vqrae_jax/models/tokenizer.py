@@ -162,6 +162,8 @@ class Tokenizer(nn.Module):
       z = jax.lax.optimization_barrier(z)
     out = self.quantizer(z, train=train, rngs=rngs)
     out = out.replace(z_q=self._in_latent_space(out.z_q))
+    if out.quantized is not None:
+      out = out.replace(quantized=self._in_latent_space(out.quantized))
     if train:
       images, features = self.decode(out.z_q)
     else:

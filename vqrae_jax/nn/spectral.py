@@ -1,7 +1,7 @@
 """Spectral norm (arXiv 1802.05957): kernels divided by their largest gain.
 
 The gain sigma = v'Wu comes from two vectors in the collection "spectral". A
-call only reads them; `advance` moves them, once a step, before the
+call only reads them; `advance` moves them, once an update, before the
 discriminator's gradient. Gradients go through W, not through the vectors.
 """
 

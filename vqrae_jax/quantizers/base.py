@@ -183,7 +183,9 @@ class Quantizer(nn.Module):
     surrogate, indices = self._assign(z, train, rngs)
     codes = self._lookup(indices)
     losses = self._losses(surrogate, codes)
+    quantized = None
     if train:
+      quantized = self.tail(codes)
       codes = code_ops.straight_through(surrogate, codes)
     return QuantizerOutput(
       z_q=self.tail(codes),
@@ -191,6 +193,7 @@ class Quantizer(nn.Module):
       indices=indices,
       losses=losses,
       stats=self._stats(surrogate, indices, train),
+      quantized=quantized,
     )
 
   def latents_to_indices(self, latents: Array) -> Array:

@@ -3,8 +3,9 @@
 The decoder's side is a cotangent at the reconstruction, balanced against the
 other losses where the two meet the head's kernel (`losses/adversarial.py`).
 The discriminator learns on the same reconstruction, rounded to 8 bits, after
-the tokenizer's gradient is taken. Its power iteration and LeCam's averages
-move once a step, however many parts the batch is computed in.
+the tokenizer's gradient is taken. Its power iteration moves once an update and
+LeCam's averages once a step, however many parts the batch is computed in; the
+updates of one step see the same images, augmented alike.
 
 What starts with the run, in one part, is in no `cond` or `scan`: in those
 gradients of convolutions are twelve times as slow on CPUs (51 and 650 ms for a
@@ -48,7 +49,7 @@ class Adversary:
     gan_start: the first step at which the decoder hears of it.
     start: the first step at which it learns.
     optimizer: over {leaf name: leaf}.
-    rate: update -> its learning rate, counted from its own first.
+    rate: step -> its learning rate, counted from its own first.
     decoder: the spec of the head that both gradients are compared at.
   """
 
@@ -66,7 +67,7 @@ class Adversary:
     """Its learning rate in a step; 0 before it learns."""
     if step < self.start:
       return 0.0
-    return float(self.rate((step - self.start) * self.spec.updates))
+    return float(self.rate(step - self.start))
 
   def fresh(self, key: jax.Array, image: Any) -> tuple[Player, dict]:
     """(the player at its start, its frozen backbone, random); pure."""
@@ -255,13 +256,13 @@ def make_adversary(
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), image)
   leaves = trees.flatten(shapes['params'])
-  # Its schedule counts its own updates.
   optimizer, rates = optim.make_optimizer(
     spec.optim,
     dict.fromkeys(leaves, spec.schedule),
     leaves,
-    max(total_steps - start, 1) * spec.updates,
-    steps_per_epoch and steps_per_epoch * spec.updates,
+    max(total_steps - start, 1),
+    steps_per_epoch,
+    spec.updates,
   )
   return Adversary(
     module=module,

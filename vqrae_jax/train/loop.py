@@ -10,7 +10,6 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -95,10 +94,13 @@ def train(
           f'{run.plan.total_steps} steps of duration={run.spec.duration!r}; '
           'lengthen it, or name another --workdir'
         )
+      if finished := _finished(workdir, position.step, run.plan.total_steps):
+        _warn_of_changes(workdir / 'config.json', config)
+        return finished
       logging.info('goes on from step %d', position.step)
     with only_run_in(workdir):
       _note_config(config, workdir, changed=manifest is not None)
-      logging.info('%s', run.describe())
+      logging.info('%s; the first step compiles', run.describe())
       if every:
         kept.begin_from(position.step)
       going = _Going(run, workdir, kept, frozen, position, profile)
@@ -108,6 +110,26 @@ def train(
         state_lib.variables_of(state, frozen, ema=True), run.mesh
       )
   return summary.finish(run, variables, workdir, going.figures())
+
+
+def _finished(
+  workdir: pathlib.Path, step: int, total: int
+) -> dict[str, Any] | None:
+  """What summary.json holds, if the run is over: then all of it stays."""
+  path = workdir / 'summary.json'
+  if step < total or not (path.exists() and (workdir / 'tokenizer').is_dir()):
+    return None
+  try:
+    figures = dict(json.loads(path.read_bytes()))
+  except (ValueError, TypeError):
+    return None
+  if figures.get('steps') != total:
+    return None
+  logging.warning(
+    '%s is finished (%d steps): nothing is trained or written; lengthen '
+    'duration, or name another --workdir', workdir, total,
+  )  # fmt: skip
+  return figures
 
 
 def _check_profile(profile: tuple[int, int] | None, total: int) -> None:
@@ -123,13 +145,14 @@ def _note_config(config: Any, workdir: pathlib.Path, changed: bool) -> None:
   if jax.process_index():
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  path, now = workdir / 'config.json', config_lib.plain(config)
+  path = workdir / 'config.json'
   if changed and path.exists():
-    _warn_of_changes(path, json.loads(json.dumps(now, default=str)))
-  write_json(path, now)
+    _warn_of_changes(path, config)
+  write_json(path, config_lib.plain(config))
 
 
-def _warn_of_changes(path: pathlib.Path, now: Mapping[str, Any]) -> None:
+def _warn_of_changes(path: pathlib.Path, config: Any) -> None:
+  now = json.loads(json.dumps(config_lib.plain(config), default=str))
   try:
     old = trees.flatten(dict(json.loads(path.read_bytes())))
   except (ValueError, TypeError) as e:
@@ -236,7 +259,8 @@ class _Going:
       for words in self.alarms.words():
         logging.warning('step %d: %s', number, words)
       wait, self.waited = self.waited, 0.0
-      row = metrics | run.rates_at(number - 1, self.position.nonfinite)
+      row = run.heard(number, metrics)
+      row |= run.rates_at(number - 1, self.position.nonfinite)
       row['nonfinite'] = self.position.nonfinite
       row['skipped'] = self.position.skipped
       row['samples'] = f'{self.position.samples:08x}'

@@ -206,6 +206,8 @@ def _encoder(
   folder = _tokenizer_at(pathlib.Path(word).expanduser())
   if folder is not None:
     return _encoder_of(tokenizer, word, folder, key)
+  if pathlib.Path(word, 'metrics.jsonl').expanduser().exists():
+    raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
   try:
     found = pretrained.find_encoder(word)
     fit = pretrained.fit_encoder(found, tokenizer.encoder_spec)
@@ -318,12 +320,7 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
   for name, leaf in found.items():
     old = next(p for p in prefixes if name.startswith(p))
     leaves[prefixes[old] + name.removeprefix(old)] = np.asarray(leaf)
-  fresh = _began_with(tokenizer, spec)
-  frozen = {
-    n: x
-    for n, x in fresh.items()
-    if n.startswith('params/') and n not in leaves
-  }
+  frozen = _kept_frozen(tokenizer, spec, leaves, workdir)
   held = Frozen({n.removeprefix('params/'): x for n, x in frozen.items()})
   # The run's other frozen trees (a teacher, loss networks) stay behind.
   recorded = {n: x for n, x in manifest['frozen'].items() if n == 'params'}
@@ -333,6 +330,21 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
     f'{len(leaves)} leaves of step {manifest["step"]} of {workdir} ({kind} '
     f'weights, live codebook) and the {len(frozen)} it kept frozen'
   )
+
+
+def _kept_frozen(tokenizer, spec, leaves: Leaves, workdir) -> Leaves:
+  """A run's weights that are not in its checkpoints, made again, if any."""
+  names = trees.flatten(jax.eval_shape(lambda: from_seed(tokenizer, 0)))
+  missing = {n for n in names if n.startswith('params/')} - leaves.keys()
+  if not missing:
+    return {}
+  try:
+    fresh = _began_with(tokenizer, spec)
+  except UserError as e:
+    raise UserError(
+      f'init_from={workdir}: what it kept frozen is not in its checkpoints: {e}'
+    ) from None
+  return {n: fresh[n] for n in missing}
 
 
 def _began_with(tokenizer: Tokenizer, spec: config_lib.RunSpec) -> Leaves:

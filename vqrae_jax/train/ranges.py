@@ -2,8 +2,10 @@
 
 The ranges are those that the tokenizers' own documentation gives (decay,
 commitment) or that papers tried (codes, up to 65,536); around an epsilon two
-powers of ten. `docs/from_pytorch.md` shows the same table, and a test holds
-the two equal. What cannot work at all is an error where it is built.
+powers of ten, and below commitment's .1 two, which SimVQ may want while the
+encoder is frozen (`docs/results.md`). `docs/from_pytorch.md` shows the same
+table, and a test holds the two equal. What cannot work at all is an error where
+it is built.
 """
 
 from vqrae_jax import quantizers
@@ -18,7 +20,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
   },
   'simvq': {'num_codes': (512, 65536)},
   'fsq': {'epsilon': (1e-5, 1e-1)},
-  'losses': {'commit': (0.1, 0.5)},
+  'losses': {'commit': (0.001, 0.5)},
 }
 
 

@@ -266,6 +266,19 @@ class Run:
       weights['gan'] = adversary.weight
     return rates | {f'weight/{n}': float(w(step)) for n, w in weights.items()}
 
+  def heard(self, number: int, metrics: Mapping) -> dict[str, float]:
+    """A step's metrics without those of a player that was not asked yet."""
+    adversary = self.plan.adversary
+    if adversary is None:
+      return dict(metrics)
+    silent: tuple[str, ...] = ()
+    if number <= adversary.gan_start:
+      silent += ('loss/gan', 'gan_balance')
+    if number <= adversary.start:
+      silent += ('loss/discriminator', 'loss/lecam', 'loss/r1')
+      silent += ('logits/', 'discriminator/')
+    return {k: v for k, v in metrics.items() if not k.startswith(silent)}
+
   def describe(self) -> str:
     """One line: what is trained, on what, where."""
     leaves = jax.tree.leaves(self.plan.shapes['params'])

@@ -144,6 +144,11 @@ def make_plan(
         f'losses.{name} starts at {term.start} {term.unit}, after the '
         f'{total} steps of the run'
       )
+    if term.end_step(steps_per_epoch) > total:
+      raise UserError(
+        f'losses.{name} rises for {term.ramp} {term.unit}, past the {total} '
+        'steps of the run: its weight would never be reached'
+      )
   if (player := spec.discriminator) is not None:
     start = optim.steps_of(player.start, steps_per_epoch, 'discriminator.start')
     if start >= total:
@@ -151,6 +156,23 @@ def make_plan(
         f'discriminator.start={player.start!r} lies after the {total} steps of '
         'the run; begin earlier, or lengthen duration'
       )
+    if terms['gan'].start_step(steps_per_epoch) < start:
+      raise UserError(
+        f'losses.gan starts before discriminator.start={player.start!r}, which '
+        'would still be random; let it start then or later'
+      )
+  aims = getattr(terms.get('distill'), 'target', None)
+  opened = any(n.startswith('encoder/') for n in trainable)
+  if aims == 'teacher' and not opened:
+    raise UserError(
+      'losses.distill holds an encoder that moves, and schedules freeze this '
+      'one whole; open it, or leave the term out'
+    )
+  if aims == 'self' and not tokenizer.codebook_size:
+    raise UserError(
+      'losses.distill.target="self" draws codes to latents, and this quantizer '
+      'has no codes; leave the term out'
+    )
   _check_window(spec.log.usage_window, tokenizer)
   optimizer, rates = optim.make_optimizer(
     spec.optim,

@@ -59,10 +59,15 @@ class LossTerm:
     """The first step that counts."""
     return steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
 
+  def end_step(self, steps_per_epoch: float | None) -> int:
+    """The step from which the weight is whole."""
+    ramp = steps_of(f'{self.ramp} {self.unit}', steps_per_epoch, 'losses')
+    return self.start_step(steps_per_epoch) + ramp
+
   def weight_at(self, steps_per_epoch: float | None):
     """step -> f32[]: zero before the start, whole when the ramp is over."""
     start = self.start_step(steps_per_epoch)
-    ramp = steps_of(f'{self.ramp} {self.unit}', steps_per_epoch, 'losses')
+    ramp = self.end_step(steps_per_epoch) - start
 
     def at(step):
       if not ramp:
