@@ -304,19 +304,15 @@ def measured(rows) -> dict[str, Part]:
 def table(parts, whole) -> str:
   """Rows of GFLOP, their sum, and the step beside it."""
 
-  def line(name, predicted, measured):
-    if predicted is None:
-      return f'{name:32}{"":12}{measured / 1e9:12.2f}'
-    return (
-      f'{name:32}{predicted / 1e9:12.2f}{measured / 1e9:12.2f}'
-      f'{measured / predicted:9.4f}'
-    )
+  def line(name, said, found):
+    if said is None:
+      return f'{name:32}{"":12}{found / 1e9:12.2f}'
+    return f'{name:32}{said / 1e9:12.2f}{found / 1e9:12.2f}{found / said:9.4f}'
 
   lines = [f'{"GFLOP":32}{"predicted":>12}{"measured":>12}{"ratio":>9}']
   lines += [line(x.name, x.predicted, x.measured) for x in parts]
   total = sum(x.measured for x in parts)
-  # What has no product is taken as measured.
-  said = sum(x.measured if x.predicted is None else x.predicted for x in parts)
+  said = predicted(parts)
   lines += [line('sum of the parts', said, total), line('step', said, whole)]
   lines.append(f'the step over the sum of its parts: {whole / total:.4f}')
   return '\n'.join(lines)
@@ -326,8 +322,8 @@ def megabytes(tree) -> float:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**20
 
 
-def memory(flags) -> None:
-  """The step's buffers with the encoder frozen and trainable."""
+def memory(flags) -> dict[str, dict[str, float]]:
+  """{"frozen" or "trainable": {buffer: MiB}} of the step."""
   rows = {}
   for name in SCHEDULES:
     plan = plan_of(flags, name, scan=True)
@@ -349,10 +345,33 @@ def memory(flags) -> None:
       'temporaries': temporaries,
       'arguments + temporaries': arguments + temporaries,
     }
-  print(f'{"MiB":26}{"frozen":>12}{"trainable":>12}{"ratio":>9}')
+  return rows
+
+
+def memory_table(rows) -> str:
+  lines = [f'{"MiB":26}{"frozen":>12}{"trainable":>12}{"ratio":>9}']
   for key, held in rows['frozen'].items():
     free = rows['trainable'][key]
-    print(f'{key:26}{held:12,.0f}{free:12,.0f}{held / free:9.2f}')
+    lines.append(f'{key:26}{held:12,.0f}{free:12,.0f}{held / free:9.2f}')
+  return '\n'.join(lines)
+
+
+def account(flags) -> tuple[dict[str, Part], float]:
+  """({name: Part}, FLOPs of the step)."""
+  plan, images = plan_of(flags), images_of(flags)
+  # In one piece: of a loop over pieces only one would be counted.
+  tokens = flags.batch * math.prod(plan.tokenizer.grid(*images.shape[1:3]))
+  codes.SCORES_PER_CHUNK = tokens * plan.tokenizer.codebook_size
+  state, frozen = shapes_of(plan)
+  whole = step_flops(plan, state, frozen, images)
+  parts = tokenizer_parts(plan, state, images)
+  parts += loss_parts(plan, state, frozen, images)
+  return measured(parts), whole
+
+
+def predicted(parts) -> float:
+  """The sum of the parts by their shapes; what has no product, as measured."""
+  return sum(x.measured if x.predicted is None else x.predicted for x in parts)
 
 
 def plan_of(flags, encoder='frozen', scan=False):
@@ -375,7 +394,7 @@ def images_of(flags):
   return jax.ShapeDtypeStruct(shape, jnp.uint8)
 
 
-def main():
+def parsed(argv=None):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -385,7 +404,11 @@ def main():
   parser.add_argument('--decoder', default='B')
   parser.add_argument('--discriminator', default='patch')
   parser.add_argument('--memory', action='store_true')
-  flags = parser.parse_args()
+  return parser.parse_args(argv)
+
+
+def main():
+  flags = parsed()
   jax.config.update('jax_platforms', 'cpu')
   print(
     f'{time.strftime("%Y-%m-%d")}, jax {jax.__version__}: {flags.encoder}, '
@@ -393,18 +416,11 @@ def main():
     f'batch {flags.batch} of {flags.pixels} pixels'
   )
   if flags.memory:
-    memory(flags)
+    print(memory_table(memory(flags)))
     return
-  plan, images = plan_of(flags), images_of(flags)
-  # In one piece: of a loop over pieces only one would be counted.
-  tokens = flags.batch * math.prod(plan.tokenizer.grid(*images.shape[1:3]))
-  codes.SCORES_PER_CHUNK = tokens * plan.tokenizer.codebook_size
-  state, frozen = shapes_of(plan)
   began = time.perf_counter()
-  whole = step_flops(plan, state, frozen, images)
-  parts = tokenizer_parts(plan, state, images)
-  parts += loss_parts(plan, state, frozen, images)
-  print(table(measured(parts).values(), whole))
+  parts, whole = account(flags)
+  print(table(parts.values(), whole))
   print(f'{time.perf_counter() - began:.0f} s')
 
 

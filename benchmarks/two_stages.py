@@ -40,12 +40,14 @@ COLOURS = (
 CURVES = ('eval/psnr', 'usage', 'loss/lpips', 'loss/gan', 'gan_balance')
 
 
+def steps_of(name, options):
+  return options.steps // (2 if 'stage=2' in RUNS[name][0] else 1)
+
+
 def command(name, options):
   arguments, before, *more = RUNS[name]
-  second = 'stage=2' in arguments
-  steps = options.steps // 2 if second else options.steps
   words = [
-    f'--config={CONFIG}:{arguments},steps={steps}',
+    f'--config={CONFIG}:{arguments},steps={steps_of(name, options)}',
     f'--config.data.source={options.data}',
     f'--workdir={options.out}/{name}',
   ]
@@ -56,9 +58,15 @@ def command(name, options):
 
 
 def finished(options):
-  """Names of the runs whose figures are there."""
-  out = pathlib.Path(options.out)
-  return [name for name in RUNS if (out / name / 'summary.json').exists()]
+  """Names of the runs whose figures are there, after as many steps."""
+
+  def done(name):
+    path = pathlib.Path(options.out) / name / 'summary.json'
+    if not path.exists():
+      return False
+    return json.loads(path.read_bytes())['steps'] == steps_of(name, options)
+
+  return [name for name in RUNS if done(name)]
 
 
 def run(name, options):
@@ -98,8 +106,8 @@ def drift(name, options, tiles):
 def table(options, tiles):
   """Markdown: a row a run, with the command that made it."""
   lines = [
-    '| run | PSNR, dB | SSIM | usage | perplexity | latents moved | s |',
-    '|---|---|---|---|---|---|---|',
+    '| run | PSNR, dB | SSIM | usage | perplexity | latents moved |',
+    '|---|---|---|---|---|---|',
   ]
   commands = []
   for name in finished(options):
@@ -110,8 +118,7 @@ def table(options, tiles):
       codes = f'{x["usage"]:.3f} | {x["perplexity"]:.0f}'
     moved = f'{drift(name, options, tiles):.2g}' if RUNS[name][1] else '–'
     lines.append(
-      f'| {name} | {x["psnr"]:.2f} | {x["ssim"]:.3f} | {codes} | {moved} | '
-      f'{x["train_seconds"]:.0f} |'
+      f'| {name} | {x["psnr"]:.2f} | {x["ssim"]:.3f} | {codes} | {moved} |'
     )
     words = ' '.join(command(name, options))
     commands.append(f'    python -m vqrae_jax.train {words}')

@@ -42,6 +42,14 @@ def base() -> ml_collections.ConfigDict:
     every=50, images_every=1000, usage_window=100, tensorboard=True
   )
   config.checkpoint = dict(every=1000, keep=3)
+  config.eval = dict(
+    source=optional(str),
+    tile=optional(int),
+    include=(),
+    exclude=(),
+    batch_size=32,
+    every=0,
+  )
   return config
 
 
@@ -113,9 +121,10 @@ def paper_discriminator() -> ml_collections.ConfigDict:
   """VQRAE's second player (arXiv 2511.23386): 4e-5, from step 50,000.
 
   What the paper leaves open is TiTok's (2406.07550), whose losses it takes:
-  PatchGAN, hinge, the decoder's loss -mean D(fake), LeCam .001, no
-  augmentation, both players from the same step with the same AdamW. One rate
-  is named, so it stays.
+  PatchGAN, hinge, the decoder's loss -mean D(fake), LeCam .001 (there of a
+  batch's mean logits, here a mean over logits, which is larger by their
+  variance), no augmentation, both players from the same step with the same
+  AdamW. One rate is named, so it stays.
   """
   return ml_collections.ConfigDict(
     dict(

@@ -1,4 +1,5 @@
 """python -m vqrae_jax.train --config=configs/internvit_6b.py --config.data.source=FOLDER
+python -m vqrae_jax.train --config=configs/internvit_6b.py:stage=2 --config.init_from=runs/internvit_6b --config.data.source=FOLDER
 
 SimVQ on InternViT-6B V2.5 (arXiv 2412.05271, 45 blocks of 3200): 16,384 codes
 of 1536 channels, L2, and a ViT-XL decoder. It sees 224 pixels, the decoder
@@ -15,7 +16,8 @@ First stage, line by line:
   ConvNeXt-S with a weight of 1.1, so 1.0 and .1; EMA .999 is TiTok's
   (2406.07550).
 
-`:stage=2` with `--config.init_from=runs/internvit_6b` opens the encoder:
+`:stage=2` opens the encoder (after `:decoder=D` it is `:decoder=D,stage=2` with
+`--config.init_from=runs/internvit_6b-decoder=D`):
 - VQRAE: the same terms, a GAN of weight .1 from step 50,000, 1.0 times the
   squared distance to the encoder that it begins with ("teacher"); decoder 1e-4
   to 1e-5, encoder 1e-5, discriminator 4e-5, 60,000 steps;

@@ -1,4 +1,5 @@
 """python -m vqrae_jax.train --config=configs/paper_internvit_300m.py --config.data.source=FOLDER
+python -m vqrae_jax.train --config=configs/paper_internvit_300m.py:stage=2 --config.init_from=runs/paper_internvit_300m --config.data.source=FOLDER
 
 VQRAE-InternViT (arXiv 2511.23386): SimVQ with 16,384 codes of 1536 channels on
 InternViT-300M (2412.05271; 24 blocks of 1024). It sees 224 pixels in patches of
@@ -14,8 +15,7 @@ First stage, line by line:
   ConvNeXt-S with a weight of 1.1, so 1.0 and .1;
 - TiTok (2406.07550): EMA .999.
 
-`:stage=2` with `--config.init_from=runs/paper_internvit_300m` opens the
-encoder:
+`:stage=2` opens the encoder:
 - VQRAE: the same terms, a GAN of weight .1 from step 50,000, 1.0 times the
   squared distance to the encoder that it begins with ("teacher"); decoder 1e-4
   to 1e-5, encoder 1e-5, discriminator 4e-5, 60,000 steps;

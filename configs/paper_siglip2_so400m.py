@@ -1,4 +1,5 @@
 """python -m vqrae_jax.train --config=configs/paper_siglip2_so400m.py --config.data.source=FOLDER
+python -m vqrae_jax.train --config=configs/paper_siglip2_so400m.py:stage=2 --config.init_from=runs/paper_siglip2_so400m --config.data.source=FOLDER
 
 VQRAE-SigLIP2 (arXiv 2511.23386): SimVQ with 16,384 codes of 1536 channels on
 SigLIP2-so400m (2502.14786; 27 blocks of 1152), 256 pixels, 16 x 16 tokens. Of
@@ -13,8 +14,7 @@ First stage, line by line:
   ConvNeXt-S with a weight of 1.1, so 1.0 and .1;
 - TiTok (2406.07550): EMA .999.
 
-`:stage=2` with `--config.init_from=runs/paper_siglip2_so400m` opens the
-encoder:
+`:stage=2` opens the encoder:
 - VQRAE: the same terms, a GAN of weight .1 from step 50,000, 1.0 times the
   squared distance to the encoder that it begins with ("teacher"); decoder 1e-4
   to 1e-5, encoder 1e-5, discriminator 4e-5, 70,000 steps;

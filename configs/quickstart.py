@@ -36,5 +36,5 @@ def get_config(arguments=None):
   config.batch_size = 16
   config.ema = 0.99
   config.log.every = 100
-  config.eval = dict(source='bundled:photos', include=HELD_OUT, tile=64)
+  config.eval.update(source='bundled:photos', include=HELD_OUT, tile=64)
   return config

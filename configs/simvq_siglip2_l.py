@@ -1,4 +1,7 @@
 """python -m vqrae_jax.train --config=configs/simvq_siglip2_l.py --config.data.source=FOLDER
+python -m vqrae_jax.train --config=configs/simvq_siglip2_l.py:stage=2 --config.init_from=runs/simvq_siglip2_l --config.data.source=FOLDER
+python -m vqrae_jax.train --config=configs/simvq_siglip2_l.py:preset=paper --config.data.source=FOLDER
+python -m vqrae_jax.train --config=configs/simvq_siglip2_l.py:preset=paper,stage=2 --config.init_from=runs/simvq_siglip2_l-preset=paper --config.data.source=FOLDER
 
 SimVQ on SigLIP2-L/16 at its native 256 pixels: 16,384 codes of 1536 channels,
 16 x 16 tokens. Two presets:
@@ -7,7 +10,8 @@ SimVQ on SigLIP2-L/16 at its native 256 pixels: 16,384 codes of 1536 channels,
 ViT-L decoder.
 - The request: L2, LPIPS, GAN, batch 4096, 1e-3, 30 epochs; for `:stage=2` L2,
   reduced LPIPS, distillation from the continuous latents into the quantised
-  ones ("self"), no GAN, 1e-5, 10 epochs.
+  ones ("self", which holds codes to latents and not the encoder), no GAN, 1e-5,
+  10 epochs.
 - The PyTorch project's configs: LPIPS 1.0, GAN .75 from epoch 8, DINO
   discriminator from epoch 6 at 2e-4 to 2e-5, vq weight 1; for `:stage=2` LPIPS
   .5, distill 2.0, 1000 steps of warm-up, cosine to a tenth, AdamW (.9, .95)
@@ -26,8 +30,6 @@ decoder that mirrors the encoder, batch 1024.
   ConvNeXt-S with a weight of 1.1, so 1.0 and .1; the discriminator TiTok's.
 
 The tower is not the paper's: `paper_siglip2_so400m.py` has that.
-
-The second stage wants `--config.init_from=runs/simvq_siglip2_l`.
 
 The encoder's weights are the published ones, fetched at the start
 (`--config.init.encoder=` for random ones); the losses' networks come

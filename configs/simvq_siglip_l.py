@@ -1,4 +1,5 @@
 """python -m vqrae_jax.train --config=configs/simvq_siglip_l.py --config.data.source=FOLDER
+python -m vqrae_jax.train --config=configs/simvq_siglip_l.py:stage=2 --config.init_from=runs/simvq_siglip_l --config.data.source=FOLDER
 
 SimVQ on SigLIP-L/16: 16,384 codes of 1536 channels by cosine similarity, a
 ViT-L decoder, the 384-pixel weights at 224 pixels, so 14 x 14 tokens. SimVQ is
@@ -17,11 +18,12 @@ First stage, line by line:
   clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is TiTok's
   (2406.07550).
 
-`:stage=2` with `--config.init_from=runs/simvq_siglip_l` opens the encoder:
+`:stage=2` opens the encoder:
 - the request: L2, reduced LPIPS, distillation of the continuous latents into
-  the quantised ones (`distill`, target "self"; the paper's is
-  `--config.losses.distill.target=teacher --config.teacher=init`), no GAN, 1e-5,
-  10 epochs;
+  the quantised ones (`distill`, target "self"), no GAN, 1e-5, 10 epochs. Here
+  its gradient ends at the codes (`losses/latent.py` says why), and nothing
+  holds the encoder itself: the paper's teacher does,
+  `--config.losses.distill.target=teacher --config.teacher=init`;
 - the PyTorch project's second-stage config: LPIPS .5, distill 2.0, codebook 1,
   commitment .25, cosine to a tenth, 1000 steps of warm-up, AdamW (.9, .95)
   with decay .05, EMA .9999.

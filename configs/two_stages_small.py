@@ -52,8 +52,8 @@ def get_config(arguments=None):
   config.ema = 0.99
   config.optim.b2 = 0.95
   config.log.update(every=50, images_every=max(arg.steps // 4, 1))
-  config.eval = dict(
-    source=config.data.get_oneway_ref('source'),
+  config.eval.source = config.data.get_oneway_ref('source')
+  config.eval.update(
     include=HELD_OUT,
     tile=32,
     batch_size=64,

@@ -173,7 +173,7 @@ BEGINNINGS = [
   ),
   (
     'init_from="other"',
-    r'init_from=other does not fit the model: missing .*\(2, 32\), not \(1, 32',
+    r'init_from=other: that tokenizer has quantizer\.name=vq, .* is fsq; make',
   ),
   (
     'init_from="run", init=dict(encoder="x")',
@@ -208,7 +208,7 @@ OTHERS = [
   ),
   ('schedules=dict(lr=1e-3)', 'schedules=.* must be of type tuple'),
   ('mesh=dict(layot="dp")', r'"config\.mesh\.layot"; did you mean "layout"'),
-  ('eval=dict(source="photos")', r'missing key "config\.eval\.tile"'),
+  ('eval=dict(source="photos", tile=0)', r'eval\.tile=0 .* must be above 0'),
   ('model=MODEL | dict(decoder=dict(name="LL"))', 'decoder "LL"; did .* "L"'),
   (
     'model=MODEL | dict(dtype="bf16")',

@@ -123,7 +123,7 @@ CONFIGS = [
   ('init_from="nowhere"', 'init_from=nowhere: there is no such folder'),
   ('init_from="photos"', 'photos is no tokenizer: it has no config.json'),
   ('init_from="notes.txt"', 'init_from=notes.txt'),
-  ('init_from="other"', 'does not fit the model'),
+  ('init_from="other"', 'has quantizer.name=vq, model.* is fsq; make the'),
   ('init_from="tok/encoder"', 'init.encoder begins a run with it'),
   ('init=dict(encoder="tok/encoder")', 'encoder/config.json is damaged'),
   ('init_from="unbegun"', 'no checkpoint yet'),

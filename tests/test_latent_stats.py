@@ -45,6 +45,7 @@ def here(tmp_path, monkeypatch):
 
 def write_config(folder, name='mine.py', **keys):
   config = tiny.run('none', **keys)
+  config['data'] = dict(config['data'], max_skipped=0.1)
   (folder / name).write_text(
     'import ml_collections\n'
     'def get_config():\n'
@@ -105,7 +106,7 @@ def test_they_are_numpys_over_all_latents(position, photos, here, capsys):
 def test_a_run_takes_what_the_command_wrote(photos, here):
   """From the config that names statistics which are not there yet."""
   model = tiny.model('none') | dict(latents=dict(norm='position', grid=(4, 4)))
-  keys = dict(source=str(photos), image_size=16, max_skipped=1.0)
+  keys = dict(source=str(photos), image_size=16)
   config = write_config(
     here, model=model, data=keys, init=dict(latents='s.npz')
   )

@@ -88,6 +88,18 @@ def test_rates():
   np.testing.assert_allclose(linear(5), 0.5)
 
 
+def test_a_norm_is_of_what_moves():
+  """A slice that a schedule freezes is in no norm, whatever it holds."""
+  rate = optim.Schedule(1.0)
+  half = optim.Schedule(1.0, layers=(None, 0.5))
+  gradients = {
+    'a': jnp.ones(3),
+    'b': jnp.stack([jnp.full(4, jnp.nan), jnp.ones(4)]),
+  }
+  found = optim.felt(gradients, {'a': rate, 'b': half})
+  assert optax.global_norm(found) == np.sqrt(np.float32(7))
+
+
 @pytest.mark.parametrize(
   'text, steps',
   [

@@ -150,7 +150,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   try:
     main(sys.argv[1:])
   except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
+    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
     sys.exit(2)
   except OSError as e:
     if e.errno not in _DISK:

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from vqrae_jax import losses as loss_terms
 from vqrae_jax.errors import UserError, choose
+from vqrae_jax.losses.inputs import check_images
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
@@ -153,9 +154,16 @@ def reconstruct(
   out = _apply(tokenizer, variables, images, precision=precision)
   if not losses:
     return out
-  seen = LossInputs(out.images, image_ops.to_unit(images))
-  terms = {name: term(seen) for name, term in loss_terms.IMAGE_TERMS.items()}
+  targets = image_ops.to_unit(images)
+  check_images(targets, 'images')
+  terms = _pixel_losses(out.images, targets)
   return out.replace(losses=terms | out.quantizer.losses)
+
+
+@jax.jit  # traced: a decoder's output is not clipped, and that is no error
+def _pixel_losses(painted: Array, targets: Array) -> dict[str, Array]:
+  seen = LossInputs(painted, targets)
+  return {name: term(seen) for name, term in loss_terms.IMAGE_TERMS.items()}
 
 
 def codebook_usage(counts: Array) -> Array:

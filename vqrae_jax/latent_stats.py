@@ -210,6 +210,13 @@ def measure(
       f'none of the {found.skipped} photographs could be read; the last was '
       f'{skipped[-1] if skipped else "read by another host"}'
     )
+  seen = found.images + found.skipped
+  if found.skipped > section.max_skipped * seen:
+    raise UserError(
+      f'{found.skipped} of {seen} photographs could not be read, more than '
+      f'data.max_skipped={section.max_skipped:g} of them; mend the data, or '
+      'raise it'
+    )
   if first:
     _write(out, found, found.images * grid[0] * grid[1])
 

@@ -102,6 +102,11 @@ class Schedule:
           f'schedule layers={self.layers}: {factor!r} must be a finite factor, '
           'not negative, or None for a frozen block'
         )
+    if self.layers and not any(self.layers):
+      raise UserError(
+        f'schedule layers={self.layers} moves no block; give the row None for '
+        'its schedule'
+      )
 
   def rate(self, total: int, warmup: int) -> Callable[[Any], Any]:
     """step -> f32[], for a run of `total` steps."""
@@ -138,6 +143,21 @@ def _layer_factors(layers: Sequence, ndim: int) -> tuple[np.ndarray, ...]:
   factor = np.asarray([f or 0.0 for f in layers], np.float32).reshape(shape)
   moves = np.asarray([f is not None for f in layers]).reshape(shape)
   return factor, moves
+
+
+def felt(
+  grads: Mapping[str, Any], schedules: Mapping[str, Schedule]
+) -> dict[str, Any]:
+  """Gradients with zero in slices that `layers` freezes, so that the norm
+  that is clipped, and the one that is logged, are of what moves."""
+
+  def one(name, g):
+    layers = schedules[name].layers
+    if layers is None or None not in layers:
+      return g
+    return jnp.where(_layer_factors(layers, g.ndim)[1], g, 0.0)
+
+  return {name: one(name, g) for name, g in grads.items()}
 
 
 def _check_layers(name: str, leaf: Any, schedule: Schedule) -> None:
@@ -216,13 +236,6 @@ def make_optimizer(
     if schedule.layers is not None:
       factors[name] = _layer_factors(schedule.layers, leaf.ndim)
 
-  def still(grads):
-    """Frozen slices send no gradient: the norm that is clipped is honest."""
-    return {
-      name: jnp.where(factors[name][1], g, 0.0) if name in factors else g
-      for name, g in grads.items()
-    }
-
   def scaled(deltas, step):
     """-rate × update; exactly zero in a frozen slice."""
 
@@ -238,7 +251,7 @@ def make_optimizer(
     return {name: one(name, u) for name, u in deltas.items()}
 
   decayed = {name: decays(name, leaf) for name, leaf in params.items()}
-  chain = [optax.stateless(lambda grads, _: still(grads))]
+  chain = [optax.stateless(lambda grads, _: felt(grads, schedules))]
   if adam.clip is not None:
     chain.append(optax.clip_by_global_norm(adam.clip))
   chain.append(optax.scale_by_adam(adam.b1, adam.b2, adam.eps))
@@ -265,6 +278,11 @@ def _scale_by_step(fn: Callable) -> optax.GradientTransformation:
     return fn(updates, step), {'schedule_count': step + 1}
 
   return optax.GradientTransformation(init, update)
+
+
+def updates_of(opt_state: Any) -> jax.Array:
+  """i32[], how often `make_optimizer`'s transformation was applied."""
+  return opt_state[-1]['schedule_count']
 
 
 def apply_updates(

@@ -200,13 +200,15 @@ def test_precision(term):
 @pytest.mark.parametrize('term', FROZEN_TERMS)
 @pytest.mark.parametrize('weights', (None, {}, {'other': {}}))
 def test_no_weights(term, weights):
-  x = LossInputs(*pair(32, 32, 1), weights)
+  _, targets = pair(32, 32, 1)
+  x = LossInputs(targets, targets, weights)
   with pytest.raises(UserError, match=f'"{term}" needs the weights') as e:
     FROZEN_TERMS[term](x)
   assert '\n' not in str(e.value)
 
 
 def test_images_too_small_for_lpips():
-  x = LossInputs(*pair(32, 15, 1), {'lpips': tiny('lpips')})
+  _, targets = pair(32, 15, 1)
+  x = LossInputs(targets, targets, {'lpips': tiny('lpips')})
   with pytest.raises(UserError, match='16 pixels a side'):
     lpips(x)

@@ -81,6 +81,15 @@ def test_patchgan_equals_torch():
   trees.check_same(shapes['params'], params, 'the reference')
 
 
+@pytest.mark.parametrize('name', ('patch', 'dino'))
+def test_integers_are_refused(name):
+  """255 * 2 - 1 has no place in eight bits."""
+  x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+  model = discriminators.build(dict(name=name))
+  with pytest.raises(UserError, match='type uint8; give floats'):
+    jax.eval_shape(model.init, jax.random.key(0), x)
+
+
 def test_patchgan_at_its_defaults():
   x = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
   model = discriminators.build(dict(name='patch'))

@@ -144,7 +144,7 @@ def dino_taps(state, images, heads, taps):
     y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
     x = x + dense(f'{at}.attn.proj', y)
     y = dense(f'{at}.mlp.fc1', norm(f'{at}.norm2', x))
-    x = x + dense(f'{at}.mlp.fc2', F.gelu(y))
+    x = x + dense(f'{at}.mlp.fc2', F.gelu(y, approximate='tanh'))
     found.append(x[:, 1:].transpose(1, 2))
   return [found[t] for t in taps]
 

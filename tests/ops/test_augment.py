@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.nn.parity import close
+from vqrae_jax.errors import UserError
 from vqrae_jax.ops import augment
 
 
@@ -98,3 +99,9 @@ def test_no_draw_at_the_middle_changes_an_image():
   np.testing.assert_allclose(
     augment.apply(jnp.asarray(images), still), images, atol=1e-6
   )
+
+
+def test_integers_are_refused():
+  draws = augment.draw(jax.random.key(0), jnp.arange(1))
+  with pytest.raises(UserError, match='type uint8; give floats'):
+    augment.apply(jnp.zeros((1, 8, 8, 3), jnp.uint8), draws)

@@ -86,7 +86,9 @@ def test_starts_are_kept_to_the_bit():
   assert metrics['loss/gan'] == 0 and metrics['loss/discriminator'] == 0
   assert not moved(state.discriminator, one.discriminator)
   assert not moved(bare.tokenizer, one.tokenizer)
+  assert metrics['lr/discriminator'] == 0
   two, metrics = step(one, frozen, images)
+  assert metrics['lr/discriminator'] > 0
   assert metrics['loss/gan'] == 0 and metrics['loss/discriminator'] > 0
   assert moved(one.discriminator, two.discriminator)
   _, metrics = step(two, frozen, images)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.train import pieces
-from tests.train.test_adversary import PATCH
+from tests.train.test_player_updates import DINO
 from vqrae_jax.train import finite, loop
 from vqrae_jax.train import run as run_lib
 
@@ -30,7 +30,7 @@ def begun():
   plan = pieces.planned(
     'vq-ema',
     losses=dict(l2=1.0, commit=0.25, gan=dict(weight=0.5)),
-    discriminator=PATCH,
+    discriminator=DINO | dict(schedule=dict(lr=1e-3, warmup=3)),
   )
   state, frozen = pieces.started(plan)
   step = pieces.jitted(plan)
@@ -49,9 +49,15 @@ def test_one_bad_pixel_moves_nothing_but_the_count(begun):
   assert after.step == state.step + 1
   assert bits(after) == bits(state)
   # What a state holds that could have been spoilt is all there.
-  for part in ('ema/', 'codebook/', 'discriminator/', 'tokenizer/opt', 'usage'):
+  for part in (
+    'ema/', 'codebook/', 'discriminator/params/', 'discriminator/opt',
+    'discriminator/stats/spectral/', 'discriminator/stats/lecam/',
+    'tokenizer/opt', 'usage',
+  ):  # fmt: skip
     assert any(n.startswith(part) for n in bits(state)), part
+  rate = metrics['lr/discriminator']
   after, metrics = step(after, frozen, images(1))
+  assert metrics['lr/discriminator'] == rate > 0  # no update was made
   assert metrics['nonfinite'] == 0 and np.isfinite(metrics['loss/l2'])
   assert bits(after) != bits(state)
 

@@ -85,6 +85,33 @@ def test_the_parts_are_what_their_shapes_say(player):
       assert 1 <= found.measured / found.predicted < 1.12, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('player', PLAYERS)
+def test_the_account_at_a_real_size(player, monkeypatch):
+  """SigLIP-B and ViT-B: the step within 3 % of what the shapes say."""
+  monkeypatch.setattr(
+    step_flops.codes, 'SCORES_PER_CHUNK', step_flops.codes.SCORES_PER_CHUNK
+  )
+  flags = step_flops.parsed([f'--discriminator={player}'])
+  found, whole = step_flops.account(flags)
+  print(step_flops.table(found.values(), whole))
+  assert abs(whole / step_flops.predicted(found.values()) - 1) < 0.03
+
+
+@pytest.mark.slow
+def test_what_24_frozen_blocks_save():
+  """Arguments and temporaries of the compiled step, SigLIP-L and ViT-B."""
+  flags = step_flops.parsed(['--encoder=siglip-large-patch16-384'])
+  rows = step_flops.memory(flags)
+  print(step_flops.memory_table(rows))
+  frozen, free = rows['frozen'], rows['trainable']
+  total = 'arguments + temporaries'
+  assert frozen[total] < 0.5 * free[total]
+  # Of the encoder there is its weights, and no moments, average or backward.
+  assert frozen['moments'] / free['moments'] < 0.4
+  assert frozen['average'] / free['average'] < 0.4
+
+
 def test_a_frozen_encoder_has_no_optimizer_state_and_no_average():
   _, state, frozen = pieces('patch')
   held = trees.flatten(state)

@@ -32,7 +32,9 @@ def after(tau, parts=1, kind='none', **keys):
   return host(state), rows
 
 
-@pytest.mark.parametrize('kind', ('none', 'vq-ema'))
+@pytest.mark.parametrize(
+  'kind', ('none', pytest.param('vq-ema', marks=pytest.mark.slow))
+)
 def test_accumulation_draws_what_the_whole_batch_does(kind):
   one, one_rows = after(0.8, kind=kind)
   two, two_rows = after(0.8, parts=2, kind=kind)

@@ -255,7 +255,7 @@ def test_a_published_encoder(photos, tmp_path):
     (dict(init_from='{photos}'), 'is no tokenizer: it has no config.json'),
     (
       dict(init_from='{run}', model=tiny.model('fsq-cosmos')),
-      'init_from=.* does not fit the model: missing params/quantizer',
+      'init_from=.*: that tokenizer has quantizer.name=vq, model.* is fsq;',
     ),
     (dict(init=dict(decoder='rae:nowhere.pt')), 'nowhere.pt'),
     (dict(init=dict(decoder='hf:a/b')), 'a decoder comes from "rae:FILE"'),

@@ -28,10 +28,11 @@ def said(kind, commit=0.25, **fields):
     ),
     ('vq-ema', dict(num_codes=64), ['num_codes=64 (usually 512 to 65536)']),
     ('vq-ema', dict(epsilon=0.1), ['epsilon=0.1 (usually 1e-07 to 0.001)']),
-    ('vq-ema', dict(commit=0.8), ['losses.commit=0.8 (usually 0.001 to 0.5)']),
+    ('vq-ema', dict(commit=0.8), ['losses.commit=0.8 (usually 0.1 to 0.5)']),
     ('vq-ema', dict(commit=2.0, decay=0.5), ['commit=2', 'decay=0.5']),
     ('simvq-l2', dict(num_codes=100), ['num_codes=100']),
-    ('fsq-centered', dict(commit=1e-4), ['losses.commit=0.0001']),
+    ('fsq-centered', dict(commit=0.01), ['losses.commit=0.01']),
+    ('simvq-l2', dict(commit=1e-4), ['=0.0001 (usually 0.001 to 0.5)']),
     ('fsq-cosmos', dict(epsilon=1e-6), ['epsilon=1e-06']),
   ],
 )
@@ -47,6 +48,7 @@ def test_unusual_values_are_named(kind, fields, words):
 def test_usual_values_are_not():
   for kind in ('vq-ema', 'vq-gradient', 'simvq-l2'):
     assert said(kind, num_codes=512) is None
+  assert said('simvq-l2', commit=0.01, num_codes=512) is None
   assert said('fsq-cosmos') is said('fsq-centered') is said('none') is None
 
 

@@ -13,7 +13,7 @@ from tests.train.test_adversary import PATCH
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
-from vqrae_jax.train import loop
+from vqrae_jax.train import alarms, loop
 from vqrae_jax.train.run import Run
 
 LOSSES = dict(l2=1.0, lpips=0.5, gan=dict(weight=0.5, start=1))
@@ -50,12 +50,23 @@ def rows(workdir):
 def test_a_run_goes_on_with_both_players(
   photos, tmp_path, one_device, monkeypatch
 ):
-  said = []
+  said, warned = [], []
   monkeypatch.setattr(logging, 'info', lambda *words: said.append(words))
+  monkeypatch.setattr(logging, 'warning', lambda *words: warned.append(words))
+  monkeypatch.setattr(alarms, 'WON', 2.0)  # a loss below twice of guessing
   loop.train(config(photos), tmp_path / 'whole')
   assert any('RANDOM networks in lpips' in str(words) for words in said)
+  sounded = [words for words in warned if 'discriminator' in str(words)]
+  assert len(sounded) == 1, 'an alarm is said once'
   whole = rows(tmp_path / 'whole')
-  assert {'loss/lpips', 'loss/gan', 'logits/real'} <= set(whole[-1])
+  heard = {'loss/gan', 'gan_balance'}  # from the second step
+  assert heard | {
+    'loss/lpips', 'weight/gan', 'logits/real', 'loss/discriminator',
+    'lr/discriminator', 'discriminator/grad_norm', 'discriminator/update_norm',
+  } <= set(whole[-1])  # fmt: skip
+  assert not heard & set(whole[0]) and heard <= set(whole[1])
+  assert [r['weight/gan'] for r in whole] == [0, 0.5, 0.5, 0.5]
+  assert all(r['lr/discriminator'] > 0 for r in whole)
   kept = tmp_path / 'whole' / 'checkpoints'
   again = tmp_path / 'again'
   (again / 'checkpoints').mkdir(parents=True)
@@ -65,20 +76,25 @@ def test_a_run_goes_on_with_both_players(
   (again / 'metrics.jsonl').write_bytes(
     (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
   )
+  said.clear()
   loop.train(config(photos), again)
+  assert any('RANDOM networks in lpips' in str(words) for words in said)
   assert rows(again) == whole
 
 
 def test_one_device_and_eight_agree(photos):
-  """Three steps of both players. Adam divides a gradient by its own size, and
-  with a small eps makes ±1 of rounding errors where the true gradient is zero
-  (attention keys' bias): this one is above them."""
+  """Three steps of both players, on eight devices in two parts each.
+
+  Adam divides a gradient by its own size, and with a small eps makes ±1 of
+  rounding errors where the true gradient is zero (attention keys' bias): this
+  one is above them."""
   optim = dict(b1=0.9, b2=0.95, eps=1e-3)
   found = []
   for devices, layout in ((1, 'dp'), (8, 'fsdp')):
     mesh = sharding.make_mesh(layout, jax.devices()[:devices])
     keys = dict(optim=optim, discriminator=PATCH | dict(optim=optim))
-    run = Run(config(photos, batch_size=8, **keys), mesh)
+    parts = 2 if devices == 8 else 1
+    run = Run(config(photos, batch_size=16, accumulate=parts, **keys), mesh)
     with jax.set_mesh(mesh):
       state, frozen, step = run.start()
       rows = []

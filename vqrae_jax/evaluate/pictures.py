@@ -62,6 +62,12 @@ def comparison(
   return page
 
 
+def spread(n: int, most: int) -> list[int]:
+  """At most `most` of n places, evenly."""
+  m = min(most, n)
+  return [i * n // m for i in range(m)]
+
+
 def save_png(image: Image.Image, path: pathlib.Path) -> None:
   """Writes beside, then renames: never half a file."""
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """What an image loss was given: its types, shapes, range and weights.
 
 Values are looked at where there are any: outside `jit` and `grad`. Under a
-trace only types and shapes are known, and a wrong range passes.
+trace only types and shapes are known, and a wrong range passes: so does, in
+training, the reconstruction of a decoder, which is not clipped.
 """
 
 from typing import Any
@@ -11,28 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.errors import UserError
+from vqrae_jax.ops.images import need_floats
 from vqrae_jax.types import LossInputs, Tree
 
-# Photographs, and what arithmetic may add to them.
-_TARGETS = (-0.01, 1.01)
-# A decoder's output is not clipped, and a young decoder's may lie anywhere
-# near; pixels of 0 to 255 leave these bounds.
-_RECONSTRUCTION = (-100.0, 100.0)
+# Images, and what arithmetic may add to them.
+_LOW, _HIGH = -0.01, 1.01
 
 
 def checked(x: LossInputs, term: str) -> LossInputs:
   """`x` in f32, if both sides are images that an image loss takes.
 
   Raises:
-    UserError: not floating point; not both [b h w 3]; or, of values that are
-      at hand, targets outside [-0.01, 1.01], a reconstruction beyond ±100.
+    UserError: not floating point; not both [b h w 3]; or values that are at
+      hand outside [-0.01, 1.01].
   """
-  sides = {
-    'targets': (x.targets, _TARGETS),
-    'reconstruction': (x.reconstruction, _RECONSTRUCTION),
-  }
-  for name, (images, bounds) in sides.items():
-    _check(images, bounds, f'{name} of the loss "{term}"')
+  for name in ('targets', 'reconstruction'):
+    check_images(getattr(x, name), f'{name} of the loss "{term}"')
   if x.targets.shape != x.reconstruction.shape:
     raise UserError(
       f'the loss "{term}" has targets {x.targets.shape} and a reconstruction '
@@ -44,12 +39,13 @@ def checked(x: LossInputs, term: str) -> LossInputs:
   )
 
 
-def _check(images: Any, bounds: tuple[float, float], what: str) -> None:
-  if not jnp.issubdtype(images.dtype, jnp.floating):
-    raise UserError(
-      f'{what} are of type {images.dtype}; give floats in [0, 1]: divide '
-      'uint8 by 255'
-    )
+def check_images(images: Any, what: str) -> None:
+  """Floats [b h w 3] in [0, 1], as far as can be seen.
+
+  Raises:
+    UserError: `what` are something else.
+  """
+  need_floats(images, what)
   if images.ndim != 4 or images.shape[-1] != 3:
     raise UserError(
       f'{what} must be [b h w 3], channels last; got {images.shape}'
@@ -60,7 +56,7 @@ def _check(images: Any, bounds: tuple[float, float], what: str) -> None:
     return
   values = np.asarray(images)
   low, high = float(values.min()), float(values.max())
-  if low < bounds[0] or high > bounds[1]:
+  if low < _LOW or high > _HIGH:
     raise UserError(
       f'{what} lie in [{low:.4g}, {high:.4g}], images in [0, 1]; '
       f'{_way_out(low, high)}'
@@ -69,12 +65,12 @@ def _check(images: Any, bounds: tuple[float, float], what: str) -> None:
 
 def _way_out(low: float, high: float) -> str:
   if low >= -1.01 and high <= 1.01:
-    return 'if they are in [-1, 1], give (x + 1) / 2'
+    return 'if they are in [-1, 1], give (x + 1) / 2; if not clipped, clip them'
   if low < -10:
     return 'has training diverged?'
   if high > 10:
     return 'divide by 255?'
-  return 'undo the pixel normalisation?'
+  return 'undo the pixel normalisation, or clip them?'
 
 
 def weights_of(x: LossInputs, term: str) -> Tree:

@@ -2,16 +2,17 @@
 
 As RAE trains against it (arXiv 2510.11690), after StyleGAN-T's (2301.09515):
 patch tokens after some of DINO's blocks (2104.14294), and on each such tap a
-small head of spectral-normed convolutions along the tokens. Only the heads
-learn. The backbone's leaves are the collection "backbone", an argument like
-the others: where they come from is `losses/dino_weights.py`.
+small head of spectral-normed convolutions along the tokens. GELU is its tanh
+formula, as in RAE's code: taps lie 2e-4 from those of DINO's own. Only the
+heads learn. The backbone's leaves are the collection "backbone", an argument
+like the others: where they come from is `losses/dino_weights.py`.
 """
 
 import math
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.nn import vit
@@ -27,6 +28,7 @@ DINO_S8 = ViTSpec(
   patch_size=8,
   grid=(28, 28),
   norm_eps=1e-6,
+  act='gelu_tanh',
   num_prefix_tokens=1,
   prefix_has_posemb=True,
 )
@@ -96,8 +98,9 @@ class DinoDiscriminator(nn.Module):
 
   n = taps x patches, 3920 at the defaults, tap by tap. Collections: "params"
   (the heads, 7,386,245 at the defaults), "backbone" (frozen) and "spectral"
-  (`spectral.advance` moves it; calls never do). The heads compute in f32, the
-  backbone in its spec's dtype.
+  (`spectral.advance` moves it; calls never do). The heads are f32 (their
+  products at the backend's default precision), the backbone has its spec's
+  dtype.
   """
 
   vit: ViTSpec = DINO_S8
@@ -124,7 +127,8 @@ class DinoDiscriminator(nn.Module):
     return Backbone(self.vit, self.taps, parent=None)
 
   @nn.compact
-  def __call__(self, images: Float[Array, 'b h w 3']) -> Float[Array, 'b n']:
+  def __call__(self, images: Shaped[Array, 'b h w 3']) -> Float[Array, 'b n']:
+    image_ops.need_floats(images, "the discriminator's images")
     first = {}
     if self.is_initializing():
       first = self.backbone.init(self.make_rng('params'), images)['params']

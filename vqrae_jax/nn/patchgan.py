@@ -2,17 +2,19 @@
 
 Convolutions with "same" zero padding; the grid is halved by the blur
 (1 3 3 1), which keeps it from aliasing (arXiv 1904.11486). Nothing in it is
-published: it starts at random.
+published: it starts at random. It sees pixels in [-1, 1]; TiTok's sees them in
+[0, 1], which its first convolution could undo.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.nn.spectral import uniform
+from vqrae_jax.ops.images import need_floats
 
 BLUR = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 
@@ -96,7 +98,8 @@ class PatchGAN(nn.Module):
     )(x)
 
   @nn.compact
-  def __call__(self, images: Float[Array, 'b h w 3']) -> Float[Array, 'b n']:
+  def __call__(self, images: Shaped[Array, 'b h w 3']) -> Float[Array, 'b n']:
+    need_floats(images, "the discriminator's images")
     x = self._conv(2 * images - 1, self.hidden, 5, 'conv_in')
     x = nn.leaky_relu(x, 0.1)
     for i in range(self.halvings):

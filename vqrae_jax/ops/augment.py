@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+from vqrae_jax.ops.images import need_floats
 
 TRANSLATION = 0.125  # of a side, at most, either way
 
@@ -85,7 +87,7 @@ def _cut_out(x: Array, hole: Array, share: float) -> Array:
 
 
 def apply(
-  images: Float[Array, 'b h w 3'], draws: Draws, cutout: float = 0.0
+  images: Shaped[Array, 'b h w 3'], draws: Draws, cutout: float = 0.0
 ) -> Float[Array, 'b h w 3']:
   """Augmented images, differentiable in `images`.
 
@@ -100,7 +102,11 @@ def apply(
 
   Returns:
     f32, not clipped.
+
+  Raises:
+    UserError: images of an integer type.
   """
+  need_floats(images, 'images to augment')
 
   def each(numbers):
     return numbers[:, None, None, None]

@@ -38,6 +38,15 @@ def to_unit(images: ArrayLike) -> Float[Array, '... h w 3']:
   return jnp.asarray(images, jnp.float32)
 
 
+def need_floats(images: ArrayLike, what: str) -> None:
+  """Raises UserError if `images`, called `what`, are of an integer type."""
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise UserError(
+      f'{what} are of type {images.dtype}; give floats in [0, 1]: divide '
+      'uint8 by 255'
+    )
+
+
 def normalize(
   images: Float[Array, '... 3'], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, '... 3']:

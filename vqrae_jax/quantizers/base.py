@@ -66,6 +66,12 @@ class Quantizer(nn.Module):
     """Codebook tables that `update_codebook` moves; schedules may freeze."""
     return ()
 
+  @property
+  def training_fields(self) -> tuple[str, ...]:
+    """Fields that only training reads: where no other differs, equal leaves
+    give equal codes."""
+    return ()
+
   def setup_projections(self) -> None:
     """Makes `project_in` and `project_out`."""
     self.project_in = self.linear_in()

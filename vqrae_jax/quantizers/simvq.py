@@ -110,6 +110,10 @@ class SimVQ(base.Quantizer):
   def loss_names(self):
     return ('commit', 'codebook')
 
+  @property
+  def training_fields(self):
+    return ('basis_std', 'basis_init')
+
   def setup_codes(self):
     c = self.code_dim
     tokens = self.basis_init == 'tokens'

@@ -74,6 +74,10 @@ class VQ(base.Quantizer):
   def moving_tables(self):
     return ('codes',) if self.update == 'ema' else ()
 
+  @property
+  def training_fields(self):
+    return ('decay', 'epsilon', 'data_init')
+
   def setup_codes(self):
     shape = (self.num_codes, self.code_width)
     init = nn.initializers.normal(1.0)

@@ -49,7 +49,7 @@ class Adversary:
     gan_start: the first step at which the decoder hears of it.
     start: the first step at which it learns.
     optimizer: over {leaf name: leaf}.
-    rate: step -> its learning rate, counted from its own first.
+    rate: step -> its learning rate, counted over those that moved it.
     decoder: the spec of the head that both gradients are compared at.
   """
 
@@ -62,12 +62,6 @@ class Adversary:
   optimizer: optax.GradientTransformation
   rate: Callable[[Any], Any]
   decoder: DecoderSpec
-
-  def rate_at(self, step: int) -> float:
-    """Its learning rate in a step; 0 before it learns."""
-    if step < self.start:
-      return 0.0
-    return float(self.rate(step - self.start))
 
   def fresh(self, key: jax.Array, image: Any) -> tuple[Player, dict]:
     """(the player at its start, its frozen backbone, random); pure."""
@@ -165,6 +159,7 @@ class Adversary:
     player = state.discriminator
 
     def learn(player):
+      done = optim.updates_of(player.opt_state) // self.spec.updates
       for _ in range(self.spec.updates):
         player, metrics = self._update(
           state, player, frozen, reals, fakes, rows
@@ -173,7 +168,7 @@ class Adversary:
         player.stats['lecam'], metrics['logits/real'], metrics['logits/fake']
       )
       player = player.replace(stats=player.stats | {'lecam': lecam})
-      return player, metrics
+      return player, metrics | {'lr/discriminator': self.rate(done)}
 
     def wait(player):
       shapes = jax.eval_shape(learn, player)[1]

@@ -174,16 +174,18 @@ class EvalSpec:
   """The evaluation: held-out photographs cut into square tiles.
 
   Attributes:
-    source: a DATA word.
-    tile: pixels of a tile's side.
+    source: a DATA word; None or "": no evaluation, and pictures on the way are
+      of training images. Tiles of all its photographs are held in memory.
+    tile: pixels of a tile's side; None for the shorter one of
+      `data.image_size`.
     include, exclude: globs of photographs' names.
     batch_size: tiles at once.
     every: steps between evaluations of the averaged weights; 0: at the end
       only, where it is the exported tokenizer that is measured.
   """
 
-  source: str
-  tile: int
+  source: str | None = None
+  tile: int | None = None
   include: tuple[str, ...] = ()
   exclude: tuple[str, ...] = ()
   batch_size: int = 32
@@ -194,7 +196,7 @@ class EvalSpec:
       raise UserError(
         f'eval.every={self.every} must not be negative; 0 for the end only'
       )
-    if self.tile < 1 or self.batch_size < 1:
+    if (self.tile is not None and self.tile < 1) or self.batch_size < 1:
       raise UserError(
         f'eval.tile={self.tile} and eval.batch_size={self.batch_size} must be '
         'above 0'
@@ -266,6 +268,8 @@ class RunSpec:
           f'init_from brings a whole tokenizer, so init.{part} has no place; '
           f'give one of the two (--config.init.{part}= clears it)'
         )
+    if self.eval is not None:
+      object.__setattr__(self, 'eval', self._evaluation(self.eval))
     if self.batch_size < 1:
       raise UserError(f'batch_size={self.batch_size} must be above 0')
     if not 0 <= self.seed < 2**31:
@@ -284,6 +288,12 @@ class RunSpec:
         f'log.images_every={self.log.images_every} must not be negative; 0 '
         'for no pictures'
       )
+
+  def _evaluation(self, given: EvalSpec) -> EvalSpec | None:
+    if not given.source:
+      return None
+    tile = given.tile or min(self.data.size)
+    return dataclasses.replace(given, tile=tile)
 
   def terms(self) -> dict[str, LossTerm]:
     """{name: LossTerm}, names checked against the loss tables."""

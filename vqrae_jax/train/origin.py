@@ -4,26 +4,27 @@
 the averaged weights and the live codebook of its newest checkpoint, with the
 leaves it kept frozen made again as that run made them and held against their
 hash. `init.encoder` brings a published encoder, `init.decoder` a published
-decoder, `init.latents` the statistics that latents are normalised by. Nothing
-is loaded in part: both sides have the same leaves, or the run stops with both
-lists.
+decoder, `init.latents` the statistics that latents are normalised by. No
+tokenizer is loaded in part: both sides have the same model and the same leaves,
+or the run stops and says where they differ.
 
-Learning rates, optimizer, averages and the step count begin anew.
+Learning rates, optimizer, averages, the discriminator and the step count begin
+anew, and the log names what was left behind.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from vqrae_jax import export, pretrained
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import dino_weights, networks
 from vqrae_jax.models import latent_files, rae
 from vqrae_jax.models.tokenizer import (
   Tokenizer,
@@ -33,6 +34,7 @@ from vqrae_jax.models.tokenizer import (
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train.checkpoint import Checkpoints
+from vqrae_jax.train.frozen import check_frozen, hash_frozen
 from vqrae_jax.types import Frozen
 from vqrae_jax.weights import parse_source
 
@@ -96,28 +98,53 @@ def given_leaves(
     return _together(parts)
   path = pathlib.Path(init_from).expanduser()
   if (path / 'checkpoints').is_dir():
-    leaves, says = _of_run(path)
+    given = _of_run(tokenizer, path)
   elif (path / 'tokenizer').is_dir() and not (path / export.WEIGHTS).exists():
-    leaves, says = _of_tokenizer(path / 'tokenizer')
+    given = _of_tokenizer(tokenizer, path / 'tokenizer')
   elif path.is_dir():
-    leaves, says = _of_tokenizer(path)
+    given = _of_tokenizer(tokenizer, path)
   else:
     raise UserError(
       f"init_from={init_from}: there is no such folder; name a run's workdir "
       "or a tokenizer's directory"
     )
   want = trees.flatten(jax.eval_shape(lambda: from_seed(tokenizer, 0)))
-  trees.check_same(want, leaves, f'init_from={init_from}')
-  return Given(leaves, says, init_from)
+  trees.check_same(want, given.leaves, f'init_from={init_from}')
+  return given
 
 
-def with_teacher(given: Given, tokenizer: Tokenizer, word: str | None) -> Given:
+def _check_model(have: Tokenizer, want: Tokenizer, where: str) -> None:
+  """Both compute the same: equal shapes do not say so.
+
+  What only training reads, of the quantizer, may differ.
+
+  Raises:
+    UserError: with the first key that differs.
+  """
+  only = want.quantizer.training_fields
+  sides = [trees.flatten(describe(t)) for t in (have, want)]
+  names = sides[0].keys() | sides[1].keys()
+  # Another quantizer's name says more than its fields.
+  for name in sorted(names, key=lambda n: (n != 'quantizer/name', n)):
+    one, other = (side.get(name) for side in sides)
+    if one != other and name.removeprefix('quantizer/') not in only:
+      key = name.replace('/', '.')
+      raise UserError(
+        f'{where}: that tokenizer has {key}={one}, model.{key} is {other}; '
+        'make the two equal'
+      )
+
+
+def with_teacher(
+  given: Given, tokenizer: Tokenizer, word: str | None, begins: str | None
+) -> Given:
   """`given` with the encoder that teaches, if the config has one.
 
   Args:
     given: what the run begins with.
     tokenizer: the run's; the teacher is an encoder like its own.
     word: the config's `teacher`.
+    begins: the word that the run's own encoder came from, for "init".
 
   Raises:
     UserError: no such encoder, or another than the tokenizer's.
@@ -125,10 +152,10 @@ def with_teacher(given: Given, tokenizer: Tokenizer, word: str | None) -> Given:
   if word is None:
     return given
   if word == config_lib.INIT:
-    brought, says = given, f'the encoder of {given.source}'
+    brought, says, source = given, f'the encoder of {begins}', begins
   else:
     brought = _encoder(tokenizer, word, 'teacher')
-    says = brought.says
+    says, source = brought.says, brought.source
   teacher = {
     f'teacher/{name.removeprefix("params/")}': leaf
     for name, leaf in brought.leaves.items()
@@ -138,54 +165,8 @@ def with_teacher(given: Given, tokenizer: Tokenizer, word: str | None) -> Given:
     given,
     leaves=given.leaves | teacher,
     says=f'{given.says or "random weights"}; the teacher is {says}',
-    teacher=(brought.source, brought.revision),
+    teacher=(source, brought.revision),
   )
-
-
-def with_networks(
-  given: Given, terms: list[str], adversary: Any, kind: str
-) -> Given:
-  """`given` with the frozen networks of losses and discriminator.
-
-  Args:
-    given: what the run begins with.
-    terms: the losses that have one.
-    adversary: the second player, or None.
-    kind: the config's `init.networks`; "random" leaves the seed's.
-
-  Raises:
-    UserError: a file that is not here (with the command that brings it, and
-      the way out), or is another.
-  """
-  backbone = getattr(adversary and adversary.module, 'backbone', None)
-  names = terms + ['discriminator'] * (backbone is not None)
-  if not names:
-    return given
-  if kind == 'random':
-    says = f'RANDOM networks in {", ".join(names)} (init.networks="random")'
-    return dataclasses.replace(
-      given, says=f'{given.says or "random weights"}; {says}'
-    )
-  leaves = {}
-  try:
-    for term in terms:
-      tree = {'losses': {term: networks.load(term)}}
-      leaves |= trees.flatten(tree)
-  except UserError as e:
-    raise UserError(
-      f'losses.{term}: {e}, or train on random features: '
-      '--config.init.networks=random'
-    ) from None
-  if backbone is not None:
-    try:
-      tree = {'discriminator': dino_weights.load_backbone(backbone)}
-    except UserError as e:
-      raise UserError(
-        f'discriminator: {e}, or take the one without a backbone: '
-        '--config.discriminator.name=patch'
-      ) from None
-    leaves |= trees.flatten(tree)
-  return dataclasses.replace(given, leaves=given.leaves | leaves)
 
 
 def _together(parts: list[Given]) -> Given:
@@ -276,18 +257,20 @@ def _latents(tokenizer: Tokenizer, path: str) -> Given:
   return Given(dict(leaves), f'the statistics of latents in {path}')
 
 
-def _of_tokenizer(path: pathlib.Path) -> tuple[Leaves, str]:
+def _of_tokenizer(want: Tokenizer, path: pathlib.Path) -> Given:
   tokenizer, variables = export.load_tokenizer(path)
+  _check_model(tokenizer, want, f'init_from={path}')
   leaves = trees.flatten({'params': variables['params']})
   codebook = dict(variables.get('codebook', {}))
   tables = dict(codebook.pop('quantizer', {}))
   tables = tokenizer.quantizer.training_codebook(tables)
   leaves |= trees.flatten({'codebook': codebook | {'quantizer': tables}})
   leaves = jax.tree.map(np.asarray, leaves)
-  return leaves, f'all {len(leaves)} leaves of the tokenizer {path}'
+  says = f'all {len(leaves)} leaves of the tokenizer {path}'
+  return Given(leaves, says, str(path))
 
 
-def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
+def _of_run(want: Tokenizer, workdir: pathlib.Path) -> Given:
   """The newest checkpoint's averaged weights, live codebook, frozen leaves."""
   path = workdir / 'config.json'
   try:
@@ -304,9 +287,10 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
       'first one'
     )
   tokenizer = build_tokenizer(spec.model)
-  places = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  _check_model(tokenizer, want, f'init_from={workdir}')
+  # To the host: a device may not hold the whole. No memory behind these.
   shapes = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=places)
+    name: np.broadcast_to(np.zeros((), dtype), shape)
     for name, (shape, dtype) in manifest['leaves'].items()
   }
   averaged = any(n.startswith('ema/') for n in shapes)
@@ -326,10 +310,34 @@ def _of_run(workdir: pathlib.Path) -> tuple[Leaves, str]:
   recorded = {n: x for n, x in manifest['frozen'].items() if n == 'params'}
   check_frozen(hash_frozen(held), recorded, f'init_from={workdir}')
   kind = 'averaged' if averaged else 'last'
-  return leaves | frozen, (
+  says = (
     f'{len(leaves)} leaves of step {manifest["step"]} of {workdir} ({kind} '
-    f'weights, live codebook) and the {len(frozen)} it kept frozen'
+    f'weights, live codebook) and the {len(frozen)} it kept frozen; '
+    f'{_left_behind(shapes.keys() - wanted.keys())}'
   )
+  if not (workdir / 'summary.json').exists():
+    logging.warning(
+      'init_from=%s: that run is not finished; this one begins at its step %d',
+      workdir, manifest['step'],
+    )  # fmt: skip
+  return Given(leaves | frozen, says, str(workdir), f'step {manifest["step"]}')
+
+
+def _left_behind(names: Iterable[str]) -> str:
+  """In words, what of a checkpoint is not taken."""
+  parts = {
+    'discriminator/': 'the discriminator',
+    'tokenizer/opt_state/': 'the optimizer',
+    'tokenizer/params/': 'the weights before averaging',
+    'usage': 'the usage window',
+    'ema/': 'their average',
+  }
+  found = {
+    words: sum(name.startswith(prefix) for name in names)
+    for prefix, words in parts.items()
+  }
+  listed = ', '.join(f'{w} ({n} leaves)' for w, n in found.items() if n)
+  return f'not taken, and begun anew: {listed}, the step count'
 
 
 def _kept_frozen(tokenizer, spec, leaves: Leaves, workdir) -> Leaves:
@@ -338,62 +346,19 @@ def _kept_frozen(tokenizer, spec, leaves: Leaves, workdir) -> Leaves:
   missing = {n for n in names if n.startswith('params/')} - leaves.keys()
   if not missing:
     return {}
+  # The checkpoint has the statistics; their file may be gone.
+  init = dataclasses.replace(spec.init, latents=None)
   try:
-    fresh = _began_with(tokenizer, spec)
+    given = given_leaves(tokenizer, spec.init_from, init).leaves
   except UserError as e:
     raise UserError(
       f'init_from={workdir}: what it kept frozen is not in its checkpoints: {e}'
     ) from None
-  return {n: fresh[n] for n in missing}
+  drawn = sorted(missing - given.keys())
 
+  def draw():
+    fresh = trees.flatten(from_seed(tokenizer, spec.seed))
+    return {name: fresh[name] for name in drawn}
 
-def _began_with(tokenizer: Tokenizer, spec: config_lib.RunSpec) -> Leaves:
-  """The variables that a run began with, on the host, but for statistics."""
-  fresh = trees.flatten(jax.jit(lambda: from_seed(tokenizer, spec.seed))())
-  fresh = jax.tree.map(np.asarray, fresh)
-  # The checkpoint has the statistics; their file may be gone.
-  init = dataclasses.replace(spec.init, latents=None)
-  return fresh | given_leaves(tokenizer, spec.init_from, init).leaves
-
-
-def hash_frozen(
-  frozen: Frozen, read: Callable[[Any], np.ndarray] = np.asarray
-) -> dict[str, str]:
-  """{tree's name: SHA-256 by the fingerprint's recipe} of what is there.
-
-  Args:
-    frozen: the trees that no step moves.
-    read: brings one array to the host.
-  """
-  named = {f.name: getattr(frozen, f.name) for f in dataclasses.fields(frozen)}
-  return {
-    name: export.fingerprint({}, trees.flatten(tree), read)
-    for name, tree in named.items()
-    if tree
-  }
-
-
-def check_frozen(
-  hashes: Mapping[str, str], recorded: Mapping[str, Any], where: str
-) -> None:
-  """The frozen trees at hand are those that a checkpoint was made with.
-
-  Args:
-    hashes: from `hash_frozen`.
-    recorded: the manifest's {name: {"sha256": …, "source": …}}.
-    where: for the error.
-
-  Raises:
-    UserError: another hash, or other trees.
-  """
-  for name in sorted(hashes.keys() | recorded.keys()):
-    have = hashes.get(name, 'absent')
-    want = recorded.get(name, {'sha256': 'absent', 'source': 'nowhere'})
-    if have != want['sha256']:
-      at = f' at {want["revision"]}' if want.get('revision') else ''
-      raise UserError(
-        f'{where}: the frozen tree "{name}" is not the one that the '
-        f'checkpoint was made with: SHA-256 {have[:12]}…, not '
-        f'{want["sha256"][:12]}… from {want["source"]}{at}; bring that back, '
-        'or begin a new run with init_from'
-      )
+  fresh = jax.device_get(jax.jit(draw)()) if drawn else {}
+  return {n: given[n] if n in given else fresh[n] for n in missing}

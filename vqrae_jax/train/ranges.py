@@ -2,11 +2,13 @@
 
 The ranges are those that the tokenizers' own documentation gives (decay,
 commitment) or that papers tried (codes, up to 65,536); around an epsilon two
-powers of ten, and below commitment's .1 two, which SimVQ may want while the
-encoder is frozen (`docs/results.md`). `docs/from_pytorch.md` shows the same
+powers of ten, and below commitment's .1 two for SimVQ, which may want it while
+the encoder is frozen (`docs/results.md`). `docs/from_pytorch.md` shows the same
 table, and a test holds the two equal. What cannot work at all is an error where
 it is built.
 """
+
+import math
 
 from vqrae_jax import quantizers
 from vqrae_jax.models.tokenizer import Tokenizer
@@ -20,8 +22,9 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
   },
   'simvq': {'num_codes': (512, 65536)},
   'fsq': {'epsilon': (1e-5, 1e-1)},
-  'losses': {'commit': (0.001, 0.5)},
+  'losses': {'commit': (0.1, 0.5)},
 }
+LOWER = {'simvq': {'commit': 0.001}}
 
 
 def unusual(spec: RunSpec, tokenizer: Tokenizer) -> str | None:
@@ -32,9 +35,9 @@ def unusual(spec: RunSpec, tokenizer: Tokenizer) -> str | None:
     for field, usual in RANGES.get(name, {}).items()
   ]
   found += [
-    (f'losses.{term}', value.weight, RANGES['losses'][term])
+    (f'losses.{term}', value.weight, (LOWER.get(name, {}).get(term, low), high))
     for term, value in spec.terms().items()
-    if term in RANGES['losses']
+    for low, high in [RANGES['losses'].get(term, (0, math.inf))]
   ]
   odd = [
     f'{key}={value:g} (usually {low:g} to {high:g})'

@@ -30,6 +30,7 @@ from vqrae_jax.models.tokenizer import build_tokenizer, describe
 from vqrae_jax.ops import trees
 from vqrae_jax.train import changes, origin, ranges, statistics
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import frozen as frozen_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.train.checkpoint import Checkpoints, as_leaves
@@ -168,26 +169,38 @@ class Run:
     state = kept.restore(manifest, shapes)
     if jax.tree.leaves(frozen):
       # By the same program as at the run's start: bitwise the same leaves.
+      given = self._bring(again=True)
+      if given.says:
+        logging.info('began with %s', given.says)
       _, frozen = state_lib.init_state(
-        self.plan, self.mesh, self.spec.seed, self._bring(again=True).leaves
+        self.plan, self.mesh, self.spec.seed, given.leaves
       )
     where = f'checkpoint {manifest["step"]}'
-    origin.check_frozen(self.frozen_hashes(frozen), manifest['frozen'], where)
+    frozen_lib.check_frozen(
+      self.frozen_hashes(frozen), manifest['frozen'], where
+    )
     return state, frozen, self._step(state)
 
   def _bring(self, again: bool = False) -> origin.Given:
     """What the config brings; where it came from is kept for manifests.
 
-    `again`: for the frozen trees of a run that goes on; the statistics of
-    latents are in its checkpoint, their file may be gone.
+    `again`: for the frozen trees of a run that goes on; all else is in its
+    checkpoint, and where that came from may be gone.
     """
     spec = self.spec
-    init = dataclasses.replace(spec.init, latents=None) if again else spec.init
-    given = origin.given_leaves(self.tokenizer, spec.init_from, init)
-    given = origin.with_teacher(given, self.tokenizer, spec.teacher)
+    init, init_from = spec.init, spec.init_from
+    if again:
+      init, init_from = self._still_needed()
+    given = origin.given_leaves(self.tokenizer, init_from, init)
+    begins = init_from or init.encoder
+    given = origin.with_teacher(given, self.tokenizer, spec.teacher, begins)
     source = given.source or f'seed {spec.seed}'
-    given = origin.with_networks(
-      given, self.plan.networks, self.plan.adversary, spec.init.networks
+    leaves, says = frozen_lib.networks_of(
+      self.plan.networks, self.plan.adversary, spec.init.networks
+    )
+    said = [given.says or 'random weights', says] if says else [given.says]
+    given = dataclasses.replace(
+      given, leaves=given.leaves | leaves, says='; '.join(said)
     )
     kind = (f'{spec.init.networks} weights', None)
     self._origins = {'losses': kind, 'discriminator': kind}
@@ -195,6 +208,21 @@ class Run:
     if given.teacher is not None:
       self._origins['teacher'] = given.teacher
     return given
+
+  def _still_needed(self) -> tuple[config_lib.InitSpec, str | None]:
+    """`init` and `init_from` without what brings no frozen tree."""
+    spec, trained = self.spec, set(self.plan.trainable)
+    held = {n for n in self.plan.leaves if n not in trained}
+    parts = {n.partition('/')[0] for n in held}
+    if spec.teacher == config_lib.INIT:
+      parts.add('encoder')
+    init = dataclasses.replace(
+      spec.init,
+      latents=None,
+      encoder=spec.init.encoder if 'encoder' in parts else None,
+      decoder=spec.init.decoder if 'decoder' in parts else None,
+    )
+    return init, spec.init_from if parts else None
 
   def _step(self, state: TrainState) -> Callable:
     def step(state, frozen, batch):
@@ -215,7 +243,7 @@ class Run:
   def frozen_hashes(self, frozen: Frozen) -> dict[str, str]:
     """{tree: SHA-256}, computed once; every host takes part."""
     if self._hashes is None:
-      self._hashes = origin.hash_frozen(
+      self._hashes = frozen_lib.hash_frozen(
         frozen, lambda x: host_copy(x, self.mesh)
       )
     return self._hashes
@@ -249,8 +277,8 @@ class Run:
     return sharding.place_batch(rows, self.mesh)
 
   def rates_at(self, step: int, left_out: int = 0) -> dict[str, float]:
-    """{"lr/PART": the highest rate} of encoder, quantizer, decoder and
-    discriminator, {"weight/LOSS": its weight}.
+    """{"lr/PART": the highest rate} of encoder, quantizer and decoder,
+    {"weight/LOSS": its weight}. The second player says its own.
 
     Args:
       step: completed steps before the one that is asked for.
@@ -262,7 +290,6 @@ class Run:
       rates[name] = max(rates.get(name, 0.0), rate)
     weights, adversary = dict(self.plan.weights), self.plan.adversary
     if adversary is not None:
-      rates['lr/discriminator'] = adversary.rate_at(step - left_out)
       weights['gan'] = adversary.weight
     return rates | {f'weight/{n}': float(w(step)) for n, w in weights.items()}
 

@@ -2,7 +2,7 @@
 tiles, both of the averaged weights.
 
 The images are fixed: tiles spread evenly over the held-out photographs, or,
-without an `eval` section, the run's first ones. Every host takes part, since
+without an `eval.source`, the run's first ones. Every host takes part, since
 parameters may lie over all of them.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from vqrae_jax import sharding
@@ -33,12 +34,15 @@ class Shown:
   def __init__(self, run: Run, frozen: Any):
     self._run, self._frozen = run, frozen
     if run.spec.eval is None:
+      logging.info('pictures are of training images: there is no eval.source')
       first = run.place(run.batches.batch(0))['images']
       self.images = host_copy(first, run.mesh)[:SHOWN]
       return
-    photographs = [run.held_out[i] for i in _spread(len(run.held_out))]
+    photographs = [
+      run.held_out[i] for i in pictures.spread(len(run.held_out), SHOWN)
+    ]
     tiles = evaluator.tiles_of(photographs, run.spec.eval.tile)
-    self.images = tiles[_spread(len(tiles))]
+    self.images = tiles[pictures.spread(len(tiles), SHOWN)]
 
   @functools.cached_property
   def _tiles(self) -> np.ndarray:
@@ -74,12 +78,6 @@ class Shown:
       read=lambda x: host_copy(x, mesh),
     )
     return {f'eval/{name}': x for name, x in measured.results().items()}
-
-
-def _spread(n: int) -> list[int]:
-  """At most 8 of n places, evenly."""
-  m = min(SHOWN, n)
-  return [i * n // m for i in range(m)]
 
 
 def save(picture: np.ndarray, workdir: pathlib.Path, step: int) -> None:

@@ -33,6 +33,7 @@ class Plan:
     tokenizer: the module.
     shapes: {"params": …, "codebook": …} as ShapeDtypeStructs.
     trainable: names of the leaves that move.
+    schedules: {leaf name: its schedule} of the trainable ones.
     optimizer: over {leaf name: leaf} of the trainable ones.
     rates: {leaf name: step -> learning rate}.
     weights: {loss name: step -> weight}.
@@ -48,6 +49,7 @@ class Plan:
   tokenizer: Tokenizer
   shapes: Any
   trainable: tuple[str, ...]
+  schedules: dict[str, optim.Schedule]
   optimizer: optax.GradientTransformation
   rates: optim.Rates
   weights: dict[str, Any]
@@ -194,6 +196,7 @@ def make_plan(
     tokenizer=tokenizer,
     shapes=shapes,
     trainable=trainable,
+    schedules={n: schedules[n] for n in trainable},
     optimizer=optimizer,
     rates=rates,
     weights={
@@ -242,9 +245,11 @@ def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
     teacher = jax.tree.map(
       jnp.copy, {'encoder': variables['params']['encoder']}
     )
+  # By its place in the table: a config's order changes nothing.
   seen_by = {
     term: networks.random(term, jax.random.fold_in(jax.random.key(seed), n))
-    for n, term in enumerate(plan.networks)
+    for n, term in enumerate(FROZEN_TERMS)
+    if term in plan.networks
   }
   return state, Frozen(
     params=rest,

@@ -253,9 +253,10 @@ def train_step(
 
   Returns:
     The next state, and f32[] metrics: "loss/NAME" unweighted, "psnr" of the
-    clipped batch, "grad_norm" before clipping and "update_norm", "usage" and
-    "perplexity" over the window; with a discriminator "gan_balance",
-    "logits/real", "logits/fake" and its own norms. "nonfinite" is 1 where a
+    clipped batch, "grad_norm" of what moves, before clipping, and
+    "update_norm", "usage" and "perplexity" over the window; with a
+    discriminator "gan_balance", "logits/real", "logits/fake", its own norms and
+    rate. "nonfinite" is 1 where a
     loss or a norm is no number: then all of the state but `step` is as it was.
   """
   whole, lot = accumulated(plan, state, frozen, images)
@@ -271,7 +272,10 @@ def train_step(
     # A short run's average must not remember the first random weights.
     t = state.step.astype(jnp.float32)
     decay = jnp.minimum(plan.ema, (1 + t) / (10 + t))
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+    # Where both are equal every bit stays, that of -0.0 too.
+    ema = jax.tree.map(
+      lambda e, p: jnp.where(e == p, e, e + (1 - decay) * (p - e)), ema, params
+    )
   codebook, usage = state.codebook, state.usage
   if codebook and plan.moves_codebook:
     moved = plan.tokenizer.quantizer.update_codebook(
@@ -283,7 +287,8 @@ def train_step(
     window = usage.sum(0)
     metrics['usage'] = code_ops.usage(window).mean()
     metrics['perplexity'] = code_ops.perplexity(window).mean()
-  metrics['grad_norm'] = optax.global_norm(gradients)
+  moving = optim.felt(gradients, plan.schedules)
+  metrics['grad_norm'] = optax.global_norm(moving)
   metrics['update_norm'] = optax.global_norm(updates)
   discriminator = state.discriminator
   if lot is not None:

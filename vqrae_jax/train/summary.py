@@ -14,6 +14,7 @@ from vqrae_jax.evaluate import evaluator, pictures
 from vqrae_jax.train.report import write_json
 
 # Figures in the order of summary.json and of the table at the end.
+SHOWN = 12  # photographs on the page
 _TABLE = (
   ('psnr', 'PSNR, dB (held out, pooled)', '.2f'),
   ('psnr_block_mean', 'PSNR of block means, dB', '.2f'),
@@ -53,20 +54,26 @@ def _evaluate(run, folder, workdir) -> dict[str, float]:
   options = {'dtype': run.spec.model.get('dtype', 'float32')}
   tokenizer, variables = export.load_tokenizer(folder, **options)
   spec = run.spec.eval
-  logging.info('evaluating on %s', ', '.join(run.held_out.names))
+  names = run.held_out.names
+  few = len(names) <= SHOWN
+  logging.info(
+    'evaluating on %s', ', '.join(names) if few else f'{len(names)} photographs'
+  )
   figures = evaluator.evaluate_tiles(
     tokenizer, variables, run.held_out, spec.tile, spec.batch_size
   )
-  figures['photographs'] = run.held_out.names
+  figures['photographs'] = names
   page = picture_of(tokenizer, variables, run.held_out, spec.tile)
   pictures.save_png(page, workdir / 'reconstructions.png')
   return figures
 
 
 def picture_of(tokenizer, variables, source, tile: int):
-  """Each photograph above its reconstruction, painted tile by tile."""
+  """At most 12 photographs, each above its reconstruction, painted tile by
+  tile."""
   originals, painted, labels = [], [], []
-  for i, name in enumerate(source.names):
+  for i in pictures.spread(len(source), SHOWN):
+    name = source.names[i]
     original, image = evaluator.reconstruct_tiled(
       tokenizer, variables, source[i], tile
     )
