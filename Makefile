@@ -8,6 +8,9 @@ VENV ?= .venv
 STEPS ?=
 BIN = $(VENV)/bin
 WORKERS ?= 2
+# By a path, not by an import hook: beside the clone, Python would take the
+# folder of that name for an empty package.
+EDITABLE = --config-settings editable_mode=compat -e
 # For its file of linear heads, which tests compare with. Without what it asks
 # for: torchvision breaks transformers beside the CPU torch.
 LPIPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips
@@ -23,7 +26,7 @@ $(VENV)/.made:
 
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made setup.py constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,$*]'
+	$(BIN)/python -m pip install -q -c constraints.txt $(EDITABLE) '.[cpu,$*]'
 	$(if $(filter test,$*),$(LPIPS) || echo "no package lpips: a test skips")
 	@touch $@
 

@@ -12,7 +12,10 @@ is that of a continuous autoencoder, trained before:
 
 `benchmarks/two_stages.py` runs each term with and without. Arguments:
 `:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher` ("self",
-"none"). Photographs whose name matches `HELD_OUT` are measured on only.
+"none"). Photographs whose name matches `HELD_OUT` (ImageNet's names) are
+measured on only; of others, `--config.data.exclude="('A*',)"` and
+`--config.eval.include="('A*',)"` hold some out. A is where the run before lies,
+`runs/two_stages_small-stage=0` if no `--workdir` says otherwise.
 
 Weights: L2 1; LPIPS .1, a tenth of the large recipes', since VGG16's features
 are random here (`init.networks`; "published" takes the published file); GAN .3

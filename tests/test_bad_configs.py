@@ -208,6 +208,14 @@ OTHERS = [
   ),
   ('schedules=dict(lr=1e-3)', 'schedules=.* must be of type tuple'),
   ('mesh=dict(layot="dp")', r'"config\.mesh\.layot"; did you mean "layout"'),
+  (
+    'eval=dict(every=5)',
+    r'eval\.every=5 has nothing to measure: name held-out',
+  ),
+  (
+    'schedules=((".*/transformer/.*", dict(lr=1e-3, layers=(None, 0.0))),)',
+    r'schedule layers=.* moves no block; give the row None',
+  ),
   ('eval=dict(source="photos", tile=0)', r'eval\.tile=0 .* must be above 0'),
   ('model=MODEL | dict(decoder=dict(name="LL"))', 'decoder "LL"; did .* "L"'),
   (

@@ -127,7 +127,7 @@ CONFIGS = [
   ('init_from="tok/encoder"', 'init.encoder begins a run with it'),
   ('init=dict(encoder="tok/encoder")', 'encoder/config.json is damaged'),
   ('init_from="unbegun"', 'no checkpoint yet'),
-  ('init_from="torn"', 'no checkpoint in .* is whole'),
+  ('init_from="torn"', 'init_from=torn: no checkpoint of that run is whole'),
   ('init_from="headless"', 'headless/config.json cannot be used'),
   ('init=dict(decoder="rae:nowhere.pt")', 'nowhere.pt'),
   ('init=dict(decoder="rae:notes.txt")', 'notes.txt'),

@@ -98,6 +98,7 @@ def test_a_norm_is_of_what_moves():
   }
   found = optim.felt(gradients, {'a': rate, 'b': half})
   assert optax.global_norm(found) == np.sqrt(np.float32(7))
+  assert (rate.moving_share, half.moving_share) == (1, 0.5)
 
 
 @pytest.mark.parametrize(

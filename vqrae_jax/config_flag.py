@@ -103,7 +103,8 @@ def _check_overrides(config: Any, argv: list[str]) -> None:
       keys = list(node.keys()) if hasattr(node, 'keys') else []
       if key not in keys:
         raise UserError(
-          f'unknown key "{path}.{key}"{did_you_mean(key, keys)}'
+          f'unknown key "{path}.{key}"{did_you_mean(key, keys)} (others are '
+          "set in the config's file)"
           if keys
           else f'"{path}" has no keys, so no "{path}.{key}"'
         )

@@ -108,6 +108,13 @@ class Schedule:
         'its schedule'
       )
 
+  @property
+  def moving_share(self) -> float:
+    """The share of a leaf's slices that move."""
+    if self.layers is None:
+      return 1.0
+    return sum(f is not None for f in self.layers) / len(self.layers)
+
   def rate(self, total: int, warmup: int) -> Callable[[Any], Any]:
     """step -> f32[], for a run of `total` steps."""
     if warmup >= total > 0:

@@ -110,6 +110,24 @@ def test_two_hosts_train_as_one(config, tmp_path):
   same(rows_of(two), rows)
 
 
+@pytest.mark.slow
+def test_two_hosts_begin_with_a_run(config, tmp_path):
+  """Each reads the whole of it and lays down its share; so is the teacher."""
+  config |= dict(mesh=dict(layout='fsdp'), checkpoint=dict(every=1))
+  parent, one, two = (tmp_path / n for n in ('parent', 'one', 'two'))
+  held = dict(config, schedules=[['encoder/.*', None], ['.*', dict(lr=1e-3)]])
+  assert train(held, parent, 2, 2)[0][0] == 0
+  child = config | dict(
+    init_from=str(parent),
+    losses=config['losses'] | dict(distill=1.0),
+    teacher='init',
+  )
+  assert train(child, one, 1, 4)[0][0] == 0
+  ends = train(child, two, 2, 2)
+  assert [code for code, _ in ends] == [0, 0], ends
+  same(rows_of(two), rows_of(one))
+
+
 def same(rows, want):
   assert [r['step'] for r in rows] == [1, 2, 3]
   for a, b in zip(rows, want, strict=True):

@@ -1,6 +1,7 @@
 """A whole run on files: what it leaves, says, and refuses."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -161,10 +162,32 @@ def test_one_run_a_workdir(ran, photos):
   assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
+def test_what_another_wrote_meanwhile_is_not_undone(
+  ran, photos, tmp_path, monkeypatch
+):
+  """A run that had looked before another saved stops, and removes nothing."""
+  _, workdir = ran
+  here = tmp_path / 'run'
+  shutil.copytree(workdir, here)
+  (last,) = (here / 'checkpoints').glob('00000005.json')
+  resume = loop.Run.resume
+
+  def while_another_saves(*args):
+    found = resume(*args)
+    shutil.copy(last, last.with_name('00000006.json'))
+    return found
+
+  monkeypatch.setattr(loop.Run, 'resume', while_another_saves)
+  with pytest.raises(vqrae_jax.UserError, match='another run has written to'):
+    loop.train(config(photos, duration=8), here)
+  assert last.with_name('00000006.json').exists()
+  assert rows(here) == rows(workdir)
+
+
 def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   metrics = loop.dry_run(config(photos))
-  assert np.isfinite(metrics['loss/l2'])
+  assert np.isfinite(metrics['loss/l2']) and 'samples' not in metrics
   assert not list(tmp_path.iterdir())
 
 

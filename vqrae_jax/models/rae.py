@@ -109,7 +109,8 @@ def _check_spec(spec: DecoderSpec) -> None:
     if getattr(s, field) != want:
       raise UserError(
         f'decoder.vit.{field}={getattr(s, field)!r}, and RAE decoders were '
-        f'trained with {want!r}; set it so'
+        f'trained with {want!r}: this one cannot be exchanged with them (a new '
+        'run may set it so)'
       )
   if s.posemb == 'learned' and not s.prefix_has_posemb:
     raise UserError(

@@ -291,6 +291,11 @@ class RunSpec:
 
   def _evaluation(self, given: EvalSpec) -> EvalSpec | None:
     if not given.source:
+      if given.every:
+        raise UserError(
+          f'eval.every={given.every} has nothing to measure: name held-out '
+          'photographs in eval.source, or set eval.every=0'
+        )
       return None
     tile = given.tile or min(self.data.size)
     return dataclasses.replace(given, tile=tile)

@@ -13,6 +13,13 @@ import jax
 from vqrae_jax.errors import UserError
 
 
+def check_no_run_in(workdir: pathlib.Path) -> None:
+  """Raises UserError if a run is going on there; writes nothing."""
+  if (workdir / 'lock').exists():
+    with only_run_in(workdir):
+      pass
+
+
 @contextlib.contextmanager
 def only_run_in(workdir: pathlib.Path) -> Iterator[None]:
   """Holds workdir/lock while the body runs; made if absent.

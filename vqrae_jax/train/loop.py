@@ -22,10 +22,15 @@ from vqrae_jax.train import finite, shown, summary
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.alarms import Alarms
 from vqrae_jax.train.checkpoint import Checkpoints
-from vqrae_jax.train.lock import only_run_in
+from vqrae_jax.train.lock import check_no_run_in, only_run_in
 from vqrae_jax.train.position import Position, check_skipped
 from vqrae_jax.train.report import Report, write_json
-from vqrae_jax.train.run import Run, check_workdir, host_copy
+from vqrae_jax.train.run import (
+  Run,
+  check_same_run,
+  check_workdir,
+  host_copy,
+)
 from vqrae_jax.train.stop import StopRequest
 
 
@@ -42,6 +47,7 @@ def dry_run(config: Any) -> dict[str, float]:
     _, metrics = step(state, frozen, batch)
     metrics = _read(metrics)
   finite.check_finite(1, metrics)
+  del metrics['samples']  # a checksum, no figure
   return metrics
 
 
@@ -71,6 +77,7 @@ def train(
   """
   workdir = pathlib.Path(workdir).expanduser()
   check_workdir(workdir)
+  check_no_run_in(workdir)
   run = Run(config)
   _check_profile(profile, run.plan.total_steps)
   every = run.spec.checkpoint.every
@@ -80,25 +87,34 @@ def train(
       f'{workdir} has checkpoints, and checkpoint.every=0 would start over '
       'beside them; name another --workdir, or remove its checkpoints'
     )
-  manifest = kept.latest()
-  with jax.set_mesh(run.mesh), contextlib.closing(kept):
-    if manifest is None:
-      state, frozen, step_fn = run.start()
-      position = Position()
-    else:
-      state, frozen, step_fn = run.resume(kept, manifest)
-      position = Position.of(manifest)
-      if position.step > run.plan.total_steps:
+  seen, manifest = kept.steps(), kept.latest()
+  total = run.plan.total_steps
+  if manifest is not None:
+    check_same_run(manifest['run'], run.identity())
+    if finished := _finished(workdir, manifest['step'], total):
+      _warn_of_changes(workdir / 'config.json', config)
+      return finished
+    if manifest['step'] > total:
+      raise UserError(
+        f'{workdir} is at step {manifest["step"]}, past the {total} steps of '
+        f'duration={run.spec.duration!r}; lengthen it, or name another '
+        '--workdir'
+      )
+  with contextlib.ExitStack() as held:  # the lock, to the last file
+    with jax.set_mesh(run.mesh), contextlib.closing(kept):
+      if manifest is None:
+        state, frozen, step_fn = run.start()
+        position = Position()
+      else:
+        state, frozen, step_fn = run.resume(kept, manifest)
+        position = Position.of(manifest)
+        logging.info('goes on from step %d', position.step)
+      held.enter_context(only_run_in(workdir))
+      if not jax.process_index() and kept.steps() != seen:
         raise UserError(
-          f'{workdir} is at step {position.step}, past the '
-          f'{run.plan.total_steps} steps of duration={run.spec.duration!r}; '
-          'lengthen it, or name another --workdir'
+          f'another run has written to {workdir} since this one began to read '
+          'it; start the command again'
         )
-      if finished := _finished(workdir, position.step, run.plan.total_steps):
-        _warn_of_changes(workdir / 'config.json', config)
-        return finished
-      logging.info('goes on from step %d', position.step)
-    with only_run_in(workdir):
       _note_config(config, workdir, changed=manifest is not None)
       logging.info('%s; the first step compiles', run.describe())
       if every:
@@ -109,7 +125,7 @@ def train(
       variables = host_copy(
         state_lib.variables_of(state, frozen, ema=True), run.mesh
       )
-  return summary.finish(run, variables, workdir, going.figures())
+    return summary.finish(run, variables, workdir, going.figures())
 
 
 def _finished(

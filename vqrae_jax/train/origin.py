@@ -53,6 +53,7 @@ class Given:
     source: the words that weights came from; '' for none.
     revision: the commits of hub's snapshots among them, if any.
     teacher: (source, revision) of the encoder that teaches, or None.
+    left: what of a run was not taken, in words.
   """
 
   leaves: Leaves = dataclasses.field(default_factory=dict)
@@ -60,6 +61,7 @@ class Given:
   source: str = ''
   revision: str | None = None
   teacher: tuple[str, str | None] | None = None
+  left: str = ''
 
 
 def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:
@@ -280,7 +282,13 @@ def _of_run(want: Tokenizer, workdir: pathlib.Path) -> Given:
       f'init_from={workdir}: {path} cannot be used: {e}'
     ) from None
   kept = Checkpoints(workdir / 'checkpoints')
-  manifest = kept.latest()
+  try:
+    manifest = kept.latest()
+  except UserError:  # each fault is in the log; its advice is for that run
+    raise UserError(
+      f'init_from={workdir}: no checkpoint of that run is whole; if it has '
+      f'ended, init_from={workdir}/tokenizer'
+    ) from None
   if manifest is None:
     raise UserError(
       f'init_from={workdir}: the run has no checkpoint yet; wait for its '
@@ -312,15 +320,20 @@ def _of_run(want: Tokenizer, workdir: pathlib.Path) -> Given:
   kind = 'averaged' if averaged else 'last'
   says = (
     f'{len(leaves)} leaves of step {manifest["step"]} of {workdir} ({kind} '
-    f'weights, live codebook) and the {len(frozen)} it kept frozen; '
-    f'{_left_behind(shapes.keys() - wanted.keys())}'
+    f'weights, live codebook) and the {len(frozen)} it kept frozen'
   )
   if not (workdir / 'summary.json').exists():
     logging.warning(
       'init_from=%s: that run is not finished; this one begins at its step %d',
       workdir, manifest['step'],
     )  # fmt: skip
-  return Given(leaves | frozen, says, str(workdir), f'step {manifest["step"]}')
+  return Given(
+    leaves=leaves | frozen,
+    says=says,
+    source=str(workdir),
+    revision=f'step {manifest["step"]}',
+    left=_left_behind(shapes.keys() - wanted.keys()),
+  )
 
 
 def _left_behind(names: Iterable[str]) -> str:
@@ -337,7 +350,7 @@ def _left_behind(names: Iterable[str]) -> str:
     for prefix, words in parts.items()
   }
   listed = ', '.join(f'{w} ({n} leaves)' for w, n in found.items() if n)
-  return f'not taken, and begun anew: {listed}, the step count'
+  return f'{listed}, the step count'
 
 
 def _kept_frozen(tokenizer, spec, leaves: Leaves, workdir) -> Leaves:

@@ -39,8 +39,10 @@ def unusual(spec: RunSpec, tokenizer: Tokenizer) -> str | None:
     for term, value in spec.terms().items()
     for low, high in [RANGES['losses'].get(term, (0, math.inf))]
   ]
+  if tokenizer.codebook_size:  # noise teaches continuous decoders to forgive
+    found.append(('noise_tau', spec.noise_tau, (0, 0)))
   odd = [
-    f'{key}={value:g} (usually {low:g} to {high:g})'
+    f'{key}={value:g} (usually {low:g}{f" to {high:g}" if high > low else ""})'
     for key, value, (low, high) in found
     if not low <= value <= high
   ]

@@ -138,6 +138,8 @@ class Run:
     given = self._bring()
     if given.says:
       logging.info('begins with %s', given.says)
+    if given.left:
+      logging.info('not taken, and begun anew: %s', given.left)
     state, frozen = state_lib.init_state(
       plan, self.mesh, spec.seed, given.leaves
     )
@@ -311,7 +313,7 @@ class Run:
     leaves = jax.tree.leaves(self.plan.shapes['params'])
     parameters = sum(math.prod(leaf.shape) for leaf in leaves)
     moving = sum(
-      math.prod(leaf.shape)
+      math.prod(leaf.shape) * self.plan.schedules[name].moving_share
       for name, leaf in self.plan.leaves.items()
       if name in self.plan.trainable
     )
