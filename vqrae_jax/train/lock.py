@@ -31,7 +31,7 @@ def only_run_in(workdir: pathlib.Path) -> Iterator[None]:
     yield
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / 'lock').open('w') as file:
+  with (workdir / 'lock').open('a') as file:  # touches nothing
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -25,12 +25,7 @@ from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.train.lock import check_no_run_in, only_run_in
 from vqrae_jax.train.position import Position, check_skipped
 from vqrae_jax.train.report import Report, write_json
-from vqrae_jax.train.run import (
-  Run,
-  check_same_run,
-  check_workdir,
-  host_copy,
-)
+from vqrae_jax.train.run import Run, check_workdir, host_copy
 from vqrae_jax.train.stop import StopRequest
 
 
@@ -88,18 +83,6 @@ def train(
       'beside them; name another --workdir, or remove its checkpoints'
     )
   seen, manifest = kept.steps(), kept.latest()
-  total = run.plan.total_steps
-  if manifest is not None:
-    check_same_run(manifest['run'], run.identity())
-    if finished := _finished(workdir, manifest['step'], total):
-      _warn_of_changes(workdir / 'config.json', config)
-      return finished
-    if manifest['step'] > total:
-      raise UserError(
-        f'{workdir} is at step {manifest["step"]}, past the {total} steps of '
-        f'duration={run.spec.duration!r}; lengthen it, or name another '
-        '--workdir'
-      )
   with contextlib.ExitStack() as held:  # the lock, to the last file
     with jax.set_mesh(run.mesh), contextlib.closing(kept):
       if manifest is None:
@@ -108,6 +91,15 @@ def train(
       else:
         state, frozen, step_fn = run.resume(kept, manifest)
         position = Position.of(manifest)
+        if position.step > run.plan.total_steps:
+          raise UserError(
+            f'{workdir} is at step {position.step}, past the '
+            f'{run.plan.total_steps} steps of duration={run.spec.duration!r}; '
+            'lengthen it, or name another --workdir'
+          )
+        if over := _finished(workdir, position.step, run.plan.total_steps):
+          _warn_of_changes(workdir / 'config.json', config)
+          return over
         logging.info('goes on from step %d', position.step)
       held.enter_context(only_run_in(workdir))
       if not jax.process_index() and kept.steps() != seen:
