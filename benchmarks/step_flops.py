@@ -258,7 +258,9 @@ def loss_parts(plan, state, frozen, images):
       gradients, player.opt_state, player.params
     )
     params = optim.apply_updates(player.params, updates)
-    average = jax.tree.map(lambda e, p: e + 0.1 * (p - e), ema, params)
+    average = jax.tree.map(
+      lambda e, p: jnp.where(e == p, e, e + 0.1 * (p - e)), ema, params
+    )
     norm = optax.global_norm(gradients)
     before = player.params, player.opt_state, ema
     after = params, opt_state, average

@@ -2,10 +2,12 @@
 
 Both stages of `configs/two_stages_small.py` with and without each term, one run
 after another: the base, five runs with the encoder frozen, three with it open,
-which are half as long. Runs that are finished are not run again; `--report`
-runs none, and reports of those. Writes OUT/table.md, OUT/curves.svg (held-out
-PSNR and the losses over steps) and OUT/reconstructions.png (two photographs of
-the scikit-image wheel, which no run has seen, by each run).
+which are half as long, and `longer`, which goes on as long as those at their
+rate with the encoder still frozen. `--seed` is every run's; `--only=open,l2`
+trains those and what they begin with. Runs that are finished are not run again;
+`--report` runs none, and reports of those. Writes OUT/table.md, OUT/curves.svg
+(held-out PSNR and the losses over steps) and OUT/reconstructions.png (two
+photographs of the scikit-image wheel, which no run has seen, by each run).
 """
 
 import argparse
@@ -32,10 +34,11 @@ RUNS = {
   'open': ('stage=2,distill=none', 'l2-lpips-gan'),
   'open-teacher': ('stage=2,distill=teacher', 'l2-lpips-gan'),
   'open-self': ('stage=2,distill=self', 'l2-lpips-gan'),
+  'longer': ('stage=2,frozen=True,distill=none', 'l2-lpips-gan'),
 }
 COLOURS = (
   '#888888', '#1f77b4', '#bcbd22', '#2ca02c', '#ff7f0e', '#d62728', '#9467bd',
-  '#17becf', '#8c564b',
+  '#17becf', '#8c564b', '#000000',
 )  # fmt: skip
 CURVES = ('eval/psnr', 'usage', 'loss/lpips', 'loss/gan', 'gan_balance')
 
@@ -51,6 +54,8 @@ def command(name, options):
     f'--config.data.source={options.data}',
     f'--workdir={options.out}/{name}',
   ]
+  if options.seed:
+    words.append(f'--config.seed={options.seed}')
   if before:
     key = 'init.encoder' if before == 'base' else 'init_from'
     words.append(f'--config.{key}={options.out}/{before}')
@@ -76,6 +81,15 @@ def run(name, options):
     words = command(name, options)
     train = [sys.executable, '-m', 'vqrae_jax.train', *words]
     subprocess.run(train, cwd=ROOT, check=True)
+
+
+def wanted(options):
+  """Names of the runs to train: those asked for and what they begin with."""
+  names = set(options.only.split(',') if options.only else RUNS)
+  for name in reversed(RUNS):
+    if name in names and RUNS[name][1]:
+      names.add(RUNS[name][1])
+  return [name for name in RUNS if name in names]
 
 
 def opened(name, options):
@@ -238,10 +252,12 @@ def main():
   parser.add_argument('--data', required=True)
   parser.add_argument('--steps', type=int, default=1000)
   parser.add_argument('--out', default='runs/two_stages')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--only', help='names of runs, with commas between')
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
   if not options.report:
-    for name in RUNS:
+    for name in wanted(options):
       run(name, options)
   from configs import two_stages_small
   from vqrae_jax.data.sources import open_source

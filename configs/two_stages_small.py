@@ -12,7 +12,8 @@ is that of a continuous autoencoder, trained before:
 
 `benchmarks/two_stages.py` runs each term with and without. Arguments:
 `:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher` ("self",
-"none"). Photographs whose name matches `HELD_OUT` (ImageNet's names) are
+"none"), `:frozen=True` (stage 2 with the encoder still frozen, to compare an
+open one with). Photographs whose name matches `HELD_OUT` (ImageNet's names) are
 measured on only; of others, `--config.data.exclude="('A*',)"` and
 `--config.eval.include="('A*',)"` hold some out. A is where the run before lies,
 `runs/two_stages_small-stage=0` if no `--workdir` says otherwise.
@@ -37,6 +38,7 @@ def get_config(arguments=None):
     lpips=True,
     gan=True,
     distill=('teacher', 'self', 'none'),
+    frozen=False,
   )
   config = common.base()
   vit = common.vit(width=192, depth=2, patch=4, pixels=32)
@@ -86,7 +88,8 @@ def get_config(arguments=None):
     return config
   config.init_from = 'RUN'  # --config.init_from=runs/NAME
   slow = dict(lr=3e-4, warmup=arg.steps // 12)
-  config.schedules = ((r'.*', slow),)
+  opened = ((r'.*', slow),)
+  config.schedules = common.encoder_frozen(**slow) if arg.frozen else opened
   if arg.distill != 'none':
     config.losses.distill = dict(weight=1.0, target=arg.distill)
   if arg.distill == 'teacher':

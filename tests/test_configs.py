@@ -51,6 +51,7 @@ VARIANTS = {
     'lpips=false,gan=false',
     'stage=2,distill=self',
     'stage=2,gan=false',
+    'stage=2,frozen=true,distill=none',
   ),
   'quickstart': ('steps=60,lr=1e-3',),
   'simvq_siglip_l': ('stage=2', 'frozen=false', 'stage=2,open=6,decay=0.8'),

@@ -225,7 +225,11 @@ def test_real_photographs(shared_data, here):
     ('--config=mine.py --out=s.npz --images=x', 'must be a whole number'),
     ('--config=mine.py --out=s.npz --data=nowhere', 'data "nowhere"'),
     ('--config=mine.py --out=s.npz --data=all --images=99', 'holds 13'),
-    ('--config=mine.py --out=s.npz --data=bad', 'none of the 2 photographs'),
+    ('--config=mine.py --out=s.npz --data=bad', '1 of 2 photographs could'),
+    (
+      '--config=mine.py --out=s.npz --data=bad --config.data.max_skipped=1.0',
+      'none of the 2 photographs',
+    ),
     ('--config=mine.py --out=s.npz --dta=x', 'did you mean "data"'),
     ('--config=mine.py --out=s.npz --config.batch_sise=3', 'did you mean .b'),
     ('--config=wrong.py --out=s.npz', r'8x8 tokens, .* are of 4x4'),

@@ -99,6 +99,7 @@ def test_a_norm_is_of_what_moves():
   found = optim.felt(gradients, {'a': rate, 'b': half})
   assert optax.global_norm(found) == np.sqrt(np.float32(7))
   assert (rate.moving_share, half.moving_share) == (1, 0.5)
+  assert optim.Schedule(lr=1.0, layers=(0.0, 1.0)).moving_share == 0.5
 
 
 @pytest.mark.parametrize(

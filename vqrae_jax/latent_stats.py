@@ -189,9 +189,18 @@ def measure(
   mine = chosen[jax.process_index() :: jax.process_count()]
   skipped = []
 
+  def check(misses, seen):
+    if misses > section.max_skipped * seen:
+      raise UserError(
+        f'{misses} of {seen} photographs could not be read, more than '
+        f'data.max_skipped={section.max_skipped:g} of them; mend the data, or '
+        'raise it'
+      )
+
   def skip(name, reason):
     skipped.append(name)
     tqdm.write(f'{name}  skipped: {reason}')
+    check(len(skipped), len(chosen))  # too many already: no need to go on
 
   with jax.set_mesh(mesh):
     encode = _encoder(spec, tokenizer, mesh)
@@ -210,13 +219,7 @@ def measure(
       f'none of the {found.skipped} photographs could be read; the last was '
       f'{skipped[-1] if skipped else "read by another host"}'
     )
-  seen = found.images + found.skipped
-  if found.skipped > section.max_skipped * seen:
-    raise UserError(
-      f'{found.skipped} of {seen} photographs could not be read, more than '
-      f'data.max_skipped={section.max_skipped:g} of them; mend the data, or '
-      'raise it'
-    )
+  check(found.skipped, found.images + found.skipped)
   if first:
     _write(out, found, found.images * grid[0] * grid[1])
 

@@ -113,7 +113,7 @@ class Schedule:
     """The share of a leaf's slices that move."""
     if self.layers is None:
       return 1.0
-    return sum(f is not None for f in self.layers) / len(self.layers)
+    return sum(map(bool, self.layers)) / len(self.layers)
 
   def rate(self, total: int, warmup: int) -> Callable[[Any], Any]:
     """step -> f32[], for a run of `total` steps."""

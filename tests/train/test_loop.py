@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
 import vqrae_jax
@@ -151,15 +152,98 @@ def test_a_finished_run_stays_as_it_is(ran, photos):
   assert {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()} == left
 
 
-def test_one_run_a_workdir(ran, photos):
+def test_a_finished_run_needs_no_config_json(ran, photos, tmp_path):
+  figures, workdir = ran
+  here = tmp_path / 'run'
+  shutil.copytree(workdir, here)
+  for spoil in ((here / 'config.json').unlink, _torn(here / 'config.json')):
+    spoil()
+    assert loop.train(config(photos), here)['steps'] == figures['steps']
+
+
+def _torn(path):
+  return lambda: path.write_text('{')
+
+
+def test_a_second_run_is_refused_at_once(ran, photos, monkeypatch):
+  """Before data are opened, and with nothing written."""
+  _, workdir = ran
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  monkeypatch.setattr(loop, 'Run', lambda _: pytest.fail('it went on'))
+  with (
+    lock.only_run_in(workdir),
+    pytest.raises(vqrae_jax.UserError, match='another run is going on in'),
+  ):
+    loop.train(config(photos, duration=6), workdir)
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
+
+
+def test_the_lock_is_held_to_the_last_file(photos, tmp_path, monkeypatch):
+  held = []
+
+  def watched(inner):
+    def look(*args):
+      with pytest.raises(vqrae_jax.UserError, match='another run'):
+        lock.check_no_run_in(tmp_path)
+      held.append(inner.__name__)
+      return inner(*args)
+
+    return look
+
+  monkeypatch.setattr(loop._Going, 'steps', watched(loop._Going.steps))
+  monkeypatch.setattr(summary, 'finish', watched(summary.finish))
+  loop.train(config(photos, duration=1), tmp_path)
+  assert held == ['steps', 'finish']
+  lock.check_no_run_in(tmp_path)
+
+
+def test_a_second_run_may_come_late(ran, photos, monkeypatch):
+  """Between the first look and the lock: it is the lock that refuses."""
   _, workdir = ran
   before = (workdir / 'metrics.jsonl').read_bytes()
+  monkeypatch.setattr(loop, 'check_no_run_in', lambda _: None)
   with (
     lock.only_run_in(workdir),
     pytest.raises(vqrae_jax.UserError, match='another run is going on in'),
   ):
     loop.train(config(photos, duration=6), workdir)
   assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_held_out_photographs_are_decoded_first(photos, tmp_path):
+  """None is found to be torn after days of training; small ones are counted."""
+  for path in photos.iterdir():
+    shutil.copy(path, tmp_path)
+  torn = tmp_path / 'photo3.png'
+  torn.write_bytes(torn.read_bytes()[:-900])
+  held_out = dict(source=str(tmp_path), tile=16)
+  with pytest.raises(vqrae_jax.UserError, match=r'photo3.png: .*exclude'):
+    loop.Run(config(photos, eval=held_out))
+  loop.Run(config(photos, eval=held_out | dict(exclude=('photo3',))))
+  words = r'photo0 of 40x48 \(and 3 more\) is smaller than eval.tile=64; lower'
+  with pytest.raises(vqrae_jax.UserError, match=words):
+    loop.Run(config(photos, eval=held_out | dict(tile=64)))
+
+
+def test_photographs_that_are_on_both_sides_are_counted(
+  photos, tmp_path, monkeypatch
+):
+  said = []
+  monkeypatch.setattr(logging, 'warning', lambda s, *x: said.append(s % x))
+  for held_out, words in (
+    (
+      dict(include=('photo[01]',)),
+      '1 of the 2 photographs of eval are trained',
+    ),
+    (dict(include=('photo0',)), None),
+    (dict(source=shutil.copytree(photos, tmp_path / 'other')), None),
+  ):
+    said.clear()
+    held_out = dict(source=str(photos), tile=16) | held_out
+    loop.Run(
+      config(photos, eval=held_out | dict(source=str(held_out['source'])))
+    )
+    assert [words in s for s in said] == ([True] if words else [])
 
 
 def test_what_another_wrote_meanwhile_is_not_undone(

@@ -1,5 +1,6 @@
 """What `init_from` takes of a run, what it leaves, and what it refuses."""
 
+import json
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.train import loop
+from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.run import Run
 
 KIND = 'simvq-l2'
@@ -106,11 +108,48 @@ def test_what_is_left_behind_is_said(photos, parent, said, tmp_path):
   unfinished = tmp_path / 'unfinished'
   shutil.copytree(parent, unfinished)
   (unfinished / 'summary.json').unlink()
-  run = Run(config(photos, init_from=str(unfinished)))
+  words = 'not finished; this one begins at its step 2'
+  for figures in (None, dict(steps=1)):  # as a lengthened run has it
+    if figures:
+      (unfinished / 'summary.json').write_text(json.dumps(figures))
+    run = Run(config(photos, init_from=str(unfinished)))
+    with jax.set_mesh(run.mesh):
+      assert words in run._bring().warning
+  assert not any(words in s for s in said['warning'])
   with jax.set_mesh(run.mesh):
-    run._bring()
-  assert any('not finished; this one begins at its step 2' in s
-             for s in said['warning'])  # fmt: skip
+    run.start()
+  assert words in said['warning'][-1]
+
+
+def test_a_run_that_goes_on_does_not_say_random_weights(photos, parent):
+  """All but its frozen networks is in the checkpoint."""
+  for keys in (dict(), dict(init_from=str(parent))):
+    run = Run(config(photos, **keys))
+    with jax.set_mesh(run.mesh):
+      again = run._bring(again=True).says
+      assert again.startswith('RANDOM networks in discriminator')
+      first = 'random weights' if not keys else 'leaves of step 2'
+      assert first in run._bring().says
+
+
+def test_a_parent_needs_the_files_of_its_frozen_parts_only(
+  photos, parent, tmp_path
+):
+  """It goes on without the encoder that it began to train from; so its child
+  begins without."""
+  brought = tmp_path / 'encoder'
+  shutil.copytree(parent / 'tokenizer', brought)
+  keys = dict(
+    init=dict(networks='random', encoder=str(brought)),
+    schedules=(('decoder/.*', None), ('.*', dict(lr=1e-3))),
+  )
+  loop.train(config(photos, **keys), tmp_path / 'parent')
+  shutil.rmtree(brought)
+  run = Run(config(photos, init_from=str(tmp_path / 'parent')))
+  with jax.set_mesh(run.mesh):
+    given = run._bring()
+  have, _ = state_lib.init_state(run.plan, run.mesh, 0, given.leaves)
+  assert 'it kept frozen' in given.says and have
 
 
 def test_a_child_goes_on_without_its_parent(photos, parent, tmp_path, said):

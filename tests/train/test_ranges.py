@@ -49,6 +49,7 @@ def test_usual_values_are_not():
   for kind in ('vq-ema', 'vq-gradient', 'simvq-l2'):
     assert said(kind, num_codes=512) is None
   assert said('simvq-l2', commit=0.01, num_codes=512) is None
+  assert said('fsq-cosmos') is said('fsq-centered') is said('none') is None
 
 
 def test_noise_is_usual_for_continuous_latents_only():
@@ -58,7 +59,6 @@ def test_noise_is_usual_for_continuous_latents_only():
   ):
     spec = config_lib.read_config(tiny.run(kind, noise_tau=0.8))
     assert ranges.unusual(spec, build_tokenizer(spec.model)) == words
-  assert said('fsq-cosmos') is said('fsq-centered') is said('none') is None
 
 
 def test_a_run_says_it_once(monkeypatch):

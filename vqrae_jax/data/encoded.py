@@ -84,6 +84,11 @@ class EncodedImages:
       found[:, i] = [fnmatch.fnmatch(title, p) for p in patterns]
     return found
 
+  def shared_with(self, other: 'EncodedImages') -> int:
+    """How many of these photographs, by where they lie, are in `other` too."""
+    places = {self._where(row) for row in self._rows.tolist()}
+    return sum(other._where(row) in places for row in other._rows.tolist())
+
   def select(self, kept: np.ndarray) -> 'EncodedImages':
     """The same source with only the photographs of a bool [n]."""
     chosen = copy.copy(self)

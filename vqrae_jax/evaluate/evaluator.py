@@ -15,6 +15,7 @@ import numpy as np
 
 from vqrae_jax import inference
 from vqrae_jax.data import pipeline
+from vqrae_jax.data.decode import Unreadable
 from vqrae_jax.data.encoded import EncodedImages
 from vqrae_jax.data.sources import Images
 from vqrae_jax.errors import UserError
@@ -43,18 +44,28 @@ def _jitted(fn: Callable) -> Callable:
 
 
 def check_tiles(source: EncodedImages, tile: int) -> None:
-  """Every photograph holds a tile; reads sizes only.
+  """Every photograph holds a tile and can be decoded: sizes are read first.
 
   Raises:
-    UserError: with the first that does not.
+    UserError: with how many do not and the first of them.
   """
-  for i, name in enumerate(source.names):
-    h, w = source.size(i)
-    if min(h, w) < tile:
+  sizes = [source.size(i) for i in range(len(source))]
+  small = [i for i, size in enumerate(sizes) if min(size) < tile]
+  if small:
+    h, w = sizes[small[0]]
+    more = f' (and {len(small) - 1} more)' if small[1:] else ''
+    raise UserError(
+      f'the held-out photograph {source.names[small[0]]} of {h}x{w}{more} is '
+      f'smaller than eval.tile={tile}; lower it, or leave such out by '
+      'eval.exclude'
+    )
+  for i in range(len(source)):
+    try:
+      source[i]
+    except Unreadable as e:
       raise UserError(
-        f'the held-out photograph {name} of {h}x{w} is smaller than '
-        f'eval.tile={tile}'
-      )
+        f'a held-out photograph: {e}; mend it, or leave it out by eval.exclude'
+      ) from None
 
 
 def in_batches(fn: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from vqrae_jax.train import finite, shown, summary
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.alarms import Alarms
 from vqrae_jax.train.checkpoint import Checkpoints
-from vqrae_jax.train.lock import check_no_run_in, only_run_in
+from vqrae_jax.train.lock import agreed, check_no_run_in, only_run_in
 from vqrae_jax.train.position import Position, check_skipped
 from vqrae_jax.train.report import Report, write_json
 from vqrae_jax.train.run import Run, check_workdir, host_copy
@@ -102,7 +102,7 @@ def train(
           return over
         logging.info('goes on from step %d', position.step)
       held.enter_context(only_run_in(workdir))
-      if not jax.process_index() and kept.steps() != seen:
+      if not agreed(kept.steps() == seen):
         raise UserError(
           f'another run has written to {workdir} since this one began to read '
           'it; start the command again'
@@ -154,17 +154,20 @@ def _note_config(config: Any, workdir: pathlib.Path, changed: bool) -> None:
     return
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / 'config.json'
-  if changed and path.exists():
+  if changed:
     _warn_of_changes(path, config)
   write_json(path, config_lib.plain(config))
 
 
 def _warn_of_changes(path: pathlib.Path, config: Any) -> None:
+  """A line for each key that is not as config.json has it, if it has any."""
+  if not path.exists():
+    return
   now = json.loads(json.dumps(config_lib.plain(config), default=str))
   try:
     old = trees.flatten(dict(json.loads(path.read_bytes())))
   except (ValueError, TypeError) as e:
-    logging.warning('%s is damaged (%s); it is written anew', path, e)
+    logging.warning('%s is damaged (%s): no comparing with it', path, e)
     return
   new = trees.flatten(now)
   for name in sorted(old.keys() | new.keys()):

@@ -15,13 +15,12 @@ anew, and the log names what was left behind.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from vqrae_jax import export, pretrained
 from vqrae_jax.errors import UserError
@@ -54,6 +53,7 @@ class Given:
     revision: the commits of hub's snapshots among them, if any.
     teacher: (source, revision) of the encoder that teaches, or None.
     left: what of a run was not taken, in words.
+    warning: what a run that begins so should say loudly; '' for nothing.
   """
 
   leaves: Leaves = dataclasses.field(default_factory=dict)
@@ -62,6 +62,7 @@ class Given:
   revision: str | None = None
   teacher: tuple[str, str | None] | None = None
   left: str = ''
+  warning: str = ''
 
 
 def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:
@@ -115,6 +116,25 @@ def given_leaves(
   return given
 
 
+def still_needed(
+  spec: config_lib.RunSpec, parts: Collection[str]
+) -> tuple[config_lib.InitSpec, str | None]:
+  """`init` and `init_from` of a config without what brings none of `parts`.
+
+  What a checkpoint holds needs no file that may be gone by now.
+
+  Args:
+    parts: "encoder", "decoder", … that are to be brought again.
+  """
+  init = dataclasses.replace(
+    spec.init,
+    latents=None,
+    encoder=spec.init.encoder if 'encoder' in parts else None,
+    decoder=spec.init.decoder if 'decoder' in parts else None,
+  )
+  return init, spec.init_from if parts else None
+
+
 def _check_model(have: Tokenizer, want: Tokenizer, where: str) -> None:
   """Both compute the same: equal shapes do not say so.
 
@@ -166,7 +186,7 @@ def with_teacher(
   return dataclasses.replace(
     given,
     leaves=given.leaves | teacher,
-    says=f'{given.says or "random weights"}; the teacher is {says}',
+    says='; '.join(filter(None, (given.says, f'the teacher is {says}'))),
     teacher=(source, brought.revision),
   )
 
@@ -322,18 +342,29 @@ def _of_run(want: Tokenizer, workdir: pathlib.Path) -> Given:
     f'{len(leaves)} leaves of step {manifest["step"]} of {workdir} ({kind} '
     f'weights, live codebook) and the {len(frozen)} it kept frozen'
   )
-  if not (workdir / 'summary.json').exists():
-    logging.warning(
-      'init_from=%s: that run is not finished; this one begins at its step %d',
-      workdir, manifest['step'],
-    )  # fmt: skip
+  warning = ''
+  if not _is_finished(workdir, manifest['step']):
+    warning = (
+      f'init_from={workdir}: that run is not finished; this one begins at its '
+      f'step {manifest["step"]}'
+    )
   return Given(
     leaves=leaves | frozen,
     says=says,
     source=str(workdir),
     revision=f'step {manifest["step"]}',
     left=_left_behind(shapes.keys() - wanted.keys()),
+    warning=warning,
   )
+
+
+def _is_finished(workdir: pathlib.Path, step: int) -> bool:
+  """Its summary is of this step: a run may have been lengthened since."""
+  try:
+    figures = json.loads((workdir / 'summary.json').read_bytes())
+    return bool(figures['steps'] == step)
+  except (OSError, ValueError, TypeError, KeyError):
+    return False
 
 
 def _left_behind(names: Iterable[str]) -> str:
@@ -359,10 +390,9 @@ def _kept_frozen(tokenizer, spec, leaves: Leaves, workdir) -> Leaves:
   missing = {n for n in names if n.startswith('params/')} - leaves.keys()
   if not missing:
     return {}
-  # The checkpoint has the statistics; their file may be gone.
-  init = dataclasses.replace(spec.init, latents=None)
+  init, init_from = still_needed(spec, {n.split('/')[1] for n in missing})
   try:
-    given = given_leaves(tokenizer, spec.init_from, init).leaves
+    given = given_leaves(tokenizer, init_from, init).leaves
   except UserError as e:
     raise UserError(
       f'init_from={workdir}: what it kept frozen is not in its checkpoints: {e}'

@@ -111,6 +111,12 @@ class Run:
       self.held_out = _opened('eval', e)
       self.tokenizer.grid(e.tile, e.tile)
       evaluator.check_tiles(self.held_out, e.tile)
+      if both := self.held_out.shared_with(self.source):
+        logging.warning(
+          '%d of the %d photographs of eval are trained on too: leave them out '
+          'by data.exclude, or choose others by eval.include',
+          both, len(self.held_out),
+        )  # fmt: skip
     self.mesh = mesh or sharding.make_mesh(
       spec.mesh.layout, tensor=spec.mesh.tensor
     )
@@ -136,8 +142,9 @@ class Run:
     """(state, frozen, jitted step) at step 0, on the ambient mesh."""
     spec, plan = self.spec, self.plan
     given = self._bring()
-    if given.says:
-      logging.info('begins with %s', given.says)
+    logging.info('begins with %s', given.says)
+    if given.warning:
+      logging.warning(given.warning)
     if given.left:
       logging.info('not taken, and begun anew: %s', given.left)
     state, frozen = state_lib.init_state(
@@ -173,7 +180,7 @@ class Run:
       # By the same program as at the run's start: bitwise the same leaves.
       given = self._bring(again=True)
       if given.says:
-        logging.info('began with %s', given.says)
+        logging.info('beside its checkpoint: %s', given.says)
       _, frozen = state_lib.init_state(
         self.plan, self.mesh, self.spec.seed, given.leaves
       )
@@ -194,15 +201,18 @@ class Run:
     if again:
       init, init_from = self._still_needed()
     given = origin.given_leaves(self.tokenizer, init_from, init)
+    if not (given.says or again):
+      given = dataclasses.replace(given, says='random weights')
     begins = init_from or init.encoder
     given = origin.with_teacher(given, self.tokenizer, spec.teacher, begins)
     source = given.source or f'seed {spec.seed}'
     leaves, says = frozen_lib.networks_of(
       self.plan.networks, self.plan.adversary, spec.init.networks
     )
-    said = [given.says or 'random weights', says] if says else [given.says]
     given = dataclasses.replace(
-      given, leaves=given.leaves | leaves, says='; '.join(said)
+      given,
+      leaves=given.leaves | leaves,
+      says='; '.join(filter(None, (given.says, says))),
     )
     kind = (f'{spec.init.networks} weights', None)
     self._origins = {'losses': kind, 'discriminator': kind}
@@ -218,13 +228,7 @@ class Run:
     parts = {n.partition('/')[0] for n in held}
     if spec.teacher == config_lib.INIT:
       parts.add('encoder')
-    init = dataclasses.replace(
-      spec.init,
-      latents=None,
-      encoder=spec.init.encoder if 'encoder' in parts else None,
-      decoder=spec.init.decoder if 'decoder' in parts else None,
-    )
-    return init, spec.init_from if parts else None
+    return origin.still_needed(spec, parts)
 
   def _step(self, state: TrainState) -> Callable:
     def step(state, frozen, batch):

@@ -34,7 +34,8 @@ class Shown:
   def __init__(self, run: Run, frozen: Any):
     self._run, self._frozen = run, frozen
     if run.spec.eval is None:
-      logging.info('pictures are of training images: there is no eval.source')
+      if run.spec.log.images_every:
+        logging.info('pictures are of training images: there is no eval.source')
       first = run.place(run.batches.batch(0))['images']
       self.images = host_copy(first, run.mesh)[:SHOWN]
       return

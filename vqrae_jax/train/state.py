@@ -176,9 +176,10 @@ def make_plan(
       'has no codes; leave the term out'
     )
   _check_window(spec.log.usage_window, tokenizer)
+  moving = {n: schedules[n] for n in trainable}
   optimizer, rates = optim.make_optimizer(
     spec.optim,
-    schedules,
+    moving,
     {n: leaves[n] for n in trainable},
     total,
     steps_per_epoch,
@@ -196,7 +197,7 @@ def make_plan(
     tokenizer=tokenizer,
     shapes=shapes,
     trainable=trainable,
-    schedules={n: schedules[n] for n in trainable},
+    schedules=moving,
     optimizer=optimizer,
     rates=rates,
     weights={

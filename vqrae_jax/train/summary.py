@@ -13,8 +13,8 @@ from vqrae_jax import export
 from vqrae_jax.evaluate import evaluator, pictures
 from vqrae_jax.train.report import write_json
 
-# Figures in the order of summary.json and of the table at the end.
 SHOWN = 12  # photographs on the page
+# Figures in the order of summary.json and of the table at the end.
 _TABLE = (
   ('psnr', 'PSNR, dB (held out, pooled)', '.2f'),
   ('psnr_block_mean', 'PSNR of block means, dB', '.2f'),
