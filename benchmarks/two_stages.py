@@ -3,9 +3,9 @@
 Both stages of `configs/two_stages_small.py` with and without each term, one run
 after another: the base, five runs with the encoder frozen, three with it open,
 which are half as long, and `longer`, which goes on as long as those at their
-rate with the encoder still frozen. `--seed` is every run's; `--only=open,l2`
-trains those and what they begin with. Runs that are finished are not run again;
-`--report` runs none, and reports of those. Writes OUT/table.md, OUT/curves.svg
+rate with the encoder still frozen. `--only=open,l2` trains those and what they
+begin with. Runs that are finished are not run again; `--report` runs none, and
+reports of those. Writes OUT/table.md, OUT/curves.svg
 (held-out PSNR and the losses over steps) and OUT/reconstructions.png (two
 photographs of the scikit-image wheel, which no run has seen, by each run).
 """
@@ -54,8 +54,6 @@ def command(name, options):
     f'--config.data.source={options.data}',
     f'--workdir={options.out}/{name}',
   ]
-  if options.seed:
-    words.append(f'--config.seed={options.seed}')
   if before:
     key = 'init.encoder' if before == 'base' else 'init_from'
     words.append(f'--config.{key}={options.out}/{before}')
@@ -252,10 +250,13 @@ def main():
   parser.add_argument('--data', required=True)
   parser.add_argument('--steps', type=int, default=1000)
   parser.add_argument('--out', default='runs/two_stages')
-  parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--only', help='names of runs, with commas between')
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
+  if unknown := {*(options.only or 'base').split(',')} - RUNS.keys():
+    parser.error(
+      f'--only={",".join(sorted(unknown))}: there are {", ".join(RUNS)}'
+    )
   if not options.report:
     for name in wanted(options):
       run(name, options)
