@@ -63,7 +63,7 @@ def write(folder, spec):
 
   from vqrae_jax.encoders import siglip
   from vqrae_jax.ops import trees
-  from vqrae_jax.weights.match import expand
+  from vqrae_jax.weights.load import expand
 
   table = siglip.table(spec, {})
   wanted = expand(table, trees.flatten(shapes_of(spec))).shapes

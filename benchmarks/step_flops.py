@@ -53,7 +53,7 @@ from vqrae_jax.ops import codes
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
-from vqrae_jax.train.finite import unless_spoilt
+from vqrae_jax.train.step import unless_spoilt
 from vqrae_jax.types import LossInputs
 
 ALL = (r'.*', dict(lr=1e-3))

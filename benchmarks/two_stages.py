@@ -212,7 +212,7 @@ def page(options):
   from PIL import Image, ImageDraw, ImageFont
 
   from vqrae_jax.data.sources import open_source
-  from vqrae_jax.evaluate import evaluator, pictures
+  from vqrae_jax.evaluate import evaluator, visualize
 
   source = open_source('bundled:photos', ('astronaut', 'chelsea'), ())
   corners = ((0, 160), (60, 110))
@@ -229,7 +229,7 @@ def page(options):
   for name in finished(options):
     tokenizer, variables = opened(name, options)
     painted = [
-      pictures.to_uint8(
+      visualize.to_uint8(
         evaluator.reconstruct_tiled(tokenizer, variables, x, 32)[1]
       )
       for x in crops

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.data import makers
-from vqrae_jax import command, export, latent_stats, reconstruct_images
+from vqrae_jax import cli, export, latent_stats, reconstruct_images
 from vqrae_jax.train import __main__ as train_main
 from vqrae_jax.train import loop
 
@@ -244,7 +244,7 @@ def answer(place, monkeypatch, capsys, name: str, argv: list[str]) -> str:
   monkeypatch.setattr(sys, 'argv', [name, *argv])
   before = tree(place)
   with pytest.raises(SystemExit) as stop:
-    command.run(MAINS[name])
+    cli.run(MAINS[name])
   err = capsys.readouterr().err
   *others, last = err.splitlines()
   print(last)

@@ -9,11 +9,11 @@ import shutil
 import pytest
 
 from tests import bad
-from vqrae_jax import command, reconstruct_images
+from vqrae_jax import cli, reconstruct_images
 from vqrae_jax.data.pipeline import Augment, TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
-from vqrae_jax.train import finite, loop
+from vqrae_jax.train import loop, step
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -56,7 +56,7 @@ def test_damaged_notes_do_not_stop_a_run(place, tmp_path, monkeypatch, capsys):
     path = tmp_path / 'run' / name
     before = path.read_bytes() if path.exists() else b''
     path.write_bytes(junk if name == 'config.json' else before + junk)
-  command.run(lambda _: loop.train(bad.config() | dict(duration=3), '~/run'))
+  cli.run(lambda _: loop.train(bad.config() | dict(duration=3), '~/run'))
   text = (tmp_path / 'run' / 'metrics.jsonl').read_text()
   steps = [json.loads(line)['step'] for line in text.splitlines()]
   assert steps == [1, 2, 3]
@@ -71,7 +71,7 @@ def test_a_spoilt_checkpoint_is_named(place, tmp_path, monkeypatch):
   monkeypatch.chdir(place)
   wild = dict(schedules=(('.*', dict(lr=1e15)),), duration=9, max_nonfinite=0)
   words = r'not finite at step 2 .* remove .*/checkpoints/00000001\.json'
-  with pytest.raises(finite.NonFinite, match=words):
+  with pytest.raises(step.NonFinite, match=words):
     loop.train(bad.config() | wild, tmp_path)
   assert not (tmp_path / 'tokenizer').exists()
 
@@ -81,7 +81,7 @@ def test_a_disk_that_cannot_be_written_is_a_line(capsys):
     raise PermissionError(13, 'Permission denied', 'runs/x')
 
   with pytest.raises(SystemExit, match='2'):
-    command.run(main)
+    cli.run(main)
   assert capsys.readouterr().err == 'error: runs/x: Permission denied\n'
 
 

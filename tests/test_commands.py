@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vqrae_jax import command, config_flag, export, reconstruct_images
+from vqrae_jax import cli, export, reconstruct_images
 from vqrae_jax.errors import UserError
 from vqrae_jax.train import __main__ as train_main
 
@@ -43,7 +43,7 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_the_installed_configs_are_found_from_anywhere(tmp_path):
-  path = config_flag.find_config('configs/simvq_siglip_l.py')
+  path = cli.find_config('configs/simvq_siglip_l.py')
   assert pathlib.Path(path).is_file()
   code, _, err = typed(
     'vqrae_jax.train', '--config=configs/simvq_siglip_l.py', cwd=tmp_path
@@ -222,7 +222,7 @@ def test_run_turns_user_errors_into_exit_code_2(capsys, monkeypatch):
     raise UserError('what was wrong; what would be right')
 
   with pytest.raises(SystemExit) as stop:
-    command.run(main)
+    cli.run(main)
   assert stop.value.code == 2
   assert capsys.readouterr().err.endswith(
     'error: what was wrong; what would be right\n'

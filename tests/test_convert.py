@@ -17,7 +17,7 @@ from tests import tiny, torch_vqrae
 from tests.weights import torch_rae
 from vqrae_jax import convert, export, quantizers, weights
 from vqrae_jax.errors import UserError
-from vqrae_jax.models import torch_quantizers
+from vqrae_jax.pretrained import vqrae_torch
 
 # What no file tells: as a config has it.
 CONFIG = """
@@ -186,18 +186,18 @@ def test_spellings_of_a_table(state, update):
     f'quantizer.{k}': np.ones(shapes.get(k, (48,)), np.float32) for k in state
   }
   source = weights.arrays('w.pt', arrays)
-  form = torch_quantizers.detect(source, 32, 'fsq')
+  form = vqrae_torch.detect(source, 32, 'fsq')
   assert form.name == 'vq' and form.fields['update'] == update
   fields = dict(name='vq') | form.fields
   q = quantizers.build(fields, 32, 'float32')
   place = 'codebook' if update == 'ema' else 'params'
   leaf = f'{place}/quantizer/codes'
   target = {leaf: jax.ShapeDtypeStruct((48, 32), np.float32)}
-  table = torch_quantizers.quantizer_table(q)
+  table = vqrae_torch.quantizer_table(q)
   fitted = weights.Pretrained(source, table, target)
   assert set(fitted.skipped) == set(arrays) - {next(iter(arrays))}
   back = weights.export(table, fitted.load())
-  back |= torch_quantizers.fresh_state(q, back)
+  back |= vqrae_torch.fresh_state(q, back)
   assert set(back) >= set(arrays)
 
 
@@ -206,7 +206,7 @@ def test_spellings_that_the_project_never_had(word):
   """ "quantizer.codebook" is FSQ's grid there, no table of VQ's."""
   source = weights.arrays('w.pt', {f'quantizer.{word}': np.ones((48, 32))})
   with pytest.raises(UserError, match=f'these keys: quantizer.{word};'):
-    torch_quantizers.detect(source, 32, 'vq')
+    vqrae_torch.detect(source, 32, 'vq')
 
 
 WHOLE = '--source=vqrae_torch:w.pt --config=configs/loaded.py:vq --out=ours'

@@ -15,7 +15,7 @@ from tests import tiny, torch_vqrae
 from tests.encoders import references
 from vqrae_jax import convert
 from vqrae_jax.errors import UserError
-from vqrae_jax.models import torch_encoders
+from vqrae_jax.pretrained import vqrae_torch
 from vqrae_jax.specs import EncoderSpec, PixelNorm, ViTSpec
 
 SIZES = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)
@@ -183,10 +183,10 @@ def spec(vit, **fields):
 )
 def test_the_spec_tells_the_family(vit, fields, family):
   if family is not None:
-    assert torch_encoders._family(spec(vit, **fields)) == family
+    assert vqrae_torch._family(spec(vit, **fields)) == family
     return
   with pytest.raises(UserError, match='SigLIP, DINOv2, ViT-MAE, InternViT'):
-    torch_encoders.export_encoder({}, spec(vit, **fields))
+    vqrae_torch.export_encoder({}, spec(vit, **fields))
 
 
 def test_every_published_row_has_a_family():
@@ -198,5 +198,5 @@ def test_every_published_row_has_a_family():
     'vit': 'ViT-MAE', 'internvit': 'InternViT',
   }  # fmt: skip
   for name, row in encoders.ENCODERS.items():
-    found = torch_encoders._family(build_spec(EncoderSpec, row, name))
+    found = vqrae_torch._family(build_spec(EncoderSpec, row, name))
     assert found == words[name.split('-')[0]], name

@@ -20,7 +20,8 @@ from vqrae_jax import losses, specs, types
 from vqrae_jax.models import tokenizer as tokenizer_lib
 from vqrae_jax.quantizers import QUANTIZERS, Quantizer
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import ranges, terms
+from vqrae_jax.train import config as ranges
+from vqrae_jax.train import config as terms
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs' / 'from_pytorch.md').read_text()

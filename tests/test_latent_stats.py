@@ -13,13 +13,13 @@ from PIL import Image
 from tests import tiny
 from tests.train.test_hosts import free_port
 from vqrae_jax import latent_stats
+from vqrae_jax import latent_stats as latents
 from vqrae_jax.data.pipeline import Augment, augment_image
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
-from vqrae_jax.evaluate import latents
-from vqrae_jax.evaluate.moments import Moments
+from vqrae_jax.latent_stats import Moments
 from vqrae_jax.models.tokenizer import build_tokenizer
-from vqrae_jax.train import origin
+from vqrae_jax.train import initialize
 from vqrae_jax.train.run import Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def write_config(folder, name='mine.py', **keys):
 def all_latents(config, source, indices):
   """f64[n gh gw d], image by image, by the encoder that a run begins with."""
   tokenizer = build_tokenizer(config['model'])
-  variables = jax.jit(lambda: origin.from_seed(tokenizer, 0))()
+  variables = jax.jit(lambda: initialize.from_seed(tokenizer, 0))()
   size = (config['data']['image_size'],) * 2
   augment = Augment(size, resize=size[0], crop='center', flip=False)
   rng = np.random.default_rng(1)

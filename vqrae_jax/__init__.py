@@ -11,7 +11,7 @@ _DOOR = {
   # build and open
   'build_tokenizer': 'vqrae_jax.models.tokenizer',
   'load_tokenizer': 'vqrae_jax.export',
-  'load_encoder': 'vqrae_jax.pretrained',
+  'load_encoder': 'vqrae_jax.pretrained.encoders',
   # images to tokens and back
   'encode_to_indices': 'vqrae_jax.inference',
   'decode_from_indices': 'vqrae_jax.inference',

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqrae_jax.encoders import stored
+from vqrae_jax.encoders import converted
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.ops import trees
@@ -95,7 +95,7 @@ def check_target(path: pathlib.Path) -> None:
   try:
     foreign = {p.name for p in path.iterdir()} - {CONFIG, WEIGHTS}
     config = json.loads((path / CONFIG).read_bytes())
-    ours = 'format_version' in config and stored.KEY not in config
+    ours = 'format_version' in config and converted.KEY not in config
   except (OSError, ValueError, TypeError):
     ours, foreign = False, set()
   if foreign or not ours:
@@ -170,7 +170,7 @@ def is_tokenizer(path: pathlib.Path) -> bool:
     (path / WEIGHTS).is_file()
     and isinstance(config, dict)
     and {'format_version', 'model'} <= config.keys()
-    and stored.KEY not in config
+    and converted.KEY not in config
   )
 
 
@@ -184,7 +184,7 @@ def _read_config(path: pathlib.Path) -> dict:
       raise UserError(f'{path} is no tokenizer: it has no {name}{hint}')
   try:
     config = json.loads((path / CONFIG).read_bytes())
-    alone = stored.KEY in config
+    alone = converted.KEY in config
     if not alone:
       version, model = config['format_version'], config['model']
       config['fingerprint'] = str(config['fingerprint'])

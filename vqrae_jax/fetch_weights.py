@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from vqrae_jax import command, config_flag
+from vqrae_jax import cli
 from vqrae_jax.errors import UserError, did_you_mean
 
 MODULE = 'vqrae_jax.fetch_weights'
@@ -22,7 +22,7 @@ ABOUT = 'the recipe whose weights are wanted, as for training'
 
 def main(argv: list[str]) -> None:
   """Parses flags; prints the table, or a line for each thing brought."""
-  values = config_flag.parse(argv, MODULE, EXAMPLE, ABOUT, _flags)
+  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
   if values.list:
     print(table())
     return
@@ -48,7 +48,7 @@ def _flags(values: flags.FlagValues) -> None:
 def table() -> str:
   """What `--list` prints: a line for each thing that can be brought."""
   from vqrae_jax.encoders.published import PUBLISHED
-  from vqrae_jax.weights.published import FILES
+  from vqrae_jax.weights.hub import FILES
 
   rows = [('name', 'where', 'SHA-256', 'licence', 'used by')]
   rows += [
@@ -76,7 +76,7 @@ def needed(config: Any) -> list[str]:
   unless `init.networks` is "random". Each once, encoders first.
   """
   from vqrae_jax.encoders import ENCODERS
-  from vqrae_jax.weights.published import NEEDS
+  from vqrae_jax.weights.hub import NEEDS
 
   def section(*keys: str) -> Any:
     node = config
@@ -109,7 +109,7 @@ def fetch(names: Iterable[str]) -> None:
   """
   from vqrae_jax.encoders.published import PUBLISHED
   from vqrae_jax.weights import parse_source
-  from vqrae_jax.weights.published import FILES
+  from vqrae_jax.weights.hub import FILES
 
   names = list(names)
   every = [*PUBLISHED, *FILES]
@@ -130,8 +130,7 @@ def fetch(names: Iterable[str]) -> None:
 def _file(name: str) -> None:
   from tqdm import tqdm
 
-  from vqrae_jax.weights.download import download
-  from vqrae_jax.weights.published import FILES, digest
+  from vqrae_jax.weights.hub import FILES, digest, download
 
   row = FILES[name]
   with tqdm(desc=name, unit='B', unit_scale=True, leave=False) as bar:
@@ -156,4 +155,4 @@ def _repository(name: str, hub_id: str, revision: str | None) -> None:
 
 
 if __name__ == '__main__':
-  command.run(main)
+  cli.run(main)

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from vqrae_jax import losses as loss_terms
 from vqrae_jax.errors import UserError, choose
-from vqrae_jax.losses.inputs import check_images
+from vqrae_jax.losses.reconstruction import check_images
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops

@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags
 
-from vqrae_jax import command
+from vqrae_jax import cli
 from vqrae_jax.errors import UserError
 
 MODULE = 'vqrae_jax.reconstruct_images'
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
     'image whole; the size the tokenizer was made for by default',
     flag_values=values,
   )
-  command.parse(values, argv, MODULE, EXAMPLE)
-  command.required(values, 'tokenizer', 'images', 'out')
+  cli.parse(values, argv, MODULE, EXAMPLE)
+  cli.required(values, 'tokenizer', 'images', 'out')
   reconstruct_folder(
     values.tokenizer,
     values.images,
@@ -67,7 +67,7 @@ def reconstruct_folder(
   from vqrae_jax import export
   from vqrae_jax.data.decode import Unreadable
   from vqrae_jax.data.sources import open_source
-  from vqrae_jax.evaluate import evaluator, pictures
+  from vqrae_jax.evaluate import evaluator, visualize
 
   existing = next(p for p in (out, *out.resolve().parents) if p.exists())
   if not existing.is_dir():
@@ -98,17 +98,17 @@ def reconstruct_folder(
     original, painted = evaluator.reconstruct_tiled(
       tokenizer, variables, image, tile or p, whole=tile == 0
     )
-    picture = pictures.to_uint8(painted)
+    picture = visualize.to_uint8(painted)
     db = evaluator.psnr(original, painted)
-    pictures.save_png(Image.fromarray(picture), out / f'{name}.png')
+    visualize.save_png(Image.fromarray(picture), out / f'{name}.png')
     tqdm.write(f'{name}  {db:.2f} dB  {picture.shape[1]}x{picture.shape[0]}')
     if len(shown) < 8:
       shown.append((original, picture, f'{name}  {db:.1f} dB'))
   if not count:
     raise lost
   how = f'in tiles of {tile} px' if tile else 'whole'
-  page = pictures.comparison(*zip(*shown, strict=True), title=f'images {how}')
-  pictures.save_png(page, out / 'comparison.png')
+  page = visualize.comparison(*zip(*shown, strict=True), title=f'images {how}')
+  visualize.save_png(page, out / 'comparison.png')
   many = f'{count} images' if count > 1 else '1 image'
   if lost:
     many += f' ({len(source) - count} skipped)'
@@ -134,4 +134,4 @@ def _check_outputs(source, out: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  command.run(main)
+  cli.run(main)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.data import makers
-from vqrae_jax.data import folder, sources
+from vqrae_jax.data import sources
+from vqrae_jax.data import sources as folder
 from vqrae_jax.data.decode import Unreadable
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.data import makers
-from vqrae_jax.data import example, sources
+from vqrae_jax.data import records as example
+from vqrae_jax.data import sources
 from vqrae_jax.data.decode import Unreadable
 from vqrae_jax.errors import UserError
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.data import makers
-from vqrae_jax.data import listing, sources
+from vqrae_jax.data import sources, tree
 from vqrae_jax.errors import UserError
 
 
@@ -71,8 +71,8 @@ def test_relative_words(folder, monkeypatch):
   ],
 )
 def test_braces(pattern, words):
-  assert sorted(listing.braces(pattern)) == sorted(words)
-  assert next(listing.braces(pattern)) == words[0]
+  assert sorted(tree.braces(pattern)) == sorted(words)
+  assert next(tree.braces(pattern)) == words[0]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 import vqrae_jax.data
 from tests.data import makers
-from vqrae_jax.data import sources, tar_index
+from vqrae_jax.data import sources, tar
 from vqrae_jax.data.decode import Unreadable
 from vqrae_jax.errors import UserError
 
@@ -23,7 +23,7 @@ FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 @pytest.fixture
 def few(monkeypatch):
   """Indices of small tars are kept too."""
-  monkeypatch.setattr(tar_index, '_MIN_KEPT', 2)
+  monkeypatch.setattr(tar, '_MIN_KEPT', 2)
 
 
 def shard(path, numbers=range(3), form=tarfile.GNU_FORMAT):
@@ -38,7 +38,7 @@ def shard(path, numbers=range(3), form=tarfile.GNU_FORMAT):
 
 
 def walked(data):
-  return list(tar_index.walk(io.BytesIO(data), len(data)))
+  return list(tar.walk(io.BytesIO(data), len(data)))
 
 
 def as_tarfile_has_it(data):
@@ -98,7 +98,7 @@ def test_sizes_beyond_octal(tmp_path):
       file.seek(data + size)
       file.write(after.tobuf(format=form) + b'x'.ljust(1536, b'\0'))
     with open(path, 'rb') as file:
-      found = list(tar_index.walk(file, path.stat().st_size))
+      found = list(tar.walk(file, path.stat().st_size))
     assert found == [
       (b'big.bin', data, size),
       (b'x.png', data + size + 512, 1),
@@ -123,17 +123,17 @@ def test_damaged_headers_end_the_walk_and_nothing_else():
     data = bytes(data[: rng.integers(1, len(data) + 1)])
     found = []
     try:
-      for name, offset, size in tar_index.walk(io.BytesIO(data), len(data)):
+      for name, offset, size in tar.walk(io.BytesIO(data), len(data)):
         found.append(name)
         assert offset + size <= len(data)
-    except tar_index.Damaged as e:
+    except tar.Damaged as e:
       assert str(e)
     assert len(found) <= len(names)
 
 
 def index_of(tmp_path, *names):
   path = makers.tar(tmp_path / 'x.tar', [(n, n.encode()) for n in names])
-  index = tar_index.index_tar(str(path))
+  index = tar.index_tar(str(path))
   data = path.read_bytes()
   for name, at, size in zip(
     index.names, index.offsets, index.sizes, strict=True
@@ -275,12 +275,12 @@ def test_a_shard_that_changed_or_went_stops_the_run(tmp_path):
 
 def opens(tmp_path, monkeypatch):
   """Names of a source, and whether headers were read for them."""
-  reads, real = [], tar_index._read
+  reads, real = [], tar._read
   monkeypatch.setattr(
-    tar_index, '_read', lambda *args: reads.append(1) or real(*args)
+    tar, '_read', lambda *args: reads.append(1) or real(*args)
   )
   source = sources.open_source(str(tmp_path))
-  monkeypatch.setattr(tar_index, '_read', real)
+  monkeypatch.setattr(tar, '_read', real)
   return source.names, len(reads)
 
 

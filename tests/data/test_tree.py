@@ -7,7 +7,8 @@ import pytest
 
 from tests.data import makers
 from vqrae_jax import paths
-from vqrae_jax.data import cache, sources, tree
+from vqrae_jax.data import sources, tree
+from vqrae_jax.data import tree as cache
 from vqrae_jax.errors import UserError
 
 

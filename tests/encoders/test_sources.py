@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import vqrae_jax
 from tests.encoders import references
 from tests.encoders.conftest import COMMIT, cached
-from vqrae_jax import encoders, pretrained, sharding
+from vqrae_jax import encoders, sharding
 from vqrae_jax.encoders import published
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import encoders as pretrained
 from vqrae_jax.specs import EncoderSpec, build_spec
 
 SIZES = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)

@@ -15,19 +15,14 @@ import vqrae_jax
 from tests import tiny
 from tests.encoders import references
 from tests.encoders.conftest import COMMIT, cached
-from vqrae_jax import (
-  convert,
-  encoders,
-  export,
-  pretrained,
-  sharding,
-  store_encoder,
-)
-from vqrae_jax.encoders import siglip, stored
+from vqrae_jax import convert, encoders, export, sharding
+from vqrae_jax import convert as store_encoder
+from vqrae_jax.encoders import converted, siglip
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import encoders as pretrained
 from vqrae_jax.specs import EncoderSpec, build_spec
-from vqrae_jax.train import origin
+from vqrae_jax.train import initialize
 from vqrae_jax.train.config import InitSpec
 
 SIZES = dict(width=32, depth=2, heads=4, mlp=48, pixels=24, patch=4)
@@ -132,9 +127,9 @@ def test_config_json_is_the_spec_without_how_it_runs(kept, folder):
   assert told['encoder']['resize'] == 'bicubic'
   for name, row in encoders.ENCODERS.items():
     spec = build_spec(EncoderSpec, row, name)
-    config = dict(format_version=1, encoder=stored.describe(spec))
+    config = dict(format_version=1, encoder=converted.describe(spec))
     config = json.loads(json.dumps(config))
-    fields = stored.fields(config, name)
+    fields = converted.fields(config, name)
     assert build_spec(EncoderSpec, fields, name) == spec
 
 
@@ -278,7 +273,7 @@ def test_a_run_begins_with_it(kept, folder):
   config['encoder'] = dict(vit=vit, output_norm='plain')
   tokenizer = vqrae_jax.build_tokenizer(config)
   have, want = (
-    origin.given_leaves(tokenizer, None, InitSpec(encoder=str(p))).leaves
+    initialize.given_leaves(tokenizer, None, InitSpec(encoder=str(p))).leaves
     for p in (kept, folder)
   )
   assert have.keys() == want.keys()
@@ -286,7 +281,7 @@ def test_a_run_begins_with_it(kept, folder):
     np.testing.assert_array_equal(np.asarray(leaf), np.asarray(want[name]))
   config['encoder']['vit'] = vit | dict(depth=3)
   with pytest.raises(UserError, match='is not the model: it has vit.depth=2'):
-    origin.given_leaves(
+    initialize.given_leaves(
       vqrae_jax.build_tokenizer(config), None, InitSpec(encoder=str(kept))
     )
 

@@ -6,7 +6,7 @@ from skimage import metrics as peer
 
 import vqrae_jax
 from tests import tiny
-from vqrae_jax.evaluate import evaluator, metrics, pictures
+from vqrae_jax.evaluate import evaluator, metrics, visualize
 
 
 def pairs(n=3, side=24):
@@ -120,14 +120,14 @@ def test_a_photograph_is_painted_in_place(whole):
 
 def test_rounding_is_not_truncation():
   x = np.array([[[-0.1, 0.4999 / 255, 254.6 / 255]]])
-  np.testing.assert_array_equal(pictures.to_uint8(x), [[[0, 0, 255]]])
+  np.testing.assert_array_equal(visualize.to_uint8(x), [[[0, 0, 255]]])
 
 
 def test_the_page_shows_both_rows_at_their_own_size():
   photos = [tiny.images(1, 40, 60)[0], tiny.images(1, 30, 200)[0]]
   painted = [255 - p for p in photos]
   page = np.asarray(
-    pictures.comparison(photos, painted, ['a', 'b' * 90], 'title')
+    visualize.comparison(photos, painted, ['a', 'b' * 90], 'title')
   )
   for image in (*photos, *painted):
     h, w = image.shape[:2]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vqrae_jax.evaluate.moments import Moments
+from vqrae_jax.latent_stats import Moments
 
 
 def close(found, rows):

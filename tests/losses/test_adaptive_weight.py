@@ -14,11 +14,12 @@ import torch
 from tests.nn import torch_discriminators
 from tests.weights import torch_rae
 from vqrae_jax.losses import IMAGE_TERMS, adversarial
-from vqrae_jax.models import rae
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import IMAGENET_NORM, DecoderSpec, ViTSpec
-from vqrae_jax.train import adversary, terms
+from vqrae_jax.train import config
+from vqrae_jax.train import gan as adversary
 from vqrae_jax.types import Frozen, LossInputs
 
 SPEC = DecoderSpec(
@@ -67,8 +68,8 @@ def test_it_equals_two_autograd_passes_of_torch(tmp_path):
   *want, balance = by_torch(state, reference, z, target)
 
   player = adversary.make_adversary(
-    terms.DiscriminatorSpec(name='patch', fields=PATCH, augment=False),
-    terms.GanTerm(1.0),
+    config.DiscriminatorSpec(name='patch', fields=PATCH, augment=False),
+    config.GanTerm(1.0),
     SPEC,
     10,
     None,

@@ -11,10 +11,10 @@ import torch
 
 from tests.losses import torch_networks
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import networks
 from vqrae_jax.nn.vgg import WIDTHS
 from vqrae_jax.ops import trees
-from vqrae_jax.weights import export, published
+from vqrae_jax.pretrained import networks
+from vqrae_jax.weights import export, hub
 
 SIZES = {
   'lpips': dict(widths=(4, 4, 8, 8, 8)),
@@ -183,9 +183,9 @@ def test_the_heads_of_an_installed_package(cache, monkeypatch):
   path = folder / 'vgg.pth'
   path.write_bytes(files['lpips-vgg'].read_bytes())
   assert networks.installed_heads() is None  # another file
-  row = published.FILES['lpips-vgg']
-  ours = row.__class__(row.url, row.licence, '', published.digest(path))
-  monkeypatch.setitem(published.FILES, 'lpips-vgg', ours)
+  row = hub.FILES['lpips-vgg']
+  ours = row.__class__(row.url, row.licence, '', hub.digest(path))
+  monkeypatch.setitem(hub.FILES, 'lpips-vgg', ours)
   assert networks.installed_heads() == path
   tree = networks.load('lpips', {'vgg16': files['vgg16']}, **SIZES['lpips'])
   want = states('lpips')['lpips-vgg']['lin2.model.1.weight'].numpy()

@@ -16,10 +16,11 @@ import torch
 from tests.losses import torch_networks
 from tests.nn.parity import close
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import FROZEN_TERMS, networks
+from vqrae_jax.losses import FROZEN_TERMS
 from vqrae_jax.losses.perceptual import _unit, convnext, lpips
+from vqrae_jax.pretrained import networks
 from vqrae_jax.types import LossInputs
-from vqrae_jax.weights import published
+from vqrae_jax.weights import hub
 
 WIDTHS = (8, 8, 16, 16, 16)
 SMALL = dict(depths=(1, 2, 1, 1), widths=(4, 8, 12, 16), classes=10)
@@ -80,7 +81,7 @@ def test_lpips(tmp_path):
 
 
 def test_lpips_with_its_published_heads(tmp_path):
-  row = published.FILES['lpips-vgg']
+  row = hub.FILES['lpips-vgg']
   path = networks.installed_heads() or row.path
   if not path.is_file():
     pytest.skip(

@@ -11,7 +11,7 @@ import vqrae_jax
 from tests import tiny
 from vqrae_jax import export, sharding
 from vqrae_jax.errors import UserError
-from vqrae_jax.models import latent_files
+from vqrae_jax.models import latents as latent_files
 from vqrae_jax.models.tokenizer import build_tokenizer, describe
 from vqrae_jax.ops import trees
 from vqrae_jax.specs import LatentsSpec

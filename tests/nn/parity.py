@@ -8,7 +8,7 @@ import torch
 
 from vqrae_jax.ops import trees
 from vqrae_jax.weights import Pretrained
-from vqrae_jax.weights.handles import arrays
+from vqrae_jax.weights.files import arrays
 
 
 def close(have, want, tolerance=1e-5):

@@ -6,9 +6,9 @@ import pytest
 
 from tests.losses import torch_networks
 from tests.nn.parity import compare
-from vqrae_jax.losses import networks
 from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import networks
 
 
 def check(side, **sizes):

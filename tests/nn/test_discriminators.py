@@ -10,11 +10,11 @@ import torch
 
 from tests.nn import torch_discriminators as references
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import dino_weights
 from vqrae_jax.nn import discriminators, patchgan, spectral, vit
 from vqrae_jax.nn.dino import DINO_S8, DinoDiscriminator
 from vqrae_jax.nn.patchgan import PatchGAN
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import networks
 
 PATCH = dict(hidden=8, halvings=2, groups=4, pool=3)
 VIT = dataclasses.replace(
@@ -117,7 +117,7 @@ def dino(tmp_path, spec, taps, kernel):
   torch.save(file, tmp_path / 'dino.pth')
   model = DinoDiscriminator(spec, taps, kernel)
   reference = references.DinoDiscriminator(file, s.num_heads, taps, kernel)
-  backbone = dino_weights.load_backbone(model.backbone, tmp_path / 'dino.pth')
+  backbone = networks.load_backbone(model.backbone, tmp_path / 'dino.pth')
   return reference, model, backbone, file
 
 
@@ -253,13 +253,13 @@ def test_a_file_that_is_not_dino_says_so(tmp_path):
   torch.save(file, tmp_path / 'short.pth')
   backbone = DinoDiscriminator(VIT, TAPS, KERNEL).backbone
   with pytest.raises(UserError, match=r'missing in it: blocks\.2\..*S/8'):
-    dino_weights.load_backbone(backbone, tmp_path / 'short.pth')
+    networks.load_backbone(backbone, tmp_path / 'short.pth')
 
 
 def test_a_random_backbone_fits():
   model = DinoDiscriminator(VIT, TAPS, KERNEL)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images(1, 16, 16, 3))
-  found = dino_weights.random_backbone(jax.random.key(0), model.backbone)
+  found = networks.random_backbone(jax.random.key(0), model.backbone)
   trees.check_same(shapes['backbone'], found, 'a random backbone')
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 from tests.losses import torch_networks
 from tests.nn.parity import compare
-from vqrae_jax.losses import networks
 from vqrae_jax.nn.vgg import VGG16
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import networks
 
 
 def test_parity():

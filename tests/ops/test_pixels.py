@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from tests.golden import make_encoder_params as golden
-from vqrae_jax.ops import images, pixels
+from vqrae_jax.ops import images
+from vqrae_jax.ops import images as pixels
 
 OLDER = int(PIL.__version__.split('.')[0]) < 13  # never rows first
 BILINEAR, BICUBIC = 2, 3  # PIL's numbers, as `preprocessor_config.json` has
@@ -78,7 +79,7 @@ def _ours(spec, size):
   """uint8 -> pixels that the encoder's patches are cut from."""
 
   def apply(image):
-    x = pixels.resize(images.to_unit(image), size, spec.resize)
+    x = pixels.resize_exact(images.to_unit(image), size, spec.resize)
     norm = spec.pixel_norm
     return images.normalize(x, norm.mean, norm.std)
 
@@ -143,7 +144,7 @@ def test_every_bit_is_pils(method):
       if OLDER and pixels._rows_first(h, w, size):
         continue  # other rounding: one pass before the other
       want = np.asarray(pil.resize(size[::-1], code))
-      found = pixels.resize(images.to_unit(image), size, method)
+      found = pixels.resize_exact(images.to_unit(image), size, method)
       np.testing.assert_array_equal(np.round(found * 255), want, str(size))
       compared += 1
   assert compared >= 45
@@ -152,11 +153,15 @@ def test_every_bit_is_pils(method):
 def test_a_float_image_is_rounded_to_what_it_was_read_from():
   image = _noise(9, 9)
   size = (16, 12)
-  found = pixels.resize(images.to_unit(image), size, 'bicubic')
+  found = pixels.resize_exact(images.to_unit(image), size, 'bicubic')
   moved = images.to_unit(image) + np.float32(1e-3)
-  np.testing.assert_array_equal(pixels.resize(moved, size, 'bicubic'), found)
+  np.testing.assert_array_equal(
+    pixels.resize_exact(moved, size, 'bicubic'), found
+  )
   # At its own size an image stays as it is.
-  np.testing.assert_array_equal(pixels.resize(moved, (9, 9), 'bicubic'), moved)
+  np.testing.assert_array_equal(
+    pixels.resize_exact(moved, (9, 9), 'bicubic'), moved
+  )
 
 
 def test_gradients_are_those_without_rounding():
@@ -165,13 +170,15 @@ def test_gradients_are_those_without_rounding():
   def total(resize):
     return jax.grad(lambda x: (resize(x, (14, 12), 'bicubic') ** 2).sum())
 
-  one = total(lambda *a: pixels.resize(*a))(image)
+  one = total(lambda *a: pixels.resize_exact(*a))(image)
   other = total(images.resize)(image)
   # The values that are squared differ by rounding and clipping.
   assert np.abs(one - other).max() < 0.5
   direction = jax.random.normal(jax.random.key(1), image.shape)
   _, tangent = jax.jvp(
-    lambda x: pixels.resize(x, (14, 12), 'bicubic'), (image,), (direction,)
+    lambda x: pixels.resize_exact(x, (14, 12), 'bicubic'),
+    (image,),
+    (direction,),
   )
   want = images.resize(direction, (14, 12), 'bicubic')
   np.testing.assert_array_equal(tangent, want)

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from vqrae_jax.train.alarms import Alarms
+from vqrae_jax.train.loop import Alarms
 
 SOUND = {
   'loss/discriminator': 0.8,

@@ -14,14 +14,14 @@ import pytest
 from tests.golden import make_metrics
 from tests.train.test_golden import GOLDEN
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.train import adversary, step
+from vqrae_jax.train import gan, step
 
 RUN = 'encoder frozen, LPIPS and GAN'
 # What reads the images that a caller makes, in the first step.
 CALLERS = {
   'targets': (step, ('loss/l2', 'loss/lpips')),
   'what the discriminator sees': (
-    adversary,
+    gan,
     ('loss/discriminator', 'logits/real', 'logits/fake'),
   ),
 }

@@ -11,7 +11,8 @@ from tests import tiny
 from vqrae_jax.errors import UserError
 from vqrae_jax.losses.latent import distill
 from vqrae_jax.ops import trees
-from vqrae_jax.train import loop, terms
+from vqrae_jax.train import config as terms
+from vqrae_jax.train import loop
 from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.train.run import Run
 from vqrae_jax.types import LatentInputs, QuantizerOutput, TokenizerOutput

@@ -12,8 +12,9 @@ from PIL import Image
 from tests import tiny
 from tests.train import pieces
 from tests.train.test_player_updates import DINO
-from vqrae_jax.train import finite, loop
+from vqrae_jax.train import loop
 from vqrae_jax.train import run as run_lib
+from vqrae_jax.train import step as finite
 
 pytestmark = pytest.mark.usefixtures('one_device')
 

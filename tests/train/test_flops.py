@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks import step_flops
 from tests import tiny
-from vqrae_jax.losses import networks
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import networks
 
 BATCH, SIDE = 4, 32
 # Wide enough that products outweigh what is done element by element.

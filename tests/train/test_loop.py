@@ -12,7 +12,8 @@ from PIL import Image
 import vqrae_jax
 from tests import tiny
 from vqrae_jax import sharding
-from vqrae_jax.train import finite, lock, loop, summary
+from vqrae_jax.train import loop, reporting, step
+from vqrae_jax.train import loop as lock
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -131,13 +132,13 @@ def test_the_same_run_again_is_the_same(ran, photos, tmp_path):
 def test_other_quantizers_run_too(kind, photos, tmp_path):
   figures = loop.train(config(photos, kind), tmp_path)
   assert ('codes_used' in figures) == (kind != 'none')
-  assert 'PSNR' in summary.table(figures)
+  assert 'PSNR' in reporting.table(figures)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path):
   bad = config(photos, schedules=(('.*', dict(lr=1e15)),), duration=50)
   words = r'loss/l2.*not finite at step \d+ .*, 11 steps in a row; lower'
-  with pytest.raises(finite.NonFinite, match=words):
+  with pytest.raises(step.NonFinite, match=words):
     loop.train(bad, tmp_path)
   assert not (tmp_path / 'tokenizer').exists()
 
@@ -191,7 +192,7 @@ def test_the_lock_is_held_to_the_last_file(photos, tmp_path, monkeypatch):
     return look
 
   monkeypatch.setattr(loop._Going, 'steps', watched(loop._Going.steps))
-  monkeypatch.setattr(summary, 'finish', watched(summary.finish))
+  monkeypatch.setattr(reporting, 'finish', watched(reporting.finish))
   loop.train(config(photos, duration=1), tmp_path)
   assert held == ['steps', 'finish']
   lock.check_no_run_in(tmp_path)

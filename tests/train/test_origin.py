@@ -10,8 +10,8 @@ from PIL import Image
 import vqrae_jax
 from tests import tiny
 from vqrae_jax.errors import UserError
-from vqrae_jax.models import rae
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import rae
 from vqrae_jax.train import loop
 from vqrae_jax.train.run import Run
 

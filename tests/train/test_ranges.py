@@ -5,7 +5,7 @@ import pytest
 from tests import tiny
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import ranges
+from vqrae_jax.train import config as ranges
 from vqrae_jax.train import run as run_lib
 
 

@@ -13,7 +13,8 @@ from tests.train.test_adversary import PATCH
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
-from vqrae_jax.train import alarms, loop
+from vqrae_jax.train import loop
+from vqrae_jax.train import loop as alarms
 from vqrae_jax.train.run import Run
 
 LOSSES = dict(l2=1.0, lpips=0.5, gan=dict(weight=0.5, start=1))

@@ -12,8 +12,9 @@ import pytest
 
 from vqrae_jax import fetch_weights
 from vqrae_jax.errors import UserError
-from vqrae_jax.weights import download as download_lib
-from vqrae_jax.weights import hub, published
+from vqrae_jax.weights import hub
+from vqrae_jax.weights import hub as download_lib
+from vqrae_jax.weights import hub as published
 
 download = download_lib.download
 DATA = np.random.default_rng(0).bytes(3 << 20)

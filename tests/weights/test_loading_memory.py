@@ -67,9 +67,9 @@ def test_a_block_is_read_once_for_all_its_replicas():
 @pytest.mark.parametrize('rows', (1, 3, 4))
 def test_chunks_make_the_whole(rows, monkeypatch):
   """Of any size, on shards, on all devices and on the default one."""
-  from vqrae_jax.weights import pretrained
+  from vqrae_jax.weights import load
 
-  monkeypatch.setattr(pretrained, 'CHUNK', rows * 16 * 4)
+  monkeypatch.setattr(load, 'CHUNK', rows * 16 * 4)
   values = np.arange(16 * 16, dtype=np.float32).reshape(16, 16)
   asked = []
 

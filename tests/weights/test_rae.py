@@ -10,9 +10,9 @@ import torch
 
 from tests.weights import torch_rae
 from vqrae_jax.errors import UserError
-from vqrae_jax.models import rae
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import IMAGENET_NORM, DecoderSpec, ViTSpec
 
 SPEC = DecoderSpec(

@@ -71,7 +71,7 @@ def test_tensors_of_every_form(tmp_path, kind):
 
 def test_opening_reads_no_values(tmp_path, monkeypatch):
   path = saved(tmp_path, TENSORS)
-  from vqrae_jax.weights.archive import Archive
+  from vqrae_jax.weights.files import Archive
 
   read, seen = Archive.read, []
   monkeypatch.setattr(

@@ -20,7 +20,8 @@ from tests.weights.files import legacy, program, refused, tensor
 from tests.weights.test_torch_files import BASE, ODD, TENSORS, as_numpy
 from vqrae_jax import weights
 from vqrae_jax.errors import UserError
-from vqrae_jax.weights import torch_legacy, torch_pickle
+from vqrae_jax.weights import torch as torch_legacy
+from vqrae_jax.weights import torch as torch_pickle
 
 FOUR = np.arange(4, dtype='<f4')
 DATA = {'0': (4, FOUR.tobytes())}

@@ -7,18 +7,63 @@ and scikit-learn wheels carry (nothing is downloaded).
 """
 
 import importlib.util
+import io
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from vqrae_jax.data import listing
-from vqrae_jax.data.encoded import EncodedImages
-from vqrae_jax.data.folder import ImageFiles
+from vqrae_jax.data import tree
+from vqrae_jax.data.decode import EncodedImages
 from vqrae_jax.data.records import Records
 from vqrae_jax.data.tar import TarShards
+from vqrae_jax.data.tree import Listing
 from vqrae_jax.errors import UserError, did_you_mean
+
+# ----------------------------------------------------------------------------
+# Image files on disk, opened one by one as they are asked for.
+
+
+class ImageFiles(EncodedImages):
+  """A list of image files, decoded on access.
+
+  `name(i)` is the path below the folder; `names` are the file's stems.
+  """
+
+  def __init__(self, listing: Listing, keep: bool = False):
+    """`keep` holds decoded photographs in memory: for a few files only."""
+    super().__init__(len(listing.names))
+    self._listing = listing
+    self._kept: dict[int, np.ndarray] | None = {} if keep else None
+
+  @property
+  def paths(self) -> list[pathlib.Path]:
+    """The files, in the order of their indices; made anew at each call."""
+    return [pathlib.Path(self._where(row)) for row in self._rows.tolist()]
+
+  def _open(self, row: int) -> io.IOBase:
+    return open(self._where(row), 'rb')
+
+  def _name(self, row: int) -> str:
+    return self._listing.names[row]
+
+  def _title(self, row: int) -> str:
+    return pathlib.PurePath(self._name(row)).stem
+
+  def _where(self, row: int) -> str:
+    return os.path.join(self._listing.root, self._name(row))
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """uint8 [h w 3]; see `EncodedImages`."""
+    if self._kept is None:
+      return super().__getitem__(index)
+    row = int(self._rows[index])
+    if row not in self._kept:
+      self._kept[row] = super().__getitem__(index)
+    return self._kept[row]
+
 
 # Wheel, folder inside it, photographs in colour.
 _BUNDLED = (
@@ -92,11 +137,11 @@ def open_source(
       that matches nothing.
   """
   if data == 'bundled:photos':
-    source = ImageFiles(listing.images_at(_bundled()), keep=True)
+    source = ImageFiles(tree.images_at(_bundled()), keep=True)
   elif data.startswith('bundled:'):
     raise UserError(f'unknown data "{data}"; did you mean "bundled:photos"?')
   else:
-    found = listing.list_data(data)
+    found = tree.list_data(data)
     source = _KINDS[found.kind](found)
   if not (include or exclude):
     return source

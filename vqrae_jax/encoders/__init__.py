@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vqrae_jax.encoders import (
+  converted,
   dinov2,
   internvit,
   mae,
   siglip,
   siglip2,
-  stored,
 )
 from vqrae_jax.encoders.naming import Naming, Shapes
 from vqrae_jax.errors import UserError, did_you_mean
@@ -34,7 +34,7 @@ NAMINGS = (
   *dinov2.NAMINGS,
   *mae.NAMINGS,
   *internvit.NAMINGS,
-  *stored.NAMINGS,
+  *converted.NAMINGS,
 )
 
 # config.json's model_type -> its reader.

@@ -15,8 +15,7 @@ import numpy as np
 
 from vqrae_jax import inference
 from vqrae_jax.data import pipeline
-from vqrae_jax.data.decode import Unreadable
-from vqrae_jax.data.encoded import EncodedImages
+from vqrae_jax.data.decode import EncodedImages, Unreadable
 from vqrae_jax.data.sources import Images
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import metrics

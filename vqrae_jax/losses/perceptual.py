@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses.inputs import checked, weights_of
+from vqrae_jax.losses.reconstruction import checked, weights_of
 from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.nn.vgg import MIN_SIDE, VGG16
 from vqrae_jax.ops import images as image_ops

@@ -29,7 +29,7 @@ from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.latents import LatentNorm
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.ops import pixels
+from vqrae_jax.ops import images as pixels
 from vqrae_jax.specs import (
   LATER_FIELDS,
   RUN_OPTIONS,
@@ -97,7 +97,7 @@ class Tokenizer(nn.Module):
     grid = self.grid(*images.shape[1:3])
     p = self.encoder_spec.vit.patch_size
     size = (grid[0] * p, grid[1] * p)
-    images = pixels.resize(images, size, self.encoder_spec.resize)
+    images = pixels.resize_exact(images, size, self.encoder_spec.resize)
     return self.encoder(images)
 
   def decode(self, z_q: Array) -> tuple[Array, Array]:

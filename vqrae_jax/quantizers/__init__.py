@@ -7,8 +7,7 @@ apart: `base.Quantizer` is the protocol.
 from collections.abc import Mapping
 
 from vqrae_jax.errors import UserError, choose
-from vqrae_jax.quantizers.base import Quantizer
-from vqrae_jax.quantizers.continuous import Continuous
+from vqrae_jax.quantizers.base import Continuous, Quantizer
 from vqrae_jax.quantizers.fsq import FSQ
 from vqrae_jax.quantizers.simvq import SimVQ
 from vqrae_jax.quantizers.vq import VQ

@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags
 
-from vqrae_jax import command, config_flag
+from vqrae_jax import cli
 from vqrae_jax.errors import UserError
 
 MODULE = 'vqrae_jax.train'
@@ -67,17 +67,17 @@ def main(argv: list[str]) -> None:
   """Parses flags, joins the other hosts, trains."""
   from ml_collections import config_flags
 
-  values = config_flag.parse(argv, MODULE, EXAMPLE, ABOUT, _flags)
-  command.required(values, 'config')
+  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
+  cli.required(values, 'config')
   if values.workdir == '':
     raise UserError('flag --workdir is empty; name a folder, or leave it out')
   profile = _steps(values.profile)
   if values.dry_run and profile:
     raise UserError('--dry_run has one step and no --profile')
   if values.distributed:
-    command.join_hosts()
+    cli.join_hosts()
   from vqrae_jax import sharding
-  from vqrae_jax.train import loop, summary
+  from vqrae_jax.train import loop, reporting
 
   sharding.compile_afresh_on_cpu()
   if values.dry_run:
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
   words = config_flags.get_config_filename(values['config'])
   workdir = pathlib.Path(values.workdir or default_workdir(words)).expanduser()
   figures = loop.train(values.config, workdir, profile)
-  print(f'\n{workdir}\n{summary.table(figures)}\n\n{_next_steps(workdir)}')
+  print(f'\n{workdir}\n{reporting.table(figures)}\n\n{_next_steps(workdir)}')
 
 
 def _next_steps(workdir: pathlib.Path) -> str:
@@ -103,4 +103,4 @@ def _next_steps(workdir: pathlib.Path) -> str:
 
 
 if __name__ == '__main__':
-  command.run(main)
+  cli.run(main)

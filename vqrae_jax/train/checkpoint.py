@@ -14,6 +14,7 @@ behind the next steps. On many hosts the folder is one that all of them see.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging as std_logging
@@ -21,6 +22,7 @@ import pathlib
 import re
 import shutil
 import threading
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +35,144 @@ from jax.experimental import multihost_utils
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
+
+# ----------------------------------------------------------------------------
+# Where a run is in its data, and what it met on the way there.
+
+
+@dataclasses.dataclass
+class Position:
+  """All that a checkpoint needs beside arrays.
+
+  Attributes:
+    step: completed steps; the next sample is step x batch_size.
+    samples: a running CRC of which photograph each sample was.
+    skipped: unreadable photographs met so far, over all hosts.
+    nonfinite: steps left out so far (`finite.py`).
+    nonfinite_in_a_row: those of them since the last that counted.
+  """
+
+  step: int = 0
+  samples: int = 0
+  skipped: int = 0
+  nonfinite: int = 0
+  nonfinite_in_a_row: int = 0
+
+  @classmethod
+  def of(cls, manifest: Mapping[str, Any]) -> 'Position':
+    """The position that a checkpoint's manifest tells.
+
+    Raises:
+      UserError: it tells none, or one of another version of this package.
+    """
+    try:
+      return cls(**manifest['position'])
+    except (KeyError, TypeError) as e:
+      raise UserError(
+        f'checkpoint {manifest["step"]}: its manifest tells no position '
+        f'({e}); go on with the version of vqrae_jax that wrote it'
+      ) from None
+
+  def after(self, step: int, metrics: Mapping[str, float]) -> 'Position':
+    """The position after a step, by what the step read and said."""
+    mark = int(metrics['samples']).to_bytes(4, 'little')
+    spoilt = int(metrics['nonfinite'])
+    return Position(
+      step=step,
+      samples=zlib.crc32(mark, self.samples),
+      skipped=self.skipped + int(metrics['skipped']),
+      nonfinite=self.nonfinite + spoilt,
+      nonfinite_in_a_row=spoilt and self.nonfinite_in_a_row + 1,
+    )
+
+
+def check_skipped(run: Any, position: Position, workdir: pathlib.Path) -> None:
+  """Stops a run whose photographs are unreadable more often than allowed.
+
+  Raises:
+    UserError: with the last name met on this host.
+  """
+  samples = position.step * run.spec.batch_size
+  share = run.spec.data.max_skipped
+  if position.skipped <= share * max(samples, len(run.source)):
+    return
+  name, reason = next(
+    reversed(run.batches.unreadable.items()), ('another host', 'see its log')
+  )
+  raise UserError(
+    f'{position.skipped} photographs of {samples} samples could not be read, '
+    f'more than data.max_skipped={share} allows; the last was {name}: '
+    f'{reason}; {workdir}/unreadable.jsonl names them: mend or remove them, '
+    'or raise data.max_skipped'
+  )
+
+
+# ----------------------------------------------------------------------------
+# What a resumed run's config may not change: the leaves of its state.
+#
+# A checkpoint names every leaf it holds. Where a config asks for others, the
+# keys that do so are named, and not the leaves of an optimizer.
+
+_TRAINED, _OPTIMIZER = 'tokenizer/params/', 'tokenizer/opt_state/'
+
+
+def check_same_leaves(
+  before: Mapping[str, tuple[int, ...]],
+  now: Mapping[str, tuple[int, ...]],
+  where: str,
+) -> None:
+  """A config's state has the leaves that a checkpoint holds.
+
+  Args:
+    before: {leaf name: shape} of the checkpoint.
+    now: the same of the config.
+    where: the run's workdir, for the error.
+
+  Raises:
+    UserError: with the keys that made them differ. What no key explains is
+      left to `Checkpoints.restore`, which names leaves.
+  """
+  why = _reasons(before, now)
+  if why:
+    raise UserError(
+      f'the run in {where} cannot go on: {"; ".join(why)}; go back to that, '
+      f'or name another --workdir with --config.init_from={where}'
+    )
+
+
+def _reasons(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  was, wants = (_under(_TRAINED, side) for side in (before, now))
+  why = []
+  for names, verb, other in (
+    (sorted(was - wants), 'freeze', 'trained'),
+    (sorted(wants - was), 'train', 'kept frozen'),
+  ):
+    if names:
+      more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+      why.append(f'schedules {verb} {names[0]}{more}, which it {other}')
+  if why:  # the other leaves follow those
+    return why
+  had, has = (bool(_under('ema/', side)) for side in (before, now))
+  if had != has:
+    why.append(
+      'ema=0, and it kept a moving average'
+      if had
+      else 'ema is above 0, and it kept no moving average'
+    )
+  old, new = before.get('usage'), now.get('usage')
+  if old and new and old[0] != new[0]:
+    why.append(f'log.usage_window={new[0]}, and it had {old[0]}')
+  if _under(_OPTIMIZER, before) != _under(_OPTIMIZER, now):
+    why.append(
+      'optim.clip or optim.weight_decay is on where it was off, or the other '
+      'way round'
+    )
+  return why
+
+
+def _under(prefix: str, leaves: Mapping[str, Any]) -> set[str]:
+  return {n.removeprefix(prefix) for n in leaves if n.startswith(prefix)}
+
 
 MANIFEST_VERSION = 1
 # What a run writes; a folder that a user put beside it is never touched.

@@ -9,18 +9,157 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
+from vqrae_jax import quantizers
 from vqrae_jax.data.pipeline import CROPS, Augment
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
-from vqrae_jax.optim import Adam, Schedule
+from vqrae_jax.losses.adversarial import D_LOSSES
+from vqrae_jax.models import latents
+from vqrae_jax.models import latents as latent_files
+from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.optim import UNITS, Adam, Schedule, steps_of
 from vqrae_jax.specs import build_spec
-from vqrae_jax.train.terms import (
-  TERMS,
-  DiscriminatorSpec,
-  DistillTerm,
-  Duration,
-  LossTerm,
-)
+
+# ----------------------------------------------------------------------------
+# A config's losses and its discriminator as frozen dataclasses.
+#
+# A loss is a weight and when it counts; two have more to say. The second player
+# is a section of its own, since a run that has none builds none.
+
+Duration = int | str
+DISTILL_TARGETS = ('teacher', 'self')
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerm:
+  """A weight, and when it counts.
+
+  Attributes:
+    weight: of the loss, from the ramp's end on.
+    start: the step or epoch from which it counts.
+    unit: "steps" or "epochs", of `start` and `ramp`.
+    ramp: how long the weight rises, linearly, from zero.
+  """
+
+  weight: float
+  start: int | float = 0
+  unit: str = 'steps'
+  ramp: int | float = 0
+
+  def check(self, where: str) -> 'LossTerm':
+    """Itself, if a run can have it.
+
+    Args:
+      where: its section of the config, for the errors.
+
+    Raises:
+      UserError: a weight that trains nothing, or no time to start.
+    """
+    if not 0 < self.weight < float('inf'):
+      raise UserError(
+        f'{where}.weight={self.weight} trains nothing; give a number above 0, '
+        'or leave the term out'
+      )
+    if self.unit not in UNITS:
+      raise UserError(
+        f'{where}.unit={self.unit!r}{did_you_mean(self.unit, UNITS)}'
+      )
+    for name in ('start', 'ramp'):  # an epoch's length does not matter here
+      steps_of(f'{getattr(self, name)} {self.unit}', 1, f'{where}.{name}')
+    return self
+
+  def start_step(self, steps_per_epoch: float | None) -> int:
+    """The first step that counts."""
+    return steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
+
+  def end_step(self, steps_per_epoch: float | None) -> int:
+    """The step from which the weight is whole."""
+    ramp = steps_of(f'{self.ramp} {self.unit}', steps_per_epoch, 'losses')
+    return self.start_step(steps_per_epoch) + ramp
+
+  def weight_at(self, steps_per_epoch: float | None):
+    """step -> f32[]: zero before the start, whole when the ramp is over."""
+    start = self.start_step(steps_per_epoch)
+    ramp = self.end_step(steps_per_epoch) - start
+
+    def at(step):
+      if not ramp:
+        return self.weight * (step >= start)
+      return self.weight * jnp.clip((step - start + 1) / (ramp + 1), 0.0, 1.0)
+
+    return at
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillTerm(LossTerm):
+  """`target`: "teacher", the latents of a frozen encoder (the config's
+  `teacher` says which), or "self", those of the encoder as it is."""
+
+  target: str = 'teacher'
+
+  def check(self, where: str) -> LossTerm:
+    if self.target not in DISTILL_TARGETS:
+      near = did_you_mean(self.target, DISTILL_TARGETS)
+      raise UserError(f'{where}.target={self.target!r}{near}')
+    return super().check(where)
+
+
+@dataclasses.dataclass(frozen=True)
+class GanTerm(LossTerm):
+  """`adaptive`: the weight is scaled so that, at the decoder's head, this
+  loss's gradient is as long as that of the weighted image losses."""
+
+  adaptive: bool = True
+
+
+# Losses with more to say than a weight and a start.
+TERMS = {'distill': DistillTerm, 'gan': GanTerm}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorSpec:
+  """The second player.
+
+  Attributes:
+    name: "patch" or "dino" (`nn/discriminators.py`).
+    fields: of that module.
+    loss: "hinge", "non_saturating" or "vanilla", of both players.
+    schedule: its learning rate, from its start to the run's end.
+    optim: its own AdamW.
+    start: a duration; before it the discriminator rests.
+    updates: its updates in one step.
+    augment: whether it sees images augmented at random (DiffAug).
+    cutout: the share of each side that is cut out then; 0 for none.
+    lecam: weight of LeCam's regulariser.
+    r1: gamma of R1, the penalty on its gradient at real images.
+  """
+
+  name: str
+  fields: Mapping = dataclasses.field(default_factory=dict, hash=False)
+  loss: str = 'hinge'
+  schedule: Schedule = Schedule(lr=2e-4)
+  optim: Adam = Adam(b1=0.9, b2=0.95)
+  start: Duration = 0
+  updates: int = 1
+  augment: bool = True
+  cutout: float = 0.0
+  lecam: float = 0.0
+  r1: float = 0.0
+
+  def __post_init__(self):
+    choose(D_LOSSES, self.loss, 'discriminator.loss')
+    if self.updates < 1:
+      raise UserError(f'discriminator.updates={self.updates} must be above 0')
+    if not (0 <= self.lecam < float('inf') and 0 <= self.r1 < float('inf')):
+      raise UserError(
+        f'discriminator.lecam={self.lecam} and discriminator.r1={self.r1} '
+        'must be finite and must not be negative'
+      )
+    if not 0 <= self.cutout < 1:
+      raise UserError(f'discriminator.cutout={self.cutout} must lie in [0, 1)')
+
 
 NETWORKS = ('published', 'random')
 INIT_PARTS = ('encoder', 'decoder', 'latents')  # from files of their own
@@ -393,3 +532,85 @@ def read_config(config: Any) -> RunSpec:
   spec = build_spec(RunSpec, plain(config), 'config')
   spec.terms(), spec.schedule_rows()
   return spec
+
+
+# ----------------------------------------------------------------------------
+# Values that are usual, so that an unusual one is noticed once, not refused.
+#
+# The ranges are those that the tokenizers' own documentation gives (decay,
+# commitment) or that papers tried (codes, up to 65,536); around an epsilon two
+# powers of ten, and below commitment's .1 two for SimVQ, which may want it while
+# the encoder is frozen (`docs/results.md`). `docs/from_pytorch.md` shows the same
+# table, and a test holds the two equal. What cannot work at all is an error where
+# it is built.
+
+RANGES: dict[str, dict[str, tuple[float, float]]] = {
+  'vq': {
+    'num_codes': (512, 65536),
+    'decay': (0.95, 0.999),
+    'epsilon': (1e-7, 1e-3),
+  },
+  'simvq': {'num_codes': (512, 65536)},
+  'fsq': {'epsilon': (1e-5, 1e-1)},
+  'losses': {'commit': (0.1, 0.5)},
+}
+LOWER = {'simvq': {'commit': 0.001}}
+
+
+def unusual(spec: RunSpec, tokenizer: Tokenizer) -> str | None:
+  """One line that names every value outside its usual range, or None."""
+  name = quantizers.name_of(tokenizer.quantizer)
+  found = [
+    (f'model.quantizer.{field}', getattr(tokenizer.quantizer, field), usual)
+    for field, usual in RANGES.get(name, {}).items()
+  ]
+  found += [
+    (f'losses.{term}', value.weight, (LOWER.get(name, {}).get(term, low), high))
+    for term, value in spec.terms().items()
+    for low, high in [RANGES['losses'].get(term, (0, math.inf))]
+  ]
+  if tokenizer.codebook_size:  # noise teaches continuous decoders to forgive
+    found.append(('noise_tau', spec.noise_tau, (0, 0)))
+  odd = [
+    f'{key}={value:g} (usually {low:g}{f" to {high:g}" if high > low else ""})'
+    for key, value, (low, high) in found
+    if not low <= value <= high
+  ]
+  return f'unusual: {", ".join(odd)}' if odd else None
+
+
+# ----------------------------------------------------------------------------
+# Statistics of latents as a run's config names them: `init.latents`.
+#
+# They go with `model.latents` or not at all, and a run that begins from another
+# tokenizer (`init_from`) has them from there. What they do is in
+# `models/latents.py`, how a file of them is read in `models/latent_files.py`.
+
+
+def check(spec: RunSpec, tokenizer: Tokenizer) -> None:
+  """Model, data and `init.latents` agree; opens no file.
+
+  Raises:
+    UserError: a norm without statistics, statistics without a norm, or a
+      grid of tokens that they are not of.
+  """
+  given, norm = spec.init.latents, tokenizer.latents_spec
+  if norm.norm == 'none':
+    if given is not None:
+      raise UserError(
+        f'init.latents={given} has no place: set model.latents='
+        'dict(norm="channel") or "position", or remove it'
+      )
+    return
+  if given is None and spec.init_from is None:
+    flag = ' --position' if norm.grid else ''
+    raise UserError(
+      f'model.latents.norm="{norm.norm}" needs statistics: '
+      f'{latent_files.COMMAND} --config=… --data=… --out=stats.npz{flag} '
+      'computes them for --config.init.latents=stats.npz; or begin with '
+      'init_from'
+    )
+  latents.check_grid(norm, tokenizer.grid(*spec.data.size), 'data.image_size')
+  if spec.eval is not None:
+    tile = spec.eval.tile
+    latents.check_grid(norm, tokenizer.grid(tile, tile), 'eval.tile')

@@ -7,26 +7,217 @@ that a user gets.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import pathlib
+import signal
+import threading
 import time
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from vqrae_jax.errors import Stopped, UserError
+from vqrae_jax.losses import adversarial
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import finite, shown, summary
+from vqrae_jax.train import reporting
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.train.alarms import Alarms
-from vqrae_jax.train.checkpoint import Checkpoints
-from vqrae_jax.train.lock import agreed, check_no_run_in, only_run_in
-from vqrae_jax.train.position import Position, check_skipped
-from vqrae_jax.train.report import Report, write_json
+from vqrae_jax.train import step as finite
+from vqrae_jax.train.checkpoint import Checkpoints, Position, check_skipped
+from vqrae_jax.train.reporting import Report, write_json
 from vqrae_jax.train.run import Run, check_workdir, host_copy
-from vqrae_jax.train.stop import StopRequest
+
+# ----------------------------------------------------------------------------
+# When a run is asked to stop: SIGTERM or Ctrl-C, agreed on by all hosts.
+#
+# One process minds its own signals. Many ask `jax.distributed`, whose service
+# sees a SIGTERM on any host and names one step for all. A second Ctrl-C stops
+# at once.
+
+
+class StopRequest:
+  """`with StopRequest() as stop: … if stop.wanted(step): …`."""
+
+  def __init__(self):
+    self._signal: int | None = None
+    self._old: dict[int, object] = {}
+
+  def __enter__(self) -> 'StopRequest':
+    # Signals reach the main thread only; the service has its own handler.
+    alone = jax.process_count() == 1
+    if alone and threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._old[number] = signal.signal(number, self._note)
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def _note(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    if self._signal is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._signal = number
+
+  def wanted(self, step: int) -> bool:
+    """Whether to stop after this step; every host asks, and all agree."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._signal is not None
+
+  @property
+  def name(self) -> str:
+    """What asked for it."""
+    if self._signal is None:
+      return 'the scheduler'
+    return signal.Signals(self._signal).name
+
+
+# ----------------------------------------------------------------------------
+# One run a workdir: two would interleave their rows and checkpoints.
+#
+# The lock is the kernel's, on an open file, so that a killed run leaves none.
+# Process 0 holds it, and all hosts hear what became of it: none waits for one
+# that has stopped.
+
+
+def check_no_run_in(workdir: pathlib.Path) -> None:
+  """Raises UserError if a run is going on there; writes nothing."""
+  free, path = True, workdir / 'lock'
+  if not jax.process_index() and path.exists():
+    with path.open('a') as file:
+      free = _taken(file)
+  _check(free, workdir)
+
+
+@contextlib.contextmanager
+def only_run_in(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds workdir/lock while the body runs; made if absent.
+
+  Raises:
+    UserError: another process holds it; on every host.
+  """
+  with contextlib.ExitStack() as held:
+    free = True
+    if not jax.process_index():
+      workdir.mkdir(parents=True, exist_ok=True)
+      # To append: a look at it touches nothing.
+      free = _taken(held.enter_context((workdir / 'lock').open('a')))
+    _check(free, workdir)
+    yield
+
+
+def agreed(good: bool) -> bool:
+  """What process 0 finds; every host must ask."""
+  if jax.process_count() > 1:
+    good = bool(multihost_utils.broadcast_one_to_all(np.int32(good)))
+  return good
+
+
+def _taken(file: IO) -> bool:
+  """Takes the lock of an open file, or is False where another has it."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:  # a file system without locks
+    pass
+  return True
+
+
+def _check(free: bool, workdir: pathlib.Path) -> None:
+  if not agreed(free):
+    raise UserError(
+      f'another run is going on in {workdir}; stop it, or name another '
+      '--workdir'
+    )
+
+
+# ----------------------------------------------------------------------------
+# What tells of an adversarial game that has gone wrong, while it runs.
+#
+# The usual ways: the discriminator separates everything and nothing more is
+# learnt from it; its logits run away; the decoder's adversarial gradient all but
+# vanishes, so that the balance lies at its bound. Each is judged by means over
+# the steps between two rows of the log, said once, and again only after it had
+# stopped.
+
+# A discriminator whose loss is below this share of what guessing gives.
+WON = 0.02
+RUN_AWAY = 100.0
+
+
+class Alarms:
+  """Listens to a run's steps.
+
+  Args:
+    adversary: the plan's second player, of which the starts and the loss's
+      name are read; None is silent.
+  """
+
+  def __init__(self, adversary: Any):
+    self._adversary = adversary
+    self._heard: list[Mapping[str, float]] = []
+    self._sounding: set[str] = set()
+    if adversary is not None:
+      zero = jnp.zeros(1)
+      loss = adversarial.D_LOSSES[adversary.spec.loss]
+      self._guessing = float(loss(zero, zero))
+
+  def hear(self, step: int, metrics: Mapping[str, float]) -> None:
+    """The figures of a completed step; those left out tell nothing."""
+    player = self._adversary
+    if player is None or step <= player.start or metrics['nonfinite']:
+      return
+    self._heard.append(dict(metrics, heard=step > player.gan_start))
+
+  def words(self) -> list[str]:
+    """A line for each alarm that begins, judged by what was heard since the
+    last call."""
+    heard, self._heard = self._heard, []
+    if not heard:
+      return []
+    now = self._judge(heard)
+    new = [line for name, line in now.items() if name not in self._sounding]
+    self._sounding = set(now)
+    return new
+
+  def _judge(self, heard: list[Mapping[str, float]]) -> dict[str, str]:
+    def mean(name):
+      return float(np.mean([row[name] for row in heard]))
+
+    found = {}
+    loss, real, fake = map(
+      mean, ('loss/discriminator', 'logits/real', 'logits/fake')
+    )
+    if loss < WON * self._guessing:
+      found['won'] = (
+        f'the discriminator tells every reconstruction (its loss is {loss:.2g},'
+        f' guessing gives {self._guessing:.2g}); lower '
+        'discriminator.schedule.lr, or add discriminator.lecam or r1'
+      )
+    if max(abs(real), abs(fake)) > RUN_AWAY:
+      found['run away'] = (
+        f"the discriminator's logits run away (real {real:.3g}, fake "
+        f'{fake:.3g}); add discriminator.lecam or r1, or lower its rate'
+      )
+    balances = [row['gan_balance'] for row in heard if row['heard']]
+    bound = 0.99 * adversarial.MAX_WEIGHT
+    if balances and np.mean([b >= bound for b in balances]) > 0.5:
+      found['balance'] = (
+        'the adversarial gradient has all but vanished: gan_balance lies at '
+        f'its bound {adversarial.MAX_WEIGHT:.0e}; start losses.gan later, or '
+        'lower discriminator.schedule.lr'
+      )
+    return found
 
 
 def _read(metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -117,7 +308,7 @@ def train(
       variables = host_copy(
         state_lib.variables_of(state, frozen, ema=True), run.mesh
       )
-    return summary.finish(run, variables, workdir, going.figures())
+    return reporting.finish(run, variables, workdir, going.figures())
 
 
 def _finished(
@@ -186,7 +377,7 @@ class _Going:
   def __init__(self, run, workdir, kept, frozen, position, profile):
     self.run, self.workdir, self.kept = run, workdir, kept
     self.frozen, self.position, self.profile = frozen, position, profile
-    self.shown = shown.Shown(run, frozen)
+    self.shown = reporting.Shown(run, frozen)
     self.alarms = Alarms(run.plan.adversary)
     self.measured: dict[int, dict[str, float]] = {}
     self.first = position.step
@@ -246,7 +437,7 @@ class _Going:
     if every and (number % every == 0 or last):
       picture = self.shown.picture(state)
       self.report.images(number, picture)
-      shown.save(picture, self.workdir, number)
+      reporting.save(picture, self.workdir, number)
     every = spec.eval.every if spec.eval is not None else 0
     if every and (number % every == 0 or last):
       self.measured[number] = self.shown.figures(state)

@@ -21,16 +21,18 @@ from absl import logging
 from flax import linen as nn
 
 from vqrae_jax import export, sharding
-from vqrae_jax.data.encoded import EncodedImages
+from vqrae_jax.data.decode import EncodedImages
 from vqrae_jax.data.pipeline import TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
 from vqrae_jax.models.tokenizer import build_tokenizer, describe
 from vqrae_jax.ops import trees
-from vqrae_jax.train import changes, origin, ranges, statistics
+from vqrae_jax.train import checkpoint, initialize
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import frozen as frozen_lib
+from vqrae_jax.train import config as ranges
+from vqrae_jax.train import config as statistics
+from vqrae_jax.train import initialize as frozen_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.train.checkpoint import Checkpoints, as_leaves
@@ -170,7 +172,7 @@ class Run:
     """
     check_same_run(manifest['run'], self.identity())
     shapes, frozen = state_lib.abstract_state(self.plan, self.mesh)
-    changes.check_same_leaves(
+    checkpoint.check_same_leaves(
       {n: tuple(shape) for n, (shape, _) in manifest['leaves'].items()},
       {n: leaf.shape for n, leaf in as_leaves(shapes).items()},
       str(kept),
@@ -190,7 +192,7 @@ class Run:
     )
     return state, frozen, self._step(state)
 
-  def _bring(self, again: bool = False) -> origin.Given:
+  def _bring(self, again: bool = False) -> initialize.Given:
     """What the config brings; where it came from is kept for manifests.
 
     `again`: for the frozen trees of a run that goes on; all else is in its
@@ -200,11 +202,11 @@ class Run:
     init, init_from = spec.init, spec.init_from
     if again:
       init, init_from = self._still_needed()
-    given = origin.given_leaves(self.tokenizer, init_from, init)
+    given = initialize.given_leaves(self.tokenizer, init_from, init)
     if not (given.says or again):
       given = dataclasses.replace(given, says='random weights')
     begins = init_from or init.encoder
-    given = origin.with_teacher(given, self.tokenizer, spec.teacher, begins)
+    given = initialize.with_teacher(given, self.tokenizer, spec.teacher, begins)
     source = given.source or f'seed {spec.seed}'
     leaves, says = frozen_lib.networks_of(
       self.plan.networks, self.plan.adversary, spec.init.networks
@@ -228,7 +230,7 @@ class Run:
     parts = {n.partition('/')[0] for n in held}
     if spec.teacher == config_lib.INIT:
       parts.add('encoder')
-    return origin.still_needed(spec, parts)
+    return initialize.still_needed(spec, parts)
 
   def _step(self, state: TrainState) -> Callable:
     def step(state, frozen, batch):

@@ -16,12 +16,13 @@ import optax
 
 from vqrae_jax import optim, sharding
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS, networks
+from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
-from vqrae_jax.train import origin
-from vqrae_jax.train.adversary import Adversary, make_adversary
+from vqrae_jax.pretrained import networks
+from vqrae_jax.train import initialize
 from vqrae_jax.train.config import RunSpec
+from vqrae_jax.train.gan import Adversary, make_adversary
 from vqrae_jax.types import Frozen, Player, TrainState
 
 
@@ -217,7 +218,7 @@ def make_plan(
 
 def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
   """The state at step 0 and the frozen leaves, from a seed; pure."""
-  variables = origin.from_seed(plan.tokenizer, seed)
+  variables = initialize.from_seed(plan.tokenizer, seed)
   keep = set(plan.trainable)
   params, rest = trees.partition(variables['params'], keep.__contains__)
   quantizer = plan.tokenizer.quantizer
@@ -228,7 +229,7 @@ def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
   )
   discriminator = backbone = None
   if plan.adversary is not None:
-    key = jax.random.fold_in(origin.seed_keys(seed)[0], 1)
+    key = jax.random.fold_in(initialize.seed_keys(seed)[0], 1)
     image = jnp.zeros((1, *plan.image_size, 3))
     discriminator, backbone = plan.adversary.fresh(key, image)
   state = TrainState(
@@ -239,7 +240,7 @@ def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
     # A copy: both are donated, and a buffer may be donated once.
     ema=jax.tree.map(jnp.copy, params) if plan.ema else None,
     usage=jnp.zeros(ring, jnp.int32),
-    rng=origin.seed_keys(seed)[1],
+    rng=initialize.seed_keys(seed)[1],
   )
   teacher = None
   if plan.teacher:

@@ -12,13 +12,11 @@ door, readers are not.
 import importlib
 
 _HOMES = {
-  'handles': ('Handle', 'Source', 'arrays'),
-  'pretrained': ('LazyLeaf', 'Pretrained', 'export'),
+  'files': ('Handle', 'Source', 'arrays', 'write_safetensors'),
+  'load': ('LazyLeaf', 'Pretrained', 'export'),
   'readers': ('open_weights',),
-  'rules': ('PREFIXES', 'Rule', 'Table', 'fill', 'known', 'skip'),
-  'safetensors_files': ('write_safetensors',),
-  'source_words': ('SourceWord', 'parse_source'),
-  'transforms': ('by_heads',),
+  'rules': ('PREFIXES', 'Rule', 'Table', 'by_heads', 'fill', 'known', 'skip'),
+  'hub': ('SourceWord', 'parse_source'),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

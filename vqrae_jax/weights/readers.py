@@ -11,10 +11,9 @@ import pathlib
 from collections.abc import Mapping
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.weights import handles
-from vqrae_jax.weights.npz_files import open_npz
-from vqrae_jax.weights.safetensors_files import open_safetensors
-from vqrae_jax.weights.torch_files import open_torch
+from vqrae_jax.weights import files as handles
+from vqrae_jax.weights.files import open_npz, open_safetensors
+from vqrae_jax.weights.torch import open_torch
 
 _OPENERS = {
   '.safetensors': open_safetensors,

@@ -28,7 +28,7 @@ from vqrae_jax.nn.spectral import advance
 from vqrae_jax.ops import augment, trees
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.specs import DecoderSpec
-from vqrae_jax.train.terms import DiscriminatorSpec, GanTerm
+from vqrae_jax.train.config import DiscriminatorSpec, GanTerm
 from vqrae_jax.types import Frozen, Player, TrainState
 
 Metrics = dict[str, jax.Array]

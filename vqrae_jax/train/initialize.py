@@ -14,7 +14,7 @@ anew, and the log names what was left behind.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,24 +23,226 @@ import numpy as np
 
 from vqrae_jax import export
 from vqrae_jax.errors import UserError
-from vqrae_jax.models.tokenizer import (
-  Tokenizer,
-  build_tokenizer,
-  describe,
-)
+from vqrae_jax.models import latents
+from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import encoders, networks, rae
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train.checkpoint import Checkpoints
-from vqrae_jax.train.frozen import check_frozen, hash_frozen
-from vqrae_jax.train.parts import (
-  Given,
-  Leaves,
-  decoder_from,
-  encoder_from,
-  latents_from,
-  together,
-)
 from vqrae_jax.types import Frozen
+from vqrae_jax.weights import parse_source
+
+# ----------------------------------------------------------------------------
+# What a config brings for one part of a run, out of published files or of
+# another tokenizer: `init.encoder`, `init.decoder`, and in `init.latents` the
+# statistics that latents are normalised by.
+
+Leaves = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """What a config brings to a new run.
+
+  Attributes:
+    leaves: {"params/…" or "codebook/…": array on the host, or one that reads
+      its file when it is sliced}, a subset of the tokenizer's variables as
+      training has them; "teacher/…" where a frozen encoder teaches.
+    says: what was taken, in a line.
+    source: the words that weights came from; '' for none.
+    revision: the commits of hub's snapshots among them, if any.
+    teacher: (source, revision) of the encoder that teaches, or None.
+    left: what of a run was not taken, in words.
+    warning: what a run that begins so should say loudly; '' for nothing.
+  """
+
+  leaves: Leaves = dataclasses.field(default_factory=dict)
+  says: str = ''
+  source: str = ''
+  revision: str | None = None
+  teacher: tuple[str, str | None] | None = None
+  left: str = ''
+  warning: str = ''
+
+
+def encoder_from(
+  tokenizer: Tokenizer, word: str, key: str = 'init.encoder'
+) -> Given:
+  """The encoder's leaves out of a published encoder, or of a tokenizer."""
+  folder = _tokenizer_at(pathlib.Path(word).expanduser())
+  if folder is not None:
+    return _encoder_of(tokenizer, word, folder, key)
+  if pathlib.Path(word, 'metrics.jsonl').expanduser().exists():
+    raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
+  try:
+    found = encoders.find_encoder(word)
+    fit = encoders.fit_encoder(found, tokenizer.encoder_spec)
+    leaves = {f'params/encoder/{n}': x for n, x in fit.lazy().items()}
+  except UserError as e:
+    raise UserError(f'{key}={word}: {e}') from None
+  at = f' at {found.revision[:12]}' if found.revision else ''
+  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  says = f'the {len(leaves)} leaves of the encoder {word}{at}{skipped}'
+  return Given(leaves, says, word, found.revision)
+
+
+def _tokenizer_at(path: pathlib.Path) -> pathlib.Path | None:
+  """The tokenizer's directory that `path` is, or that the run there left."""
+  for folder in (path / 'tokenizer', path):
+    if export.is_tokenizer(folder):
+      return folder
+  return None
+
+
+def _encoder_of(
+  tokenizer: Tokenizer, word: str, folder: pathlib.Path, key: str
+) -> Given:
+  other, variables = export.load_tokenizer(folder)
+  have, want = (describe(t)['encoder'] for t in (other, tokenizer))
+  have, want = trees.flatten(have), trees.flatten(want)
+  for name in sorted(have.keys() | want.keys()):
+    if have.get(name) != want.get(name):
+      raise UserError(
+        f'{key}={word}: that encoder has {name.replace("/", ".")}='
+        f'{have.get(name)}, model.encoder has {want.get(name)}; make the two '
+        'equal'
+      )
+  leaves = trees.flatten({'encoder': variables['params']['encoder']})
+  leaves = {f'params/{n}': np.asarray(x) for n, x in leaves.items()}
+  says = f'the {len(leaves)} leaves of the encoder of the tokenizer {folder}'
+  return Given(leaves, says, word)
+
+
+def decoder_from(tokenizer: Tokenizer, word: str) -> tuple[Leaves, str]:
+  """The decoder's leaves out of "rae:FILE"."""
+  source = parse_source(word)
+  if source.kind != 'rae':
+    raise UserError(
+      f'init.decoder={word}: a decoder comes from "rae:FILE", a published RAE '
+      'decoder; a whole tokenizer from init_from'
+    )
+  fit = rae.fit_rae_decoder(
+    source.value, tokenizer.decoder_spec, tokenizer.latent_dim
+  )
+  leaves = {f'params/decoder/{n}': x for n, x in fit.load().items()}
+  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  note = f' ({fit.source.note})' if fit.source.note else ''
+  return leaves, f'the decoder of {source.value}{note}{skipped}'
+
+
+def latents_from(tokenizer: Tokenizer, path: str) -> Given:
+  """Mean and std of latents out of a file of statistics."""
+  try:
+    leaves = latents.leaves_of(
+      path, tokenizer.latents_spec, tokenizer.latent_dim
+    )
+  except UserError as e:
+    raise UserError(f'init.latents={path}: {e}') from None
+  # No source of weights: manifests name those of frozen leaves.
+  return Given(dict(leaves), f'the statistics of latents in {path}')
+
+
+def together(parts: list[Given]) -> Given:
+  """All that several parts bring."""
+  leaves = {name: x for part in parts for name, x in part.leaves.items()}
+  revisions = [part.revision for part in parts if part.revision]
+  return Given(
+    leaves,
+    ' and '.join(part.says for part in parts),
+    ' and '.join(part.source for part in parts if part.source),
+    ' and '.join(revisions) or None,
+  )
+
+
+# ----------------------------------------------------------------------------
+# The trees that no step moves: the networks that losses look through, and
+# the hashes by which a run that goes on knows that all of them are the same.
+
+
+def networks_of(
+  terms: list[str], adversary: Any, kind: str
+) -> tuple[dict[str, Any], str]:
+  """({leaf name: array} of the networks of losses and discriminator, in words).
+
+  Args:
+    terms: the losses that have one.
+    adversary: the second player, or None.
+    kind: the config's `init.networks`; "random" leaves the seed's.
+
+  Raises:
+    UserError: a file that is not here (with the command that brings it, and
+      the way out), or is another.
+  """
+  backbone = getattr(adversary and adversary.module, 'backbone', None)
+  names = terms + ['discriminator'] * (backbone is not None)
+  if not names:
+    return {}, ''
+  if kind == 'random':
+    where = ', '.join(names)
+    return {}, f'RANDOM networks in {where} (init.networks="random")'
+  leaves = {}
+  try:
+    for term in terms:
+      tree = {'losses': {term: networks.load(term)}}
+      leaves |= trees.flatten(tree)
+  except UserError as e:
+    raise UserError(
+      f'losses.{term}: {e}, or train on random features: '
+      '--config.init.networks=random'
+    ) from None
+  if backbone is not None:
+    try:
+      tree = {'discriminator': networks.load_backbone(backbone)}
+    except UserError as e:
+      raise UserError(
+        f'discriminator: {e}, or take the one without a backbone: '
+        '--config.discriminator.name=patch'
+      ) from None
+    leaves |= trees.flatten(tree)
+  return leaves, f'published networks in {", ".join(names)}'
+
+
+def hash_frozen(
+  frozen: Frozen, read: Callable[[Any], np.ndarray] = np.asarray
+) -> dict[str, str]:
+  """{tree's name: SHA-256 by the fingerprint's recipe} of what is there.
+
+  Args:
+    frozen: the trees that no step moves.
+    read: brings one array to the host.
+  """
+  named = {f.name: getattr(frozen, f.name) for f in dataclasses.fields(frozen)}
+  return {
+    name: export.fingerprint({}, trees.flatten(tree), read)
+    for name, tree in named.items()
+    if tree
+  }
+
+
+def check_frozen(
+  hashes: Mapping[str, str], recorded: Mapping[str, Any], where: str
+) -> None:
+  """The frozen trees at hand are those that a checkpoint was made with.
+
+  Args:
+    hashes: from `hash_frozen`.
+    recorded: the manifest's {name: {"sha256": …, "source": …}}.
+    where: for the error.
+
+  Raises:
+    UserError: another hash, or other trees.
+  """
+  for name in sorted(hashes.keys() | recorded.keys()):
+    have = hashes.get(name, 'absent')
+    want = recorded.get(name, {'sha256': 'absent', 'source': 'nowhere'})
+    if have != want['sha256']:
+      at = f' at {want["revision"]}' if want.get('revision') else ''
+      raise UserError(
+        f'{where}: the frozen tree "{name}" is not the one that the '
+        f'checkpoint was made with: SHA-256 {have[:12]}…, not '
+        f'{want["sha256"][:12]}… from {want["source"]}{at}; bring that back, '
+        'or begin a new run with init_from'
+      )
 
 
 def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vqrae_jax import encoders, sharding, weights
-from vqrae_jax.encoders import published, stored
+from vqrae_jax.encoders import converted, published
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import trees
@@ -95,7 +95,7 @@ def _found(word: str, path: pathlib.Path, row: str | None) -> Found:
   config = _json(path / CONFIG)
   if 'format_version' not in config:
     return Found(word, path, row, _told(path, config))
-  told, revision = stored.fields(config, str(path)), config.get('revision')
+  told, revision = converted.fields(config, str(path)), config.get('revision')
   if not isinstance(revision, str | None):
     raise UserError(f'{path / CONFIG} is damaged: revision={revision!r}')
   return Found(word, path, row, told, revision, stored=True)
@@ -209,7 +209,7 @@ def fit_encoder(
   source = weights.open_weights(found.path)
   shapes = {key: handle.shape for key, handle in source.items()}
   if found.stored:
-    (naming,) = stored.NAMINGS
+    (naming,) = converted.NAMINGS
   else:
     naming = encoders.naming_of(shapes, source.name)
   return weights.Pretrained(

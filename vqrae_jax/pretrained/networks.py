@@ -19,19 +19,117 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqrae_jax import weights
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.nn import vgg
 from vqrae_jax.nn.convnext import ConvNeXt
+from vqrae_jax.nn.dino import Backbone
 from vqrae_jax.ops import trees
 from vqrae_jax.types import Tree
-from vqrae_jax.weights import (
-  Pretrained,
-  Rule,
-  Table,
-  open_weights,
-  published,
-  skip,
+from vqrae_jax.weights import Pretrained, Rule, Table, hub, open_weights, skip
+
+# ----------------------------------------------------------------------------
+# DINO ViT-S/8's published weights (arXiv 2104.14294) as a backbone's leaves.
+#
+# The file is `dino_deitsmall8_pretrain.pth`, whose names are timm's. Its final
+# norm is not used: taps are taken before it. The biases of keys are zero here,
+# as RAE's discriminator has them; softmax does not see them.
+
+_LAYER = 'blocks.{i}.'
+_BLOCKS = 'transformer/blocks/'
+_QKV = ('query', 'key', 'value')
+
+
+def _qkv() -> tuple[Rule, Rule]:
+  homes = [f'{_BLOCKS}attention/{name}' for name in _QKV]
+  theirs = f'{_LAYER}attn.qkv'
+  return (
+    Rule(
+      f'{theirs}.weight', tuple(f'{h}/kernel[{{i}}]' for h in homes), 'linear'
+    ),
+    Rule(
+      f'{theirs}.bias',
+      tuple(f'{h}/bias[{{i}}]' for h in homes),
+      ('same', 'zeros', 'same'),
+    ),
+  )
+
+
+def _dense(theirs: str, ours: str) -> tuple[Rule, Rule]:
+  return (
+    Rule(
+      f'{_LAYER}{theirs}.weight', f'{_BLOCKS}{ours}/kernel[{{i}}]', 'linear'
+    ),
+    Rule(f'{_LAYER}{theirs}.bias', f'{_BLOCKS}{ours}/bias[{{i}}]'),
+  )
+
+
+def _vit_norm(name: str) -> tuple[Rule, Rule]:
+  return (
+    Rule(f'{_LAYER}{name}.weight', f'{_BLOCKS}{name}/scale[{{i}}]'),
+    Rule(f'{_LAYER}{name}.bias', f'{_BLOCKS}{name}/bias[{{i}}]'),
+  )
+
+
+_ROWS = (
+  Rule('patch_embed.proj.weight', 'embed/linear/kernel', 'conv_patch'),
+  Rule('patch_embed.proj.bias', 'embed/linear/bias'),
+  Rule('cls_token', 'embed/prefix', 'batched'),
+  Rule(
+    'pos_embed',
+    ('embed/prefix_positions', 'embed/positions'),
+    ('batched', 'batched grid'),
+  ),
+  *_vit_norm('norm1'),
+  *_qkv(),
+  *_dense('attn.proj', 'attention/out'),
+  *_vit_norm('norm2'),
+  *_dense('mlp.fc1', 'mlp/fc1'),
+  *_dense('mlp.fc2', 'mlp/fc2'),
+  skip(r'norm\..*', 'the final norm: taps are taken before it'),
+  skip(r'head\..*', 'the head that DINO trained with'),
 )
+TABLE = weights.Table(_ROWS, ('module.', '_orig_mod.', 'backbone.'))
+
+
+def _image(backbone: Backbone) -> jax.ShapeDtypeStruct:
+  s = backbone.spec
+  size = [n * s.patch_size for n in s.grid]
+  return jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+
+
+def random_backbone(key: jax.Array, backbone: Backbone) -> Tree:
+  """A collection "backbone" at random, for tests and trials."""
+  image = _image(backbone)
+  init = jax.jit(lambda k: backbone.init(k, jnp.zeros(image.shape)))
+  return init(key)['params']
+
+
+def load_backbone(
+  backbone: Backbone, path: str | pathlib.Path | None = None
+) -> Tree:
+  """The collection "backbone" out of a published file.
+
+  Args:
+    backbone: `DinoDiscriminator.backbone`, whose spec is the file's.
+    path: of the file; None for the one that `fetch_weights` brings.
+
+  Returns:
+    Nested f32 NumPy arrays.
+
+  Raises:
+    UserError: no file, a damaged one, or one that does not fit.
+  """
+  path = hub.locate('dino-s8') if path is None else path
+  shapes = jax.eval_shape(backbone.init, jax.random.key(0), _image(backbone))
+  fitted = weights.Pretrained(
+    weights.open_weights(path),
+    TABLE,
+    shapes['params'],
+    way_out='give the ViT-S/8 that DINO published, its backbone alone',
+  )
+  return trees.unflatten(fitted.load())
+
 
 # A random head's values lie in [0, this); the published ones' means are .1.
 _HEAD = 0.2
@@ -174,8 +272,8 @@ def load(
     path = (files or {}).get(name)
     if path is None and part == 'heads':
       path = installed_heads()
-    path = path or published.locate(name)
-    way_out = f'bring the published one with: {published.command(name)}'
+    path = path or hub.locate(name)
+    way_out = f'bring the published one with: {hub.command(name)}'
     leaves = Pretrained(open_weights(path), table, target[part], way_out).load()
     tree[part] = trees.unflatten(leaves)
     if part == 'heads':
@@ -199,7 +297,7 @@ def installed_heads() -> pathlib.Path | None:
     return None
   for folder in (spec and spec.submodule_search_locations) or ():
     path = pathlib.Path(folder) / 'weights' / 'v0.1' / 'vgg.pth'
-    want = published.FILES['lpips-vgg'].sha256
-    if path.is_file() and published.digest(path) == want:
+    want = hub.FILES['lpips-vgg'].sha256
+    if path.is_file() and hub.digest(path) == want:
       return path
   return None

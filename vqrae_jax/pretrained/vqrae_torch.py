@@ -1,24 +1,50 @@
-"""The quantizers of the PyTorch project (github hugoycj/RAE) and ours.
+"""Whole tokenizers of the PyTorch project (github hugoycj/RAE), both ways.
 
-A form is read off a file's keys (`detect`): VQ with a table that averages or
-gradients move, SimVQ by squared L2 or by cosine, FSQ between linear maps or
-between an MLP and a Fourier unprojection, each with or without a convolution.
-`quantizer_table` is the weight table of any of them. What is no part of a
-tokenizer is skipped with its reason, and written back (`fresh_state`) as a
-training run there would find it at its start.
+A model there has the keys `encoder.` (`torch_encoders.py`), `decoder.`
+(`rae.py`) and `quantizer.` with, beside it, `fsq_projection.`,
+`fsq_unprojection.`, `post_quant_conv.` (`torch_quantizers.py`). Each part is
+held to its own table; together they leave no key and no leaf.
 
-What it does not do: know the rest of a model (`vqrae_torch.py`).
+It reads no file by itself (`weights`) and writes none (`convert.py`).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from vqrae_jax import quantizers
+from vqrae_jax import encoders, quantizers, weights
+from vqrae_jax.encoders import dinov2, internvit, mae, siglip
+from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.errors import UserError
-from vqrae_jax.weights import Rule, Source, Table, known, skip
+from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import rae
+from vqrae_jax.specs import EncoderSpec
+from vqrae_jax.weights import (
+  PREFIXES,
+  Pretrained,
+  Rule,
+  Source,
+  Table,
+  export,
+  known,
+  skip,
+)
+
+# ----------------------------------------------------------------------------
+# The quantizers of the PyTorch project (github hugoycj/RAE) and ours.
+#
+# A form is read off a file's keys (`detect`): VQ with a table that averages or
+# gradients move, SimVQ by squared L2 or by cosine, FSQ between linear maps or
+# between an MLP and a Fourier unprojection, each with or without a convolution.
+# `quantizer_table` is the weight table of any of them. What is no part of a
+# tokenizer is skipped with its reason, and written back (`fresh_state`) as a
+# training run there would find it at its start.
+#
+# What it does not do: know the rest of a model (`vqrae_torch.py`).
 
 _P, _C = 'params/quantizer/', 'codebook/quantizer/'
 # VQ's table there is a buffer that averages move; one that gradients move is
@@ -270,3 +296,224 @@ def fresh_state(
       out['quantizer.l2_norm_scale'] = np.asarray(10.0, np.float32)
     return out
   return {}
+
+
+# ----------------------------------------------------------------------------
+# Encoders as they lie inside a checkpoint of the PyTorch project.
+#
+# The families' own tables, behind the project's prefixes: SigLIP (fixed sizes),
+# DINOv2 (SwiGLU too), ViT-MAE and InternViT, as transformers' files name their
+# leaves. A file says by its keys whose names it has; on the way back the spec
+# says which names to write. The project itself has no InternViT: its place is
+# that of the other models there.
+
+# The wrappers around a family's own names, outermost first.
+_PREFIXES = ('encoder.', 'model.', *PREFIXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+  """A family's names, and what stands before them in a whole model."""
+
+  table: Callable[[EncoderSpec, Shapes], Table]
+  home: str
+
+
+_FAMILIES = {
+  'SigLIP': _Family(siglip.table, 'encoder.model.'),
+  'DINOv2': _Family(dinov2.table, 'encoder.encoder.'),
+  'ViT-MAE': _Family(mae.table, 'encoder.model.'),
+  'InternViT': _Family(internvit.hf_table, 'encoder.model.'),
+}
+
+
+def _family(spec: EncoderSpec) -> str:
+  """Whose names a spec's leaves have; no spec is of two families."""
+  s = spec.vit
+  plain = s.norm == 'layer' and not s.qk_norm
+  scaled = s.layer_scale is not None
+  if s.posemb == 'learned' and not s.num_prefix_tokens:
+    if plain and not scaled and s.qkv_bias:
+      return 'SigLIP'
+  elif s.posemb == 'learned' and s.prefix_has_posemb:
+    one = s.num_prefix_tokens == 1 and not s.num_registers
+    if scaled and plain and spec.final_norm:
+      return 'DINOv2'
+    if not scaled and plain and spec.final_norm and one:
+      return 'ViT-MAE'
+    if scaled and not spec.final_norm and one:
+      return 'InternViT'
+  raise UserError(
+    "model.encoder is of no family that the PyTorch project's checkpoints are "
+    f'written for: {", ".join(_FAMILIES)}; keep it as a tokenizer directory'
+  )
+
+
+def file_table(
+  spec: EncoderSpec, shapes: Shapes, where: str
+) -> tuple[Table, str]:
+  """The rows for a file's own names, prefixes of the project allowed, and
+  the names' name.
+
+  Args:
+    spec: the encoder to fill.
+    shapes: {the file's key: shape}.
+    where: the file, for the error.
+
+  Raises:
+    UserError: no family's names.
+  """
+  naming = encoders.naming_of(shapes, where)
+  table = naming.table(spec, shapes)
+  return dataclasses.replace(table, prefixes=_PREFIXES), naming.name
+
+
+def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
+  """{key in the project's whole model: array} of an encoder.
+
+  DINOv2's mask token, which no tokenizer has and no latent needs, is written
+  as it is drawn: zeros. SigLIP's pooling head is not written.
+
+  Args:
+    leaves: {leaf name under params/encoder: array}.
+    spec: the encoder's.
+
+  Raises:
+    UserError: a family whose checkpoints are not written.
+  """
+  name = _family(spec)
+  family = _FAMILIES[name]
+  theirs = export(family.table(spec, {}), leaves)
+  if name == 'DINOv2':
+    width = spec.vit.width
+    theirs['embeddings.mask_token'] = np.zeros((1, width), np.float32)
+  return {family.home + key: x for key, x in theirs.items()}
+
+
+_OURS = {
+  'encoder': 'params/encoder/',
+  'quantizer': '',
+  'decoder': 'params/decoder/',
+}
+_WRAPPERS = ('module.', '_orig_mod.')
+# State of training, or made from other leaves: in no file of theirs.
+_NOT_THEIRS = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
+_CODES, _BASIS = 'codebook/quantizer/codes', 'codebook/quantizer/basis'
+
+
+def split(source: Source) -> dict[str, Source]:
+  """The file's arrays by the part of the tokenizer that they belong to."""
+  parts: dict[str, dict] = {p: {} for p in _OURS}
+  for key in source:
+    plain = key
+    while plain.startswith(_WRAPPERS):
+      plain = plain.split('.', 1)[1]
+    part = plain.split('.', 1)[0]
+    parts[part if part in _OURS else 'quantizer'][plain] = source[key]
+  for part in ('encoder', 'decoder'):
+    if not parts[part]:
+      raise UserError(
+        f'{source.name} holds no "{part}." keys, so it is no whole model of '
+        'the PyTorch project; a decoder alone is --source=rae:FILE'
+      )
+  return {p: Source(source.name, found) for p, found in parts.items()}
+
+
+def targets(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+  """{part: {leaf name as its table has it: ShapeDtypeStruct}}."""
+  p = tokenizer.patch_size
+  image = jax.ShapeDtypeStruct((1, p, p, 3), np.float32)
+  leaves = trees.flatten(
+    jax.eval_shape(tokenizer.init, jax.random.key(0), image)
+  )
+  return {
+    part: {
+      n.removeprefix(_OURS[part]): x
+      for n, x in leaves.items()
+      if n.split('/')[1] == part and n not in _NOT_THEIRS
+    }
+    for part in _OURS
+  }
+
+
+def fit(source: Source, tokenizer: Tokenizer) -> dict[str, Pretrained]:
+  """{part: its arrays held to the tokenizer's leaves}; no value read yet.
+
+  Raises:
+    UserError: a part that does not fit; the line shows both sides.
+  """
+  _check_latents(tokenizer)
+  parts, want = split(source), targets(tokenizer)
+  shapes = {key: handle.shape for key, handle in parts['encoder'].items()}
+  table, names = file_table(tokenizer.encoder_spec, shapes, source.name)
+  return {
+    'encoder': Pretrained(
+      parts['encoder'],
+      table,
+      want['encoder'],
+      f'it has the names of {names}: set model.encoder to the one that the '
+      'model was trained with (output_norm="plain" if it has no last norm)',
+    ),
+    'quantizer': Pretrained(
+      parts['quantizer'],
+      quantizer_table(tokenizer.quantizer),
+      want['quantizer'],
+      'set model.quantizer',
+    ),
+    'decoder': rae.fit_decoder(
+      parts['decoder'], tokenizer.decoder_spec, tokenizer.latent_dim
+    ),
+  }
+
+
+def _check_latents(tokenizer: Tokenizer) -> None:
+  if tokenizer.latents_spec.norm != 'none':
+    raise UserError(
+      f'model.latents.norm="{tokenizer.latents_spec.norm}": the PyTorch '
+      'project normalises latents after it quantises them, by a file beside '
+      'the weights; only models with norm="none" are converted'
+    )
+
+
+def load(fits: Mapping[str, Pretrained]) -> dict[str, np.ndarray]:
+  """{"params/…" or "codebook/…": array} of all parts."""
+  return {
+    _OURS[part] + name: leaf
+    for part, fitted in fits.items()
+    for name, leaf in fitted.load().items()
+  }
+
+
+def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
+  """{key there: array}: a state dict of the PyTorch project's whole model.
+
+  It lacks what no tokenizer has: a SigLIP's pooling head, which the project
+  builds and does not use (`load_state_dict(…, strict=False)`).
+
+  Raises:
+    UserError: a tokenizer that the project has no form for.
+  """
+  _check_latents(tokenizer)
+  leaves = {n: np.asarray(x) for n, x in trees.flatten(variables).items()}
+  q = tokenizer.quantizer
+  for name in _NOT_THEIRS:
+    leaves.pop(name, None)
+  if _BASIS in leaves or 'params/quantizer/codes' in leaves:
+    leaves.pop(_CODES, None)  # baked
+  parts = {
+    part: {
+      n.removeprefix(_OURS[part]): x
+      for n, x in leaves.items()
+      if n.split('/')[1] == part
+    }
+    for part in _OURS
+  }
+  encoder = export_encoder(parts['encoder'], tokenizer.encoder_spec)
+  decoder = rae.export_rae_decoder(parts['decoder'], tokenizer.decoder_spec)
+  middle = weights.export(quantizer_table(q), parts['quantizer'])
+  return (
+    encoder
+    | {f'decoder.{k}': x for k, x in decoder.items()}
+    | middle
+    | fresh_state(q, middle)
+  )
