@@ -53,7 +53,7 @@ from vqrae_jax.ops import codes
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
-from vqrae_jax.train.step import unless_spoilt
+from vqrae_jax.train.step import skip_if_nonfinite
 from vqrae_jax.types import LossInputs
 
 ALL = (r'.*', dict(lr=1e-3))
@@ -236,7 +236,9 @@ def loss_parts(plan, state, frozen, images):
   row = jax.ShapeDtypeStruct((1, b), jnp.int32)
 
   def weight(g, h, x):
-    return adversary.balance(adversary.at_head(g, x), adversary.at_head(h, x))
+    return adversary.balance(
+      adversary.head_grad(g, x), adversary.head_grad(h, x)
+    )
 
   def perceived(x, y, weights):
     def loss(x):
@@ -246,7 +248,7 @@ def loss_parts(plan, state, frozen, images):
 
   def kept(before, after, norm):
     # Its selects fuse with what they choose from, which is then counted twice.
-    return unless_spoilt(before, after, {'grad_norm': norm})
+    return skip_if_nonfinite(before, after, {'grad_norm': norm})
 
   def played(state, frozen, *lot):
     player, said = adversary.step(state, frozen, *lot)

@@ -102,7 +102,7 @@ BROKEN = {
 
 
 def good(folder: pathlib.Path) -> list[str]:
-  """Photographs of every mode that is converted, all below `folder`."""
+  """ImageSource of every mode that is converted, all below `folder`."""
   rgb = Image.fromarray(makers.photo(1, 24, 30))
   deep = np.arange(24 * 30, dtype=np.uint16).reshape(24, 30) * 90
   exif = Image.Exif()

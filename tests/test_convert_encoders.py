@@ -55,7 +55,7 @@ def there(tmp_path, monkeypatch):
 
 def write_config(vit, encoder, output_norm):
   vit = tiny.VIT | vit
-  painter = tiny.VIT | tiny.PAINTER
+  painter = tiny.VIT | tiny.DECODER
   painter |= dict(posemb='learned', prefix_has_posemb=True)
   model = dict(
     encoder=dict(

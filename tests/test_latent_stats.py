@@ -17,7 +17,7 @@ from vqrae_jax import latent_stats as latents
 from vqrae_jax.data.pipeline import Augment, augment_image
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
-from vqrae_jax.latent_stats import Moments
+from vqrae_jax.latent_stats import RunningStats
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import initialize
 from vqrae_jax.train.run import Run
@@ -150,7 +150,7 @@ def test_batches_and_hosts_do_not_move_the_sums():
   want = rows.reshape(-1, 4).astype(np.float64)
   for batch_size in (1, 4, 7):
     for hosts in (1, 2, 3):
-      total = Moments.none((4,))
+      total = RunningStats.none((4,))
       for host in range(hosts):
         total = total.merge(found(range(host, 23, hosts), batch_size))
       assert total.count == whole.count == 92

@@ -21,7 +21,7 @@ def params():
 
 def optimizer(rows, p, total=10, **adam):
   schedules = optim.match_schedules(rows, list(p))
-  return optim.make_optimizer(optim.Adam(**adam), schedules, p, total, 5)
+  return optim.make_optimizer(optim.AdamWConfig(**adam), schedules, p, total, 5)
 
 
 def run(tx, p, grads, steps=1):
@@ -96,7 +96,7 @@ def test_a_norm_is_of_what_moves():
     'a': jnp.ones(3),
     'b': jnp.stack([jnp.full(4, jnp.nan), jnp.ones(4)]),
   }
-  found = optim.felt(gradients, {'a': rate, 'b': half})
+  found = optim.mask_frozen_layers(gradients, {'a': rate, 'b': half})
   assert optax.global_norm(found) == np.sqrt(np.float32(7))
   assert (rate.moving_share, half.moving_share) == (1, 0.5)
   assert optim.Schedule(lr=1.0, layers=(0.0, 1.0)).moving_share == 0.5

@@ -21,7 +21,7 @@ from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import run as run_lib
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.types import Player
+from vqrae_jax.types import NetworkState
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_every_leaf_of_a_discriminator_is_claimed(name):
   stats = dict(
     spectral=made.get('spectral', {}), lecam=adversarial.lecam_init()
   )
-  player = Player(params, optax.adamw(1e-3).init(params), stats)
+  player = NetworkState(params, optax.adamw(1e-3).init(params), stats)
   mesh = sharding.make_mesh('fsdp+tp', tensor=2)
   tree = dict(discriminator=player, backbone=made.get('backbone', {}))
   places = trees.flatten(sharding.shardings_for(tree, mesh))

@@ -13,7 +13,7 @@ from tests import flags
 VIT = dict(
   width=32, depth=2, mlp_dim=48, num_heads=4, patch_size=4, grid=(4, 4)
 )
-PAINTER = dict(
+DECODER = dict(
   posemb='sincos2d', num_prefix_tokens=1, norm_eps=1e-12, patch_size=4
 )
 
@@ -77,7 +77,7 @@ def model(kind: str = 'fsq-cosmos', depth: int = 2, **options) -> dict:
   return dict(
     encoder=dict(vit=vit),
     quantizer=quantizer(kind, **options),
-    decoder=dict(vit=vit | PAINTER),
+    decoder=dict(vit=vit | DECODER),
     **run,
   )
 

@@ -38,9 +38,9 @@ from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders
 from vqrae_jax.specs import DTYPES, EncoderSpec
 from vqrae_jax.weights import (
-  Handle,
+  LazyArray,
   Pretrained,
-  Source,
+  WeightFile,
   open_weights,
   parse_source,
   write_safetensors,
@@ -61,7 +61,7 @@ LIMIT = 1e-4
 _SHOWN = 6
 
 
-def say(source: Source, fits: Mapping[str, Pretrained]) -> None:
+def say(source: WeightFile, fits: Mapping[str, Pretrained]) -> None:
   """Prints what became of each key.
 
   Args:
@@ -84,7 +84,7 @@ def say(source: Source, fits: Mapping[str, Pretrained]) -> None:
       print(f'  skipped {", ".join(keys[:_SHOWN])}{more}: {why}')
 
 
-def back_again(pairs: Iterable[tuple[Handle, np.ndarray]]) -> None:
+def back_again(pairs: Iterable[tuple[LazyArray, np.ndarray]]) -> None:
   """Prints how many arrays come out of our leaves as they went in.
 
   Args:
@@ -494,7 +494,7 @@ def _write(out: pathlib.Path, arrays: dict) -> None:
   print(f'wrote {out}: {len(arrays)} arrays')
 
 
-def _pairs(source: Source, theirs: dict, skipped: dict) -> Iterator[tuple]:
+def _pairs(source: WeightFile, theirs: dict, skipped: dict) -> Iterator[tuple]:
   """(the file's array, ours) of each key; prefixes in the file are its own."""
   for key, handle in source.items():
     plain = [k for k in theirs if key.endswith(k)]
@@ -507,7 +507,9 @@ _NO_REFERENCE = (
 )
 
 
-def whole(source: Source, model: dict, fields: dict, out: pathlib.Path) -> None:
+def whole(
+  source: WeightFile, model: dict, fields: dict, out: pathlib.Path
+) -> None:
   """A whole model of the PyTorch project as a tokenizer directory.
 
   Args:
@@ -561,7 +563,7 @@ def whole(source: Source, model: dict, fields: dict, out: pathlib.Path) -> None:
   print(f'wrote {out}, fingerprint {mark[:12]}…')
 
 
-def decoder(source: Source, model: dict, out: pathlib.Path) -> None:
+def decoder(source: WeightFile, model: dict, out: pathlib.Path) -> None:
   """A published RAE decoder, held to the config's, as .safetensors."""
   from vqrae_jax.models.tokenizer import build_tokenizer
   from vqrae_jax.pretrained import rae
@@ -577,7 +579,7 @@ def decoder(source: Source, model: dict, out: pathlib.Path) -> None:
   print(f'begin a run with it: --config.init.decoder=rae:{out}')
 
 
-def statistics(source: Source, out: pathlib.Path) -> None:
+def statistics(source: WeightFile, out: pathlib.Path) -> None:
   """RAE's mean and variance of latents, as .npz; bitwise."""
   from vqrae_jax.models.latents import read_statistics
 

@@ -22,9 +22,9 @@ import numpy as np
 from absl import flags, logging
 
 from vqrae_jax import cli
-from vqrae_jax.data.decode import Unreadable
+from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.data.pipeline import Augment, augment_image, reading_threads
-from vqrae_jax.data.sources import Photographs
+from vqrae_jax.data.sources import ImageSource
 from vqrae_jax.errors import UserError
 
 # ----------------------------------------------------------------------------
@@ -41,7 +41,7 @@ from vqrae_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Moments:
+class RunningStats:
   """Of `count` values each: f64 `mean`, and `m2`, squares about it."""
 
   count: int
@@ -49,20 +49,20 @@ class Moments:
   m2: np.ndarray
 
   @classmethod
-  def of(cls, rows: np.ndarray) -> 'Moments':
+  def of(cls, rows: np.ndarray) -> 'RunningStats':
     """Of f[n …]: over its first axis, n above 0."""
     rows = np.asarray(rows, np.float64)
     mean = rows.mean(0)
     return cls(len(rows), mean, ((rows - mean) ** 2).sum(0))
 
-  def merge(self, other: 'Moments') -> 'Moments':
+  def merge(self, other: 'RunningStats') -> 'RunningStats':
     """Of both together."""
     n = self.count + other.count
     if not n:
       return self
     delta = other.mean - self.mean
     share = other.count / n
-    return Moments(
+    return RunningStats(
       n,
       self.mean + delta * share,
       self.m2 + other.m2 + delta**2 * (self.count * share),
@@ -74,7 +74,7 @@ class Moments:
     return self.m2 / max(self.count, 1)
 
   @classmethod
-  def none(cls, shape: tuple[int, ...]) -> 'Moments':
+  def none(cls, shape: tuple[int, ...]) -> 'RunningStats':
     """Of nothing: what a merge leaves as it is."""
     return cls(0, np.zeros(shape), np.zeros(shape))
 
@@ -84,14 +84,14 @@ class Moments:
     return np.concatenate(parts).astype(np.float64)
 
   @classmethod
-  def unpacked(cls, row: np.ndarray, shape: tuple[int, ...]) -> 'Moments':
+  def unpacked(cls, row: np.ndarray, shape: tuple[int, ...]) -> 'RunningStats':
     """`packed` backwards."""
     mean, m2 = row[1:].reshape(2, *shape)
     return cls(int(row[0]), mean, m2)
 
 
 # ----------------------------------------------------------------------------
-# Moments of an encoder's latents over photographs, each taken once.
+# RunningStats of an encoder's latents over photographs, each taken once.
 #
 # Threads read and crop ahead, the device encodes, and the host sums in f64 what
 # the batch before gave. Sums of tokens do not know batches, so neither their
@@ -108,7 +108,7 @@ class Measured:
     skipped: photographs that could not be read.
   """
 
-  moments: Moments
+  moments: RunningStats
   images: int
   skipped: int
 
@@ -121,7 +121,7 @@ def spread(count: int, wanted: int | None) -> range | list[int]:
 
 
 def crops(
-  source: Photographs,
+  source: ImageSource,
   indices: Sequence[int],
   size: tuple[int, int],
   skip: Callable[[str, str], None],
@@ -156,7 +156,7 @@ def crops(
       index, image = waiting.popleft()
       try:
         yield image.result()
-      except Unreadable as e:
+      except ImageDecodeError as e:
         skip(source.name(index), e.reason)
 
 
@@ -181,7 +181,7 @@ def moments_of(
   shape: tuple[int, ...],
   batch_size: int,
   progress: Callable[[int], Any],
-) -> tuple[Moments, int]:
+) -> tuple[RunningStats, int]:
   """(moments, number of images) of the latents of `images`.
 
   Args:
@@ -191,13 +191,13 @@ def moments_of(
     batch_size: b.
     progress: is told how many images more were summed.
   """
-  total, count = Moments.none(shape), 0
+  total, count = RunningStats.none(shape), 0
 
   def add(pending):
     nonlocal total, count
     latents, n = pending
     rows = np.asarray(latents, np.float32)[:n].reshape(-1, *shape)
-    total, count = total.merge(Moments.of(rows)), count + n
+    total, count = total.merge(RunningStats.of(rows)), count + n
     progress(n)
 
   pending = None
@@ -221,10 +221,10 @@ def over_hosts(mine: Measured) -> Measured:
   row = np.concatenate([[mine.images, mine.skipped], mine.moments.packed()])
   # As halves of f64s: JAX would make f32 of them.
   halves = multihost_utils.process_allgather(row.view(np.uint32))
-  total = Measured(Moments.none(shape), 0, 0)
+  total = Measured(RunningStats.none(shape), 0, 0)
   for row in np.ascontiguousarray(halves).view(np.float64):
     total = Measured(
-      total.moments.merge(Moments.unpacked(row[2:], shape)),
+      total.moments.merge(RunningStats.unpacked(row[2:], shape)),
       total.images + int(row[0]),
       total.skipped + int(row[1]),
     )

@@ -152,7 +152,7 @@ def _layer_factors(layers: Sequence, ndim: int) -> tuple[np.ndarray, ...]:
   return factor, moves
 
 
-def felt(
+def mask_frozen_layers(
   grads: Mapping[str, Any], schedules: Mapping[str, Schedule]
 ) -> dict[str, Any]:
   """Gradients with zero in slices that `layers` freezes, so that the norm
@@ -183,7 +183,7 @@ def decays(name: str, leaf: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam:
+class AdamWConfig:
   """AdamW's numbers; `clip` bounds the global gradient norm (None: no)."""
 
   b1: float = 0.9
@@ -210,7 +210,7 @@ class Adam:
 
 
 def make_optimizer(
-  adam: Adam,
+  adam: AdamWConfig,
   schedules: Mapping[str, Schedule],
   params: Mapping[str, Any],
   total_steps: int,
@@ -258,7 +258,9 @@ def make_optimizer(
     return {name: one(name, u) for name, u in deltas.items()}
 
   decayed = {name: decays(name, leaf) for name, leaf in params.items()}
-  chain = [optax.stateless(lambda grads, _: felt(grads, schedules))]
+  chain = [
+    optax.stateless(lambda grads, _: mask_frozen_layers(grads, schedules))
+  ]
   if adam.clip is not None:
     chain.append(optax.clip_by_global_norm(adam.clip))
   chain.append(optax.scale_by_adam(adam.b1, adam.b2, adam.eps))

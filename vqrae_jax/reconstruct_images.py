@@ -1,6 +1,6 @@
 """python -m vqrae_jax.reconstruct_images --tokenizer=DIR --images=X --out=DIR
 
-Photographs through tokens and back: a PNG each, a side-by-side page, and the
+ImageSource through tokens and back: a PNG each, a side-by-side page, and the
 PSNR of each. An image's remainder modulo the patch (or the tile) is cropped.
 """
 
@@ -65,7 +65,7 @@ def reconstruct_folder(
   from tqdm import tqdm
 
   from vqrae_jax import export
-  from vqrae_jax.data.decode import Unreadable
+  from vqrae_jax.data.decode import ImageDecodeError
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, visualize
 
@@ -91,7 +91,7 @@ def reconstruct_folder(
   ):
     try:
       image = source[i]
-    except Unreadable as e:
+    except ImageDecodeError as e:
       tqdm.write(f'{name}  skipped: {e.reason}')
       lost, count = e, count - 1
       continue

@@ -86,7 +86,7 @@ class LatentInputs:
 
 
 @struct.dataclass
-class Player:
+class NetworkState:
   """One optimised network: its trainable leaves, optimizer state and stats."""
 
   params: Tree
@@ -109,16 +109,16 @@ class TrainState:
   """
 
   step: Int[Array, '']
-  tokenizer: Player
+  tokenizer: NetworkState
   codebook: Tree
-  discriminator: Player | None
+  discriminator: NetworkState | None
   ema: Tree
   usage: Tree
   rng: Array
 
 
 @struct.dataclass
-class StepPart:
+class MicrobatchResult:
   """What a step, or an equal part of one, gives before anything moves.
 
   Attributes:

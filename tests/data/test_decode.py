@@ -167,7 +167,7 @@ BAD = {
 @pytest.mark.parametrize('kind', BAD)
 def test_what_cannot_be_decoded_says_why_in_one_line(kind):
   data, words = BAD[kind]
-  with pytest.raises(decode.Unreadable, match=words) as caught:
+  with pytest.raises(decode.ImageDecodeError, match=words) as caught:
     decode.decode(data, 'shard.tar:x.jpg')
   e = caught.value
   assert isinstance(e, UserError)
@@ -187,7 +187,7 @@ def test_damage_raises_nothing_else(kind):
     for read in (decode.decode, decode.size):
       try:
         read(data, 'x')
-      except decode.Unreadable as e:
+      except decode.ImageDecodeError as e:
         assert e.reason
 
 
@@ -215,7 +215,7 @@ def test_a_huge_image_is_refused_before_its_pixels_take_memory(monkeypatch):
     raise AssertionError('decoded')
 
   monkeypatch.setattr(ImageFile.ImageFile, 'load', load)
-  with pytest.raises(decode.Unreadable, match='above'):
+  with pytest.raises(decode.ImageDecodeError, match='above'):
     decode.decode(BAD['huge'][0], 'x')
 
 
@@ -223,7 +223,7 @@ def test_no_warning_of_pillow_leaks(monkeypatch):
   code = (
     'from vqrae_jax.data import decode; import sys\n'
     'try: decode.decode(sys.stdin.buffer.read(), "x")\n'
-    'except decode.Unreadable as e: print(e.reason)'
+    'except decode.ImageDecodeError as e: print(e.reason)'
   )
   for data in (png_of(10_001, 10_000), png_of(60_000, 60_000)):
     done = subprocess.run(
@@ -236,5 +236,5 @@ def test_no_warning_of_pillow_leaks(monkeypatch):
     assert b'pixels' in done.stdout and not done.stderr
   with warnings.catch_warnings():
     warnings.simplefilter('error')
-    with pytest.raises(decode.Unreadable, match='pixels'):
+    with pytest.raises(decode.ImageDecodeError, match='pixels'):
       decode.decode(png_of(10_001, 10_000), 'x')

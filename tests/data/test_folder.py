@@ -8,7 +8,7 @@ import pytest
 from tests.data import makers
 from vqrae_jax.data import sources
 from vqrae_jax.data import sources as folder
-from vqrae_jax.data.decode import Unreadable
+from vqrae_jax.data.decode import ImageDecodeError
 
 
 @pytest.fixture
@@ -22,12 +22,14 @@ def test_a_broken_and_a_lost_file_are_named(files):
   source = sources.open_source(str(files))
   (files / '0.png').write_bytes(b'\x89PNG no png')
   (files / '1.png').unlink()
-  with pytest.raises(Unreadable, match=r'cannot read the image .*/0\.png: its'):
+  with pytest.raises(
+    ImageDecodeError, match=r'cannot read the image .*/0\.png: its'
+  ):
     source[0]
-  with pytest.raises(Unreadable, match=r'1\.png: No such file') as caught:
+  with pytest.raises(ImageDecodeError, match=r'1\.png: No such file') as caught:
     source[1]
   assert caught.value.reason == 'No such file or directory'
-  with pytest.raises(Unreadable, match=r'1\.png: No such file'):
+  with pytest.raises(ImageDecodeError, match=r'1\.png: No such file'):
     source.size(1)
   np.testing.assert_array_equal(source[2], makers.photo(2))
   np.testing.assert_array_equal(source[-1], makers.photo(2))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests import tiny
 from vqrae_jax.data import pipeline, sources
-from vqrae_jax.data.decode import Unreadable
+from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.errors import UserError
 
 
@@ -76,7 +76,7 @@ class Flawed:
 
   def __getitem__(self, i):
     if i in self.bad:
-      raise Unreadable(f'/data/{self.name(i)}', 'torn')
+      raise ImageDecodeError(f'/data/{self.name(i)}', 'torn')
     return np.full((8, 8, 3), i % 256, np.uint8)
 
   def name(self, i):
@@ -141,7 +141,7 @@ def test_each_host_knows_the_unreadable_ones_it_met():
 def test_too_many_unreadable_draws_in_a_row_stop_the_run(read):
   with pytest.raises(UserError, match=r'16 .* row are .*photo\d+: torn') as e:
     read(flawed(bad=range(50)))
-  assert '\n' not in str(e.value) and not isinstance(e.value, Unreadable)
+  assert '\n' not in str(e.value) and not isinstance(e.value, ImageDecodeError)
 
 
 def test_an_empty_source_is_an_error():

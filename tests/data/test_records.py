@@ -6,7 +6,7 @@ import pytest
 from tests.data import makers
 from vqrae_jax.data import records as example
 from vqrae_jax.data import sources
-from vqrae_jax.data.decode import Unreadable
+from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_both_kinds_of_records(tmp_path):
 def test_anything_else_is_unreadable(tmp_path, record, reason):
   path = makers.array_record(tmp_path / 'x.array_record', [b'', record])
   source = sources.open_source(str(path))
-  with pytest.raises(Unreadable, match=rf'x\.array_record:1: .*{reason}'):
+  with pytest.raises(ImageDecodeError, match=rf'x\.array_record:1: .*{reason}'):
     source[1]
 
 

@@ -14,7 +14,7 @@ import pytest
 import vqrae_jax.data
 from tests.data import makers
 from vqrae_jax.data import sources, tar
-from vqrae_jax.data.decode import Unreadable
+from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.errors import UserError
 
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -257,7 +257,9 @@ def test_a_broken_member_is_named(tmp_path):
   members = [('1.jpg', b''), ('2.png', makers.png(2)[:99]), ('3.png', b'x')]
   source = sources.open_source(str(makers.tar(tmp_path / 'x.tar', members)))
   for i, reason in enumerate(('empty file', '.', 'content is none')):
-    with pytest.raises(Unreadable, match=rf'x\.tar:{i + 1}\.\w+: .*{reason}'):
+    with pytest.raises(
+      ImageDecodeError, match=rf'x\.tar:{i + 1}\.\w+: .*{reason}'
+    ):
       source[i]
 
 
@@ -268,7 +270,7 @@ def test_a_shard_that_changed_or_went_stops_the_run(tmp_path):
   second.unlink()
   with pytest.raises(UserError, match=r'1\.tar has changed since') as caught:
     source[0]
-  assert not isinstance(caught.value, Unreadable)
+  assert not isinstance(caught.value, ImageDecodeError)
   with pytest.raises(UserError, match=r'2\.tar is gone since'):
     source[3]
 

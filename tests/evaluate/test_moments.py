@@ -1,9 +1,9 @@
-"""Moments merge to those of the whole, in any split and order."""
+"""RunningStats merge to those of the whole, in any split and order."""
 
 import numpy as np
 import pytest
 
-from vqrae_jax.latent_stats import Moments
+from vqrae_jax.latent_stats import RunningStats
 
 
 def close(found, rows):
@@ -20,11 +20,11 @@ def test_any_split_in_any_order_is_the_whole(seed, shape):
   mean, std = rng.normal(0, 100, shape), rng.uniform(0.1, 3, shape)
   rows = rng.normal(mean, std, (500, *shape)).astype(np.float32)
   rows = rows.astype(np.float64)
-  close(Moments.of(rows), rows)
+  close(RunningStats.of(rows), rows)
   cuts = np.sort(rng.choice(np.arange(1, 500), rng.integers(1, 60), False))
-  parts = [Moments.of(part) for part in np.split(rows, cuts)]
+  parts = [RunningStats.of(part) for part in np.split(rows, cuts)]
   rng.shuffle(parts)
-  total = Moments.none(shape)
+  total = RunningStats.none(shape)
   for part in parts:
     total = total.merge(part)
   close(total, rows)
@@ -34,8 +34,8 @@ def test_any_split_in_any_order_is_the_whole(seed, shape):
 
 
 def test_nothing_changes_nothing():
-  some = Moments.of(np.arange(12.0).reshape(4, 3))
-  none = Moments.none((3,))
+  some = RunningStats.of(np.arange(12.0).reshape(4, 3))
+  none = RunningStats.none((3,))
   for merged in (some.merge(none), none.merge(some)):
     assert merged.count == 4
     np.testing.assert_array_equal(merged.mean, some.mean)
@@ -45,8 +45,8 @@ def test_nothing_changes_nothing():
 
 def test_packing_keeps_every_bit():
   rng = np.random.default_rng(0)
-  some = Moments.of(rng.normal(size=(7, 2, 3)))
-  back = Moments.unpacked(some.packed(), (2, 3))
+  some = RunningStats.of(rng.normal(size=(7, 2, 3)))
+  back = RunningStats.unpacked(some.packed(), (2, 3))
   assert back.count == 7
   assert back.mean.tobytes() == some.mean.tobytes()
   assert back.m2.tobytes() == some.m2.tobytes()

@@ -88,7 +88,9 @@ def test_it_equals_two_autograd_passes_of_torch(tmp_path):
     def gan(x):
       return adversarial.g_hinge(player.logits(heard, {}, Frozen({}), x))
 
-    found = [player.at_head(jax.grad(f)(images), features) for f in (rec, gan)]
+    found = [
+      player.head_grad(jax.grad(f)(images), features) for f in (rec, gan)
+    ]
     return *found, player.balance(*found)
 
   with jax.default_matmul_precision('highest'):

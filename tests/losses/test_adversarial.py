@@ -124,7 +124,7 @@ def test_eight_bits():
 @pytest.fixture(scope='module')
 def painted():
   """A real decoder, one forward, and two losses at its images."""
-  vit = tiny.VIT | tiny.PAINTER | dict(depth=1)
+  vit = tiny.VIT | tiny.DECODER | dict(depth=1)
   spec = DecoderSpec(build_spec(ViTSpec, vit, 'vit'), IMAGENET_NORM)
   decoder = Decoder(spec)
   z = jnp.asarray(RNG.normal(size=(4, 3, 2, 6)), jnp.float32)
@@ -147,14 +147,14 @@ def test_the_adaptive_weight_equals_two_passes_through_the_decoder(painted):
 
   @jax.jit
   def by_autograd(params):
-    def at_head(term):
+    def head_grad(term):
       def loss(kernel):
         head = params['head'] | {'kernel': kernel}
         return term(decoder.apply({'params': params | {'head': head}}, z)[0])
 
       return jax.grad(loss)(params['head']['kernel'])
 
-    return [at_head(term) for term in terms]
+    return [head_grad(term) for term in terms]
 
   head_gradient = functools.partial(
     adversarial.head_gradient,

@@ -42,7 +42,9 @@ def test_only_the_quantizer_sees_normalised_latents(norm):
 
 def test_codes_start_at_normalised_tokens():
   tokenizer, variables = tiny.normalised('vq-ema', 'channel')
-  tokens = tokenizer.apply(variables, tiny.images(2), method='code_tokens')
+  tokens = tokenizer.apply(
+    variables, tiny.images(2), method='project_to_code_space'
+  )
   out = vqrae_jax.reconstruct(tokenizer, variables, tiny.images(2))
   stats = variables['codebook']['latents']
   normal = (np.asarray(out.latents) - stats['mean']) / stats['std']

@@ -17,7 +17,7 @@ from vqrae_jax.models.tokenizer import build_tokenizer, describe
 UNEVEN = dict(
   encoder=dict(vit=tiny.VIT | dict(patch_size=6)),
   quantizer=tiny.quantizer('vq-ema'),
-  decoder=dict(vit=tiny.VIT | tiny.PAINTER | dict(patch_size=8)),
+  decoder=dict(vit=tiny.VIT | tiny.DECODER | dict(patch_size=8)),
 )
 
 

@@ -218,7 +218,7 @@ def test_a_fresh_sigma_is_positive_and_advancing_finds_the_largest_gain():
 
 def test_taps_are_the_blocks_outputs():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 32)), jnp.float32)
-  taps = vit.Taps(VIT, (2, 0))
+  taps = vit.IntermediateLayers(VIT, (2, 0))
   variables = jax.jit(taps.init)(jax.random.key(0), x)
   found = jax.jit(taps.apply)(variables, x)
   for depth, row in ((3, 0), (1, 1)):

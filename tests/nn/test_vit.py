@@ -147,7 +147,7 @@ def test_blocks_are_stacked():
 def test_prefix_comes_first_and_positions_fit_any_grid(posemb, grid):
   s = spec(posemb=posemb, num_prefix_tokens=3, prefix_has_posemb=True)
   x = jax.random.normal(jax.random.key(0), (2, *grid, 5))
-  model = vit.Embedder(s)
+  model = vit.PatchEmbed(s)
   variables = randomised(model.init(jax.random.key(1), x))
   out = model.apply(variables, x)
   p = variables['params']
@@ -160,7 +160,7 @@ def test_prefix_comes_first_and_positions_fit_any_grid(posemb, grid):
 def test_registers_follow_the_other_prefix_tokens_without_positions():
   s = spec(num_prefix_tokens=5, prefix_has_posemb=True, num_registers=4)
   x = jax.random.normal(jax.random.key(0), (2, 4, 4, 5))
-  model = vit.Embedder(s)
+  model = vit.PatchEmbed(s)
   variables = randomised(model.init(jax.random.key(1), x))
   p = variables['params']
   out = model.apply(variables, x)
@@ -170,6 +170,6 @@ def test_registers_follow_the_other_prefix_tokens_without_positions():
   )
   np.testing.assert_array_equal(out[1, 1:5], p['registers'])
   # The grid does not know of them.
-  bare = vit.Embedder(spec())
+  bare = vit.PatchEmbed(spec())
   fewer = {'params': {k: p[k] for k in ('linear', 'positions')}}
   np.testing.assert_array_equal(out[:, 5:], bare.apply(fewer, x))

@@ -87,7 +87,7 @@ def test_usage_and_perplexity():
 @pytest.mark.parametrize('last', (True, False))
 def test_digits_round_trip(last):
   levels = (8, 5, 3, 2)
-  places = codes.place_values(levels, last_is_least=last)
+  places = codes.radix_strides(levels, last_is_least=last)
   indices = jnp.arange(8 * 5 * 3 * 2)
   digits = codes.index_to_digits(indices, places, levels)
   np.testing.assert_array_equal(codes.digits_to_index(digits, places), indices)

@@ -99,7 +99,7 @@ def test_several_updates_do_not_hurry_its_schedule():
   """A warm-up in steps lasts as many, whatever the updates in each."""
   schedule = optim.Schedule(lr=1.0, warmup=4, decay='constant')
   leaf = {'w': np.ones(3, np.float32)}
-  free = optim.Adam(clip=None)
+  free = optim.AdamWConfig(clip=None)
   once, twice = (
     optim.make_optimizer(free, {'w': schedule}, leaf, 8, None, n)[0]
     for n in (1, 2)

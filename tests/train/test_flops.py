@@ -23,7 +23,7 @@ VIT = dict(
 MODEL = dict(
   encoder=dict(vit=VIT),
   quantizer=dict(name='simvq', num_codes=512, code_dim=96, distance='cosine'),
-  decoder=dict(vit=VIT | tiny.PAINTER | dict(patch_size=8)),
+  decoder=dict(vit=VIT | tiny.DECODER | dict(patch_size=8)),
   scan=False,
 )
 DINO = VIT | dict(num_prefix_tokens=1, prefix_has_posemb=True, scan=False)

@@ -15,7 +15,7 @@ from vqrae_jax.train import step as step_lib
 
 PATCH = dict(name='patch', fields=dict(hidden=8, halvings=2, groups=4, pool=0))
 LOSSES = dict(l2=1.0, gan=dict(weight=0.5))
-# An eps above the gradients: Adam would make ±1 of a rounding error.
+# An eps above the gradients: AdamWConfig would make ±1 of a rounding error.
 OPTIM = dict(eps=0.1, clip=None)
 
 

@@ -175,7 +175,7 @@ def test_a_published_decoder(photos, tmp_path):
       np.testing.assert_array_equal(leaf, plain[name], err_msg=name)
   assert loop.dry_run(config(photos, init=given, duration=1))
   wide = tiny.model('vq-ema')
-  wide['decoder'] = dict(vit=tiny.VIT | tiny.PAINTER | dict(width=64))
+  wide['decoder'] = dict(vit=tiny.VIT | tiny.DECODER | dict(width=64))
   with pytest.raises(UserError, match='the model wants'):
     begun(config(photos, init=given, model=wide))
 

@@ -266,7 +266,7 @@ def test_accumulation_is_one_big_batch(kind):
   """Four parts give the step of the whole: weights, codebook, figures."""
   ends = []
   for parts in (1, 4):
-    # An eps above the gradients: Adam would make ±1 of a rounding error.
+    # An eps above the gradients: AdamWConfig would make ±1 of a rounding error.
     plan = planned(
       kind, accumulate=parts, ema=0.5, optim=dict(eps=0.1, clip=None)
     )

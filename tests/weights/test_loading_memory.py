@@ -46,8 +46,8 @@ def test_a_block_is_read_once_for_all_its_replicas():
     asked.append(block)
     return values[tuple(slice(*pair) for pair in block)]
 
-  handle = weights.Handle(values.shape, values.dtype, fetch)
-  source = weights.Source('made', {'a': handle, 'b': handle})
+  handle = weights.LazyArray(values.shape, values.dtype, fetch)
+  source = weights.WeightFile('made', {'a': handle, 'b': handle})
   table = weights.Table((weights.Rule('a', 'x'), weights.Rule('b', 'y')))
   spec = jax.sharding.PartitionSpec
 
@@ -77,8 +77,8 @@ def test_chunks_make_the_whole(rows, monkeypatch):
     asked.append(block[0])
     return values[tuple(slice(*pair) for pair in block)]
 
-  handle = weights.Handle(values.shape, values.dtype, fetch)
-  source = weights.Source('made', {'a': handle})
+  handle = weights.LazyArray(values.shape, values.dtype, fetch)
+  source = weights.WeightFile('made', {'a': handle})
   table = weights.Table((weights.Rule('a', 'x'),))
   mesh = sharding.make_mesh('fsdp', devices=jax.devices()[:2])
   for axes in (('fsdp', None), (None, 'fsdp'), (None, None)):

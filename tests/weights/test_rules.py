@@ -193,7 +193,9 @@ def test_a_block_reads_its_layers_alone():
 
     return dataclasses.replace(handle, fetch=fetch)
 
-  spied = weights.Source('F.pt', {k: watched(k, h) for k, h in source.items()})
+  spied = weights.WeightFile(
+    'F.pt', {k: watched(k, h) for k, h in source.items()}
+  )
   opened = weights.Pretrained(spied, TABLE, TARGET)
   assert [key for key, _ in seen] == ['fixed']
   seen.clear()

@@ -1,1 +1,1 @@
-"""Photographs to batches of uint8 on the host; no device is touched here."""
+"""ImageSource to batches of uint8 on the host; no device is touched here."""

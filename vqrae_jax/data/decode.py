@@ -4,7 +4,7 @@ The header is read first: an image above `MAX_PIXELS` is refused before its
 pixels take memory. Every mode that has a meaning becomes RGB: grey, palette,
 CMYK and 16 bits are converted, alpha is laid over white, of an animation the
 first frame is taken, and EXIF's orientation is undone. Whatever cannot be
-decoded is `Unreadable`, with a reason of one line.
+decoded is `ImageDecodeError`, with a reason of one line.
 
 Formats are found by content and not by name, and only those of `EXTENSIONS`
 are tried: the rest of Pillow's readers never see a file.
@@ -52,7 +52,7 @@ _UPRIGHT = {
 }
 
 
-class Unreadable(UserError):
+class ImageDecodeError(UserError):
   """A photograph that cannot be had.
 
   Attributes:
@@ -70,7 +70,7 @@ def decode(file: io.IOBase | bytes, where: str) -> np.ndarray:
   """uint8 [h w 3] of an open file or of bytes.
 
   Raises:
-    Unreadable: with `where` in the message.
+    ImageDecodeError: with `where` in the message.
   """
   return _attempt(file, where, _pixels)
 
@@ -98,25 +98,25 @@ def _attempt(file, where, read):
   file = io.BytesIO(file) if isinstance(file, bytes) else file
   try:
     if not file.read(1):
-      raise Unreadable(where, 'an empty file of 0 bytes')
+      raise ImageDecodeError(where, 'an empty file of 0 bytes')
     file.seek(0)
     with Image.open(file, formats=FORMATS) as image:
       w, h = image.size
       if w * h > MAX_PIXELS:
-        raise Unreadable(where, _too_large(f'{h}x{w}'))
+        raise ImageDecodeError(where, _too_large(f'{h}x{w}'))
       return read(image)
-  except (Unreadable, MemoryError):
+  except (ImageDecodeError, MemoryError):
     raise
   except UnidentifiedImageError:
     kinds = ', '.join(FORMATS)
-    raise Unreadable(where, f'its content is none of {kinds}') from None
+    raise ImageDecodeError(where, f'its content is none of {kinds}') from None
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    raise Unreadable(where, _too_large('its size')) from None
+    raise ImageDecodeError(where, _too_large('its size')) from None
   # Damaged bytes raise anything in Pillow: struct.error, KeyError, zlib's.
   except Exception as e:
     if isinstance(e, OSError):
       refuse_if_ours(e)
-    raise Unreadable(where, str(e) or type(e).__name__) from None
+    raise ImageDecodeError(where, str(e) or type(e).__name__) from None
 
 
 def _too_large(what: str) -> str:
@@ -172,7 +172,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------
-# Photographs that lie somewhere as encoded bytes: what all sources share.
+# ImageSource that lie somewhere as encoded bytes: what all sources share.
 #
 # A source says how to open row i and what it is called; decoding, sizes, names
 # and the choice of some rows are here.
@@ -192,7 +192,7 @@ class EncodedImages:
     self._rows = np.arange(rows)
 
   def _open(self, row: int) -> io.IOBase:
-    """The encoded bytes; raises `Unreadable` or OSError."""
+    """The encoded bytes; raises `ImageDecodeError` or OSError."""
     raise NotImplementedError
 
   def _name(self, row: int) -> str:
@@ -220,7 +220,7 @@ class EncodedImages:
     """uint8 [h w 3], upright.
 
     Raises:
-      Unreadable: it cannot be opened or decoded.
+      ImageDecodeError: it cannot be opened or decoded.
       UserError: the source as a whole is not what it was.
     """
     return self._read(index, decode)
@@ -237,7 +237,7 @@ class EncodedImages:
         return read(file, where)
     except OSError as e:
       refuse_if_ours(e)
-      raise Unreadable(where, e.strerror or e) from None
+      raise ImageDecodeError(where, e.strerror or e) from None
 
   def matching(self, patterns: Sequence[str]) -> np.ndarray:
     """bool [patterns n]: which names match which glob."""

@@ -19,8 +19,8 @@ import grain
 import numpy as np
 from PIL import Image
 
-from vqrae_jax.data.decode import Unreadable
-from vqrae_jax.data.sources import Photographs
+from vqrae_jax.data.decode import ImageDecodeError
+from vqrae_jax.data.sources import ImageSource
 from vqrae_jax.errors import UserError
 
 CROPS = ('random', 'center')
@@ -127,7 +127,7 @@ class TrainBatches:
 
   def __init__(
     self,
-    source: Photographs,
+    source: ImageSource,
     augment: Augment,
     *,
     batch_size: int,
@@ -180,7 +180,7 @@ class TrainBatches:
         photo = int(rng.integers(len(self._source)))
       try:
         return self._source[photo], photo, attempt
-      except Unreadable as e:
+      except ImageDecodeError as e:
         with self._lock:
           self._unreadable[self._source.name(photo)] = e.reason
         last = e

@@ -1,4 +1,4 @@
-"""Photographs in ArrayRecord files: encoded images, or tf.train.Examples.
+"""ImageSource in ArrayRecord files: encoded images, or tf.train.Examples.
 
 A record is the bytes of an image, or an Example with one in a bytes feature
 (`example.py`). Arrays of raw pixels are not read.
@@ -142,7 +142,7 @@ class Records(EncodedImages):
         data = image_bytes(data)
     # RuntimeError: array_record found the record damaged.
     except (RuntimeError, ValueError) as e:
-      raise decode.Unreadable(self._where(row), e) from None
+      raise decode.ImageDecodeError(self._where(row), e) from None
     return io.BytesIO(data)
 
 

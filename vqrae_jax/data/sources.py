@@ -95,11 +95,11 @@ class Images(Protocol):
     """How many there are."""
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h w 3]; raises `decode.Unreadable` if it cannot be had."""
+    """uint8 [h w 3]; raises `decode.ImageDecodeError` if it cannot be had."""
 
 
 @runtime_checkable
-class Photographs(Images, Protocol):
+class ImageSource(Images, Protocol):
   """What the pipeline reads: images that have names."""
 
   def name(self, index: int) -> str:

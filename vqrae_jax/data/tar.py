@@ -1,4 +1,4 @@
-"""Photographs in tar shards, read at random by an index of offsets.
+"""ImageSource in tar shards, read at random by an index of offsets.
 
 A shard's headers are read once (`tar_index.py`) and kept between runs; then a
 photograph is one `pread` of its own bytes. No shard is ever read whole, and
@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from vqrae_jax.data import tree
-from vqrae_jax.data.decode import EXTENSIONS, EncodedImages, Unreadable
+from vqrae_jax.data.decode import EXTENSIONS, EncodedImages, ImageDecodeError
 from vqrae_jax.data.tree import Listing, Names, stamp
 from vqrae_jax.errors import UserError
 
@@ -292,7 +292,7 @@ class TarShards(EncodedImages):
   def _open(self, row: int) -> io.BytesIO:
     offset, size = int(self._offsets[row]), int(self._sizes[row])
     if size > _MAX_BYTES:
-      raise Unreadable(self._where(row), f'{size:,} bytes are too many')
+      raise ImageDecodeError(self._where(row), f'{size:,} bytes are too many')
     file, kept = self._file(self._shard(row))
     parts = []
     try:
@@ -301,7 +301,9 @@ class TarShards(EncodedImages):
         # At an offset of the read's own: threads and forks share the file.
         part = os.pread(file.fileno(), size, offset)
         if not part:
-          raise Unreadable(self._where(row), f'{size:,} bytes are missing')
+          raise ImageDecodeError(
+            self._where(row), f'{size:,} bytes are missing'
+          )
         parts.append(part)
         offset, size = offset + len(part), size - len(part)
     finally:

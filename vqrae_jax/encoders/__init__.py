@@ -18,7 +18,7 @@ from vqrae_jax.encoders import (
   siglip,
   siglip2,
 )
-from vqrae_jax.encoders.naming import Naming, Shapes
+from vqrae_jax.encoders.naming import KeyFormat, Shapes
 from vqrae_jax.errors import UserError, did_you_mean
 
 ENCODERS = {
@@ -56,7 +56,7 @@ _AROUND = {
 }
 
 
-def naming_of(shapes: Shapes, where: str) -> Naming:
+def naming_of(shapes: Shapes, where: str) -> KeyFormat:
   """Whose names a file's keys are.
 
   Args:

@@ -52,7 +52,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   return Table(tuple(rows), ())
 
 
-NAMINGS = (naming.Naming('this package', f'^{BLOCKS}', table),)
+NAMINGS = (naming.KeyFormat('this package', f'^{BLOCKS}', table),)
 
 
 def _without(cls: type, left_out: tuple[str, ...]) -> set[str]:

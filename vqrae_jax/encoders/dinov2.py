@@ -84,7 +84,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   return Table(tuple(rows))
 
 
-NAMINGS = (naming.Naming('DINOv2', r'\.layer_scale1\.lambda1$', table),)
+NAMINGS = (naming.KeyFormat('DINOv2', r'\.layer_scale1\.lambda1$', table),)
 
 
 def fields(config: Mapping[str, Any]) -> dict:

@@ -115,8 +115,8 @@ def hf_table(spec: EncoderSpec, shapes: Shapes) -> Table:
 
 
 NAMINGS = (
-  naming.Naming('InternViT', r'(^|\.)embeddings\.class_embedding$', table),
-  naming.Naming('InternViT ("-hf")', r'\d\.lambda_1$', hf_table),
+  naming.KeyFormat('InternViT', r'(^|\.)embeddings\.class_embedding$', table),
+  naming.KeyFormat('InternViT ("-hf")', r'\d\.lambda_1$', hf_table),
 )
 
 _DEFAULTS = {

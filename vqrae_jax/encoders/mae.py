@@ -72,7 +72,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   return Table(tuple(rows))
 
 
-NAMINGS = (naming.Naming('ViT-MAE', r'\d\.intermediate\.dense\.', table),)
+NAMINGS = (naming.KeyFormat('ViT-MAE', r'\d\.intermediate\.dense\.', table),)
 
 
 def fields(config: Mapping[str, Any]) -> dict:

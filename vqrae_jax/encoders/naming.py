@@ -1,6 +1,6 @@
 """How published files name an encoder's leaves: what families share.
 
-A `Naming` is one way of naming, told by a key that only it has, and its table
+A `KeyFormat` is one way of naming, told by a key that only it has, and its table
 of rows for a spec. Rows for leaves that a spec lacks want nothing, so a table
 names all that its family may have. No file is opened here.
 """
@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Naming:
+class KeyFormat:
   """One way of naming the leaves of a family.
 
   Attributes:

@@ -131,8 +131,8 @@ def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
 
 
 NAMINGS = (
-  naming.Naming('SigLIP', r'(^|\.)embeddings\.position_embedding\.', table),
-  naming.Naming(
+  naming.KeyFormat('SigLIP', r'(^|\.)embeddings\.position_embedding\.', table),
+  naming.KeyFormat(
     'SigLIP of big_vision', r'Transformer/encoder_norm/', big_vision_table
   ),
 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from vqrae_jax import inference
 from vqrae_jax.data import pipeline
-from vqrae_jax.data.decode import EncodedImages, Unreadable
+from vqrae_jax.data.decode import EncodedImages, ImageDecodeError
 from vqrae_jax.data.sources import Images
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import metrics
@@ -61,7 +61,7 @@ def check_tiles(source: EncodedImages, tile: int) -> None:
   for i in range(len(source)):
     try:
       source[i]
-    except Unreadable as e:
+    except ImageDecodeError as e:
       raise UserError(
         f'a held-out photograph: {e}; mend it, or leave it out by eval.exclude'
       ) from None

@@ -41,7 +41,7 @@ class Decoder(nn.Module):
   ) -> tuple[Float[Array, 'b h w 3'], Float[Array, 'b n e']]:
     spec, s = self.spec, self.spec.vit
     b, gh, gw, _ = z_q.shape
-    x = vit.Embedder(s, name='embed')(z_q)
+    x = vit.PatchEmbed(s, name='embed')(z_q)
     x = vit.Transformer(s, name='transformer')(x)
     features = vit.norm(s, 'norm')(x)
     x = nn.Dense(

@@ -41,7 +41,7 @@ class Encoder(nn.Module):
     x = images[:, : gh * s.patch_size, : gw * s.patch_size]
     x = image_ops.normalize(x, spec.pixel_norm.mean, spec.pixel_norm.std)
     x = image_ops.patchify(x, s.patch_size)
-    x = vit.Embedder(
+    x = vit.PatchEmbed(
       s, spec.posemb_resize, spec.posemb_antialias, name='embed'
     )(x)
     x = vit.Transformer(s, name='transformer')(x)

@@ -96,7 +96,7 @@ EPS = 1e-5  # RAE's, added to the variance
 COMMAND = 'python -m vqrae_jax.latent_stats'
 
 
-def read_statistics(source: weights.Source) -> dict[str, np.ndarray]:
+def read_statistics(source: weights.WeightFile) -> dict[str, np.ndarray]:
   """{"mean", "var"} of a file, as it has them.
 
   Raises:

@@ -116,7 +116,7 @@ class Tokenizer(nn.Module):
       return z_q
     return self.latents.inverse(z_q)
 
-  def code_tokens(self, images: ArrayLike) -> Array:
+  def project_to_code_space(self, images: ArrayLike) -> Array:
     """Images -> f32[n c], the tokens that codes are compared with."""
     z = self.quantizer.to_code_space(self._normalised(self.encode(images)))
     return z.reshape(-1, z.shape[-1])

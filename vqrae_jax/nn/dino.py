@@ -54,8 +54,8 @@ class Backbone(nn.Module):
     x = image_ops.resize(images, size, 'bilinear', antialias=False)
     x = image_ops.normalize(x, IMAGENET_NORM.mean, IMAGENET_NORM.std)
     x = image_ops.patchify(x, s.patch_size)
-    x = vit.Embedder(s, name='embed')(x)
-    x = vit.Taps(s, self.taps, name='transformer')(x)
+    x = vit.PatchEmbed(s, name='embed')(x)
+    x = vit.IntermediateLayers(s, self.taps, name='transformer')(x)
     return x[:, :, s.num_prefix_tokens :]
 
 

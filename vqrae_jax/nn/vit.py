@@ -6,7 +6,7 @@ queries and keys (full width, as InternViT), LayerScale (arXiv 2103.17239).
 
 The blocks' parameters are stacked [depth, ...] and stay so on disk; `scan`
 off unrolls the same loop. No patches, positions or heads here: see
-`Embedder` below for tokens and `models/` for whole networks.
+`PatchEmbed` below for tokens and `models/` for whole networks.
 """
 
 from typing import Any
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
     return _stack(self.spec)(x.astype(self.spec.dtype), None)[0]
 
 
-class Taps(nn.Module):
+class IntermediateLayers(nn.Module):
   """A `Transformer`, its leaves the same, that gives blocks' outputs.
 
   [b n d] -> [t b n d], after the blocks `after`, counted from 0, in that
@@ -157,7 +157,7 @@ class Taps(nn.Module):
     return jnp.stack([outputs[i] for i in self.after])
 
 
-class Embedder(nn.Module):
+class PatchEmbed(nn.Module):
   """Linear embedding of a grid, plus positions, plus prefix tokens.
 
   [b gh gw p] -> [b prefix+gh*gw d]. Positions follow `spec.posemb`: fixed

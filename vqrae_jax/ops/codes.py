@@ -93,7 +93,7 @@ def nearest_code(
   return search(flat, codes).reshape(shape)
 
 
-def place_values(levels: Sequence[int], last_is_least: bool) -> np.ndarray:
+def radix_strides(levels: Sequence[int], last_is_least: bool) -> np.ndarray:
   """i32[len(levels)]: what a step of each digit adds to the index."""
   order = levels[::-1] if last_is_least else levels
   values = np.cumprod([1, *order[:-1]]).astype(np.int32)

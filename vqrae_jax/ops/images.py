@@ -155,7 +155,7 @@ def unpatchify(
 
 
 # ----------------------------------------------------------------------------
-# Photographs resized bit for bit as PIL resizes them, on any device.
+# ImageSource resized bit for bit as PIL resizes them, on any device.
 #
 # The published processors of the encoders resize 8-bit images with PIL, which
 # works in whole numbers: weights of 22 fractional bits, a pass over the columns

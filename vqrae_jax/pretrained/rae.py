@@ -126,7 +126,7 @@ def _check_spec(spec: DecoderSpec) -> None:
       )
 
 
-def _sizes(source: weights.Source) -> str:
+def _sizes(source: weights.WeightFile) -> str:
   """The sizes that a file's shapes tell, as a way out of a misfit."""
 
   def shape(suffix: str, ndim: int) -> tuple[int, ...] | None:
@@ -172,7 +172,7 @@ def fit_rae_decoder(
 
 
 def fit_decoder(
-  source: weights.Source, spec: DecoderSpec, latent_dim: int
+  source: weights.WeightFile, spec: DecoderSpec, latent_dim: int
 ) -> weights.Pretrained:
   """`fit_rae_decoder` of an opened file."""
   _check_spec(spec)

@@ -27,8 +27,8 @@ from vqrae_jax.weights import (
   PREFIXES,
   Pretrained,
   Rule,
-  Source,
   Table,
+  WeightFile,
   export,
   known,
   skip,
@@ -75,7 +75,7 @@ class Form:
   words: str
 
 
-def _levels(source: Source) -> tuple[int, ...] | None:
+def _levels(source: WeightFile) -> tuple[int, ...] | None:
   """FSQ's levels, from its buffers; None without them."""
   if 'quantizer.scales' in source:
     tops = source['quantizer.scales'].read()
@@ -86,7 +86,7 @@ def _levels(source: Source) -> tuple[int, ...] | None:
   return tuple(round(2 * float(t) + 1) for t in tops)
 
 
-def detect(source: Source, latent_dim: int, name: str) -> Form:
+def detect(source: WeightFile, latent_dim: int, name: str) -> Form:
   """The form of a file's quantizer.
 
   Args:
@@ -125,7 +125,7 @@ def detect(source: Source, latent_dim: int, name: str) -> Form:
   return _with_post_quant(form, source, latent_dim)
 
 
-def _detect_fsq(source: Source) -> Form:
+def _detect_fsq(source: WeightFile) -> Form:
   levels = _levels(source)
   mlp = 'fsq_projection.net.0.weight' in source
   fourier = 'fsq_unprojection.fourier.B' in source
@@ -148,7 +148,7 @@ def _detect_fsq(source: Source) -> Form:
   )
 
 
-def _detect_simvq(source: Source) -> Form:
+def _detect_simvq(source: WeightFile) -> Form:
   k, c = source['quantizer.embedding.weight'].shape
   mapped = 'quantizer.z_proj.weight' in source
   fields = dict(num_codes=k, code_dim=c, projection=False, token_map=mapped)
@@ -162,7 +162,7 @@ def _detect_simvq(source: Source) -> Form:
   return Form('simvq', fields, guesses, f'SimVQ, {k} codes of {c}, {words}')
 
 
-def _with_post_quant(form: Form, source: Source, latent_dim: int) -> Form:
+def _with_post_quant(form: Form, source: WeightFile, latent_dim: int) -> Form:
   conv = source.get('post_quant_conv.weight')
   post = None
   if conv is not None:
@@ -401,7 +401,7 @@ _NOT_THEIRS = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 _CODES, _BASIS = 'codebook/quantizer/codes', 'codebook/quantizer/basis'
 
 
-def split(source: Source) -> dict[str, Source]:
+def split(source: WeightFile) -> dict[str, WeightFile]:
   """The file's arrays by the part of the tokenizer that they belong to."""
   parts: dict[str, dict] = {p: {} for p in _OURS}
   for key in source:
@@ -416,7 +416,7 @@ def split(source: Source) -> dict[str, Source]:
         f'{source.name} holds no "{part}." keys, so it is no whole model of '
         'the PyTorch project; a decoder alone is --source=rae:FILE'
       )
-  return {p: Source(source.name, found) for p, found in parts.items()}
+  return {p: WeightFile(source.name, found) for p, found in parts.items()}
 
 
 def targets(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
@@ -436,7 +436,7 @@ def targets(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
   }
 
 
-def fit(source: Source, tokenizer: Tokenizer) -> dict[str, Pretrained]:
+def fit(source: WeightFile, tokenizer: Tokenizer) -> dict[str, Pretrained]:
   """{part: its arrays held to the tokenizer's leaves}; no value read yet.
 
   Raises:

@@ -62,7 +62,7 @@ class Quantizer(nn.Module):
     return ()
 
   @property
-  def moving_tables(self) -> tuple[str, ...]:
+  def ema_tables(self) -> tuple[str, ...]:
     """Codebook tables that `update_codebook` moves; schedules may freeze."""
     return ()
 
@@ -225,7 +225,7 @@ def codebook_loss(surrogate: Array, codes: Array) -> Array:
   return jnp.mean((jax.lax.stop_gradient(surrogate) - codes) ** 2)
 
 
-def tokens_as_codes(z: Array, num_codes: int, rng: Array) -> Array:
+def init_codes_from_data(z: Array, num_codes: int, rng: Array) -> Array:
   """Codes f32[num_codes c] at tokens f32[n c] of a batch, drawn by `rng`.
 
   All are different while there are enough tokens. With fewer they repeat,

@@ -50,7 +50,7 @@ def _norm(dtype: str, name: str) -> nn.Module:
   return nn.LayerNorm(NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
-class MlpIn(nn.Module):
+class MLPProjection(nn.Module):
   """f32[... d] -> f32[... c]: norm, three layers, tanh, a gain a channel."""
 
   features: int
@@ -166,7 +166,7 @@ class FSQ(base.Quantizer):
 
   def setup_projections(self):
     if self.adapter_in == 'mlp':
-      self.project_in = MlpIn(self.code_width)
+      self.project_in = MLPProjection(self.code_width)
     else:
       self.project_in = self.linear_in()
     if self.adapter_out != 'fourier':
@@ -206,7 +206,7 @@ class FSQ(base.Quantizer):
 
   @property
   def _places(self):
-    return code_ops.place_values(
+    return code_ops.radix_strides(
       self.levels, last_is_least=self.convention == 'centered'
     )
 

@@ -136,7 +136,7 @@ class SimVQ(base.Quantizer):
       return codebook
     if self.normalize or self.distance == 'cosine':
       z = _unit_rms(z)
-    return {'basis': base.tokens_as_codes(z, self.num_codes, rng)}
+    return {'basis': base.init_codes_from_data(z, self.num_codes, rng)}
 
   def _table(self):
     """f32[k c], the codes: baked if they are, else basis @ W + b, whole."""

@@ -71,7 +71,7 @@ class VQ(base.Quantizer):
     return ('commit',) if self.update == 'ema' else ('commit', 'codebook')
 
   @property
-  def moving_tables(self):
+  def ema_tables(self):
     return ('codes',) if self.update == 'ema' else ()
 
   @property
@@ -118,7 +118,9 @@ class VQ(base.Quantizer):
     """Codes at tokens of the batch."""
     if not self.data_init or self.update != 'ema':
       return codebook
-    return self._fresh_average(base.tokens_as_codes(z, self.num_codes, rng))
+    return self._fresh_average(
+      base.init_codes_from_data(z, self.num_codes, rng)
+    )
 
   def _fresh_average(self, codes):
     counts = jnp.ones(self.num_codes, jnp.float32)

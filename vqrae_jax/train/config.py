@@ -19,7 +19,7 @@ from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.models import latents
 from vqrae_jax.models import latents as latent_files
 from vqrae_jax.models.tokenizer import Tokenizer
-from vqrae_jax.optim import UNITS, Adam, Schedule, steps_of
+from vqrae_jax.optim import UNITS, AdamWConfig, Schedule, steps_of
 from vqrae_jax.specs import build_spec
 
 # ----------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class DiscriminatorSpec:
   fields: Mapping = dataclasses.field(default_factory=dict, hash=False)
   loss: str = 'hinge'
   schedule: Schedule = Schedule(lr=2e-4)
-  optim: Adam = Adam(b1=0.9, b2=0.95)
+  optim: AdamWConfig = AdamWConfig(b1=0.9, b2=0.95)
   start: Duration = 0
   updates: int = 1
   augment: bool = True
@@ -377,7 +377,7 @@ class RunSpec:
   batch_size: int
   accumulate: int = 1
   seed: int = 0
-  optim: Adam = Adam()
+  optim: AdamWConfig = AdamWConfig()
   ema: float = 0.999
   noise_tau: float = 0.0
   init_from: str | None = None

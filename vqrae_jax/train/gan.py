@@ -29,7 +29,7 @@ from vqrae_jax.ops import augment, trees
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.specs import DecoderSpec
 from vqrae_jax.train.config import DiscriminatorSpec, GanTerm
-from vqrae_jax.types import Frozen, Player, TrainState
+from vqrae_jax.types import Frozen, NetworkState, TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -63,7 +63,7 @@ class Adversary:
   rate: Callable[[Any], Any]
   decoder: DecoderSpec
 
-  def fresh(self, key: jax.Array, image: Any) -> tuple[Player, dict]:
+  def fresh(self, key: jax.Array, image: Any) -> tuple[NetworkState, dict]:
     """(the player at its start, its frozen backbone, random); pure."""
     variables = self.module.init(key, image)
     params = trees.flatten(variables['params'])
@@ -71,7 +71,7 @@ class Adversary:
       'spectral': trees.flatten(variables.get('spectral', {})),
       'lecam': adversarial.lecam_init(),
     }
-    player = Player(params, self.optimizer.init(params), stats)
+    player = NetworkState(params, self.optimizer.init(params), stats)
     return player, variables.get('backbone', {})
 
   def logits(
@@ -116,7 +116,7 @@ class Adversary:
       recon,
     )
 
-  def at_head(self, cotangent: jax.Array, features: jax.Array) -> jax.Array:
+  def head_grad(self, cotangent: jax.Array, features: jax.Array) -> jax.Array:
     """The gradient at the head's kernel of a loss with this cotangent."""
     s = self.decoder.vit
     return adversarial.head_gradient(
@@ -131,7 +131,7 @@ class Adversary:
     """f32[], what the adversarial cotangent is scaled by.
 
     Args:
-      rec, gan: `at_head` of the weighted reconstruction losses and of the
+      rec, gan: `head_grad` of the weighted reconstruction losses and of the
         adversarial one, over the whole batch.
     """
     if not self.adaptive:
@@ -146,7 +146,7 @@ class Adversary:
     reals: jax.Array,
     fakes: jax.Array,
     rows: jax.Array,
-  ) -> tuple[Player, Metrics]:
+  ) -> tuple[NetworkState, Metrics]:
     """The player after its updates of one step, and what it said.
 
     Args:
@@ -206,7 +206,7 @@ class Adversary:
     params = optim.apply_updates(player.params, updates)
     metrics['discriminator/grad_norm'] = optax.global_norm(grads)
     metrics['discriminator/update_norm'] = optax.global_norm(updates)
-    return Player(params, opt_state, stats), metrics
+    return NetworkState(params, opt_state, stats), metrics
 
   def _loss(self, state, stats, frozen, params, reals, fakes, rows):
     """(f32[], its metrics), means over one part."""

@@ -23,7 +23,7 @@ from vqrae_jax.pretrained import networks
 from vqrae_jax.train import initialize
 from vqrae_jax.train.config import RunSpec
 from vqrae_jax.train.gan import Adversary, make_adversary
-from vqrae_jax.types import Frozen, Player, TrainState
+from vqrae_jax.types import Frozen, NetworkState, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make_plan(
   shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
   leaves = trees.flatten(shapes['params'])
   # A table that follows an average has no rate, but may be frozen too.
-  tables = [f'quantizer/{n}' for n in tokenizer.quantizer.moving_tables]
+  tables = [f'quantizer/{n}' for n in tokenizer.quantizer.ema_tables]
   schedules = optim.match_schedules(spec.schedule_rows(), [*leaves, *tables])
   trainable = tuple(n for n in leaves if schedules[n] is not None)
   if not trainable:
@@ -234,7 +234,7 @@ def fresh_state(plan: Plan, seed: Any) -> tuple[TrainState, Frozen]:
     discriminator, backbone = plan.adversary.fresh(key, image)
   state = TrainState(
     step=jnp.zeros([], jnp.int32),
-    tokenizer=Player(params, plan.optimizer.init(params), {}),
+    tokenizer=NetworkState(params, plan.optimizer.init(params), {}),
     codebook=variables.get('codebook', {}),
     discriminator=discriminator,
     # A copy: both are donated, and a buffer may be donated once.
@@ -368,11 +368,11 @@ def init_codebook(
   does a schedule that freezes it.
   """
   quantizer = plan.tokenizer.quantizer
-  held = quantizer.moving_tables and not plan.moves_codebook
+  held = quantizer.ema_tables and not plan.moves_codebook
   if 'quantizer' not in state.codebook or held:
     return state
   tokens = plan.tokenizer.apply(
-    variables_of(state, frozen), images, method='code_tokens'
+    variables_of(state, frozen), images, method='project_to_code_space'
   )
   key = jax.random.fold_in(state.rng, 2**31 - 1)  # a step no run reaches
   codebook = quantizer.init_codebook(state.codebook['quantizer'], tokens, key)

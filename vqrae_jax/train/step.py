@@ -32,14 +32,14 @@ from vqrae_jax.types import (
   Frozen,
   LatentInputs,
   LossInputs,
-  StepPart,
+  MicrobatchResult,
   TrainState,
 )
 
 # ----------------------------------------------------------------------------
 # Steps whose losses or gradients are no number: left out, then a stop.
 #
-# In the step, `unless_spoilt` keeps the state as it was, to the last bit: what
+# In the step, `skip_if_nonfinite` keeps the state as it was, to the last bit: what
 # one bad batch or one overflow in bf16 would spoil is not only the weights but
 # averages, codebooks and both optimizers. On the host such steps are counted; so
 # many in a row are no accident, and the run stops with the step and its losses.
@@ -57,7 +57,7 @@ def _judged(name: str) -> bool:
   return name.startswith('loss/') or name.rsplit('/', 1)[-1] in _NORMS
 
 
-def unless_spoilt(
+def skip_if_nonfinite(
   before: Any, after: Any, metrics: Mapping[str, jax.Array]
 ) -> tuple[Any, jax.Array]:
   """(`after` if every judged metric is finite, else `before`; f32[] 1 if it
@@ -175,7 +175,7 @@ def loss_gradients(
   images: jax.Array,
   rows: jax.Array | None = None,
   balance: jax.Array | None = None,
-) -> StepPart:
+) -> MicrobatchResult:
   """One forward, the losses at the image, one pullback.
 
   Args:
@@ -211,7 +211,7 @@ def loss_gradients(
   (gradients,) = pullback((cotangent, sent))
   clipped = jnp.clip(recon, 0.0, 1.0)
   metrics['mse'] = jnp.mean((clipped - targets) ** 2)
-  return StepPart(gradients, metrics, stats, fakes)
+  return MicrobatchResult(gradients, metrics, stats, fakes)
 
 
 def _balance(plan, image, gan, features):
@@ -219,7 +219,7 @@ def _balance(plan, image, gan, features):
   if not adversary.adaptive:
     return jnp.ones([])
   return adversary.balance(
-    adversary.at_head(image, features), adversary.at_head(gan, features)
+    adversary.head_grad(image, features), adversary.head_grad(gan, features)
   )
 
 
@@ -238,7 +238,9 @@ def _whole_balance(plan, state, frozen, images, rows):
     forward = _forward(plan, state, frozen, targets, rows)
     _, (recon, _, features) = forward(state.tokenizer.params)
     _, image, gan = _cotangents(plan, state, frozen, targets, recon, rows)
-    return adversary.at_head(image, features), adversary.at_head(gan, features)
+    return adversary.head_grad(image, features), adversary.head_grad(
+      gan, features
+    )
 
   def add(total, part):
     return jax.tree.map(jnp.add, total, one(part)), None
@@ -255,7 +257,7 @@ def _whole_balance(plan, state, frozen, images, rows):
 
 def accumulated(
   plan: Plan, state: TrainState, frozen: Frozen, images: jax.Array
-) -> tuple[StepPart, tuple[jax.Array, ...] | None]:
+) -> tuple[MicrobatchResult, tuple[jax.Array, ...] | None]:
   """`loss_gradients` of a batch, computed in `plan.accumulate` parts.
 
   Part m holds rows m, m + A, …: each device keeps the rows it has. Parts are
@@ -350,7 +352,7 @@ def train_step(
     window = usage.sum(0)
     metrics['usage'] = code_ops.usage(window).mean()
     metrics['perplexity'] = code_ops.perplexity(window).mean()
-  moving = optim.felt(gradients, plan.schedules)
+  moving = optim.mask_frozen_layers(gradients, plan.schedules)
   metrics['grad_norm'] = optax.global_norm(moving)
   metrics['update_norm'] = optax.global_norm(updates)
   discriminator = state.discriminator
@@ -364,7 +366,7 @@ def train_step(
     ema=ema,
     usage=usage,
   )
-  moved, metrics['nonfinite'] = unless_spoilt(state, moved, metrics)
+  moved, metrics['nonfinite'] = skip_if_nonfinite(state, moved, metrics)
   return moved.replace(step=state.step + 1), metrics
 
 

@@ -12,7 +12,7 @@ door, readers are not.
 import importlib
 
 _HOMES = {
-  'files': ('Handle', 'Source', 'arrays', 'write_safetensors'),
+  'files': ('LazyArray', 'WeightFile', 'arrays', 'write_safetensors'),
   'load': ('LazyLeaf', 'Pretrained', 'export'),
   'readers': ('open_weights',),
   'rules': ('PREFIXES', 'Rule', 'Table', 'by_heads', 'fill', 'known', 'skip'),

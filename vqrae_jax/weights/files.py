@@ -1,6 +1,6 @@
 """Lazy arrays by key: what every reader of weight files returns.
 
-Opening a file reads names, shapes and types; `Handle.read` reads values, and
+Opening a file reads names, shapes and types; `LazyArray.read` reads values, and
 only those of the slice asked for. What it does not do: know a file format
 (the readers beside it do) or a model (`rules.py`).
 """
@@ -45,7 +45,7 @@ def bounds(index: Sequence[slice] | None, shape: Sequence[int]) -> Bounds:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Handle:
+class LazyArray:
   """An array in a file: its shape, its type, and how to read a block of it."""
 
   shape: tuple[int, ...]
@@ -65,19 +65,21 @@ class Handle:
     return self.fetch(block)
 
 
-class Source(Mapping):
-  """{key: Handle} of one file or one set of shards.
+class WeightFile(Mapping):
+  """{key: LazyArray} of one file or one set of shards.
 
   `name` is the file's, for errors; `note` says what was chosen in it and what
   was left out, for logs.
   """
 
-  def __init__(self, name: str, handles: Mapping[str, Handle], note: str = ''):
+  def __init__(
+    self, name: str, handles: Mapping[str, LazyArray], note: str = ''
+  ):
     self.name = name
     self.note = note
     self._handles = dict(handles)
 
-  def __getitem__(self, key: str) -> Handle:
+  def __getitem__(self, key: str) -> LazyArray:
     return self._handles[key]
 
   def __iter__(self) -> Iterator[str]:
@@ -87,19 +89,19 @@ class Source(Mapping):
     return len(self._handles)
 
   def __repr__(self) -> str:
-    return f'Source({self.name!r}, {len(self)} arrays)'
+    return f'WeightFile({self.name!r}, {len(self)} arrays)'
 
 
-def arrays(name: str, values: Mapping[str, np.ndarray]) -> Source:
+def arrays(name: str, values: Mapping[str, np.ndarray]) -> WeightFile:
   """A source over arrays in memory, so that they pass the same checks."""
 
-  def handle(value: np.ndarray) -> Handle:
+  def handle(value: np.ndarray) -> LazyArray:
     def fetch(block: Bounds) -> np.ndarray:
       return np.asarray(value[tuple(slice(*pair) for pair in block)])
 
-    return Handle(tuple(value.shape), value.dtype, fetch)
+    return LazyArray(tuple(value.shape), value.dtype, fetch)
 
-  return Source(name, {k: handle(np.asarray(v)) for k, v in values.items()})
+  return WeightFile(name, {k: handle(np.asarray(v)) for k, v in values.items()})
 
 
 def strided(
@@ -109,7 +111,7 @@ def strided(
   strides: Sequence[int],
   offset: int = 0,
   swap: bool = False,
-) -> Handle:
+) -> LazyArray:
   """An array of any strides inside a run of bytes.
 
   A block is read as the one range of bytes that spans it, so rows of a
@@ -142,7 +144,7 @@ def strided(
     )
     return np.ascontiguousarray(view).reshape(counts)
 
-  return Handle(tuple(shape), dtype, fetch)
+  return LazyArray(tuple(shape), dtype, fetch)
 
 
 def extent(shape: Sequence[int], strides: Sequence[int], offset: int) -> int:
@@ -330,7 +332,7 @@ _NAMES = r'[^\0]+\.npy'
 _HEADER = 1 << 14
 
 
-def open_npz(path: pathlib.Path) -> Source:
+def open_npz(path: pathlib.Path) -> WeightFile:
   """The arrays of one `.npz`, by name.
 
   Raises:
@@ -340,10 +342,10 @@ def open_npz(path: pathlib.Path) -> Source:
   found = {
     name.removesuffix('.npy'): _handle(archive, name) for name in archive.names
   }
-  return Source(str(path), found)
+  return WeightFile(str(path), found)
 
 
-def _handle(archive: Archive, name: str) -> Handle:
+def _handle(archive: Archive, name: str) -> LazyArray:
   head = io.BytesIO(archive.head(name, _HEADER))
   where = f'{archive.path}: "{name.removesuffix(".npy")}"'
   readers = {
@@ -409,7 +411,7 @@ _DTYPES = {
 }
 
 
-def open_safetensors(path: pathlib.Path) -> Source:
+def open_safetensors(path: pathlib.Path) -> WeightFile:
   """The arrays of one `.safetensors` file, by name.
 
   Raises:
@@ -427,10 +429,10 @@ def open_safetensors(path: pathlib.Path) -> Source:
   found = {
     k: _safetensors_handle(path, file, k, part) for k, part in slices.items()
   }
-  return Source(str(path), found)
+  return WeightFile(str(path), found)
 
 
-def _safetensors_handle(path: pathlib.Path, file, key: str, part) -> Handle:
+def _safetensors_handle(path: pathlib.Path, file, key: str, part) -> LazyArray:
   dtype = _DTYPES.get(part.get_dtype())
   if dtype is None:
     raise UserError(
@@ -447,7 +449,7 @@ def _safetensors_handle(path: pathlib.Path, file, key: str, part) -> Handle:
       words = ' '.join(str(e).split())[:120]
       raise UserError(f'{path}: "{key}" cannot be read ({words})') from None
 
-  return Handle(tuple(part.get_shape()), np.dtype(dtype), fetch)
+  return LazyArray(tuple(part.get_shape()), np.dtype(dtype), fetch)
 
 
 def write_safetensors(

@@ -21,7 +21,7 @@ import numpy as np
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.weights import files
-from vqrae_jax.weights.files import Source, shown
+from vqrae_jax.weights.files import WeightFile, shown
 from vqrae_jax.weights.rules import (
   Fill,
   Known,
@@ -225,7 +225,7 @@ def _claim(
 
 
 def match(
-  source: Source, table: Table, target: Mapping[str, Any], way_out: str = ''
+  source: WeightFile, table: Table, target: Mapping[str, Any], way_out: str = ''
 ) -> Match:
   """Holds a file to a table and a model; reads no value.
 
@@ -270,7 +270,7 @@ def match(
 
 
 def _report(
-  source: Source,
+  source: WeightFile,
   expected: Expected,
   keys: Mapping[str, str],
   target: Mapping[str, Any],
@@ -342,7 +342,7 @@ class Pretrained:
 
   def __init__(
     self,
-    source: files.Source,
+    source: files.WeightFile,
     table: Table,
     target: Any,
     way_out: str = '',
@@ -480,7 +480,7 @@ class Pretrained:
       for name, leaf in self.target.items()
     }
 
-  def backwards(self) -> Iterator[tuple[files.Handle, np.ndarray]]:
+  def backwards(self) -> Iterator[tuple[files.LazyArray, np.ndarray]]:
     """(an array of the file, the same made out of our leaves), of each key.
 
     Leaves are read once, and no more of them at a time than share a key.

@@ -35,7 +35,7 @@ _DIRECTORY = (
 _MAX_INDEX = 1 << 26
 
 
-def open_weights(path: str | pathlib.Path) -> handles.Source:
+def open_weights(path: str | pathlib.Path) -> handles.WeightFile:
   """{key: lazy array} of a file, an index of shards, or a directory.
 
   Args:
@@ -122,7 +122,7 @@ def _check_content(path: pathlib.Path) -> None:
   # What the bytes are is unknown: the reader says what it misses.
 
 
-def _open_shards(path: pathlib.Path) -> handles.Source:
+def _open_shards(path: pathlib.Path) -> handles.WeightFile:
   try:
     if path.stat().st_size > _MAX_INDEX:
       raise ValueError('too long')
@@ -148,14 +148,14 @@ def _open_shards(path: pathlib.Path) -> handles.Source:
         f'into {path.parent}'
       )
     sources[name] = open_weights(path.parent / name)
-  return handles.Source(str(path), _merge(path, where, sources))
+  return handles.WeightFile(str(path), _merge(path, where, sources))
 
 
 def _merge(
   path: pathlib.Path,
   where: Mapping[str, str],
-  sources: Mapping[str, handles.Source],
-) -> dict[str, handles.Handle]:
+  sources: Mapping[str, handles.WeightFile],
+) -> dict[str, handles.LazyArray]:
   """Every key from the shard the index names; no shard holds another."""
   for name, source in sources.items():
     for key in source:

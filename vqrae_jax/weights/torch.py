@@ -501,7 +501,7 @@ _MEMBERS = (
 _Runs = Callable[[Storage, str], Run]
 
 
-def open_torch(path: pathlib.Path) -> files.Source:
+def open_torch(path: pathlib.Path) -> files.WeightFile:
   """The tensors of one checkpoint, by name; its first byte says the format.
 
   Raises:
@@ -519,7 +519,7 @@ def open_torch(path: pathlib.Path) -> files.Source:
     key: _handle(f'{path}: "{files.shown(key)}"', tensor, runs, swap)
     for key, tensor in tensors.items()
   }
-  return files.Source(str(path), found, note)
+  return files.WeightFile(str(path), found, note)
 
 
 def _open_zip(path: pathlib.Path) -> tuple[Any, _Runs, bool]:
@@ -626,7 +626,7 @@ def _no_more(section: dict, where: str) -> None:
 
 def _handle(
   where: str, tensor: Tensor, runs: _Runs, swap: bool
-) -> files.Handle:
+) -> files.LazyArray:
   storage = tensor.storage
   read = runs(storage, where)
   offset = storage.first + tensor.offset
