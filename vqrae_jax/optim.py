@@ -6,10 +6,16 @@ they are left out of the trainable tree at init, so no optimizer state,
 average or checkpoint holds a copy. A schedule with `layers` gives a vector
 [L] over the stacked blocks: a factor each, None for a slice that must not
 move by one bit.
+
+Numbers (rates, schedules' lengths, clip, decay) are traced arguments of the
+update, so that changing one compiles nothing; what changes the program or the
+state (None masks, decay forms, b1, b2, whether there is a clip or a decay) is
+the static `Optimizer`.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +29,8 @@ from vqrae_jax.ops import trees
 UNITS = ('steps', 'epochs')
 DECAYS = ('cosine', 'linear', 'constant')
 
-Rates = dict[str, Callable[[Any], Any]]
+# Nested dicts and lists of f32[] (Python numbers on the host).
+Numbers = Mapping[str, Any]
 
 
 def steps_of(
@@ -115,65 +122,12 @@ class Schedule:
       return 1.0
     return sum(map(bool, self.layers)) / len(self.layers)
 
-  def rate(self, total: int, warmup: int) -> Callable[[Any], Any]:
-    """step -> f32[], for a run of `total` steps."""
-    if warmup >= total > 0:
-      raise UserError(
-        f'schedule warmup of {warmup} steps leaves none of the {total} steps '
-        'of the run'
-      )
-
-    def at(step):
-      step = jnp.asarray(step, jnp.float32)
-      # The first step already moves: step 0 of a warm-up has rate lr/warmup.
-      rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
-      part = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
-      left = {
-        'cosine': 0.5 * (1 + jnp.cos(jnp.pi * part)),
-        'linear': 1 - part,
-        'constant': jnp.ones_like(part),
-      }[self.decay]
-      return rise * (self.end_lr + (self.lr - self.end_lr) * left)
-
-    return at
-
 
 def match_schedules(
   rows: Sequence[tuple[str, Schedule | None]], names: Sequence[str]
 ) -> dict[str, Schedule | None]:
   """{leaf name: its schedule, None if frozen}; every leaf is claimed."""
   return trees.first_match(rows, names, 'schedules')
-
-
-def _layer_factors(layers: Sequence, ndim: int) -> tuple[np.ndarray, ...]:
-  shape = (-1,) + (1,) * (ndim - 1)
-  factor = np.asarray([f or 0.0 for f in layers], np.float32).reshape(shape)
-  moves = np.asarray([f is not None for f in layers]).reshape(shape)
-  return factor, moves
-
-
-def mask_frozen_layers(
-  grads: Mapping[str, Any], schedules: Mapping[str, Schedule]
-) -> dict[str, Any]:
-  """Gradients with zero in slices that `layers` freezes, so that the norm
-  that is clipped, and the one that is logged, are of what moves."""
-
-  def one(name, g):
-    layers = schedules[name].layers
-    if layers is None or None not in layers:
-      return g
-    return jnp.where(_layer_factors(layers, g.ndim)[1], g, 0.0)
-
-  return {name: one(name, g) for name, g in grads.items()}
-
-
-def _check_layers(name: str, leaf: Any, schedule: Schedule) -> None:
-  depth = leaf.shape[0] if leaf.shape else 0
-  if schedule.layers is not None and len(schedule.layers) != depth:
-    raise UserError(
-      f'a schedule with {len(schedule.layers)} layers claims "{name}", which '
-      f'stacks {depth}'
-    )
 
 
 def decays(name: str, leaf: Any) -> bool:
@@ -209,96 +163,206 @@ class AdamWConfig:
       )
 
 
+def learning_rate(decay: str, numbers: Numbers, step: Any) -> jax.Array:
+  """f32[], the rate at `step`, counted from 0: linear warm-up, then `decay`.
+
+  Args:
+    decay: "cosine", "linear" or "constant".
+    numbers: lr, end_lr, warmup and total, the last two in steps.
+    step: i32[].
+  """
+  step = jnp.asarray(step, jnp.float32)
+  warmup, total = numbers['warmup'], numbers['total']
+  # The first step already moves: step 0 of a warm-up has rate lr / warmup.
+  rise = jnp.minimum((step + 1) / jnp.maximum(warmup, 1), 1.0)
+  part = (step - warmup) / jnp.maximum(total - warmup, 1)
+  part = jnp.clip(part, 0.0, 1.0)
+  left = {
+    'cosine': 0.5 * (1 + jnp.cos(jnp.pi * part)),
+    'linear': 1 - part,
+    'constant': jnp.ones_like(part),
+  }[decay]
+  return rise * (numbers['end_lr'] + (numbers['lr'] - numbers['end_lr']) * left)
+
+
+def loss_weight(numbers: Numbers, step: Any) -> jax.Array:
+  """f32[], a loss's weight at `step`: zero before `start`, then rising
+  linearly for `ramp` steps to `weight`."""
+  since = jnp.asarray(step, jnp.float32) - numbers['start'] + 1
+  return numbers['weight'] * jnp.clip(since / (numbers['ramp'] + 1), 0.0, 1.0)
+
+
+def _per_block(values: Any, leaf: Any) -> jax.Array:
+  """[depth] against a leaf [depth, …]."""
+  return jnp.asarray(values).reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """What is static about AdamW over {leaf name: leaf}; hashable.
+
+  Its numbers are an argument: eps, clip and weight_decay (where they exist)
+  and "schedules", a list of `learning_rate`'s numbers, with "layers", a factor
+  for each block, where the schedule has them.
+
+  Attributes:
+    b1, b2: AdamW's.
+    clip: whether the global gradient norm is bounded.
+    weight_decay: whether there is any.
+    schedules: of each schedule its decay, and which blocks move (None: the
+      schedule is one number for the leaf).
+    leaves: (leaf name, index of its schedule, whether weight decay acts).
+    updates: in one step; all of a step are at its rate.
+  """
+
+  b1: float
+  b2: float
+  clip: bool
+  weight_decay: bool
+  schedules: tuple[tuple[str, tuple[bool, ...] | None], ...]
+  leaves: tuple[tuple[str, int, bool], ...]
+  updates: int = 1
+
+  def init(self, params: Mapping[str, Any]) -> Any:
+    """The state of an optimizer that has made no update."""
+    return self._chain(collections.defaultdict(float)).init(params)
+
+  def update(
+    self, numbers: Numbers, grads: Any, state: Any, params: Any
+  ) -> tuple[dict[str, jax.Array], Any]:
+    """(what `optax.apply_updates` adds to the parameters, the next state)."""
+    return self._chain(numbers).update(grads, state, params)
+
+  def mask_frozen_layers(self, grads: Mapping[str, Any]) -> dict[str, Any]:
+    """Gradients with zero in blocks that a schedule freezes, so that the norm
+    that is clipped, and the one that is logged, are of what moves."""
+
+    def masked(name, index):
+      moves, g = self.schedules[index][1], grads[name]
+      if moves is None or all(moves):
+        return g
+      return jnp.where(_per_block(moves, g), g, 0.0)
+
+    return {name: masked(name, index) for name, index, _ in self.leaves}
+
+  def rates(self, numbers: Numbers, step: Any) -> list[jax.Array]:
+    """The learning rate of each schedule."""
+    return [
+      learning_rate(decay, n, step)
+      for (decay, _), n in zip(
+        self.schedules, numbers['schedules'], strict=True
+      )
+    ]
+
+  def _chain(self, numbers: Numbers) -> optax.GradientTransformation:
+    decayed = {name: decays for name, _, decays in self.leaves}
+    chain = [optax.stateless(lambda grads, _: self.mask_frozen_layers(grads))]
+    if self.clip:
+      chain.append(optax.clip_by_global_norm(numbers['clip']))
+    chain.append(optax.scale_by_adam(self.b1, self.b2, numbers['eps']))
+    if self.weight_decay:
+      decay = optax.add_decayed_weights(numbers['weight_decay'])
+      chain.append(optax.masked(decay, lambda p: {n: decayed[n] for n in p}))
+    chain.append(self._scale_by_rate(numbers))
+    return optax.chain(*chain)
+
+  def _scale_by_rate(self, numbers: Numbers) -> optax.GradientTransformation:
+    """Minus the rate times the update; its state counts the updates."""
+
+    def init(params):
+      del params
+      return {'schedule_count': jnp.zeros([], jnp.int32)}
+
+    def update(updates, state, params=None):
+      del params
+      count = state['schedule_count']
+      rates = self.rates(numbers, count // self.updates)
+
+      def scaled(name, index):
+        u = updates[name]
+        u = -rates[index].astype(u.dtype) * u
+        moves = self.schedules[index][1]
+        if moves is None:
+          return u
+        factors = _per_block(numbers['schedules'][index]['layers'], u)
+        # Adding -0.0 changes no bit of a parameter.
+        return jnp.where(_per_block(moves, u), factors * u, -0.0)
+
+      scaled = {name: scaled(name, index) for name, index, _ in self.leaves}
+      return scaled, {'schedule_count': count + 1}
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
-  adam: AdamWConfig,
+  adamw: AdamWConfig,
   schedules: Mapping[str, Schedule],
-  params: Mapping[str, Any],
+  leaves: Mapping[str, Any],
   total_steps: int,
   steps_per_epoch: float | None,
   updates: int = 1,
-) -> tuple[optax.GradientTransformation, Rates]:
-  """AdamW over {leaf name: leaf}, each leaf at its own rate.
+) -> tuple[Optimizer, dict[str, Any]]:
+  """(AdamW over {leaf name: leaf}, each leaf at its own rate; its numbers).
 
   Args:
-    adam: the shared numbers.
+    adamw: the shared numbers.
     schedules: {leaf name: schedule} of every trainable leaf.
-    params: {leaf name: array or shape}.
+    leaves: {leaf name: array or shape}.
     total_steps: the run's length, for the decays.
     steps_per_epoch: for warm-ups in epochs.
     updates: in one step; all of a step are at its rate.
 
-  Returns:
-    The transformation, and {leaf name: step -> rate} for the logs.
+  Raises:
+    UserError: a warm-up that leaves no step, or `layers` of another depth than
+      the leaf's.
   """
-  rates: Rates = {}
-  factors = {}
-  made: dict[Schedule, Callable[[Any], Any]] = {}  # leaves share their rate
-  for name, leaf in params.items():
-    schedule = schedules[name]
-    _check_layers(name, leaf, schedule)
+  distinct = list(dict.fromkeys(schedules[name] for name in leaves))
+  numbers: dict[str, Any] = {'eps': adamw.eps, 'schedules': []}
+  if adamw.clip is not None:
+    numbers['clip'] = adamw.clip
+  if adamw.weight_decay:
+    numbers['weight_decay'] = adamw.weight_decay
+  forms = []
+  for schedule in distinct:
     warmup = steps_of(schedule.warmup, steps_per_epoch, 'schedule warmup')
-    if schedule not in made:
-      made[schedule] = schedule.rate(total_steps, warmup)
-    rates[name] = made[schedule]
-    if schedule.layers is not None:
-      factors[name] = _layer_factors(schedule.layers, leaf.ndim)
-
-  def scaled(deltas, step):
-    """-rate × update; exactly zero in a frozen slice."""
-
-    now = {rate: rate(step // updates) for rate in made.values()}
-
-    def one(name, update):
-      update = -now[rates[name]].astype(update.dtype) * update
-      if name not in factors:
-        return update
-      factor, moves = factors[name]
-      return jnp.where(moves, factor * update, 0.0)
-
-    return {name: one(name, u) for name, u in deltas.items()}
-
-  decayed = {name: decays(name, leaf) for name, leaf in params.items()}
-  chain = [
-    optax.stateless(lambda grads, _: mask_frozen_layers(grads, schedules))
-  ]
-  if adam.clip is not None:
-    chain.append(optax.clip_by_global_norm(adam.clip))
-  chain.append(optax.scale_by_adam(adam.b1, adam.b2, adam.eps))
-  if adam.weight_decay:
-    chain.append(
-      optax.add_decayed_weights(
-        adam.weight_decay, mask=lambda p: {n: decayed[n] for n in p}
+    if warmup >= total_steps > 0:
+      epoch = f' (an epoch is {steps_per_epoch:.3g} steps)'
+      raise UserError(
+        f'schedule warmup={schedule.warmup!r} is {warmup} steps and leaves '
+        f'none of the {total_steps} steps of the run'
+        f'{epoch if steps_per_epoch else ""}; shorten it, lengthen duration, '
+        'or lower batch_size'
       )
+    entry = dict(
+      lr=schedule.lr, end_lr=schedule.end_lr, warmup=warmup, total=total_steps
     )
-  chain.append(_scale_by_step(scaled))
-  return optax.chain(*chain), rates
-
-
-def _scale_by_step(fn: Callable) -> optax.GradientTransformation:
-  """A transformation whose only state is the count of updates."""
-
-  def init(params):
-    del params
-    return {'schedule_count': jnp.zeros([], jnp.int32)}
-
-  def update(updates, state, params=None):
-    del params
-    step = state['schedule_count']
-    return fn(updates, step), {'schedule_count': step + 1}
-
-  return optax.GradientTransformation(init, update)
+    moves = None
+    if schedule.layers is not None:
+      entry['layers'] = [factor or 0.0 for factor in schedule.layers]
+      moves = tuple(factor is not None for factor in schedule.layers)
+    numbers['schedules'].append(entry)
+    forms.append((schedule.decay, moves))
+  rows = []
+  for name, leaf in leaves.items():
+    schedule = schedules[name]
+    depth = leaf.shape[0] if leaf.shape else 0
+    if schedule.layers is not None and len(schedule.layers) != depth:
+      raise UserError(
+        f'a schedule with {len(schedule.layers)} layers claims "{name}", which '
+        f'stacks {depth}'
+      )
+    rows.append((name, distinct.index(schedule), decays(name, leaf)))
+  return Optimizer(
+    b1=adamw.b1,
+    b2=adamw.b2,
+    clip=adamw.clip is not None,
+    weight_decay=bool(adamw.weight_decay),
+    schedules=tuple(forms),
+    leaves=tuple(rows),
+    updates=updates,
+  ), numbers
 
 
 def updates_of(opt_state: Any) -> jax.Array:
-  """i32[], how often `make_optimizer`'s transformation was applied."""
+  """i32[], how many updates an `Optimizer` has made."""
   return opt_state[-1]['schedule_count']
-
-
-def apply_updates(
-  params: Mapping[str, jax.Array], updates: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-  """params + updates; a zero update leaves every bit (-0.0 too)."""
-  return {
-    name: jnp.where(updates[name] == 0, p, p + updates[name]).astype(p.dtype)
-    for name, p in params.items()
-  }

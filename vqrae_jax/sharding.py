@@ -164,3 +164,13 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict:
     name: jax.make_array_from_process_local_data(sharding, rows)
     for name, rows in batch.items()
   }
+
+
+def host_copy(tree: Any, mesh: Mesh) -> Any:
+  """A tree of arrays on any hosts as numpy on every host, leaf by leaf: no
+  device holds more than one leaf in full. Every host must call."""
+  if jax.process_count() > 1:
+    replicated = NamedSharding(mesh, PartitionSpec())
+    gather = jax.jit(lambda x: x, out_shardings=replicated)
+    return jax.tree.map(lambda x: np.asarray(gather(x)), tree)
+  return jax.tree.map(np.asarray, tree)

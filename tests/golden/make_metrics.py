@@ -93,12 +93,11 @@ def plan_of(name: str):
 def figures(name: str) -> dict[str, list[float]]:
   """{metric: its value at each step}; "ema_gap" is |average - weights|."""
   plan = plan_of(name)
-  second = pieces.PAINTED if plan.adversary else {}
+  second = pieces.CONTRAST if plan.spec.gan else {}
   state, frozen = pieces.started(plan, larger=pieces.APART | second)
-  step = pieces.jitted(plan)
   rows = []
   for i in range(STEPS):
-    state, metrics = step(state, frozen, tiny.images(8, seed=i))
+    state, metrics = plan.step(state, frozen, tiny.images(8, seed=i))
     assert not metrics.pop('nonfinite')
     gap = jax.tree.map(lambda a, b: a - b, state.ema, state.tokenizer.params)
     rows.append(metrics | {'ema_gap': optax.global_norm(gap)})

@@ -23,6 +23,7 @@ from vqrae_jax import sharding
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import setup
 from vqrae_jax.train import state as state_lib
 
 PATH = pathlib.Path(__file__).with_name('shardings.json')
@@ -35,9 +36,10 @@ def placed(recipe: str, layout: str) -> dict:
   """{leaf name: its shape with its sharding} of the state and the frozen."""
   module = importlib.import_module(f'configs.{recipe}')
   spec = config_lib.read_config(module.get_config())
-  plan = state_lib.make_plan(spec, build_tokenizer(spec.model), 1000)
+  tokenizer = build_tokenizer(spec.model)
+  step, *_ = setup.plan_step(spec, tokenizer, 1000)
   mesh = sharding.make_mesh(layout, tensor=LAYOUTS[layout])
-  leaves = trees.flatten(state_lib.abstract_state(plan, mesh))
+  leaves = trees.flatten(state_lib.state_shapes(step, mesh))
   return {n: x for n, x in leaves.items() if x is not None}
 
 

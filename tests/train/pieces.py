@@ -1,23 +1,91 @@
-"""A tiny run in pieces: its plan, its state on a mesh, its jitted step."""
+"""A tiny run in pieces: its static step, its numbers, its state on a mesh.
 
+Steps whose static specs are equal share one compiled program, whatever their
+numbers.
+"""
+
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from tests import tiny
 from vqrae_jax import sharding
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 
+PATCH = dict(
+  name='patch', fields=dict(hidden=8, halvings=2, groups=4, pool=0), lecam=0.01
+)
+# Two heads on a frozen backbone, with spectral norm.
+DINO = dict(
+  name='dino',
+  fields=dict(
+    vit=dict(width=16, depth=2, mlp_dim=32, num_heads=2, grid=(2, 2)),
+    taps=(1, 0),
+    kernel=3,
+  ),
+  lecam=0.01,
+)
+GAN = dict(losses=dict(l2=1.0, gan=dict(weight=0.5)), discriminator=PATCH)
 
-def planned(kind='fsq-cosmos', **keys):
-  spec = config_lib.read_config(tiny.run(kind, **keys))
-  return state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+  """`setup`'s plan of a run without its data."""
+
+  spec: state_lib.StepSpec
+  numbers: Any  # on the host
+  shapes: Any
+
+  @property
+  def hparams(self):
+    return setup_lib.f32(self.numbers)
+
+  def abstract(self):
+    """(state, frozen, hparams) as shapes."""
+    shapes = jax.eval_shape(lambda: state_lib.random_state(self.spec, 0))
+    return *shapes, jax.eval_shape(lambda: self.hparams)
+
+  def step(self, state, frozen, images):
+    """(next state, metrics) of `train_step`, jitted."""
+    return _jitted(self.spec)(state, frozen, self.hparams, images)
+
+  def gradients(self, state, frozen, images):
+    """`loss_gradients` of uint8 images, jitted."""
+    images = np.asarray(images, np.float32) / np.float32(255)
+    ids = np.arange(len(images))
+    return _gradients(self.spec)(state, frozen, self.hparams, images, ids)
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted(spec):
+  return jax.jit(functools.partial(step_lib.train_step, spec))
+
+
+@functools.lru_cache(maxsize=64)
+def _gradients(spec):
+  return jax.jit(functools.partial(step_lib.loss_gradients, spec))
+
+
+@functools.lru_cache(maxsize=64)
+def _codebook(spec):
+  return jax.jit(functools.partial(state_lib.init_codebook, spec))
+
+
+def planned(kind='fsq-cosmos', steps_per_epoch=1, **keys) -> Pieces:
+  """The pieces of `tiny.run(kind, **keys)`."""
+  config = config_lib.read_config(tiny.run(kind, **keys))
+  spec, numbers, shapes, _ = setup_lib.plan_step(
+    config, build_tokenizer(config.model), steps_per_epoch
+  )
+  return Pieces(spec, numbers, shapes)
 
 
 def one_device():
@@ -27,7 +95,7 @@ def one_device():
 # {leaf: by how much it is made larger}. Fresh latents are nearly the same for
 # every token, and few codes would occur; fresh reconstructions nearly flat.
 APART = {'encoder/embed/positions': 50.0}
-PAINTED = {'decoder/head/kernel': 5.0}
+CONTRAST = {'decoder/head/kernel': 5.0}
 
 
 def started(plan, mesh=None, images=None, larger=None):
@@ -42,7 +110,7 @@ def started(plan, mesh=None, images=None, larger=None):
   mesh = mesh or one_device()
   images = tiny.images(8) if images is None else images
   with jax.set_mesh(mesh):
-    state, frozen = state_lib.init_state(plan, mesh, 0)
+    state, frozen = state_lib.sharded_state(plan.spec, mesh, 0)
     if larger:
       leaves = state.tokenizer.params | frozen.params
       wide = {
@@ -50,27 +118,40 @@ def started(plan, mesh=None, images=None, larger=None):
         for name, factor in larger.items()
       }
       state, frozen = state_lib.with_leaves(state, frozen, wide)
-    begin = jax.jit(functools.partial(state_lib.init_codebook, plan))
-    state = begin(state, frozen, images)
+    state = _codebook(plan.spec)(state, frozen, images)
   return state, frozen
 
 
-def jitted(plan):
-  return jax.jit(functools.partial(step_lib.train_step, plan))
-
-
-def jitted_on(plan, state, mesh, **options):
+def jitted_on(plan, state, mesh):
   """The step as a run compiles it: every leaf stays where the rules say."""
-
-  def step(*args):
-    with nn.logical_axis_rules(sharding.ACTIVATION_RULES):
-      return step_lib.train_step(plan, *args)
-
+  step = functools.partial(step_lib.train_step, plan.spec)
   places = sharding.shardings_for(state, mesh)
-  return jax.jit(step, out_shardings=(places, None), **options)
+  step = jax.jit(setup_lib.with_rules(step), out_shardings=(places, None))
+  return lambda state, frozen, images: step(state, frozen, plan.hparams, images)
 
 
 def host(tree):
   """{leaf name: numpy}, but for keys."""
   leaves = trees.flatten(tree).items()
   return {n: np.array(x) for n, x in leaves if n != 'rng'}
+
+
+def assert_close(found, want, tolerance=1e-5, skip=('attention/key/bias',)):
+  """Two {leaf: array} are equal to the scale of each leaf.
+
+  Args:
+    tolerance: of each leaf's largest value.
+    skip: ends of names whose true gradient is zero: softmax does not see a
+      bias of keys, and Adam makes ±1 of a rounding error.
+  """
+  assert found.keys() == want.keys()
+  for name, leaf in want.items():
+    if name.endswith(skip) or not leaf.size:
+      continue
+    if leaf.dtype == np.int32:
+      np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+      continue
+    scale = np.abs(leaf).max() + 1e-12
+    np.testing.assert_allclose(
+      found[name], leaf, rtol=0, atol=tolerance * scale, err_msg=name
+    )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from vqrae_jax.ops import images as image_ops
 
@@ -117,13 +117,13 @@ def r1_penalty(
   return jnp.mean(jnp.sum(gradient**2, axis=(1, 2, 3)))
 
 
-def to_8_bits(images: Float[Array, 'b h w 3']) -> UInt8[Array, 'b h w 3']:
-  """Clipped to [0, 1] and rounded to uint8, as photographs are.
+def to_8_bits(images: Float[Array, 'b h w 3']) -> Float[Array, 'b h w 3']:
+  """Clipped to [0, 1] and rounded to a multiple of 1/255, as real images are.
 
   For reconstructions that the discriminator learns on: rounded real images
   beside unrounded ones would give it that to tell them by. No gradient passes.
   """
-  return jnp.round(jnp.clip(images, 0.0, 1.0) * 255).astype(jnp.uint8)
+  return jnp.round(jnp.clip(images, 0.0, 1.0) * 255) / 255
 
 
 def head_gradient(

@@ -22,7 +22,6 @@ import pathlib
 import re
 import shutil
 import threading
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,14 +45,12 @@ class Position:
 
   Attributes:
     step: completed steps; the next sample is step x batch_size.
-    samples: a running CRC of which photograph each sample was.
     skipped: unreadable photographs met so far, over all hosts.
     nonfinite: steps left out so far (`finite.py`).
     nonfinite_in_a_row: those of them since the last that counted.
   """
 
   step: int = 0
-  samples: int = 0
   skipped: int = 0
   nonfinite: int = 0
   nonfinite_in_a_row: int = 0
@@ -75,36 +72,29 @@ class Position:
 
   def after(self, step: int, metrics: Mapping[str, float]) -> 'Position':
     """The position after a step, by what the step read and said."""
-    mark = int(metrics['samples']).to_bytes(4, 'little')
     spoilt = int(metrics['nonfinite'])
     return Position(
       step=step,
-      samples=zlib.crc32(mark, self.samples),
       skipped=self.skipped + int(metrics['skipped']),
       nonfinite=self.nonfinite + spoilt,
       nonfinite_in_a_row=spoilt and self.nonfinite_in_a_row + 1,
     )
 
 
-def check_skipped(run: Any, position: Position, workdir: pathlib.Path) -> None:
-  """Stops a run whose photographs are unreadable more often than allowed.
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  """A checkpoint's run is the one that the config describes.
 
   Raises:
-    UserError: with the last name met on this host.
+    UserError: with the first key that differs.
   """
-  samples = position.step * run.spec.batch_size
-  share = run.spec.data.max_skipped
-  if position.skipped <= share * max(samples, len(run.source)):
-    return
-  name, reason = next(
-    reversed(run.batches.unreadable.items()), ('another host', 'see its log')
-  )
-  raise UserError(
-    f'{position.skipped} photographs of {samples} samples could not be read, '
-    f'more than data.max_skipped={share} allows; the last was {name}: '
-    f'{reason}; {workdir}/unreadable.jsonl names them: mend or remove them, '
-    'or raise data.max_skipped'
-  )
+  old, new = trees.flatten(before), trees.flatten(now)
+  for name in sorted(old.keys() | new.keys()):
+    if old.get(name) != new.get(name):
+      key = name.replace('/', '.')
+      raise UserError(
+        f'the run in this workdir has {key}={old.get(name)}, the config says '
+        f'{new.get(name)}; go back to that, or name another --workdir'
+      )
 
 
 # ----------------------------------------------------------------------------

@@ -1,34 +1,33 @@
-"""The second player: a discriminator, what it says of a step, how it moves.
+"""The discriminator: its losses, its update, its metrics, and its alarms.
 
-The decoder's side is a cotangent at the reconstruction, balanced against the
-other losses where the two meet the head's kernel (`losses/adversarial.py`).
-The discriminator learns on the same reconstruction, rounded to 8 bits, after
-the tokenizer's gradient is taken. Its power iteration moves once an update and
-LeCam's averages once a step, however many parts the batch is computed in; the
-updates of one step see the same images, augmented alike.
+The decoder's side is a cotangent at the reconstruction, scaled by the adaptive
+weight where the two gradients meet the head's kernel
+(`losses/adversarial.py`). The discriminator learns on the same reconstruction,
+rounded to 8 bits, after the tokenizer's gradient is taken. Its power iteration
+moves once an update and LeCam's averages once a step, however many
+microbatches there are; the updates of one step see the same images, augmented
+alike.
 
-What starts with the run, in one part, is in no `cond` or `scan`: in those
+What starts with the run, in one microbatch, is in no `cond` or `scan`: in those
 gradients of convolutions are twelve times as slow on CPUs (51 and 650 ms for a
 small PatchGAN, jax 0.10.2).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vqrae_jax import optim
 from vqrae_jax.losses import adversarial
-from vqrae_jax.nn import discriminators
+from vqrae_jax.nn.discriminators import Discriminator
 from vqrae_jax.nn.spectral import advance
 from vqrae_jax.ops import augment, trees
-from vqrae_jax.ops import images as image_ops
 from vqrae_jax.specs import DecoderSpec
-from vqrae_jax.train.config import DiscriminatorSpec, GanTerm
 from vqrae_jax.types import Frozen, NetworkState, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -37,42 +36,73 @@ Metrics = dict[str, jax.Array]
 _GENERATOR, _FAKE, _REAL = 101, 102, 103
 
 
+def over_microbatches(fn: Callable, batch: tuple) -> tuple[Any, Any, Any]:
+  """`fn` over the microbatches of a batch, one after another.
+
+  Args:
+    fn: (*microbatch) -> (means, sums, others): trees of arrays.
+    batch: arrays [microbatches …].
+
+  Returns:
+    (means over microbatches, sums over them, others stacked [microbatches …]).
+  """
+  count = len(batch[0])
+  if count == 1:
+    means, sums, others = fn(*(x[0] for x in batch))
+    return means, sums, jax.tree.map(lambda x: x[None], others)
+
+  def add(total, microbatch):
+    means, sums, others = fn(*microbatch)
+    return jax.tree.map(jnp.add, total, (means, sums)), others
+
+  shapes = jax.eval_shape(lambda *x: fn(*x)[:2], *(x[0] for x in batch))
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  (means, sums), others = jax.lax.scan(add, zero, batch)
+  return jax.tree.map(lambda x: x / count, means), sums, others
+
+
 @dataclasses.dataclass(frozen=True)
-class Adversary:
-  """What is static about the second player.
+class Gan:
+  """What is static about adversarial training; hashable.
+
+  Its numbers are in the step's hparams: losses.gan (weight, start, ramp) and
+  discriminator (start, lecam, r1, optimizer).
 
   Attributes:
     module: the discriminator.
-    spec: its section of the config.
-    weight: step -> weight of the decoder's loss, zero before its start.
-    adaptive: whether the weight is scaled by the balance.
-    gan_start: the first step at which the decoder hears of it.
-    start: the first step at which it learns.
-    optimizer: over {leaf name: leaf}.
-    rate: step -> its learning rate, counted over those that moved it.
-    decoder: the spec of the head that both gradients are compared at.
+    optimizer: its own.
+    decoder: the spec of the head at which both gradients are compared.
+    loss: "hinge", "non_saturating" or "vanilla".
+    adaptive: whether the generator's loss has the adaptive weight.
+    generator_waits: whether the generator's loss starts after step 0.
+    waits: whether the discriminator learns from a later step than 0.
+    augment: whether it sees images augmented at random (DiffAug).
+    cutout: the share of each side that is cut out then; 0 for none.
+    lecam, r1: whether it has these regularisers.
   """
 
-  module: Any
-  spec: DiscriminatorSpec
-  weight: Callable[[Any], Any]
-  adaptive: bool
-  gan_start: int
-  start: int
-  optimizer: optax.GradientTransformation
-  rate: Callable[[Any], Any]
+  module: Discriminator
+  optimizer: optim.Optimizer
   decoder: DecoderSpec
+  loss: str
+  adaptive: bool
+  generator_waits: bool
+  waits: bool
+  augment: bool
+  cutout: float
+  lecam: bool
+  r1: bool
 
-  def fresh(self, key: jax.Array, image: Any) -> tuple[NetworkState, dict]:
-    """(the player at its start, its frozen backbone, random); pure."""
+  def init(self, key: jax.Array, image: Any) -> tuple[NetworkState, dict]:
+    """(its state at step 0, its frozen backbone, random); pure."""
     variables = self.module.init(key, image)
     params = trees.flatten(variables['params'])
     stats = {
       'spectral': trees.flatten(variables.get('spectral', {})),
       'lecam': adversarial.lecam_init(),
     }
-    player = NetworkState(params, self.optimizer.init(params), stats)
-    return player, variables.get('backbone', {})
+    network = NetworkState(params, self.optimizer.init(params), stats)
+    return network, variables.get('backbone', {})
 
   def logits(
     self, params: Any, spectral: Any, frozen: Frozen, images: Any
@@ -85,188 +115,270 @@ class Adversary:
       variables['backbone'] = frozen.discriminator
     return self.module.apply(variables, images)
 
-  def _seen(self, state: TrainState, images: Any, rows: Any, use: int) -> Any:
+  def _augmented(
+    self, state: TrainState, images: Any, sample_ids: Any, use: int
+  ) -> Any:
     """Images as the discriminator sees them, each with its own draws."""
-    if not self.spec.augment:
+    if not self.augment:
       return images
     key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), use)
-    draws = augment.draw(key, rows)
-    return augment.apply(images, draws, self.spec.cutout)
+    return augment.apply(images, augment.draw(key, sample_ids), self.cutout)
 
-  def generator(
-    self, state: TrainState, frozen: Frozen, recon: jax.Array, rows: jax.Array
+  def generator_loss(
+    self,
+    state: TrainState,
+    frozen: Frozen,
+    hparams: optim.Numbers,
+    recon: jax.Array,
+    sample_ids: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     """(the decoder's adversarial loss, its cotangent at `recon`).
 
-    Both are zero, and cost nothing, before the term's start.
+    Both are zero, and cost nothing, before the loss's start.
     """
-    player = state.discriminator
+    network = state.discriminator
 
     def loss(recon):
-      seen = self._seen(state, recon, rows, _GENERATOR)
-      said = self.logits(player.params, player.stats['spectral'], frozen, seen)
-      return adversarial.G_LOSSES[self.spec.loss](said)
+      images = self._augmented(state, recon, sample_ids, _GENERATOR)
+      logits = self.logits(
+        network.params, network.stats['spectral'], frozen, images
+      )
+      return adversarial.G_LOSSES[self.loss](logits)
 
-    if not self.gan_start:
+    if not self.generator_waits:
       return jax.value_and_grad(loss)(recon)
     return jax.lax.cond(
-      state.step >= self.gan_start,
+      state.step >= hparams['losses']['gan']['start'],
       jax.value_and_grad(loss),
       lambda recon: (jnp.zeros([]), jnp.zeros_like(recon)),
       recon,
     )
 
-  def head_grad(self, cotangent: jax.Array, features: jax.Array) -> jax.Array:
-    """The gradient at the head's kernel of a loss with this cotangent."""
-    s = self.decoder.vit
-    return adversarial.head_gradient(
-      cotangent,
-      features,
-      self.decoder.pixel_norm.std,
-      s.patch_size,
-      s.num_prefix_tokens,
+  def head_grads(
+    self, image: jax.Array | None, gan: jax.Array, features: jax.Array
+  ) -> tuple[jax.Array, ...]:
+    """The gradients at the head's kernel of the weighted image losses and of
+    the adversarial one, from their cotangents; () where the weight is not
+    adaptive."""
+    if not self.adaptive:
+      return ()
+    vit = self.decoder.vit
+    return tuple(
+      adversarial.head_gradient(
+        cotangent,
+        features,
+        self.decoder.pixel_norm.std,
+        vit.patch_size,
+        vit.num_prefix_tokens,
+      )
+      for cotangent in (image, gan)
     )
 
-  def balance(self, rec: jax.Array, gan: jax.Array) -> jax.Array:
+  def adaptive_weight(self, *head_grads: jax.Array) -> jax.Array:
     """f32[], what the adversarial cotangent is scaled by.
 
     Args:
-      rec, gan: `head_grad` of the weighted reconstruction losses and of the
-        adversarial one, over the whole batch.
+      head_grads: `head_grads` of the whole batch.
     """
     if not self.adaptive:
       return jnp.ones([])
-    norms = jnp.linalg.norm(rec), jnp.linalg.norm(gan)
-    return jax.lax.stop_gradient(adversarial.adaptive_weight(*norms))
+    return jax.lax.stop_gradient(
+      adversarial.adaptive_weight(*map(jnp.linalg.norm, head_grads))
+    )
 
-  def step(
+  def discriminator_step(
     self,
     state: TrainState,
     frozen: Frozen,
+    hparams: optim.Numbers,
     reals: jax.Array,
     fakes: jax.Array,
-    rows: jax.Array,
+    sample_ids: jax.Array,
   ) -> tuple[NetworkState, Metrics]:
-    """The player after its updates of one step, and what it said.
+    """The discriminator after its updates of one step, and its metrics.
 
     Args:
-      state: the step's state, the discriminator as it was.
+      state: the step's, the discriminator as it was.
       frozen: its backbone.
-      reals: [p b h w 3], the batch in p parts.
-      fakes: uint8[p b h w 3], their reconstructions.
-      rows: i32[p b], each sample's row in the batch.
+      hparams: the step's.
+      reals: f32[p b h w 3] in [0, 1], the batch in p microbatches.
+      fakes: f32[p b h w 3], their reconstructions, rounded to 8 bits.
+      sample_ids: i32[p b], each sample's place in the batch.
     """
-    player = state.discriminator
+    numbers = hparams['discriminator']
 
-    def learn(player):
-      done = optim.updates_of(player.opt_state) // self.spec.updates
-      for _ in range(self.spec.updates):
-        player, metrics = self._update(
-          state, player, frozen, reals, fakes, rows
+    def update(network):
+      updates = optim.updates_of(network.opt_state)
+      rates = self.optimizer.rates(
+        numbers['optimizer'], updates // self.optimizer.updates
+      )
+      for _ in range(self.optimizer.updates):
+        network, metrics = self._update(
+          state, network, frozen, numbers, (reals, fakes, sample_ids)
         )
       lecam = adversarial.lecam_update(
-        player.stats['lecam'], metrics['logits/real'], metrics['logits/fake']
+        network.stats['lecam'], metrics['logits/real'], metrics['logits/fake']
       )
-      player = player.replace(stats=player.stats | {'lecam': lecam})
-      return player, metrics | {'lr/discriminator': self.rate(done)}
+      network = network.replace(stats=network.stats | {'lecam': lecam})
+      return network, metrics | {'lr/discriminator': rates[0]}
 
-    def wait(player):
-      shapes = jax.eval_shape(learn, player)[1]
-      return player, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    def skip(network):
+      shapes = jax.eval_shape(update, network)[1]
+      metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      return network, metrics
 
-    if not self.start:
-      return learn(player)
-    return jax.lax.cond(state.step >= self.start, learn, wait, player)
-
-  def _update(self, state, player, frozen, reals, fakes, rows):
-    stats = player.stats | {
-      'spectral': advance(player.params, player.stats['spectral'])
-    }
-
-    of_part = jax.grad(
-      functools.partial(self._loss, state, stats, frozen), has_aux=True
+    if not self.waits:
+      return update(state.discriminator)
+    return jax.lax.cond(
+      state.step >= numbers['start'], update, skip, state.discriminator
     )
-    batch = (reals, fakes, rows)
-    first = jax.tree.map(lambda x: x[0], batch)
-    if len(reals) == 1:
-      grads, metrics = of_part(player.params, *first)
-    else:
-      shapes = jax.eval_shape(of_part, player.params, *first)
-      zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-      def add(total, batch):
-        found = of_part(player.params, *batch)
-        return jax.tree.map(jnp.add, total, found), None
+  def _update(self, state, network, frozen, numbers, batch):
+    spectral = advance(network.params, network.stats['spectral'])
+    stats = network.stats | {'spectral': spectral}
 
-      total, _ = jax.lax.scan(add, zero, batch)
-      grads, metrics = jax.tree.map(lambda x: x / len(reals), total)
+    def gradients(reals, fakes, sample_ids):
+      def loss(params):
+        return self._loss(
+          state, stats, frozen, numbers, params, reals, fakes, sample_ids
+        )
+
+      return jax.grad(loss, has_aux=True)(network.params), (), ()
+
+    (grads, metrics), _, _ = over_microbatches(gradients, batch)
     updates, opt_state = self.optimizer.update(
-      grads, player.opt_state, player.params
+      numbers['optimizer'], grads, network.opt_state, network.params
     )
-    params = optim.apply_updates(player.params, updates)
+    params = optax.apply_updates(network.params, updates)
     metrics['discriminator/grad_norm'] = optax.global_norm(grads)
     metrics['discriminator/update_norm'] = optax.global_norm(updates)
     return NetworkState(params, opt_state, stats), metrics
 
-  def _loss(self, state, stats, frozen, params, reals, fakes, rows):
-    """(f32[], its metrics), means over one part."""
-    spec = self.spec
+  def _loss(
+    self, state, stats, frozen, numbers, params, reals, fakes, sample_ids
+  ):
+    """(f32[], its metrics), means over a microbatch."""
 
-    def said(images, use):
-      images = self._seen(state, image_ops.to_unit(images), rows, use)
+    def logits(images, use):
+      images = self._augmented(state, images, sample_ids, use)
       return self.logits(params, stats['spectral'], frozen, images)
 
-    real, fake = said(reals, _REAL), said(fakes, _FAKE)
-    loss = adversarial.D_LOSSES[spec.loss](real, fake)
+    real, fake = logits(reals, _REAL), logits(fakes, _FAKE)
+    loss = adversarial.D_LOSSES[self.loss](real, fake)
     metrics = {
       'loss/discriminator': loss,
       'logits/real': real.mean(),
       'logits/fake': fake.mean(),
     }
-    if spec.lecam:
+    if self.lecam:
       metrics['loss/lecam'] = adversarial.lecam(real, fake, stats['lecam'])
-      loss += spec.lecam * metrics['loss/lecam']
-    if spec.r1:
+      loss += numbers['lecam'] * metrics['loss/lecam']
+    if self.r1:
       metrics['loss/r1'] = adversarial.r1_penalty(
-        lambda x: said(x, _REAL), image_ops.to_unit(reals)
+        lambda x: logits(x, _REAL), reals
       )
-      loss += spec.r1 / 2 * metrics['loss/r1']
+      loss += numbers['r1'] / 2 * metrics['loss/r1']
     return loss, metrics
 
 
-def make_adversary(
-  spec: DiscriminatorSpec,
-  term: GanTerm,
-  decoder: DecoderSpec,
-  total_steps: int,
-  steps_per_epoch: float | None,
-) -> Adversary:
-  """The second player as the config has it; no arrays yet.
+def active_metrics(
+  step: int, metrics: Mapping[str, float], hparams: optim.Numbers
+) -> dict[str, float]:
+  """A step's metrics without those of what has not started by then.
 
-  Raises:
-    UserError: an unknown discriminator, or one of its fields.
+  Args:
+    step: completed steps, this one too.
+    metrics: of the step.
+    hparams: numbers on the host.
   """
-  module = discriminators.build({'name': spec.name, **spec.fields})
-  start = optim.steps_of(spec.start, steps_per_epoch, 'discriminator.start')
-  image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), image)
-  leaves = trees.flatten(shapes['params'])
-  optimizer, rates = optim.make_optimizer(
-    spec.optim,
-    dict.fromkeys(leaves, spec.schedule),
-    leaves,
-    max(total_steps - start, 1),
-    steps_per_epoch,
-    spec.updates,
-  )
-  return Adversary(
-    module=module,
-    spec=spec,
-    weight=term.weight_at(steps_per_epoch),
-    adaptive=term.adaptive,
-    gan_start=term.start_step(steps_per_epoch),
-    start=start,
-    optimizer=optimizer,
-    rate=next(iter(rates.values())),
-    decoder=decoder,
-  )
+  waiting: tuple[str, ...] = ()
+  if 'discriminator' in hparams:
+    if step <= hparams['losses']['gan']['start']:
+      waiting += ('loss/gan', 'adaptive_weight')
+    if step <= hparams['discriminator']['start']:
+      waiting += ('loss/discriminator', 'loss/lecam', 'loss/r1')
+      waiting += ('logits/', 'discriminator/')
+  return {k: v for k, v in metrics.items() if not k.startswith(waiting)}
+
+
+# A discriminator whose loss is below this share of what guessing gives.
+WON = 0.02
+DIVERGED = 100.0
+IDLE = 0.1  # of the codes
+
+
+class Alarms:
+  """Warns when training goes wrong, while it goes wrong.
+
+  A discriminator that separates everything teaches nothing more; its logits
+  may diverge; the decoder's adversarial gradient may all but vanish, so that
+  the adaptive weight is at its bound; most codes may go unused. Each is judged
+  by means over the steps between two rows of the log and is said once, until
+  it has stopped.
+
+  Args:
+    gan: the step's; None without a discriminator.
+    hparams: numbers on the host.
+    warmup: steps that fill the usage window: usage is judged after them.
+  """
+
+  def __init__(self, gan: Gan | None, hparams: optim.Numbers, warmup: int):
+    self._gan, self._hparams, self._warmup = gan, hparams, warmup
+    self._rows: list[Mapping[str, float]] = []
+    self._active: set[str] = set()
+
+  def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    """The metrics of a completed step; skipped steps do not count."""
+    if metrics['nonfinite']:
+      return
+    row = active_metrics(step, metrics, self._hparams)
+    if step <= self._warmup:
+      row.pop('usage', None)
+    self._rows.append(row)
+
+  def warnings(self) -> list[str]:
+    """A line for each alarm that begins, judged by the steps since the last
+    call."""
+    rows, self._rows = self._rows, []
+    found = self._judge(rows)
+    new = [line for name, line in found.items() if name not in self._active]
+    self._active = set(found)
+    return new
+
+  def _judge(self, rows: list[Mapping[str, float]]) -> dict[str, str]:
+    def mean(name):
+      values = [row[name] for row in rows if name in row]
+      return float(np.mean(values)) if values else None
+
+    found = {}
+    if (loss := mean('loss/discriminator')) is not None:
+      zero = jnp.zeros(1)
+      guessing = float(adversarial.D_LOSSES[self._gan.loss](zero, zero))
+      real, fake = mean('logits/real'), mean('logits/fake')
+      if loss < WON * guessing:
+        found['won'] = (
+          f'the discriminator separates every reconstruction (its loss is '
+          f'{loss:.2g}, guessing gives {guessing:.2g}); lower '
+          'discriminator.schedule.lr, or add discriminator.lecam or r1'
+        )
+      if max(abs(real), abs(fake)) > DIVERGED:
+        found['logits'] = (
+          f"the discriminator's logits diverge (real {real:.3g}, fake "
+          f'{fake:.3g}); add discriminator.lecam or r1, or lower its rate'
+        )
+    bound = 0.99 * adversarial.MAX_WEIGHT
+    weights = [r['adaptive_weight'] for r in rows if 'adaptive_weight' in r]
+    if weights and np.mean([w >= bound for w in weights]) > 0.5:
+      found['weight'] = (
+        'the adversarial gradient has all but vanished: adaptive_weight is at '
+        f'its bound {adversarial.MAX_WEIGHT:.0e}; start losses.gan later, or '
+        'lower discriminator.schedule.lr'
+      )
+    if (usage := mean('usage')) is not None and usage < IDLE:
+      perplexity = mean('perplexity')
+      found['usage'] = (
+        f'most codes are idle: usage {usage:.2g}, perplexity {perplexity:.3g} '
+        'over log.usage_window; lower the learning rate or num_codes, or '
+        'choose another quantizer (simvq, fsq)'
+      )
+    return found

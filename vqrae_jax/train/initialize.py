@@ -1,203 +1,226 @@
-"""Where a new run's weights come from, when not from its seed alone.
+"""Stage 3 of a run: its first state, from weights or from a checkpoint.
 
-`init_from` names a tokenizer's directory or another run's workdir: of a run,
-the averaged weights and the live codebook of its newest checkpoint, with the
-leaves it kept frozen made again as that run made them and held against their
-hash. What `init` brings part by part is in `parts.py`. No tokenizer is loaded
-in part: both sides have the same model and the same leaves, or the run stops
-and says where they differ.
+`initialize(setup)` gives the state at step 0: random weights from the seed,
+with the parts that a config names in their place. `init_from` is a tokenizer's
+directory or another run's workdir: of a run, the EMA weights and the live
+codebook of its latest checkpoint, with the leaves that it kept frozen made
+again as that run made them and compared with their hash. `init` names an
+encoder, a decoder or statistics of latents. No tokenizer is loaded in part:
+both sides have the same model and the same leaves, or it is an error that names
+the difference. The optimizer state, the EMA weights, the discriminator and the
+step count are re-initialized, and the log lists what was left out.
 
-Learning rates, optimizer, averages, the discriminator and the step count begin
-anew, and the log names what was left behind.
+`restore(setup, checkpoints, manifest)` gives the state of a checkpoint. Frozen
+trees are in no checkpoint: they are loaded again and compared with their hash.
 """
 
 import dataclasses
+import functools
 import json
-import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from etils import epath
 
-from vqrae_jax import export
+from vqrae_jax import export, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders, networks, rae
+from vqrae_jax.train import checkpoint as checkpoint_lib
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.checkpoint import Checkpoints
-from vqrae_jax.types import Frozen
+from vqrae_jax.train.setup import Setup, with_rules
+from vqrae_jax.train.state import random_variables
+from vqrae_jax.types import Frozen, TrainState
 from vqrae_jax.weights import parse_source
-
-# ----------------------------------------------------------------------------
-# What a config brings for one part of a run, out of published files or of
-# another tokenizer: `init.encoder`, `init.decoder`, and in `init.latents` the
-# statistics that latents are normalised by.
 
 Leaves = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-  """What a config brings to a new run.
+class InitialWeights:
+  """Weights that a config brings to a run.
 
   Attributes:
     leaves: {"params/…" or "codebook/…": array on the host, or one that reads
       its file when it is sliced}, a subset of the tokenizer's variables as
-      training has them; "teacher/…" where a frozen encoder teaches.
-    says: what was taken, in a line.
-    source: the words that weights came from; '' for none.
-    revision: the commits of hub's snapshots among them, if any.
-    teacher: (source, revision) of the encoder that teaches, or None.
-    left: what of a run was not taken, in words.
-    warning: what a run that begins so should say loudly; '' for nothing.
+      training has them; the frozen trees' as "teacher/…" and so on.
+    summary: what was loaded, in a line.
+    source: where the weights came from; '' for nowhere.
+    revision: the commits of hub snapshots among them, if any.
+    ignored: what of a run was not loaded.
+    warning: what the log should warn of.
   """
 
   leaves: Leaves = dataclasses.field(default_factory=dict)
-  says: str = ''
+  summary: str = ''
   source: str = ''
   revision: str | None = None
-  teacher: tuple[str, str | None] | None = None
-  left: str = ''
+  ignored: str = ''
   warning: str = ''
 
 
-def encoder_from(
-  tokenizer: Tokenizer, word: str, key: str = 'init.encoder'
-) -> Given:
-  """The encoder's leaves out of a published encoder, or of a tokenizer."""
-  folder = _tokenizer_at(pathlib.Path(word).expanduser())
-  if folder is not None:
-    return _encoder_of(tokenizer, word, folder, key)
-  if pathlib.Path(word, 'metrics.jsonl').expanduser().exists():
-    raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
-  try:
-    found = encoders.find_encoder(word)
-    fit = encoders.fit_encoder(found, tokenizer.encoder_spec)
-    leaves = {f'params/encoder/{n}': x for n, x in fit.lazy().items()}
-  except UserError as e:
-    raise UserError(f'{key}={word}: {e}') from None
-  at = f' at {found.revision[:12]}' if found.revision else ''
-  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
-  says = f'the {len(leaves)} leaves of the encoder {word}{at}{skipped}'
-  return Given(leaves, says, word, found.revision)
+@dataclasses.dataclass(frozen=True)
+class Started:
+  """A run's state at its start, and what its checkpoints say of the frozen
+  trees: {tree: {"sha256", "source", "revision"}}."""
+
+  state: TrainState
+  frozen: Frozen
+  record: dict[str, dict[str, Any]]
 
 
-def _tokenizer_at(path: pathlib.Path) -> pathlib.Path | None:
-  """The tokenizer's directory that `path` is, or that the run there left."""
-  for folder in (path / 'tokenizer', path):
-    if export.is_tokenizer(folder):
-      return folder
-  return None
-
-
-def _encoder_of(
-  tokenizer: Tokenizer, word: str, folder: pathlib.Path, key: str
-) -> Given:
-  other, variables = export.load_tokenizer(folder)
-  have, want = (describe(t)['encoder'] for t in (other, tokenizer))
-  have, want = trees.flatten(have), trees.flatten(want)
-  for name in sorted(have.keys() | want.keys()):
-    if have.get(name) != want.get(name):
-      raise UserError(
-        f'{key}={word}: that encoder has {name.replace("/", ".")}='
-        f'{have.get(name)}, model.encoder has {want.get(name)}; make the two '
-        'equal'
-      )
-  leaves = trees.flatten({'encoder': variables['params']['encoder']})
-  leaves = {f'params/{n}': np.asarray(x) for n, x in leaves.items()}
-  says = f'the {len(leaves)} leaves of the encoder of the tokenizer {folder}'
-  return Given(leaves, says, word)
-
-
-def decoder_from(tokenizer: Tokenizer, word: str) -> tuple[Leaves, str]:
-  """The decoder's leaves out of "rae:FILE"."""
-  source = parse_source(word)
-  if source.kind != 'rae':
-    raise UserError(
-      f'init.decoder={word}: a decoder comes from "rae:FILE", a published RAE '
-      'decoder; a whole tokenizer from init_from'
-    )
-  fit = rae.fit_rae_decoder(
-    source.value, tokenizer.decoder_spec, tokenizer.latent_dim
-  )
-  leaves = {f'params/decoder/{n}': x for n, x in fit.load().items()}
-  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
-  note = f' ({fit.source.note})' if fit.source.note else ''
-  return leaves, f'the decoder of {source.value}{note}{skipped}'
-
-
-def latents_from(tokenizer: Tokenizer, path: str) -> Given:
-  """Mean and std of latents out of a file of statistics."""
-  try:
-    leaves = latents.leaves_of(
-      path, tokenizer.latents_spec, tokenizer.latent_dim
-    )
-  except UserError as e:
-    raise UserError(f'init.latents={path}: {e}') from None
-  # No source of weights: manifests name those of frozen leaves.
-  return Given(dict(leaves), f'the statistics of latents in {path}')
-
-
-def together(parts: list[Given]) -> Given:
-  """All that several parts bring."""
-  leaves = {name: x for part in parts for name, x in part.leaves.items()}
-  revisions = [part.revision for part in parts if part.revision]
-  return Given(
-    leaves,
-    ' and '.join(part.says for part in parts),
-    ' and '.join(part.source for part in parts if part.source),
-    ' and '.join(revisions) or None,
-  )
-
-
-# ----------------------------------------------------------------------------
-# The trees that no step moves: the networks that losses look through, and
-# the hashes by which a run that goes on knows that all of them are the same.
-
-
-def networks_of(
-  terms: list[str], adversary: Any, kind: str
-) -> tuple[dict[str, Any], str]:
-  """({leaf name: array} of the networks of losses and discriminator, in words).
-
-  Args:
-    terms: the losses that have one.
-    adversary: the second player, or None.
-    kind: the config's `init.networks`; "random" leaves the seed's.
+def initialize(setup: Setup) -> Started:
+  """The state at step 0 on the mesh, and the frozen trees.
 
   Raises:
-    UserError: a file that is not here (with the command that brings it, and
-      the way out), or is another.
+    UserError: weights that are not there or do not fit the model.
   """
-  backbone = getattr(adversary and adversary.module, 'backbone', None)
-  names = terms + ['discriminator'] * (backbone is not None)
+  config = setup.config
+  weights = _tokenizer_weights(setup.tokenizer, config.init_from, config.init)
+  weights, sources = _with_frozen(setup, weights)
+  logging.info('initialized with %s', weights.summary or 'random weights')
+  if weights.warning:
+    logging.warning(weights.warning)
+  if weights.ignored:
+    logging.info('re-initialized (not loaded): %s', weights.ignored)
+  state, frozen = state_lib.sharded_state(
+    setup.step, setup.mesh, config.seed, weights.leaves
+  )
+  if not any(n.startswith('codebook/quantizer/') for n in weights.leaves):
+    batch = setup.place(setup.batches.batch(0))
+    state = _init_codebook(setup)(state, frozen, batch['images'])
+  return Started(state, frozen, _record(setup, frozen, sources))
+
+
+def restore(
+  setup: Setup, checkpoints: Checkpoints, manifest: Mapping[str, Any]
+) -> Started:
+  """The state of a checkpoint on the mesh, and the frozen trees.
+
+  Raises:
+    UserError: the checkpoint is of another run, or frozen trees differ.
+  """
+  config = setup.config
+  checkpoint_lib.check_same_run(manifest['run'], setup.identity())
+  shapes, frozen = state_lib.state_shapes(setup.step, setup.mesh)
+  checkpoint_lib.check_same_leaves(
+    {n: tuple(shape) for n, (shape, _) in manifest['leaves'].items()},
+    {n: x.shape for n, x in checkpoint_lib.as_leaves(shapes).items()},
+    str(checkpoints),
+  )
+  state = checkpoints.restore(manifest, shapes)
+  record: dict[str, dict[str, Any]] = {}
+  if jax.tree.leaves(frozen):
+    # What a checkpoint holds needs no file that may be gone by now.
+    leaves = trees.flatten(setup.shapes['params'])
+    parts = {n.split('/')[0] for n in leaves.keys() - set(setup.step.trainable)}
+    if config.teacher == config_lib.INIT:
+      parts.add('encoder')
+    init, init_from = _needed_for(config, parts)
+    weights = _tokenizer_weights(setup.tokenizer, init_from, init)
+    weights, sources = _with_frozen(setup, weights)
+    if weights.summary:
+      logging.info('loaded beside the checkpoint: %s', weights.summary)
+    # By the same program as at the run's start: bitwise the same leaves.
+    _, frozen = state_lib.sharded_state(
+      setup.step, setup.mesh, config.seed, weights.leaves
+    )
+    record = _record(setup, frozen, sources)
+  check_frozen(
+    {name: entry['sha256'] for name, entry in record.items()},
+    manifest['frozen'],
+    f'checkpoint {manifest["step"]}',
+  )
+  return Started(state, frozen, record)
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted_codebook(step: Any, mesh: jax.sharding.Mesh) -> Callable:
+  shapes, _ = state_lib.state_shapes(step, mesh)
+  return jax.jit(
+    with_rules(functools.partial(state_lib.init_codebook, step)),
+    out_shardings=sharding.shardings_for(shapes, mesh),
+    donate_argnums=0,
+  )
+
+
+def _init_codebook(setup: Setup) -> Callable:
+  return _jitted_codebook(setup.step, setup.mesh)
+
+
+# -- the frozen trees --------------------------------------------------------
+def _with_frozen(
+  setup: Setup, weights: InitialWeights
+) -> tuple[InitialWeights, dict[str, tuple[str, str | None]]]:
+  """The weights with those of the frozen trees, and {tree: (source, revision)}.
+
+  Raises:
+    UserError: a teacher that is not there or not like the tokenizer's encoder;
+      a network's file that is not here.
+  """
+  config = setup.config
+  leaves, summary = dict(weights.leaves), [weights.summary]
+  networks_kind = (f'{config.init.networks} weights', None)
+  sources = {
+    'params': (weights.source or f'seed {config.seed}', weights.revision),
+    'losses': networks_kind,
+    'discriminator': networks_kind,
+  }
+  if config.teacher is not None:
+    if config.teacher == config_lib.INIT:
+      teacher, source = weights, config.init_from or config.init.encoder
+      summary.append(f'the teacher is the encoder of {source}')
+    else:
+      teacher = encoder_from(setup.tokenizer, config.teacher, 'teacher')
+      source = teacher.source
+      summary.append(f'the teacher is {teacher.summary}')
+    sources['teacher'] = source, teacher.revision
+    leaves |= {
+      f'teacher/{name.removeprefix("params/")}': leaf
+      for name, leaf in teacher.leaves.items()
+      if name.startswith('params/encoder/')
+    }
+  found, words = _networks(setup.step, config.init.networks)
+  summary.append(words)
+  weights = dataclasses.replace(
+    weights, leaves=leaves | found, summary='; '.join(filter(None, summary))
+  )
+  return weights, sources
+
+
+def _networks(step: state_lib.StepSpec, kind: str) -> tuple[Leaves, str]:
+  """({leaf name: array} of the networks of losses and discriminator, a
+  summary); `kind` is the config's `init.networks`, "random" leaves the seed's.
+
+  Raises:
+    UserError: a file that is not here (with the command that fetches it).
+  """
+  backbone = getattr(step.gan and step.gan.module, 'backbone', None)
+  names = step.networks + ['discriminator'] * (backbone is not None)
   if not names:
     return {}, ''
   if kind == 'random':
     where = ', '.join(names)
     return {}, f'RANDOM networks in {where} (init.networks="random")'
-  leaves = {}
-  try:
-    for term in terms:
-      tree = {'losses': {term: networks.load(term)}}
-      leaves |= trees.flatten(tree)
-  except UserError as e:
-    raise UserError(
-      f'losses.{term}: {e}, or train on random features: '
-      '--config.init.networks=random'
-    ) from None
-  if backbone is not None:
+  leaves: Leaves = {}
+  for name in names:
     try:
-      tree = {'discriminator': networks.load_backbone(backbone)}
+      if name == 'discriminator':
+        hint = 'use one without a backbone: --config.discriminator.name=patch'
+        tree = {name: networks.load_backbone(backbone)}
+      else:
+        hint = 'train on random features: --config.init.networks=random'
+        tree = {'losses': {name: networks.load(name)}}
     except UserError as e:
-      raise UserError(
-        f'discriminator: {e}, or take the one without a backbone: '
-        '--config.discriminator.name=patch'
-      ) from None
+      key = name if name == 'discriminator' else f'losses.{name}'
+      raise UserError(f'{key}: {e}, or {hint}') from None
     leaves |= trees.flatten(tree)
   return leaves, f'published networks in {", ".join(names)}'
 
@@ -216,6 +239,21 @@ def hash_frozen(
     name: export.fingerprint({}, trees.flatten(tree), read)
     for name, tree in named.items()
     if tree
+  }
+
+
+def _record(
+  setup: Setup,
+  frozen: Frozen,
+  sources: Mapping[str, tuple[str, str | None]],
+) -> dict[str, dict[str, Any]]:
+  """What a manifest says of the frozen trees; every host takes part."""
+  hashes = hash_frozen(frozen, lambda x: sharding.host_copy(x, setup.mesh))
+  return {
+    name: dict(
+      sha256=sha256, source=sources[name][0], revision=sources[name][1]
+    )
+    for name, sha256 in hashes.items()
   }
 
 
@@ -240,26 +278,17 @@ def check_frozen(
       raise UserError(
         f'{where}: the frozen tree "{name}" is not the one that the '
         f'checkpoint was made with: SHA-256 {have[:12]}…, not '
-        f'{want["sha256"][:12]}… from {want["source"]}{at}; bring that back, '
-        'or begin a new run with init_from'
+        f'{want["sha256"][:12]}… from {want["source"]}{at}; restore that, or '
+        'start a new run with init_from'
       )
 
 
-def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:
-  """(the key of a run's random weights, the key of its steps)."""
-  init_key, run_key = jax.random.split(jax.random.key(seed))
-  return init_key, run_key
+# -- the tokenizer's weights -------------------------------------------------
 
 
-def from_seed(tokenizer: Tokenizer, seed: Any) -> Any:
-  """The random variables of a run that begins with this seed; pure."""
-  image = jnp.zeros((1, tokenizer.patch_size, tokenizer.patch_size, 3))
-  return tokenizer.init(seed_keys(seed)[0], image)
-
-
-def given_leaves(
+def _tokenizer_weights(
   tokenizer: Tokenizer, init_from: str | None, init: config_lib.InitSpec
-) -> Given:
+) -> InitialWeights:
   """The leaves that a config brings, on the host.
 
   Args:
@@ -270,41 +299,122 @@ def given_leaves(
     UserError: nothing to open there, or leaves of another tokenizer.
   """
   if init_from is None:
-    parts = []
-    if init.encoder is not None:
-      parts.append(encoder_from(tokenizer, init.encoder))
-    if init.decoder is not None:
-      leaves, says = decoder_from(tokenizer, init.decoder)
-      parts.append(Given(leaves, says, init.decoder))
-    if init.latents is not None:
-      parts.append(latents_from(tokenizer, init.latents))
-    return together(parts)
-  path = pathlib.Path(init_from).expanduser()
+    makers = dict(
+      encoder=encoder_from, decoder=decoder_from, latents=latents_from
+    )
+    parts = [
+      make(tokenizer, source)
+      for part, make in makers.items()
+      if (source := getattr(init, part)) is not None
+    ]
+    return InitialWeights(
+      {name: x for part in parts for name, x in part.leaves.items()},
+      ' and '.join(part.summary for part in parts),
+      ' and '.join(part.source for part in parts if part.source),
+      ' and '.join(part.revision for part in parts if part.revision) or None,
+    )
+  path = epath.Path(init_from).expanduser()
   if (path / 'checkpoints').is_dir():
-    given = _of_run(tokenizer, path)
-  elif (path / 'tokenizer').is_dir() and not (path / export.WEIGHTS).exists():
-    given = _of_tokenizer(tokenizer, path / 'tokenizer')
-  elif path.is_dir():
-    given = _of_tokenizer(tokenizer, path)
+    _, weights = of_run(path, tokenizer)
+  elif (folder := _tokenizer_at(path)) is not None or path.is_dir():
+    weights = _of_tokenizer(tokenizer, folder or path)
   else:
     raise UserError(
       f"init_from={init_from}: there is no such folder; name a run's workdir "
       "or a tokenizer's directory"
     )
-  want = trees.flatten(jax.eval_shape(lambda: from_seed(tokenizer, 0)))
-  trees.check_same(want, given.leaves, f'init_from={init_from}')
-  return given
+  want = trees.flatten(jax.eval_shape(lambda: random_variables(tokenizer, 0)))
+  trees.check_same(want, weights.leaves, f'init_from={init_from}')
+  return weights
 
 
-def still_needed(
+def encoder_from(
+  tokenizer: Tokenizer, word: str, key: str = 'init.encoder'
+) -> InitialWeights:
+  """The encoder's leaves out of a published encoder, or of a tokenizer."""
+  folder = _tokenizer_at(epath.Path(word).expanduser())
+  if folder is not None:
+    return _encoder_of(tokenizer, word, folder, key)
+  if epath.Path(word, 'metrics.jsonl').expanduser().exists():
+    raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
+  try:
+    found = encoders.find_encoder(word)
+    fit = encoders.fit_encoder(found, tokenizer.encoder_spec)
+    leaves = {f'params/encoder/{n}': x for n, x in fit.lazy().items()}
+  except UserError as e:
+    raise UserError(f'{key}={word}: {e}') from None
+  at = f' at {found.revision[:12]}' if found.revision else ''
+  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  summary = f'the {len(leaves)} leaves of the encoder {word}{at}{skipped}'
+  return InitialWeights(leaves, summary, word, found.revision)
+
+
+def _tokenizer_at(path: epath.Path) -> epath.Path | None:
+  """The tokenizer's directory that `path` is, or that the run there left."""
+  for folder in (path / 'tokenizer', path):
+    if export.is_tokenizer(folder):
+      return folder
+  return None
+
+
+def _encoder_of(
+  tokenizer: Tokenizer, word: str, folder: epath.Path, key: str
+) -> InitialWeights:
+  other, variables = export.load_tokenizer(folder)
+  have, want = (describe(t)['encoder'] for t in (other, tokenizer))
+  have, want = trees.flatten(have), trees.flatten(want)
+  for name in sorted(have.keys() | want.keys()):
+    if have.get(name) != want.get(name):
+      raise UserError(
+        f'{key}={word}: that encoder has {name.replace("/", ".")}='
+        f'{have.get(name)}, model.encoder has {want.get(name)}; make the two '
+        'equal'
+      )
+  leaves = trees.flatten({'encoder': variables['params']['encoder']})
+  leaves = {f'params/{n}': np.asarray(x) for n, x in leaves.items()}
+  summary = f'the {len(leaves)} leaves of the encoder of the tokenizer {folder}'
+  return InitialWeights(leaves, summary, word)
+
+
+def decoder_from(tokenizer: Tokenizer, word: str) -> InitialWeights:
+  """The decoder's leaves out of "rae:FILE"."""
+  source = parse_source(word)
+  if source.kind != 'rae':
+    raise UserError(
+      f'init.decoder={word}: a decoder comes from "rae:FILE", a published RAE '
+      'decoder; a whole tokenizer from init_from'
+    )
+  fit = rae.fit_rae_decoder(
+    source.value, tokenizer.decoder_spec, tokenizer.latent_dim
+  )
+  leaves = {f'params/decoder/{n}': x for n, x in fit.load().items()}
+  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  note = f' ({fit.source.note})' if fit.source.note else ''
+  summary = f'the decoder of {source.value}{note}{skipped}'
+  return InitialWeights(leaves, summary, word)
+
+
+def latents_from(tokenizer: Tokenizer, path: str) -> InitialWeights:
+  """Mean and std of latents out of a file of statistics."""
+  try:
+    leaves = latents.leaves_of(
+      path, tokenizer.latents_spec, tokenizer.latent_dim
+    )
+  except UserError as e:
+    raise UserError(f'init.latents={path}: {e}') from None
+  # No source of weights: manifests name those of frozen leaves.
+  return InitialWeights(dict(leaves), f'the statistics of latents in {path}')
+
+
+def _needed_for(
   spec: config_lib.RunSpec, parts: Collection[str]
 ) -> tuple[config_lib.InitSpec, str | None]:
-  """`init` and `init_from` of a config without what brings none of `parts`.
+  """`init` and `init_from` of a config without what gives none of `parts`.
 
   What a checkpoint holds needs no file that may be gone by now.
 
   Args:
-    parts: "encoder", "decoder", … that are to be brought again.
+    parts: "encoder", "decoder", … that are to be loaded again.
   """
   init = dataclasses.replace(
     spec.init,
@@ -337,41 +447,7 @@ def _check_model(have: Tokenizer, want: Tokenizer, where: str) -> None:
       )
 
 
-def with_teacher(
-  given: Given, tokenizer: Tokenizer, word: str | None, begins: str | None
-) -> Given:
-  """`given` with the encoder that teaches, if the config has one.
-
-  Args:
-    given: what the run begins with.
-    tokenizer: the run's; the teacher is an encoder like its own.
-    word: the config's `teacher`.
-    begins: the word that the run's own encoder came from, for "init".
-
-  Raises:
-    UserError: no such encoder, or another than the tokenizer's.
-  """
-  if word is None:
-    return given
-  if word == config_lib.INIT:
-    brought, says, source = given, f'the encoder of {begins}', begins
-  else:
-    brought = encoder_from(tokenizer, word, 'teacher')
-    says, source = brought.says, brought.source
-  teacher = {
-    f'teacher/{name.removeprefix("params/")}': leaf
-    for name, leaf in brought.leaves.items()
-    if name.startswith('params/encoder/')
-  }
-  return dataclasses.replace(
-    given,
-    leaves=given.leaves | teacher,
-    says='; '.join(filter(None, (given.says, f'the teacher is {says}'))),
-    teacher=(source, brought.revision),
-  )
-
-
-def _of_tokenizer(want: Tokenizer, path: pathlib.Path) -> Given:
+def _of_tokenizer(want: Tokenizer, path: epath.Path) -> InitialWeights:
   tokenizer, variables = export.load_tokenizer(path)
   _check_model(tokenizer, want, f'init_from={path}')
   leaves = trees.flatten({'params': variables['params']})
@@ -380,42 +456,52 @@ def _of_tokenizer(want: Tokenizer, path: pathlib.Path) -> Given:
   tables = tokenizer.quantizer.training_codebook(tables)
   leaves |= trees.flatten({'codebook': codebook | {'quantizer': tables}})
   leaves = jax.tree.map(np.asarray, leaves)
-  says = f'all {len(leaves)} leaves of the tokenizer {path}'
-  return Given(leaves, says, str(path))
+  summary = f'all {len(leaves)} leaves of the tokenizer {path}'
+  return InitialWeights(leaves, summary, str(path))
 
 
-def _of_run(want: Tokenizer, workdir: pathlib.Path) -> Given:
-  """The newest checkpoint's averaged weights, live codebook, frozen leaves."""
+def of_run(
+  workdir: epath.Path, want: Tokenizer | None = None, key: str = 'init_from'
+) -> tuple[Tokenizer, InitialWeights]:
+  """(a run's tokenizer, the EMA weights, live codebook and frozen leaves of
+  its latest checkpoint).
+
+  Args:
+    workdir: the run's.
+    want: the tokenizer that it must be, if any.
+    key: what names the run, for errors.
+
+  Raises:
+    UserError: no checkpoint there that verifies, or another tokenizer.
+  """
   path = workdir / 'config.json'
   try:
-    spec = config_lib.read_config(json.loads(path.read_bytes()))
+    config = config_lib.read_config(json.loads(path.read_bytes()))
   except (OSError, ValueError, TypeError) as e:
-    raise UserError(
-      f'init_from={workdir}: {path} cannot be used: {e}'
-    ) from None
+    raise UserError(f'{key}={workdir}: {path} cannot be used: {e}') from None
   kept = Checkpoints(workdir / 'checkpoints')
   try:
     manifest = kept.latest()
   except UserError:  # each fault is in the log; its advice is for that run
     raise UserError(
-      f'init_from={workdir}: no checkpoint of that run is whole; if it has '
-      f'ended, init_from={workdir}/tokenizer'
+      f'{key}={workdir}: no checkpoint of that run verifies; if it has '
+      f'finished, use {workdir}/tokenizer'
     ) from None
   if manifest is None:
     raise UserError(
-      f'init_from={workdir}: the run has no checkpoint yet; wait for its '
-      'first one'
+      f'{key}={workdir}: the run has no checkpoint yet; wait for its first one'
     )
-  tokenizer = build_tokenizer(spec.model)
-  _check_model(tokenizer, want, f'init_from={workdir}')
-  # To the host: a device may not hold the whole. No memory behind these.
+  tokenizer = build_tokenizer(config.model)
+  if want is not None:
+    _check_model(tokenizer, want, f'{key}={workdir}')
+  # To the host: one device may not hold all. No memory behind these.
   shapes = {
     name: np.broadcast_to(np.zeros((), dtype), shape)
     for name, (shape, dtype) in manifest['leaves'].items()
   }
-  averaged = any(n.startswith('ema/') for n in shapes)
+  has_ema = any(n.startswith('ema/') for n in shapes)
   prefixes = {
-    'ema/' if averaged else 'tokenizer/params/': 'params/',
+    'ema/' if has_ema else 'tokenizer/params/': 'params/',
     'codebook/': 'codebook/',
   }
   wanted = {n: x for n, x in shapes.items() if n.startswith(tuple(prefixes))}
@@ -424,33 +510,33 @@ def _of_run(want: Tokenizer, workdir: pathlib.Path) -> Given:
   for name, leaf in found.items():
     old = next(p for p in prefixes if name.startswith(p))
     leaves[prefixes[old] + name.removeprefix(old)] = np.asarray(leaf)
-  frozen = _kept_frozen(tokenizer, spec, leaves, workdir)
+  frozen = _kept_frozen(tokenizer, config, leaves, f'{key}={workdir}')
   held = Frozen({n.removeprefix('params/'): x for n, x in frozen.items()})
-  # The run's other frozen trees (a teacher, loss networks) stay behind.
+  # The run's other frozen trees (a teacher, loss networks) are not loaded.
   recorded = {n: x for n, x in manifest['frozen'].items() if n == 'params'}
-  check_frozen(hash_frozen(held), recorded, f'init_from={workdir}')
-  kind = 'averaged' if averaged else 'last'
-  says = (
+  check_frozen(hash_frozen(held), recorded, f'{key}={workdir}')
+  kind = 'EMA' if has_ema else 'last'
+  summary = (
     f'{len(leaves)} leaves of step {manifest["step"]} of {workdir} ({kind} '
-    f'weights, live codebook) and the {len(frozen)} it kept frozen'
+    f'weights, live codebook) and the {len(frozen)} that it kept frozen'
   )
   warning = ''
   if not _is_finished(workdir, manifest['step']):
     warning = (
-      f'init_from={workdir}: that run is not finished; this one begins at its '
+      f'{key}={workdir}: that run is not finished; its weights are those of '
       f'step {manifest["step"]}'
     )
-  return Given(
+  return tokenizer, InitialWeights(
     leaves=leaves | frozen,
-    says=says,
+    summary=summary,
     source=str(workdir),
     revision=f'step {manifest["step"]}',
-    left=_left_behind(shapes.keys() - wanted.keys()),
+    ignored=_not_loaded(shapes.keys() - wanted.keys()),
     warning=warning,
   )
 
 
-def _is_finished(workdir: pathlib.Path, step: int) -> bool:
+def _is_finished(workdir: epath.Path, step: int) -> bool:
   """Its summary is of this step: a run may have been lengthened since."""
   try:
     figures = json.loads((workdir / 'summary.json').read_bytes())
@@ -459,14 +545,14 @@ def _is_finished(workdir: pathlib.Path, step: int) -> bool:
     return False
 
 
-def _left_behind(names: Iterable[str]) -> str:
-  """In words, what of a checkpoint is not taken."""
+def _not_loaded(names: Iterable[str]) -> str:
+  """What of a checkpoint is not loaded, for the log."""
   parts = {
     'discriminator/': 'the discriminator',
     'tokenizer/opt_state/': 'the optimizer',
-    'tokenizer/params/': 'the weights before averaging',
+    'tokenizer/params/': 'the weights before averaging (not EMA)',
     'usage': 'the usage window',
-    'ema/': 'their average',
+    'ema/': 'the EMA weights',
   }
   found = {
     words: sum(name.startswith(prefix) for name in names)
@@ -476,24 +562,29 @@ def _left_behind(names: Iterable[str]) -> str:
   return f'{listed}, the step count'
 
 
-def _kept_frozen(tokenizer, spec, leaves: Leaves, workdir) -> Leaves:
-  """A run's weights that are not in its checkpoints, made again, if any."""
-  names = trees.flatten(jax.eval_shape(lambda: from_seed(tokenizer, 0)))
+def _kept_frozen(
+  tokenizer: Tokenizer,
+  config: config_lib.RunSpec,
+  leaves: Leaves,
+  where: str,
+) -> Leaves:
+  """A run's weights that are not in its checkpoints, made again."""
+  names = trees.flatten(jax.eval_shape(lambda: random_variables(tokenizer, 0)))
   missing = {n for n in names if n.startswith('params/')} - leaves.keys()
   if not missing:
     return {}
-  init, init_from = still_needed(spec, {n.split('/')[1] for n in missing})
+  init, init_from = _needed_for(config, {n.split('/')[1] for n in missing})
   try:
-    given = given_leaves(tokenizer, init_from, init).leaves
+    loaded = _tokenizer_weights(tokenizer, init_from, init).leaves
   except UserError as e:
     raise UserError(
-      f'init_from={workdir}: what it kept frozen is not in its checkpoints: {e}'
+      f'{where}: what it kept frozen is not in its checkpoints: {e}'
     ) from None
-  drawn = sorted(missing - given.keys())
+  random = sorted(missing - loaded.keys())
 
   def draw():
-    fresh = trees.flatten(from_seed(tokenizer, spec.seed))
-    return {name: fresh[name] for name in drawn}
+    fresh = trees.flatten(random_variables(tokenizer, config.seed))
+    return {name: fresh[name] for name in random}
 
-  fresh = jax.device_get(jax.jit(draw)()) if drawn else {}
-  return {n: given[n] if n in given else fresh[n] for n in missing}
+  fresh = jax.device_get(jax.jit(draw)()) if random else {}
+  return {n: loaded[n] if n in loaded else fresh[n] for n in missing}

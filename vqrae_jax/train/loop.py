@@ -1,14 +1,16 @@
 """A run from its config to a tokenizer on disk, with its figures.
 
-Order: read and check the config, open the data, plan, make the state, step,
-export, open the export again and evaluate that: the figures are of the files
-that a user gets.
+Four stages, each one value: `read_config` (pure), `setup` (everything static),
+`initialize` or `restore` (the state), `run` (the steps). Then the tokenizer is
+exported, opened again and evaluated: the figures are of the files that a user
+gets.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 import signal
 import threading
@@ -18,32 +20,45 @@ from types import FrameType
 from typing import IO, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
+from vqrae_jax import export, sharding
 from vqrae_jax.errors import Stopped, UserError
-from vqrae_jax.losses import adversarial
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import reporting
+from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.train import step as finite
-from vqrae_jax.train.checkpoint import Checkpoints, Position, check_skipped
-from vqrae_jax.train.reporting import Report, write_json
-from vqrae_jax.train.run import Run, check_workdir, host_copy
+from vqrae_jax.train.checkpoint import Checkpoints, Position
+from vqrae_jax.train.gan import Alarms, active_metrics
+from vqrae_jax.train.initialize import Started, initialize, restore
+from vqrae_jax.train.reporting import (
+  Report,
+  Visualizer,
+  finish,
+  save_picture,
+  write_json,
+)
+from vqrae_jax.train.setup import Setup
+from vqrae_jax.train.step import judged
 
-# ----------------------------------------------------------------------------
-# When a run is asked to stop: SIGTERM or Ctrl-C, agreed on by all hosts.
-#
-# One process minds its own signals. Many ask `jax.distributed`, whose service
-# sees a SIGTERM on any host and names one step for all. A second Ctrl-C stops
-# at once.
+REMEDY = 'lower the learning rate, lengthen the warm-up, or compute in float32'
+
+
+class NonFinite(UserError):
+  """Losses or gradients that are not finite; the run stops."""
 
 
 class StopRequest:
-  """`with StopRequest() as stop: … if stop.wanted(step): …`."""
+  """`with StopRequest() as stop: … if stop.wanted(step): …`: SIGTERM or
+  Ctrl-C, agreed on by all hosts.
+
+  One process handles its own signals. Many ask `jax.distributed`, whose
+  service sees a SIGTERM on any host and names one step for all. A second
+  Ctrl-C stops at once.
+  """
 
   def __init__(self):
     self._signal: int | None = None
@@ -141,115 +156,19 @@ def _check(free: bool, workdir: pathlib.Path) -> None:
     )
 
 
-# ----------------------------------------------------------------------------
-# What tells of an adversarial game that has gone wrong, while it runs.
-#
-# The usual ways: the discriminator separates everything and nothing more is
-# learnt from it; its logits run away; the decoder's adversarial gradient all but
-# vanishes, so that the balance lies at its bound. Each is judged by means over
-# the steps between two rows of the log, said once, and again only after it had
-# stopped.
-
-# A discriminator whose loss is below this share of what guessing gives.
-WON = 0.02
-RUN_AWAY = 100.0
-
-
-class Alarms:
-  """Listens to a run's steps.
-
-  Args:
-    adversary: the plan's second player, of which the starts and the loss's
-      name are read; None is silent.
-  """
-
-  def __init__(self, adversary: Any):
-    self._adversary = adversary
-    self._heard: list[Mapping[str, float]] = []
-    self._sounding: set[str] = set()
-    if adversary is not None:
-      zero = jnp.zeros(1)
-      loss = adversarial.D_LOSSES[adversary.spec.loss]
-      self._guessing = float(loss(zero, zero))
-
-  def hear(self, step: int, metrics: Mapping[str, float]) -> None:
-    """The figures of a completed step; those left out tell nothing."""
-    player = self._adversary
-    if player is None or step <= player.start or metrics['nonfinite']:
-      return
-    self._heard.append(dict(metrics, heard=step > player.gan_start))
-
-  def words(self) -> list[str]:
-    """A line for each alarm that begins, judged by what was heard since the
-    last call."""
-    heard, self._heard = self._heard, []
-    if not heard:
-      return []
-    now = self._judge(heard)
-    new = [line for name, line in now.items() if name not in self._sounding]
-    self._sounding = set(now)
-    return new
-
-  def _judge(self, heard: list[Mapping[str, float]]) -> dict[str, str]:
-    def mean(name):
-      return float(np.mean([row[name] for row in heard]))
-
-    found = {}
-    loss, real, fake = map(
-      mean, ('loss/discriminator', 'logits/real', 'logits/fake')
-    )
-    if loss < WON * self._guessing:
-      found['won'] = (
-        f'the discriminator tells every reconstruction (its loss is {loss:.2g},'
-        f' guessing gives {self._guessing:.2g}); lower '
-        'discriminator.schedule.lr, or add discriminator.lecam or r1'
-      )
-    if max(abs(real), abs(fake)) > RUN_AWAY:
-      found['run away'] = (
-        f"the discriminator's logits run away (real {real:.3g}, fake "
-        f'{fake:.3g}); add discriminator.lecam or r1, or lower its rate'
-      )
-    balances = [row['gan_balance'] for row in heard if row['heard']]
-    bound = 0.99 * adversarial.MAX_WEIGHT
-    if balances and np.mean([b >= bound for b in balances]) > 0.5:
-      found['balance'] = (
-        'the adversarial gradient has all but vanished: gan_balance lies at '
-        f'its bound {adversarial.MAX_WEIGHT:.0e}; start losses.gan later, or '
-        'lower discriminator.schedule.lr'
-      )
-    return found
-
-
-def _read(metrics: dict[str, jax.Array]) -> dict[str, float]:
-  return {k: float(v) for k, v in jax.device_get(metrics).items()}
-
-
-def dry_run(config: Any) -> dict[str, float]:
-  """One step, nothing written; its metrics."""
-  run = Run(config)
-  with jax.set_mesh(run.mesh):
-    state, frozen, step = run.start()
-    batch = run.place(run.batches.batch(0))
-    _, metrics = step(state, frozen, batch)
-    metrics = _read(metrics)
-  finite.check_finite(1, metrics)
-  del metrics['samples']  # a checksum, no figure
-  return metrics
-
-
 def train(
   config: Any,
-  workdir: str | pathlib.Path,
+  workdir: str | os.PathLike,
   profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
   """Trains as `config` says and leaves everything in `workdir`.
 
-  A workdir with checkpoints goes on from the newest one that is whole.
+  A workdir with checkpoints resumes from the newest one that verifies.
 
   Args:
     config: a ConfigDict or mapping (`configs/`).
-    workdir: made if absent: config.json, metrics.jsonl, checkpoints/,
-      tensorboard/, tokenizer/, summary.json and, with `eval`,
+    workdir: a folder, or gs://…; made if absent: config.json, metrics.jsonl,
+      checkpoints/, tensorboard/, tokenizer/, summary.json and, with `eval`,
       reconstructions.png.
     profile: (first, last) step of a jax.profiler trace in workdir/profile.
 
@@ -257,69 +176,347 @@ def train(
     What summary.json holds.
 
   Raises:
-    UserError: a config that cannot run, a checkpoint of another run, or a
-      loss that is no number.
+    UserError: a config that cannot run, a checkpoint of another run, or losses
+      that are not finite.
     Stopped: a signal asked for it; the state is saved.
   """
-  workdir = pathlib.Path(workdir).expanduser()
+  workdir = epath.Path(workdir).expanduser()
   check_workdir(workdir)
   check_no_run_in(workdir)
-  run = Run(config)
-  _check_profile(profile, run.plan.total_steps)
-  every = run.spec.checkpoint.every
-  kept = Checkpoints(workdir / 'checkpoints', run.spec.checkpoint.keep)
-  if not every and kept.steps():
+  setup = setup_lib.setup(config_lib.read_config(config))
+  total, spec = setup.total_steps, setup.config.checkpoint
+  if profile and profile[1] > total:
+    raise UserError(
+      f'--profile={profile[0]}:{profile[1]} ends after the {total} steps of '
+      'the run'
+    )
+  checkpoints = Checkpoints(workdir / 'checkpoints', spec.keep)
+  seen = checkpoints.steps()
+  if seen and not spec.every:
     raise UserError(
       f'{workdir} has checkpoints, and checkpoint.every=0 would start over '
       'beside them; name another --workdir, or remove its checkpoints'
     )
-  seen, manifest = kept.steps(), kept.latest()
-  with contextlib.ExitStack() as held:  # the lock, to the last file
-    with jax.set_mesh(run.mesh), contextlib.closing(kept):
+  with contextlib.ExitStack() as lock:  # held to the last file
+    with jax.set_mesh(setup.mesh), contextlib.closing(checkpoints):
+      manifest = checkpoints.latest()
+      position = Position() if manifest is None else Position.of(manifest)
+      if position.step > total:
+        raise UserError(
+          f'{workdir} is at step {position.step}, past the {total} steps of '
+          f'duration={setup.config.duration!r}; lengthen it, or name another '
+          '--workdir'
+        )
       if manifest is None:
-        state, frozen, step_fn = run.start()
-        position = Position()
+        started = initialize(setup)
       else:
-        state, frozen, step_fn = run.resume(kept, manifest)
-        position = Position.of(manifest)
-        if position.step > run.plan.total_steps:
-          raise UserError(
-            f'{workdir} is at step {position.step}, past the '
-            f'{run.plan.total_steps} steps of duration={run.spec.duration!r}; '
-            'lengthen it, or name another --workdir'
-          )
-        if over := _finished(workdir, position.step, run.plan.total_steps):
+        started = restore(setup, checkpoints, manifest)
+        if figures := _finished(workdir, position.step, total):
           _warn_of_changes(workdir / 'config.json', config)
-          return over
-        logging.info('goes on from step %d', position.step)
-      held.enter_context(only_run_in(workdir))
-      if not agreed(kept.steps() == seen):
+          return figures
+        logging.info('resumed from step %d', position.step)
+      lock.enter_context(only_run_in(workdir))
+      if not agreed(checkpoints.steps() == seen):
         raise UserError(
           f'another run has written to {workdir} since this one began to read '
           'it; start the command again'
         )
-      _note_config(config, workdir, changed=manifest is not None)
-      logging.info('%s; the first step compiles', run.describe())
-      if every:
-        kept.begin_from(position.step)
-      going = _Going(run, workdir, kept, frozen, position, profile)
-      with contextlib.closing(going.report), StopRequest() as stop:
-        state = going.steps(state, step_fn, stop)
-      variables = host_copy(
-        state_lib.variables_of(state, frozen, ema=True), run.mesh
+      _write_config(config, workdir, resumed=manifest is not None)
+      logging.info('%s; the first step compiles', setup.describe())
+      if spec.every:
+        checkpoints.begin_from(position.step)
+      state, figures = run(
+        setup, started, workdir, checkpoints, position, profile
       )
-    return reporting.finish(run, variables, workdir, going.figures())
+      variables = sharding.host_copy(
+        state_lib.variables_of(state, started.frozen, ema=True), setup.mesh
+      )
+    return finish(setup, variables, workdir, figures)
+
+
+def dry_run(config: Any) -> dict[str, float]:
+  """One step, nothing written; its metrics."""
+  setup = setup_lib.setup(config_lib.read_config(config))
+  with jax.set_mesh(setup.mesh):
+    started = initialize(setup)
+    batch = setup.place(setup.batches.batch(0))
+    _, metrics = setup.train_step()(
+      started.state, started.frozen, setup_lib.f32(setup.hparams), batch
+    )
+    metrics = _floats(metrics)
+  if words := nonfinite(1, metrics):
+    raise NonFinite(f'{words}; {REMEDY}')
+  return metrics
+
+
+def run(
+  setup: Setup,
+  started: Started,
+  workdir: epath.Path,
+  checkpoints: Checkpoints,
+  position: Position,
+  profile: tuple[int, int] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+  """(the last state, the run's figures): all steps that are left.
+
+  Args:
+    setup: everything static.
+    started: the state, the frozen trees and their record.
+    workdir: where rows, pictures and checkpoints go.
+    checkpoints: where the state is saved.
+    position: of `started.state`.
+    profile: steps of a trace.
+  """
+  loop = _Loop(setup, started, workdir, checkpoints, position)
+  total, every = setup.total_steps, setup.config.checkpoint.every
+  state, step_fn = started.state, setup.train_step()
+  hparams = setup_lib.f32(setup.hparams)
+  batches = setup.batches.iterate(position.step)
+  with contextlib.closing(loop.report), StopRequest() as stop:
+    for number in range(position.step + 1, total + 1):
+      if profile and number == profile[0]:
+        jax.profiler.start_trace(str(workdir / 'profile'))
+      batch = setup.place(loop.next(batches))
+      state, metrics = step_fn(state, started.frozen, hparams, batch)
+      # One step behind, so that the device always has work.
+      loop.settle()
+      loop.pending = (number, metrics)
+      if number == position.step + 1:
+        jax.block_until_ready(metrics)
+        loop.compiled()
+      if profile and number == profile[1]:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+      loop.show(state, number)
+      stopping = stop.wanted(number) and number < total
+      last = number == total or stopping
+      if every and (number % every == 0 or last):
+        loop.settle()
+        # While steps are skipped the checkpoint before them stays the newest:
+        # a state that only later steps show to be bad replaces no good one.
+        if last or not loop.position.nonfinite_in_a_row:
+          loop.save(state)
+      if stopping:
+        loop.stop(stop.name)
+    loop.settle()
+  return state, loop.figures()
+
+
+class _Loop:
+  """The loop's bookkeeping: what is pending, written, saved and measured."""
+
+  def __init__(
+    self,
+    setup: Setup,
+    started: Started,
+    workdir: epath.Path,
+    checkpoints: Checkpoints,
+    position: Position,
+  ):
+    self.setup, self.workdir = setup, workdir
+    self.checkpoints, self.position = checkpoints, position
+    self.first = position.step
+    config = setup.config
+    self.visualizer = Visualizer(setup, started.frozen)
+    self.alarms = Alarms(
+      setup.step.gan, setup.hparams, self.first + config.log.usage_window
+    )
+    self.evaluated: dict[int, dict[str, float]] = {}
+    self.report = Report(
+      workdir,
+      total_steps=setup.total_steps,
+      batch_size=config.batch_size,
+      tensorboard=config.log.tensorboard,
+      start_step=self.first,
+    )
+    self.pending: tuple[int, Any] | None = None
+    self.began = self.ready = time.perf_counter()
+    self.waited = 0.0
+    self.manifest = {'run': setup.identity(), 'frozen': started.record}
+
+  def next(self, batches: Iterator[Any]) -> Any:
+    """The next batch; the time it took is kept."""
+    asked = time.perf_counter()
+    batch = next(batches)
+    self.waited += time.perf_counter() - asked
+    return batch
+
+  def compiled(self) -> None:
+    """The first step is done: speed is measured from here."""
+    self.ready, self.waited = time.perf_counter(), 0.0
+
+  def show(self, state: Any, number: int) -> None:
+    """Pictures and held-out figures, where the config asks for them."""
+    config, last = self.setup.config, number == self.setup.total_steps
+    every = config.log.images_every
+    if every and (number % every == 0 or last):
+      picture = self.visualizer.picture(state)
+      self.report.images(number, picture)
+      save_picture(picture, self.workdir, number)
+    every = config.eval.every if config.eval is not None else 0
+    if every and (number % every == 0 or last):
+      self.evaluated[number] = self.visualizer.figures(state)
+
+  def settle(self) -> None:
+    """Reads the pending step's metrics, checks them, writes its row."""
+    if self.pending is None:
+      return
+    setup, (number, metrics) = self.setup, self.pending
+    self.pending = None
+    metrics = _floats(metrics)
+    self.position = self.position.after(number, metrics)
+    self._check_nonfinite(number, metrics)
+    self.report.unreadable(setup.batches.unreadable)
+    self._check_skipped()
+    self.report.step()
+    self.alarms.add(number, metrics)
+    evaluated = self.evaluated.pop(number, {})
+    every, last = setup.config.log.every, number == setup.total_steps
+    if number % every == 0 or last or evaluated:
+      for warning in self.alarms.warnings():
+        logging.warning('step %d: %s', number, warning)
+      wait, self.waited = self.waited, 0.0
+      row = active_metrics(number, metrics, setup.hparams)
+      row |= setup.rates_at(number - 1, self.position.nonfinite)
+      row['nonfinite'] = self.position.nonfinite
+      row['skipped'] = self.position.skipped
+      self.report.row(number, row | evaluated, wait)
+
+  def _check_nonfinite(self, number: int, metrics: Mapping) -> None:
+    """Logs that a step was skipped; stops where too many are."""
+    words = nonfinite(number, metrics)
+    if not words:
+      return
+    in_a_row, most = (
+      self.position.nonfinite_in_a_row,
+      self.setup.config.max_nonfinite,
+    )
+    if in_a_row <= most and self.position.nonfinite < self.setup.total_steps:
+      logging.warning(
+        '%s: the step is skipped, %d in a row (max_nonfinite=%d)',
+        words, in_a_row, most,
+      )  # fmt: skip
+      return
+    streak = f', {in_a_row} steps in a row' if in_a_row > 1 else ''
+    self.checkpoints.wait()
+    resume = ''
+    if steps := self.checkpoints.steps():
+      # Its values may be finite and bad: only a later step shows it.
+      resume = (
+        f'; the same command resumes from step {steps[-1]}; if that state is '
+        f'bad too, remove checkpoint {steps[-1]} in {self.workdir}/checkpoints'
+      )
+    raise NonFinite(f'{words}{streak}; {REMEDY}{resume}')
+
+  def _check_skipped(self) -> None:
+    """Stops a run whose images are unreadable more often than allowed."""
+    setup, position = self.setup, self.position
+    samples = position.step * setup.config.batch_size
+    share = setup.config.data.max_skipped
+    if position.skipped <= share * max(samples, len(setup.source)):
+      return
+    name, reason = next(
+      reversed(setup.batches.unreadable.items()),
+      ('another host', 'see its log'),
+    )
+    raise UserError(
+      f'{position.skipped} images of {samples} samples could not be read, more '
+      f'than data.max_skipped={share} allows; the last was {name}: {reason}; '
+      f'{self.workdir}/unreadable.jsonl names them: repair or remove them, or '
+      'raise data.max_skipped'
+    )
+
+  def save(self, state: Any) -> None:
+    """Saves a checkpoint of the state at `position`."""
+    position = dataclasses.asdict(self.position)
+    self.checkpoints.save(
+      self.position.step, state, {**self.manifest, 'position': position}
+    )
+
+  def stop(self, signal_name: str) -> None:
+    """Ends the run as a signal asked; raises Stopped."""
+    step = self.position.step
+    if not self.setup.config.checkpoint.every:
+      raise Stopped(
+        f'by {signal_name} after step {step}; without checkpoints '
+        '(checkpoint.every=0) the run starts over'
+      )
+    self.checkpoints.wait()
+    raise Stopped(
+      f'by {signal_name} after step {step}, which is saved in '
+      f'{self.workdir}/checkpoints; the same command resumes from there, and '
+      f'python -m vqrae_jax.train.export --run={self.workdir} writes its '
+      'tokenizer'
+    )
+
+  def figures(self) -> dict[str, Any]:
+    """Steps and speed, this process's own."""
+    total, ended = self.setup.total_steps, time.perf_counter()
+    found: dict[str, Any] = {
+      'steps': total,
+      'skipped': self.position.skipped,
+      'train_seconds': ended - self.began,
+    }
+    steps = total - self.first - 1
+    if steps > 0:
+      images = steps * self.setup.config.batch_size
+      found['images_per_second'] = images / max(ended - self.ready, 1e-9)
+    return found
+
+
+def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+  return {k: float(v) for k, v in jax.device_get(metrics).items()}
+
+
+def nonfinite(step: int, metrics: Mapping[str, float]) -> str:
+  """Which of a step's losses and norms are not finite; '' if all are."""
+  bad = sorted(
+    k for k, v in metrics.items() if judged(k) and not np.isfinite(v)
+  )
+  if not bad:
+    return ''
+  values = ', '.join(
+    f'{k}={v:.4g}'
+    for k, v in sorted(metrics.items())
+    if k not in ('skipped', 'nonfinite')
+  )
+  return f'{", ".join(bad)} not finite at step {step} ({values})'
+
+
+def check_workdir(workdir: epath.Path) -> None:
+  """The workdir can be made, and its tokenizer folder can be replaced."""
+  if '://' in str(workdir):
+    try:
+      workdir.exists()
+    except Exception as e:  # each bucket's own library raises its own
+      raise UserError(
+        f'--workdir={workdir} cannot be reached: {" ".join(str(e).split())}; '
+        'install its backend (pip install etils[epath-gcs] for gs://, '
+        'etils[epath-s3] for s3://) and sign in, or name a mounted folder'
+      ) from None
+    return
+  existing = next(p for p in (workdir, *workdir.parents) if p.exists())
+  if not existing.is_dir():
+    raise UserError(f'--workdir={workdir}: {existing} is a file, not a folder')
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise UserError(f'--workdir={workdir}: {existing} cannot be written')
+  folder = workdir / 'checkpoints'
+  if os.path.lexists(folder) and not folder.is_dir():
+    raise UserError(
+      f'{folder} is not a folder, and checkpoints go there; move it'
+    )
+  export.check_target(pathlib.Path(workdir / 'tokenizer'))
 
 
 def _finished(
-  workdir: pathlib.Path, step: int, total: int
+  workdir: epath.Path, step: int, total: int
 ) -> dict[str, Any] | None:
-  """What summary.json holds, if the run is over: then all of it stays."""
+  """What summary.json holds, if the run is finished: then all of it stays."""
   path = workdir / 'summary.json'
   if step < total or not (path.exists() and (workdir / 'tokenizer').is_dir()):
     return None
   try:
-    figures = dict(json.loads(path.read_bytes()))
+    figures = dict(json.loads(path.read_text()))
   except (ValueError, TypeError):
     return None
   if figures.get('steps') != total:
@@ -331,205 +528,31 @@ def _finished(
   return figures
 
 
-def _check_profile(profile: tuple[int, int] | None, total: int) -> None:
-  if profile and profile[1] > total:
-    raise UserError(
-      f'--profile={profile[0]}:{profile[1]} ends after the {total} steps of '
-      'the run'
-    )
-
-
-def _note_config(config: Any, workdir: pathlib.Path, changed: bool) -> None:
-  """Writes config.json; says what a resumed run changes in it."""
+def _write_config(config: Any, workdir: epath.Path, resumed: bool) -> None:
+  """Writes config.json; logs what a resumed run changes in it."""
   if jax.process_index():
     return
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / 'config.json'
-  if changed:
+  if resumed:
     _warn_of_changes(path, config)
   write_json(path, config_lib.plain(config))
 
 
-def _warn_of_changes(path: pathlib.Path, config: Any) -> None:
-  """A line for each key that is not as config.json has it, if it has any."""
+def _warn_of_changes(path: epath.Path, config: Any) -> None:
+  """A warning for each key that is not as config.json has it."""
   if not path.exists():
     return
   now = json.loads(json.dumps(config_lib.plain(config), default=str))
   try:
-    old = trees.flatten(dict(json.loads(path.read_bytes())))
+    old = trees.flatten(dict(json.loads(path.read_text())))
   except (ValueError, TypeError) as e:
-    logging.warning('%s is damaged (%s): no comparing with it', path, e)
+    logging.warning('%s is damaged (%s) and not compared', path, e)
     return
   new = trees.flatten(now)
   for name in sorted(old.keys() | new.keys()):
     if old.get(name) != new.get(name):
       logging.warning(
         'the config changed: %s was %s, is %s',
-        name.replace('/', '.'),
-        old.get(name),
-        new.get(name),
-      )
-
-
-class _Going:
-  """The loop's bookkeeping: what is pending, written, saved and measured."""
-
-  def __init__(self, run, workdir, kept, frozen, position, profile):
-    self.run, self.workdir, self.kept = run, workdir, kept
-    self.frozen, self.position, self.profile = frozen, position, profile
-    self.shown = reporting.Shown(run, frozen)
-    self.alarms = Alarms(run.plan.adversary)
-    self.measured: dict[int, dict[str, float]] = {}
-    self.first = position.step
-    spec = run.spec
-    self.report = Report(
-      workdir,
-      total_steps=run.plan.total_steps,
-      batch_size=spec.batch_size,
-      tensorboard=spec.log.tensorboard,
-      start_step=self.first,
-    )
-    self.pending: tuple[int, Any] | None = None
-    self.began = self.compiled = self.ended = time.perf_counter()
-    self.waited = 0.0
-    if spec.checkpoint.every:
-      self.says = {
-        'run': run.identity(),
-        'frozen': run.frozen_record(frozen),
-      }
-
-  def steps(self, state, step_fn, stop) -> Any:
-    """All that is left of the run; the last state."""
-    run, spec, total = self.run, self.run.spec, self.run.plan.total_steps
-    batches = run.batches.iterate(self.first)
-    for number in range(self.first + 1, total + 1):
-      self._profile(number, start=True)
-      asked = time.perf_counter()
-      batch = run.place(next(batches))
-      self.waited += time.perf_counter() - asked
-      state, metrics = step_fn(state, self.frozen, batch)
-      # One step behind, so the device always has work.
-      self._settle()
-      self.pending = (number, metrics)
-      if number == self.first + 1:
-        jax.block_until_ready(metrics)
-        self.compiled, self.waited = time.perf_counter(), 0.0
-      self._profile(number, start=False)
-      self._show(state, number)
-      stopping = stop.wanted(number) and number < total
-      every = spec.checkpoint.every
-      if every and (number % every == 0 or number == total or stopping):
-        self._settle()
-        # While steps are left out the checkpoint before them stays the newest:
-        # should the state be spoilt, older ones are not pushed out.
-        if not self.position.nonfinite_in_a_row or number == total or stopping:
-          self._save(state)
-      if stopping:
-        self._stop(stop, number)
-    self._settle()
-    self.ended = time.perf_counter()
-    return state
-
-  def _show(self, state, number: int) -> None:
-    """Pictures and held-out figures, where the config asks for them."""
-    spec, last = self.run.spec, number == self.run.plan.total_steps
-    every = spec.log.images_every
-    if every and (number % every == 0 or last):
-      picture = self.shown.picture(state)
-      self.report.images(number, picture)
-      reporting.save(picture, self.workdir, number)
-    every = spec.eval.every if spec.eval is not None else 0
-    if every and (number % every == 0 or last):
-      self.measured[number] = self.shown.figures(state)
-
-  def _settle(self) -> None:
-    """Reads the pending step's metrics, listens to them, writes its row."""
-    if self.pending is None:
-      return
-    run, (number, metrics) = self.run, self.pending
-    self.pending = None
-    metrics = _read(metrics)
-    self.position = self.position.after(number, metrics)
-    self._check_nonfinite(number, metrics)
-    self.report.unreadable(run.batches.unreadable)
-    check_skipped(run, self.position, self.workdir)
-    self.report.step()
-    self.alarms.hear(number, metrics)
-    measured = self.measured.pop(number, {})
-    every, last = run.spec.log.every, number == run.plan.total_steps
-    if number % every == 0 or last or measured:
-      for words in self.alarms.words():
-        logging.warning('step %d: %s', number, words)
-      wait, self.waited = self.waited, 0.0
-      row = run.heard(number, metrics)
-      row |= run.rates_at(number - 1, self.position.nonfinite)
-      row['nonfinite'] = self.position.nonfinite
-      row['skipped'] = self.position.skipped
-      row['samples'] = f'{self.position.samples:08x}'
-      self.report.row(number, row | measured, wait)
-
-  def _check_nonfinite(self, number: int, metrics) -> None:
-    """Says that a step was left out; stops where too many are."""
-    words = finite.problem(number, metrics)
-    if not words:
-      return
-    in_a_row = self.position.nonfinite_in_a_row
-    most = self.run.spec.max_nonfinite
-    if in_a_row <= most and self.position.nonfinite < self.run.plan.total_steps:
-      logging.warning(
-        '%s: the step is left out, %d in a row (max_nonfinite=%d)',
-        words, in_a_row, most,
+        name.replace('/', '.'), old.get(name), new.get(name),
       )  # fmt: skip
-      return
-    streak = f', {in_a_row} steps in a row' if in_a_row > 1 else ''
-    words = f'{words}{streak}; {finite.REMEDY}'
-    self.kept.wait()
-    if steps := self.kept.steps():
-      # Its values may be finite and spoilt: only a step later shows it.
-      words += (
-        f'; the same command goes on from step {steps[-1]}: should that be '
-        f'spoilt too, remove {self.workdir}/checkpoints/{steps[-1]:08d}.json'
-      )
-    raise finite.NonFinite(words)
-
-  def _save(self, state) -> None:
-    position = dataclasses.asdict(self.position)
-    self.kept.save(
-      self.position.step, state, {**self.says, 'position': position}
-    )
-
-  def _stop(self, stop, number) -> None:
-    if not self.run.spec.checkpoint.every:
-      raise Stopped(
-        f'by {stop.name} after step {number}; without checkpoints '
-        '(checkpoint.every=0) the run starts over'
-      )
-    self.kept.wait()
-    raise Stopped(
-      f'by {stop.name} after step {number}, which is saved in '
-      f'{self.workdir}/checkpoints; the same command goes on from there'
-    )
-
-  def _profile(self, number: int, start: bool) -> None:
-    if not self.profile:
-      return
-    if start and number == self.profile[0]:
-      jax.profiler.start_trace(str(self.workdir / 'profile'))
-    if not start and number == self.profile[1]:
-      jax.block_until_ready(self.pending)
-      jax.profiler.stop_trace()
-
-  def figures(self) -> dict[str, Any]:
-    """Steps and speed, this process's own."""
-    total, run = self.run.plan.total_steps, self.run
-    found: dict[str, Any] = {
-      'steps': total,
-      'samples': f'{self.position.samples:08x}',
-      'skipped': self.position.skipped,
-      'train_seconds': self.ended - self.began,
-    }
-    done = total - self.first - 1
-    if done > 0:
-      seconds = max(self.ended - self.compiled, 1e-9)
-      found['images_per_second'] = done * run.spec.batch_size / seconds
-    return found

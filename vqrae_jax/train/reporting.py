@@ -1,15 +1,14 @@
-"""What a run says: a progress bar, a log line, metrics.jsonl, TensorBoard.
+"""What a run shows: a progress bar, log lines, metrics.jsonl, TensorBoard,
+pictures, and at its end the figures of the exported tokenizer.
 
-Only process 0 writes, but for the names of unreadable photographs, which each
-host lists for itself. A row of metrics.jsonl holds the step and its metrics;
-each step appears once: a run that goes on cuts the rows after its checkpoint.
+Only process 0 writes, but for the names of unreadable images, which each host
+lists for itself. A row of metrics.jsonl holds the step and its metrics; each
+step appears once: a resumed run cuts the rows after its checkpoint.
 """
 
 import functools
 import json
 import math
-import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -18,107 +17,74 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
 from vqrae_jax import export, sharding
 from vqrae_jax.evaluate import evaluator, visualize
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.train.run import Run, host_copy
+from vqrae_jax.train.setup import Setup
 
-# ----------------------------------------------------------------------------
-# What a run shows of itself on the way: pictures, and figures of held-out
-# tiles, both of the averaged weights.
-#
-# The images are fixed: tiles spread evenly over the held-out photographs, or,
-# without an `eval.source`, the run's first ones. Every host takes part, since
-# parameters may lie over all of them.
+# Not in the line of a row: counts that are nearly always 0.
+_QUIET = ('skipped', 'nonfinite')
+SHOWN = 8  # images of a picture on the way
+PAGE_IMAGES = 12  # of the page at the end
+LARGE = 128  # pixels: smaller images are enlarged by an integer factor
+# Figures of summary.json in the order of the table at the end.
+_TABLE = (
+  ('psnr', 'PSNR, dB (held out, pooled)', '.2f'),
+  ('psnr_block_mean', 'PSNR of block means, dB', '.2f'),
+  ('psnr_shuffled', 'PSNR with codes shuffled, dB', '.2f'),
+  ('ssim', 'SSIM', '.3f'),
+  ('codes_used', 'codes used', 'd'),
+  ('perplexity', 'perplexity of the codes', '.1f'),
+  ('effective_bits', 'effective bits a token', '.2f'),
+  ('bits_per_image', 'bits per image, nominal', '.0f'),
+  ('train_seconds', 'training, s', '.0f'),
+  ('images_per_second', 'images/s', '.0f'),
+)
 
-SHOWN = 8
-LARGE = 128  # pixels: smaller images are enlarged by a whole number
+
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
+  """The JSON objects of a file of lines; torn ones are left out."""
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      rows.append(dict(json.loads(line)))
+    except (ValueError, TypeError):
+      continue
+  return rows
 
 
-class Shown:
-  """A run's fixed images and what its weights make of them.
+class _Lines:
+  """A file of JSON lines that grows, on a disk or in a bucket.
 
-  Attributes:
-    images: uint8 [m h w 3], at most 8, for the pictures.
+  Buckets cannot append: there the file is written again with each line.
   """
 
-  def __init__(self, run: Run, frozen: Any):
-    self._run, self._frozen = run, frozen
-    if run.spec.eval is None:
-      if run.spec.log.images_every:
-        logging.info('pictures are of training images: there is no eval.source')
-      first = run.place(run.batches.batch(0))['images']
-      self.images = host_copy(first, run.mesh)[:SHOWN]
+  def __init__(self, path: epath.Path, rows: list[dict[str, Any]]):
+    self._path, self._remote = path, '://' in str(path)
+    self._text = ''.join(json.dumps(row) + '\n' for row in rows)
+    if self._text or path.exists():
+      write_text(path, self._text)
+
+  def add(self, row: Mapping[str, Any]) -> None:
+    line = json.dumps(row) + '\n'
+    if self._remote:
+      self._text += line
+      self._path.write_text(self._text)
       return
-    photographs = [
-      run.held_out[i] for i in visualize.spread(len(run.held_out), SHOWN)
-    ]
-    tiles = evaluator.tiles_of(photographs, run.spec.eval.tile)
-    self.images = tiles[visualize.spread(len(tiles), SHOWN)]
-
-  @functools.cached_property
-  def _tiles(self) -> np.ndarray:
-    return evaluator.tiles_of(self._run.held_out, self._run.spec.eval.tile)
-
-  def _variables(self, state: Any) -> Any:
-    return state_lib.variables_of(state, self._frozen, ema=True)
-
-  def picture(self, state: Any) -> np.ndarray:
-    """uint8 [2h m*w 3]: the images above their reconstructions."""
-    painted = _reconstruct(
-      self._run.tokenizer, self._variables(state), self.images
-    )
-    painted = host_copy(painted, self._run.mesh)
-    return visualize.grid(self.images, visualize.to_uint8(painted))
-
-  def figures(self, state: Any) -> dict[str, float]:
-    """{"eval/psnr", "eval/ssim", …} of all held-out tiles, through indices."""
-    mesh, spec = self._run.mesh, self._run.spec.eval
-    # Whole rows for every device.
-    batch = -(-spec.batch_size // mesh.size) * mesh.size
-    over = sharding.batch_sharding(mesh)
-
-    def place(rows):
-      return jax.make_array_from_callback(rows.shape, over, rows.__getitem__)
-
-    measured, _ = evaluator.measure(
-      self._run.tokenizer,
-      self._variables(state),
-      self._tiles,
-      batch,
-      place=place,
-      read=lambda x: host_copy(x, mesh),
-    )
-    return {f'eval/{name}': x for name, x in measured.results().items()}
-
-
-def save(picture: np.ndarray, workdir: pathlib.Path, step: int) -> None:
-  """Writes workdir/pictures/STEP.png, on process 0; small images enlarged."""
-  if not jax.process_index():
-    path = workdir / 'pictures' / f'{step:08d}.png'
-    times = max(LARGE // (len(picture) // 2), 1)
-    picture = picture.repeat(times, 0).repeat(times, 1)
-    visualize.save_png(Image.fromarray(picture), path)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(tokenizer, variables, images):
-  return tokenizer.apply(variables, images).images
-
-
-# Not in the line of a row: words, and counts that are nearly always 0.
-_QUIET = ('samples', 'skipped', 'nonfinite')
+    with open(self._path, 'a', encoding='utf8') as file:
+      file.write(line)
 
 
 class Report:
-  """Writes a run's figures while it goes."""
+  """Writes a run's metrics while it trains."""
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     *,
     total_steps: int,
     batch_size: int,
@@ -126,26 +92,25 @@ class Report:
     start_step: int = 0,
   ):
     process = jax.process_index()
-    self._writes = process == 0
     name = f'unreadable.{process}.jsonl' if process else 'unreadable.jsonl'
-    self._unreadable_path = workdir / name
-    self._unreadable: set[str] | None = None
-    if not start_step:
-      self._unreadable_path.unlink(missing_ok=True)
-    self._batch = batch_size
-    self._total = total_steps
+    listed = _lines(workdir / name) if start_step else []
+    self._unreadable = {row.get('name') for row in listed}
+    self._unreadable_lines = _Lines(workdir / name, listed)
+    self._batch, self._total = batch_size, total_steps
     self._events = self._rows = self._bar = None
     self._since = (time.perf_counter(), start_step)
-    if not self._writes:
+    if process:
       return
-    path = workdir / 'metrics.jsonl'
-    keep_rows(path, start_step)
-    self._rows = path.open('a', encoding='utf8')
+    rows = _lines(workdir / 'metrics.jsonl')
+    self._rows = _Lines(
+      workdir / 'metrics.jsonl',
+      [row for row in rows if row.get('step', math.inf) <= start_step],
+    )
     if tensorboard:
       from tensorboardX import SummaryWriter
 
-      if not start_step:  # as metrics.jsonl: no curve of an earlier run
-        shutil.rmtree(workdir / 'tensorboard', ignore_errors=True)
+      if not start_step and (workdir / 'tensorboard').exists():
+        (workdir / 'tensorboard').rmtree()  # no curve of an earlier run
       self._events = SummaryWriter(
         str(workdir / 'tensorboard'), purge_step=start_step + 1
       )
@@ -161,47 +126,41 @@ class Report:
     )
 
   def step(self) -> None:
-    """One step has been sent off."""
+    """A step has run."""
     if self._bar is not None:
       self._bar.update(self._batch)
 
   def unreadable(self, found: Mapping[str, str]) -> None:
-    """Names and reasons of photographs that were replaced; new ones are
-    logged and appended to the host's list."""
-    if self._unreadable is None:
-      self._unreadable = _names_in(self._unreadable_path)
-    new = [(n, r) for n, r in found.items() if n not in self._unreadable]
-    if not new:
-      return
-    with self._unreadable_path.open('a', encoding='utf8') as file:
-      for name, reason in new:
+    """{name: reason} of images that were replaced; new ones are logged and
+    appended to the host's list."""
+    for name, reason in found.items():
+      if name not in self._unreadable:
         self._unreadable.add(name)
-        logging.warning('%s is replaced by another: %s', name, reason)
-        line = json.dumps({'name': name, 'reason': reason})
-        file.write(line + '\n')
+        logging.warning('%s is replaced by another image: %s', name, reason)
+        self._unreadable_lines.add({'name': name, 'reason': reason})
 
   def row(self, step: int, metrics: dict[str, Any], waited: float) -> None:
     """A row for a completed step.
 
     Args:
       step: completed steps.
-      metrics: numbers, or words that stay out of the curves.
+      metrics: numbers.
       waited: seconds that the loop waited for data since the last row.
     """
     now, (then, before) = time.perf_counter(), self._since
     seconds = max(now - then, 1e-9)
     rate = (step - before) * self._batch / seconds
     self._since = (now, step)
-    if not self._writes:
+    if self._rows is None:
       return
     row = {
       'step': step,
-      **{k: _plain(v) for k, v in metrics.items()},
+      # JSON has no NaN.
+      **{k: v if math.isfinite(v) else None for k, v in metrics.items()},
       'images_per_second': rate,
       'data_wait': min(waited / seconds, 1.0),
     }
-    self._rows.write(json.dumps(row) + '\n')
-    self._rows.flush()
+    self._rows.add(row)
     left = (self._total - step) * self._batch / rate if rate else 0
     words = ' '.join(
       f'{k.removeprefix("loss/")} {v:.4g}'
@@ -209,7 +168,7 @@ class Report:
       if not k.startswith(('lr/', 'weight/')) and k not in _QUIET
     )
     line = f'step {step}/{self._total} {words} {rate:.1f} img/s ETA {left:.0f}s'
-    if self._bar is None or self._bar.disable:
+    if self._bar.disable:
       logging.info(line)
     else:
       brief = {
@@ -220,7 +179,7 @@ class Report:
       self._bar.set_postfix(brief, refresh=False)
     if self._events is not None:
       for name, value in row.items():
-        if name != 'step' and isinstance(value, int | float):
+        if name != 'step' and value is not None:
           self._events.add_scalar(name, value, step)
 
   def images(self, step: int, picture: np.ndarray) -> None:
@@ -232,125 +191,151 @@ class Report:
 
   def close(self) -> None:
     """Flushes and closes everything."""
-    for thing in (self._rows, self._events, self._bar):
-      if thing is not None:
-        thing.close()
+    for writer in (self._events, self._bar):
+      if writer is not None:
+        writer.close()
 
 
-def _plain(value: Any) -> Any:
-  """What JSON can say: null for what is no number."""
-  lost = isinstance(value, float) and not math.isfinite(value)
-  return None if lost else value
-
-
-def keep_rows(path: pathlib.Path, last: int) -> None:
-  """Leaves the rows of metrics.jsonl up to step `last`; torn ones go too."""
-  kept = []
-  if last and path.exists():
-    for line in path.read_bytes().splitlines():
-      try:
-        if json.loads(line)['step'] <= last:
-          kept.append(line + b'\n')
-      except (ValueError, KeyError, TypeError):
-        continue
+def write_text(path: epath.Path, text: str) -> None:
+  """Written beside and renamed, never half."""
   temporary = path.with_name(path.name + '.writing')
-  temporary.write_bytes(b''.join(kept))
+  temporary.write_text(text)
   temporary.replace(path)
 
 
-def _names_in(path: pathlib.Path) -> set[str]:
-  if not path.exists():
-    return set()
-  names = set()
-  for line in path.read_bytes().splitlines():
-    try:
-      names.add(json.loads(line)['name'])
-    except (ValueError, KeyError, TypeError):
-      continue
-  return names
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
   """JSON, written beside and renamed."""
-  temporary = path.with_name(path.name + '.writing')
-  temporary.write_text(json.dumps(value, indent=2, default=str) + '\n')
-  temporary.replace(path)
+  write_text(path, json.dumps(value, indent=2, default=str) + '\n')
 
 
-# ----------------------------------------------------------------------------
-# The end of a run: the tokenizer on disk, its figures and its picture.
-#
-# What is evaluated is the exported directory, opened anew.
+class Visualizer:
+  """A run's fixed images, and what its EMA weights make of them.
 
-PAGE_IMAGES = 12  # photographs on the page
-# Figures in the order of summary.json and of the table at the end.
-_TABLE = (
-  ('psnr', 'PSNR, dB (held out, pooled)', '.2f'),
-  ('psnr_block_mean', 'PSNR of block means, dB', '.2f'),
-  ('psnr_shuffled', 'PSNR with codes shuffled, dB', '.2f'),
-  ('ssim', 'SSIM', '.3f'),
-  ('bits_per_image', 'bits per image', '.0f'),
-  ('codes_used', 'codes used', 'd'),
-  ('train_seconds', 'training, s', '.0f'),
-  ('images_per_second', 'images/s', '.0f'),
-)
+  The images are tiles spread evenly over the held-out images or, without an
+  `eval.source`, the run's first ones. Every host takes part, since parameters
+  may lie over all of them.
+
+  Attributes:
+    images: uint8 [m h w 3], at most 8, for the pictures.
+  """
+
+  def __init__(self, setup: Setup, frozen: Any):
+    self._setup, self._frozen = setup, frozen
+    if setup.held_out is None:
+      if setup.config.log.images_every:
+        logging.info('pictures show training images: there is no eval.source')
+      first = setup.place(setup.batches.batch(0))['images']
+      self.images = sharding.host_copy(first, setup.mesh)[:SHOWN]
+      return
+    chosen = visualize.spread(len(setup.held_out), SHOWN)
+    tiles = evaluator.tiles_of(
+      [setup.held_out[i] for i in chosen], setup.config.eval.tile
+    )
+    self.images = tiles[visualize.spread(len(tiles), SHOWN)]
+
+  @functools.cached_property
+  def _tiles(self) -> np.ndarray:
+    return evaluator.tiles_of(
+      self._setup.held_out, self._setup.config.eval.tile
+    )
+
+  def _variables(self, state: Any) -> Any:
+    return state_lib.variables_of(state, self._frozen, ema=True)
+
+  def picture(self, state: Any) -> np.ndarray:
+    """uint8 [2h m*w 3]: the images above their reconstructions."""
+    recon = _reconstruct(
+      self._setup.tokenizer, self._variables(state), self.images
+    )
+    recon = sharding.host_copy(recon, self._setup.mesh)
+    return visualize.grid(self.images, visualize.to_uint8(recon))
+
+  def figures(self, state: Any) -> dict[str, float]:
+    """{"eval/psnr", "eval/ssim", …} of all held-out tiles, through indices."""
+    mesh, spec = self._setup.mesh, self._setup.config.eval
+    batch = -(-spec.batch_size // mesh.size) * mesh.size  # rows for each device
+    over = sharding.batch_sharding(mesh)
+
+    def place(rows):
+      return jax.make_array_from_callback(rows.shape, over, rows.__getitem__)
+
+    measured, _ = evaluator.measure(
+      self._setup.tokenizer,
+      self._variables(state),
+      self._tiles,
+      batch,
+      place=place,
+      read=lambda x: sharding.host_copy(x, mesh),
+    )
+    return {f'eval/{name}': x for name, x in measured.results().items()}
+
+
+def save_picture(picture: np.ndarray, workdir: epath.Path, step: int) -> None:
+  """Writes workdir/pictures/STEP.png, on process 0; small images enlarged."""
+  if not jax.process_index():
+    times = max(LARGE // (len(picture) // 2), 1)
+    picture = picture.repeat(times, 0).repeat(times, 1)
+    visualize.save_png(
+      Image.fromarray(picture), workdir / 'pictures' / f'{step:08d}.png'
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruct(tokenizer, variables, images):
+  return tokenizer.apply(variables, images).images
 
 
 def finish(
-  run: Any, variables: Any, workdir: pathlib.Path, figures: dict[str, Any]
+  setup: Setup, variables: Any, workdir: epath.Path, figures: dict[str, Any]
 ) -> dict[str, Any]:
-  """Exports, evaluates, writes summary.json; returns what it holds.
+  """Exports the tokenizer, evaluates the export as a user would open it, and
+  writes summary.json; returns what that holds.
 
   Args:
-    run: the loop's `Run`.
-    variables: the averaged weights and the live codebook.
+    setup: the run's.
+    variables: the EMA weights and the live codebook.
     workdir: where tokenizer/, summary.json and reconstructions.png go.
     figures: what the loop measured.
   """
   if jax.process_index():
     return figures
-  folder = workdir / 'tokenizer'
+  folder, spec = workdir / 'tokenizer', setup.config.eval
   figures['fingerprint'] = export.save_tokenizer(
-    run.tokenizer, variables, folder
+    setup.tokenizer, variables, folder
   )
-  if run.spec.eval is not None:
-    figures |= _evaluate(run, folder, workdir)
+  if spec is not None:
+    options = {'dtype': setup.config.model.get('dtype', 'float32')}
+    tokenizer, variables = export.load_tokenizer(folder, **options)
+    names = setup.held_out.names
+    logging.info(
+      'evaluating on %s',
+      ', '.join(names) if len(names) <= PAGE_IMAGES else f'{len(names)} images',
+    )
+    figures |= evaluator.evaluate_tiles(
+      tokenizer, variables, setup.held_out, spec.tile, spec.batch_size
+    )
+    if 'perplexity' in figures:
+      figures['effective_bits'] = math.log2(max(figures['perplexity'], 1.0))
+    figures['eval_images'] = names
+    page = picture_of(tokenizer, variables, setup.held_out, spec.tile)
+    visualize.save_png(page, workdir / 'reconstructions.png')
   write_json(workdir / 'summary.json', figures)
   return figures
 
 
-def _evaluate(run, folder, workdir) -> dict[str, float]:
-  options = {'dtype': run.spec.model.get('dtype', 'float32')}
-  tokenizer, variables = export.load_tokenizer(folder, **options)
-  spec = run.spec.eval
-  names = run.held_out.names
-  few = len(names) <= PAGE_IMAGES
-  logging.info(
-    'evaluating on %s', ', '.join(names) if few else f'{len(names)} photographs'
-  )
-  figures = evaluator.evaluate_tiles(
-    tokenizer, variables, run.held_out, spec.tile, spec.batch_size
-  )
-  figures['photographs'] = names
-  page = picture_of(tokenizer, variables, run.held_out, spec.tile)
-  visualize.save_png(page, workdir / 'reconstructions.png')
-  return figures
-
-
-def picture_of(tokenizer, variables, source, tile: int):
-  """At most 12 photographs, each above its reconstruction, painted tile by
-  tile."""
-  originals, painted, labels = [], [], []
+def picture_of(tokenizer, variables, source, tile: int) -> Image.Image:
+  """At most 12 images, each above its reconstruction, tile by tile."""
+  originals, recons, labels = [], [], []
   for i in visualize.spread(len(source), PAGE_IMAGES):
-    name = source.names[i]
-    original, image = evaluator.reconstruct_tiled(
+    original, recon = evaluator.reconstruct_tiled(
       tokenizer, variables, source[i], tile
     )
     originals.append(original)
-    painted.append(visualize.to_uint8(image))
-    labels.append(f'{name}  {evaluator.psnr(original, image):.1f} dB')
+    recons.append(visualize.to_uint8(recon))
+    psnr = evaluator.psnr(original, recon)
+    labels.append(f'{source.names[i]}  {psnr:.1f} dB')
   title = f'originals above reconstructions, in tiles of {tile} px'
-  return visualize.comparison(originals, painted, labels, title)
+  return visualize.comparison(originals, recons, labels, title)
 
 
 def table(figures: dict[str, Any]) -> str:

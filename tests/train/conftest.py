@@ -1,0 +1,73 @@
+"""Images and finished runs that the tests of this room share."""
+
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tests.train import pieces
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+  """A folder of four images of 40x48."""
+  folder = tmp_path_factory.mktemp('images')
+  for i in range(4):
+    pixels = tiny.images(1, 40, 48, seed=i)[0]
+    Image.fromarray(pixels).save(folder / f'image{i}.png')
+  return folder
+
+
+@pytest.fixture(scope='session')
+def run_config(images):
+  """(kind, **keys) -> the config of a run of two steps on `images`, the
+  encoder frozen."""
+
+  def config(kind='vq-ema', **keys):
+    base = dict(
+      data=dict(source=str(images), image_size=16),
+      log=dict(every=1, images_every=0, usage_window=2, tensorboard=False),
+      schedules=(('encoder/.*', None), ('.*', dict(lr=1e-3))),
+      duration=2,
+      checkpoint=dict(every=1),
+    )
+    return tiny.run(kind, **(base | keys))
+
+  return config
+
+
+@pytest.fixture(scope='session')
+def gan_config(run_config):
+  """As `run_config`, of a SimVQ run with a DINO discriminator that trains all
+  of the tokenizer."""
+
+  def config(**keys):
+    losses = tiny.LOSSES['simvq-l2'] | dict(gan=dict(weight=0.5))
+    base = dict(
+      losses=losses,
+      discriminator=pieces.DINO,
+      init=dict(networks='random'),
+      schedules=(('.*', dict(lr=1e-3)),),
+    )
+    return run_config('simvq-l2', **(base | keys))
+
+  return config
+
+
+@pytest.fixture(scope='session')
+def gan_run(gan_config, tmp_path_factory):
+  """A finished run of `gan_config`: copy it, do not change it."""
+  from vqrae_jax.train import loop
+
+  workdir = tmp_path_factory.mktemp('runs') / 'gan'
+  loop.train(gan_config(), workdir)
+  return workdir
+
+
+@pytest.fixture(scope='session')
+def vq_run(run_config, tmp_path_factory):
+  """A finished run of `run_config`: copy it, do not change it."""
+  from vqrae_jax.train import loop
+
+  workdir = tmp_path_factory.mktemp('runs') / 'vq'
+  loop.train(run_config(seed=5), workdir)
+  return workdir

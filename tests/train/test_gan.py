@@ -1,0 +1,402 @@
+"""The discriminator in the step: what moves, when, and by how much."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests import tiny
+from tests.nn import torch_discriminators as references
+from tests.train import pieces
+from tests.train.pieces import DINO, GAN, PATCH, assert_close, host
+from vqrae_jax import optim
+from vqrae_jax.errors import UserError
+from vqrae_jax.losses import adversarial
+from vqrae_jax.ops import trees
+from vqrae_jax.train import state as state_lib
+from vqrae_jax.train import step as step_lib
+from vqrae_jax.train.gan import Alarms
+
+FIELDS = dict(hidden=8, halvings=2, groups=4, pool=2)
+R1, LECAM, RATE = 5.0, 0.5, 1e-2
+AVERAGES = {'real': 0.3, 'fake': -0.2}
+
+
+def planned(**keys):
+  return pieces.planned('fsq-cosmos', **GAN | keys)
+
+
+@functools.cache
+def first():
+  plan = planned()
+  state, frozen = pieces.started(plan)
+  return plan, state, frozen, plan.step(state, frozen, tiny.images(8))
+
+
+def moved(before, after):
+  before, after = host(before), host(after)
+  return {n for n in before if before[n].tobytes() != after[n].tobytes()}
+
+
+def test_both_networks_move_and_have_metrics():
+  _, state, _, (after, metrics) = first()
+  names = set(host(state.discriminator))
+  assert moved(state.discriminator, after.discriminator) == names
+  for name in (
+    'loss/gan', 'loss/discriminator', 'loss/lecam', 'logits/real',
+    'logits/fake', 'discriminator/grad_norm', 'update_norm',
+  ):  # fmt: skip
+    assert np.isfinite(metrics[name]), name
+  assert metrics['adaptive_weight'] > 0
+
+
+def test_the_discriminator_learns_on_8_bits():
+  """Its fakes are the step's own reconstruction, clipped and rounded."""
+  plan, state, frozen, _ = first()
+  images = np.float32(tiny.images(8)) / np.float32(255)
+  batch, (reals, ids) = jax.jit(
+    functools.partial(step_lib.accumulated, plan.spec)
+  )(state, frozen, plan.hparams, images)
+  np.testing.assert_array_equal(reals[0], images)
+  np.testing.assert_array_equal(ids[0], np.arange(8))
+  levels = 255 * np.asarray(batch.fakes)[0]
+  np.testing.assert_allclose(levels, np.round(levels), atol=1e-4)
+  variables = state_lib.variables_of(state, frozen)
+  recon = jax.jit(lambda v: plan.spec.tokenizer.apply(v, images).images)(
+    variables
+  )
+  off = np.abs(levels - 255 * np.clip(recon, 0, 1))
+  assert off.max() < 0.501
+
+
+def test_before_its_start_each_loss_changes_nothing():
+  _, state, frozen, _ = first()
+  late = planned(
+    losses=dict(l2=1.0, gan=dict(weight=0.5, start=2)),
+    discriminator=PATCH | dict(start='1 steps'),
+  )
+  alone = pieces.planned('fsq-cosmos', losses=dict(l2=1.0))
+  images = tiny.images(8)
+  one, metrics = late.step(state, frozen, images)
+  bare, _ = alone.step(*pieces.started(alone), images)
+  assert metrics['loss/gan'] == 0 and metrics['loss/discriminator'] == 0
+  assert not moved(state.discriminator, one.discriminator)
+  assert not moved(bare.tokenizer, one.tokenizer)
+  assert metrics['lr/discriminator'] == 0
+  two, metrics = late.step(one, frozen, images)
+  assert metrics['lr/discriminator'] > 0
+  assert metrics['loss/gan'] == 0 and metrics['loss/discriminator'] > 0
+  assert moved(one.discriminator, two.discriminator)
+  _, metrics = late.step(two, frozen, images)
+  assert metrics['loss/gan'] != 0
+
+
+def test_several_updates_do_not_hurry_its_schedule():
+  """A warm-up in steps lasts as many, whatever the updates in each."""
+  schedule = {'w': optim.Schedule(lr=1.0, warmup=4, decay='constant')}
+  leaf = {'w': np.ones(3, np.float32)}
+  free = optim.AdamWConfig(clip=None)
+  once, twice = (
+    optim.make_optimizer(free, schedule, leaf, 8, None, n) for n in (1, 2)
+  )
+  a, b = once[0].init(leaf), twice[0].init(leaf)
+  for _ in range(6):
+    step, a = once[0].update(once[1], leaf, a, leaf)
+    for _ in range(2):
+      half, b = twice[0].update(twice[1], leaf, b, leaf)
+      np.testing.assert_allclose(half['w'], step['w'], rtol=1e-5)
+
+
+def test_the_weight_and_the_gradient_are_those_of_two_passes():
+  """Two autograd passes to the head's kernel, one to every leaf: 1e-5."""
+  plan = planned(discriminator=PATCH | dict(augment=False))
+  state, frozen = pieces.started(plan)
+  images = np.float32(tiny.images(8)) / np.float32(255)
+  rngs = {'quantizer': jax.random.fold_in(state.rng, state.step)}
+
+  def losses(params):
+    variables = {'params': trees.merge(params, frozen.params)}
+    out = plan.spec.tokenizer.apply(variables, images, train=True, rngs=rngs)
+    network = state.discriminator
+    logits = plan.spec.gan.logits(
+      network.params, network.stats['spectral'], frozen, out.images
+    )
+    return jnp.mean((out.images - images) ** 2), adversarial.g_hinge(logits)
+
+  rec, gan = jax.jit(jax.jacrev(losses))(state.tokenizer.params)
+  head = 'decoder/head/kernel'
+  want = adversarial.adaptive_weight(
+    jnp.linalg.norm(rec[head]), jnp.linalg.norm(gan[head])
+  )
+  part = plan.gradients(state, frozen, tiny.images(8))
+  np.testing.assert_allclose(part.metrics['adaptive_weight'], want, rtol=1e-5)
+  total = {n: rec[n] + 0.5 * want * gan[n] for n in rec}
+  assert_close(part.gradients, total, 2e-5)
+
+
+@pytest.mark.parametrize('late', (False, True))
+def test_accumulation_is_one_big_batch(late, monkeypatch):
+  """The adaptive weight is the batch's, spectral norm and LeCam move once, in
+  `cond` and `scan` too.
+
+  Adam's moments are compared, sums of gradients: it divides by their size. A
+  value between two levels of 8 bits falls to either, so fakes are not rounded.
+  """
+  monkeypatch.setattr(adversarial, 'to_8_bits', lambda x: jnp.clip(x, 0, 1))
+  keys = dict(ema=0.25 + late)  # of its own: programs above round
+  if late:
+    keys = dict(
+      losses=dict(l2=1.0, gan=dict(weight=0.5, start=1)),
+      discriminator=DINO | dict(start=1),
+      log=dict(usage_window=7),
+    )
+  keys |= dict(log=dict(usage_window=7))
+  ends = []
+  for count in (1, 4):
+    plan = planned(accumulate=count, **keys)
+    state, frozen = pieces.started(plan)
+    for _ in range(1 + late):
+      state, metrics = plan.step(state, frozen, tiny.images(8))
+    ends.append((state, metrics))
+  (one, want), (four, found) = ends
+  assert want['loss/gan'] != 0 and want['lr/discriminator'] > 0
+  assert found.keys() == want.keys()
+  for name in want:
+    np.testing.assert_allclose(
+      found[name], want[name], rtol=5e-5, atol=1e-6, err_msg=name
+    )
+  # Instance norm takes the mean away: these biases have no true gradient.
+  skip = ('attention/key/bias', 'enter/bias', 'mix/bias')
+  for network in ('tokenizer', 'discriminator'):
+    a, b = (getattr(s, network) for s in (one, four))
+    assert_close(host(b.opt_state), host(a.opt_state), 5e-5, skip)
+    assert_close(host(b.stats), host(a.stats), 5e-5)
+
+
+def updates_of_torch(reals, fakes):
+  """(last losses, mean logits of the real, parameters) after two updates."""
+  torch.manual_seed(0)
+  model = references.PatchGAN(**FIELDS)
+  start = model.leaves()
+  adam = torch.optim.Adam(model.parameters(), RATE, (0.9, 0.95), eps=1e-3)
+  for _ in range(2):
+    adam.zero_grad()
+    x, y = (
+      torch.tensor(images).double().permute(0, 3, 1, 2) / 255
+      for images in (reals, fakes)
+    )
+    real, fake = model(2 * x.requires_grad_() - 1), model(2 * y - 1)
+    hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    above = F.relu(real - AVERAGES['fake']).square().mean()
+    lecam = above + F.relu(AVERAGES['real'] - fake).square().mean()
+    (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+    r1 = slope.square().sum((1, 2, 3)).mean()
+    (hinge + LECAM * lecam + R1 / 2 * r1).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adam.step()
+  losses = dict(discriminator=hinge, lecam=lecam, r1=r1)
+  losses = {f'loss/{n}': float(x.detach()) for n, x in losses.items()}
+  return losses, float(real.detach().mean()), start, model.leaves()
+
+
+@pytest.mark.parametrize('count', (1, 2))
+def test_two_updates_with_r1_and_lecam_are_torchs(count):
+  """Both see the same averages, which move once, after the last."""
+  spec = PATCH | dict(
+    fields=FIELDS, updates=2, r1=R1, lecam=LECAM, augment=False,
+    optim=dict(b1=0.9, b2=0.95, eps=1e-3),
+    schedule=dict(lr=RATE, decay='constant'),
+  )  # fmt: skip
+  plan = planned(discriminator=spec)
+  rng = np.random.default_rng(0)
+  reals, fakes = rng.integers(0, 256, (2, 4, 16, 20, 3), dtype=np.uint8)
+  losses, mean, start, want = updates_of_torch(reals, fakes)
+
+  @jax.jit
+  def step(params, reals, fakes, ids):
+    state, frozen = state_lib.random_state(plan.spec, 0)
+    network = state.discriminator
+    lecam = {n: jnp.float32(x) for n, x in AVERAGES.items()}
+    network = network.replace(
+      params=params, stats=network.stats | {'lecam': lecam}
+    )
+    state = state.replace(discriminator=network)
+    return plan.spec.gan.discriminator_step(
+      state, frozen, plan.hparams, reals, fakes, ids
+    )
+
+  def split(x):
+    return x.reshape(count, -1, *x.shape[1:])
+
+  network, metrics = step(
+    start, split(reals / np.float32(255)), split(fakes / np.float32(255)),
+    split(np.arange(4)),
+  )  # fmt: skip
+  for name, value in losses.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+  for name in want:
+    delta = want[name] - start[name]
+    found = np.asarray(network.params[name]) - start[name]
+    off = np.abs(found - delta).max() / np.abs(delta).max()
+    assert off < 1e-4, (name, off)
+  average = 0.999 * AVERAGES['real'] + 0.001 * mean
+  np.testing.assert_allclose(network.stats['lecam']['real'], average, rtol=1e-5)
+  np.testing.assert_allclose(metrics['lr/discriminator'], RATE, rtol=1e-6)
+
+
+def test_bf16_is_near_f32():
+  found = []
+  for dtype in ('float32', 'bfloat16'):
+    fields = PATCH['fields'] | dict(dtype=dtype)
+    plan = planned(
+      model=tiny.model('fsq-cosmos', dtype=dtype),
+      discriminator=PATCH | dict(fields=fields),
+    )
+    state, frozen = pieces.started(plan, larger=pieces.CONTRAST)
+    after, metrics = plan.step(state, frozen, tiny.images(8))
+    for leaf in jax.tree.leaves((after.tokenizer, after.discriminator)):
+      assert leaf.dtype in (jnp.float32, jnp.int32)
+    found.append(metrics)
+  for name in ('loss/l2', 'loss/discriminator', 'loss/gan'):
+    np.testing.assert_allclose(
+      found[1][name], found[0][name], rtol=1e-2, atol=2e-3, err_msg=name
+    )
+
+
+def test_random_networks_follow_their_names_not_their_order(monkeypatch):
+  """The order of a config's losses changes no network."""
+  monkeypatch.setattr(
+    state_lib.networks, 'random', lambda term, key: jax.random.key_data(key)
+  )
+  terms = dict(l2=1.0, lpips=1.0, convnext=0.1)
+  keys = []
+  for names in (list(terms), list(terms)[::-1], ['l2', 'convnext']):
+    plan = pieces.planned(
+      losses={n: terms[n] for n in names}, init=dict(networks='random')
+    )
+    frozen = jax.jit(functools.partial(state_lib.random_state, plan.spec))(0)[1]
+    keys.append({n: np.asarray(x) for n, x in frozen.losses.items()})
+  for other in keys[1:]:
+    for name, key in other.items():
+      np.testing.assert_array_equal(key, keys[0][name])
+
+
+def skipped(state, after):
+  bits = [
+    {n: x.tobytes() for n, x in host(s).items() if n != 'step'}
+    for s in (state, after)
+  ]
+  return bits[0] == bits[1] and int(after.step) == int(state.step) + 1
+
+
+def test_a_nonfinite_step_moves_nothing_but_its_counter():
+  plan = pieces.planned(
+    'vq-ema',
+    losses=dict(l2=1.0, commit=0.25, gan=dict(weight=0.5)),
+    discriminator=DINO | dict(schedule=dict(lr=1e-3, warmup=3)),
+  )
+  state, frozen = pieces.started(plan)
+  images = [np.float32(tiny.images(8, seed=i)) / 255 for i in range(2)]
+  state, _ = plan.step(state, frozen, images[0])  # every average has started
+  for part in (
+    'ema/', 'codebook/', 'discriminator/params/', 'discriminator/opt',
+    'discriminator/stats/spectral/', 'discriminator/stats/lecam/',
+    'tokenizer/opt', 'usage',
+  ):  # fmt: skip
+    assert any(n.startswith(part) for n in host(state)), part
+  bad = images[1].copy()
+  bad[3, 5, 7, 1] = np.nan
+  after, metrics = plan.step(state, frozen, bad)
+  assert metrics['nonfinite'] == 1 and np.isnan(metrics['loss/l2'])
+  assert skipped(state, after)
+  rate = metrics['lr/discriminator']
+  after, metrics = plan.step(after, frozen, images[1])
+  assert metrics['lr/discriminator'] == rate > 0  # no update was made
+  assert metrics['nonfinite'] == 0 and not skipped(state, after)
+  # A discriminator that breaks skips the tokenizer's step as well.
+  network = state.discriminator
+  broken = jax.tree.map(
+    lambda x: jnp.full_like(x, jnp.nan) if x.ndim else x, network.opt_state
+  )
+  broken = state.replace(discriminator=network.replace(opt_state=broken))
+  after, metrics = plan.step(broken, frozen, images[1])
+  assert np.isfinite(metrics['grad_norm'])
+  assert metrics['nonfinite'] == 1 and skipped(broken, after)
+
+
+@pytest.mark.parametrize(
+  'keys, key',
+  [
+    (dict(discriminator=PATCH | dict(name='path')), 'patch'),
+    (dict(discriminator=PATCH | dict(fields=dict(hiden=8))), 'hiden'),
+    (dict(discriminator=PATCH | dict(start=9)), 'discriminator.start=9'),
+    (dict(discriminator=PATCH | dict(start=1)), 'losses.gan'),
+    (dict(losses=dict(l2=1.0, gan=dict(weight=1.0, start=99))), 'losses.gan'),
+  ],
+)
+def test_a_discriminator_that_does_not_fit_is_refused(keys, key):
+  with pytest.raises(UserError, match=key):
+    planned(**keys)
+
+
+SOUND = {
+  'loss/discriminator': 0.8, 'logits/real': 0.3, 'logits/fake': -0.2,
+  'adaptive_weight': 12.0, 'usage': 0.9, 'perplexity': 50.0, 'nonfinite': 0.0,
+}  # fmt: skip
+
+
+def alarms(loss='hinge'):
+  """Of a run whose discriminator starts at 2, the decoder's loss at 4."""
+  plan = planned(
+    losses=dict(l2=1.0, gan=dict(weight=0.5, start=4)),
+    discriminator=PATCH | dict(start=2, loss=loss),
+    duration=9,
+  )
+  return Alarms(plan.spec.gan, plan.numbers, warmup=3)
+
+
+def sounded(alarms, steps, **metrics):
+  for step in steps:
+    alarms.add(step, SOUND | metrics)
+  return alarms.warnings()
+
+
+@pytest.mark.parametrize(
+  'metrics, word',
+  (
+    ({'loss/discriminator': 0.001}, 'separates'),
+    ({'logits/real': 400.0}, 'logits diverge'),
+    ({'logits/fake': -400.0}, 'logits diverge'),
+    ({'adaptive_weight': 1e4}, 'adaptive_weight'),
+    ({'usage': 0.05, 'perplexity': 3.0}, 'usage 0.05'),
+  ),
+)
+def test_an_alarm_sounds_once_until_it_is_over(metrics, word):
+  alarm = alarms()
+  assert sounded(alarm, range(1, 5)) == []
+  (line,) = sounded(alarm, range(5, 9), **metrics)
+  assert word in line
+  assert sounded(alarm, range(9, 12), **metrics) == []
+  assert sounded(alarm, range(12, 15)) == []
+  assert len(sounded(alarm, range(15, 18), **metrics)) == 1
+
+
+def test_what_has_not_started_and_skipped_steps_are_not_judged():
+  lost = {'loss/discriminator': 0.0}
+  assert sounded(alarms(), (1, 2), **lost) == []
+  assert sounded(alarms(), (3, 4), adaptive_weight=1e4) == []
+  assert sounded(alarms(), (1, 2, 3), usage=0.0) == []
+  assert sounded(alarms(), (5, 6), nonfinite=1.0, **lost) == []
+  assert sounded(Alarms(None, {}, 0), (5, 6)) == []
+
+
+def test_guessing_depends_on_the_loss():
+  """2 % of what guessing gives: 1 for hinge, 2 log 2, log 2."""
+  low = {'loss/discriminator': 0.021}
+  assert sounded(alarms(), (5, 6), **low) == []
+  assert len(sounded(alarms('non_saturating'), (5, 6), **low)) == 1
+  assert sounded(alarms('vanilla'), (5, 6), **low) == []

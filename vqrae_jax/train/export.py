@@ -1,0 +1,54 @@
+"""python -m vqrae_jax.train.export --run=runs/NAME --out=tokenizer
+
+The tokenizer of a run that was stopped or is still training: the EMA weights
+and the codebook of its latest checkpoint, as a finished run leaves them in its
+tokenizer/.
+"""
+
+import os
+
+from absl import flags
+from etils import epath
+
+from vqrae_jax import cli, export
+from vqrae_jax.errors import UserError
+from vqrae_jax.ops import trees
+from vqrae_jax.train import initialize
+
+MODULE = 'vqrae_jax.train.export'
+EXAMPLE = f'python -m {MODULE} --run=runs/quickstart --out=tokenizer'
+
+
+def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
+  """Writes the tokenizer of a run's latest checkpoint to `out`; its
+  fingerprint.
+
+  Raises:
+    UserError: no run there, or no checkpoint that verifies.
+  """
+  workdir = epath.Path(run).expanduser()
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(
+      f'--run={run} has no checkpoints; name the workdir of a run'
+    )
+  tokenizer, weights = initialize.of_run(workdir, key='--run')
+  variables = trees.unflatten(weights.leaves)
+  print(weights.summary)
+  return export.save_tokenizer(tokenizer, variables, out)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, exports."""
+  values = flags.FlagValues()
+  flags.DEFINE_string('run', None, 'the workdir of a run', flag_values=values)
+  flags.DEFINE_string(
+    'out', None, 'the folder of the tokenizer', flag_values=values
+  )
+  cli.parse(values, argv, MODULE, EXAMPLE)
+  cli.required(values, 'run', 'out')
+  fingerprint = export_run(values.run, values.out)
+  print(f'{values.out}: fingerprint {fingerprint}')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,433 @@
+"""Stage 2 of a run: from its config to everything static, checked.
+
+`setup(config)` opens the data, builds the modules, the optimizers and the mesh,
+and looks at shapes only: whatever can be seen to be wrong is an error here, not
+after days of training. The weights come in the next stage (`initialize.py`).
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import linen as nn
+
+from vqrae_jax import export, optim, sharding
+from vqrae_jax.data.decode import EncodedImages
+from vqrae_jax.data.pipeline import TrainBatches
+from vqrae_jax.data.sources import open_source
+from vqrae_jax.errors import UserError
+from vqrae_jax.evaluate import evaluator
+from vqrae_jax.models import latents
+from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
+from vqrae_jax.nn import discriminators
+from vqrae_jax.ops import trees
+from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import state as state_lib
+from vqrae_jax.train import step as step_lib
+from vqrae_jax.train.gan import Gan
+from vqrae_jax.train.state import StepSpec
+
+RUN_TO_NAME = 'RUN'  # what configs/ write where a user names a finished run
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """Everything static about a run.
+
+  Attributes:
+    config: as `read_config` gives it.
+    step: what is static about its train step.
+    hparams: the step's numbers, Python numbers on the host; the step takes
+      `f32(hparams)`.
+    shapes: {"params": …, "codebook": …} as ShapeDtypeStructs.
+    total_steps: the run's length.
+    mesh: the devices.
+    source: the training images.
+    held_out: the evaluation's images, or None.
+    batches: sample i = f(seed, i).
+  """
+
+  config: config_lib.RunSpec
+  step: StepSpec
+  hparams: dict[str, Any]
+  shapes: Any
+  total_steps: int
+  mesh: jax.sharding.Mesh
+  source: EncodedImages
+  held_out: EncodedImages | None
+  batches: TrainBatches
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The module."""
+    return self.step.tokenizer
+
+  def identity(self) -> dict[str, Any]:
+    """What must stay as it is when a run resumes: plain JSON."""
+    config = self.config
+    return {
+      'seed': config.seed,
+      'batch_size': config.batch_size,
+      'images': len(self.source),
+      'image_size': list(config.data.size),
+      'model': json.loads(export.canonical_json(describe(self.tokenizer))),
+    }
+
+  def describe(self) -> str:
+    """One line: what is trained, on what, where."""
+    leaves = trees.flatten(self.shapes['params'])
+    sizes = {name: math.prod(leaf.shape) for name, leaf in leaves.items()}
+    trained = 0.0
+    for name, index, _ in self.step.optimizer.leaves:
+      moves = self.step.optimizer.schedules[index][1]
+      trained += sizes[name] * (1 if moves is None else np.mean(moves))
+    h, w = self.config.data.size
+    k = self.tokenizer.codebook_size
+    quantizer = type(self.tokenizer.quantizer).__name__
+    return (
+      f'{sum(sizes.values()) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of '
+      f'them trained, {quantizer}{f" with {k} codes" if k else ""}, '
+      f'{len(self.source)} images at {h}x{w}, batch {self.config.batch_size}, '
+      f'{self.total_steps} steps on {self.mesh.size} '
+      f'{jax.devices()[0].platform} device(s)'
+    )
+
+  def rates_at(self, step: int, skipped: int = 0) -> dict[str, float]:
+    """{"lr/PART": the highest rate} of encoder, quantizer and decoder,
+    {"weight/LOSS": its weight}.
+
+    Args:
+      step: completed steps before the one that is asked for.
+      skipped: those of them that were skipped: no optimizer counts them.
+    """
+    numbers = f32(self.hparams)
+    optimizer = self.step.optimizer
+    now = optimizer.rates(numbers['optimizer'], step - skipped)
+    rates: dict[str, float] = {}
+    for name, index, _ in optimizer.leaves:
+      part = f'lr/{name.split("/")[0]}'
+      rates[part] = max(rates.get(part, 0.0), float(now[index]))
+    return rates | {
+      f'weight/{name}': float(optim.loss_weight(loss, step))
+      for name, loss in numbers['losses'].items()
+    }
+
+  def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This host's batch from `batches`, as the step takes it."""
+    rows = {name: batch[name] for name in ('images', 'skipped')}
+    return sharding.place_batch(rows, self.mesh)
+
+  def train_step(self) -> Callable:
+    """(state, frozen, hparams, batch) -> (state, metrics), jitted for the
+    mesh; equal step specs share it."""
+    return _jitted_step(self.step, self.mesh)
+
+
+def f32(hparams: optim.Numbers) -> Any:
+  """The numbers as the step takes them: every one, or list of them that a
+  schedule has for its blocks, one f32 array."""
+  return jax.tree.map(
+    lambda x: np.asarray(x, np.float32),
+    dict(hparams),
+    is_leaf=lambda x: isinstance(x, list) and not isinstance(x[0], dict),
+  )
+
+
+def with_rules(fn: Callable) -> Callable:
+  """fn traced under the rules that give activations their mesh axes."""
+
+  @functools.wraps(fn)
+  def traced(*args):
+    with nn.logical_axis_rules(sharding.ACTIVATION_RULES):
+      return fn(*args)
+
+  return traced
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted_step(spec: StepSpec, mesh: jax.sharding.Mesh) -> Callable:
+  def step(state, frozen, hparams, batch):
+    state, metrics = step_lib.train_step(
+      spec, state, frozen, hparams, batch['images']
+    )
+    # Unreadable images over all hosts.
+    metrics['skipped'] = batch['skipped'].sum()
+    return state, metrics
+
+  state, _ = state_lib.state_shapes(spec, mesh)
+  return jax.jit(
+    with_rules(step),
+    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+    donate_argnums=0,
+  )
+
+
+def setup(
+  config: config_lib.RunSpec, mesh: jax.sharding.Mesh | None = None
+) -> Setup:
+  """Everything static about a run; shapes only, no device memory.
+
+  Args:
+    config: from `read_config`.
+    mesh: the devices; all of them, in the config's layout, if None.
+
+  Raises:
+    UserError: data that is not there, a model, losses or schedules that do not
+      fit one another, a batch that does not divide over the devices, a leaf
+      that no schedule claims or no loss reaches.
+  """
+  for key, value in (
+    ('init_from', config.init_from),
+    ('init.encoder', config.init.encoder),
+  ):
+    if value == RUN_TO_NAME and not pathlib.Path(value).exists():
+      raise UserError(
+        f'{key}={value}: this recipe starts from a finished run; name its '
+        f'workdir, --config.{key}=runs/NAME'
+      )
+  tokenizer = build_tokenizer(config.model)
+  _check_latents(config, tokenizer)
+  if warning := config_lib.unusual(config, tokenizer):
+    logging.warning(warning)
+  source, held_out = _open_data(config, tokenizer)
+  mesh = mesh or sharding.make_mesh(
+    config.mesh.layout, tensor=config.mesh.tensor
+  )
+  sharding.check_batch(config.batch_size, mesh, config.accumulate)
+  batches = TrainBatches(
+    source,
+    config.data.augment(),
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  examples = config.data.examples or len(source)
+  step, hparams, shapes, total = plan_step(
+    config, tokenizer, examples / config.batch_size
+  )
+  image = jax.ShapeDtypeStruct(
+    (config.batch_size, *config.data.size, 3), jnp.uint8
+  )
+  step_lib.check_reach(
+    step, *state_lib.state_shapes(step, mesh), f32(hparams), image
+  )
+  return Setup(
+    config, step, hparams, shapes, total, mesh, source, held_out, batches
+  )
+
+
+def _open_data(
+  config: config_lib.RunSpec, tokenizer: Tokenizer
+) -> tuple[EncodedImages, EncodedImages | None]:
+  """(training images, held-out images or None), looked at before training."""
+
+  def opened(section, spec):
+    try:
+      return open_source(spec.source, spec.include, spec.exclude)
+    except UserError as e:
+      raise UserError(f'{e} (--config.{section}.source)') from None
+
+  source = opened('data', config.data)
+  if config.eval is None:
+    return source, None
+  held_out, tile = opened('eval', config.eval), config.eval.tile
+  tokenizer.grid(tile, tile)
+  evaluator.check_tiles(held_out, tile)
+  if shared := held_out.shared_with(source):
+    logging.warning(
+      '%d of the %d images of eval are trained on too: leave them out by '
+      'data.exclude, or choose others by eval.include',
+      shared, len(held_out),
+    )  # fmt: skip
+  return source, held_out
+
+
+def _check_latents(config: config_lib.RunSpec, tokenizer: Tokenizer) -> None:
+  """model.latents, data and init.latents agree; opens no file."""
+  given, spec = config.init.latents, tokenizer.latents_spec
+  if spec.norm == 'none':
+    if given is not None:
+      raise UserError(
+        f'init.latents={given} needs model.latents=dict(norm="channel") or '
+        '"position"; set it, or remove init.latents'
+      )
+    return
+  if given is None and config.init_from is None:
+    flag = ' --position' if spec.grid else ''
+    raise UserError(
+      f'model.latents.norm="{spec.norm}" needs statistics: '
+      f'{latents.COMMAND} --config=… --data=… --out=stats.npz{flag} computes '
+      'them for --config.init.latents=stats.npz; or start from init_from'
+    )
+  latents.check_grid(spec, tokenizer.grid(*config.data.size), 'data.image_size')
+  if config.eval is not None:
+    grid = tokenizer.grid(config.eval.tile, config.eval.tile)
+    latents.check_grid(spec, grid, 'eval.tile')
+
+
+def plan_step(
+  config: config_lib.RunSpec,
+  tokenizer: Tokenizer,
+  steps_per_epoch: float | None,
+) -> tuple[StepSpec, dict[str, Any], Any, int]:
+  """(the step's static spec, its numbers, the tokenizer's shapes, the run's
+  steps), the config checked against the model.
+
+  Raises:
+    UserError: a loss the quantizer lacks, a schedule row that claims nothing,
+      a leaf no row claims, an image size off the decoder's patch, nothing to
+      train, a start after the end.
+  """
+  tokenizer.grid(*config.data.size)
+  image = jax.ShapeDtypeStruct((1, *config.data.size, 3), jnp.float32)
+  shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
+  leaves = trees.flatten(shapes['params'])
+  # A table that follows an average has no rate, but may be frozen too.
+  tables = [f'quantizer/{n}' for n in tokenizer.quantizer.ema_tables]
+  schedules = optim.match_schedules(config.schedule_rows(), [*leaves, *tables])
+  trainable = {n: leaf for n, leaf in leaves.items() if schedules[n]}
+  if not trainable:
+    raise UserError('schedules freeze every leaf: there is nothing to train')
+  total = optim.steps_of(config.duration, steps_per_epoch, 'duration')
+  if total < 1:
+    epoch = f' (one epoch is {steps_per_epoch:.3g} steps)'
+    raise UserError(
+      f'duration={config.duration!r} is less than one step'
+      f'{epoch if steps_per_epoch else ""}'
+    )
+  terms = config.terms()
+  _check_terms(terms, tokenizer, trainable)
+  q = tokenizer.quantizer
+  window = 4 * config.log.usage_window * q.codes_per_token * q.codebook_size
+  if window > 2**30:
+    raise UserError(
+      f'log.usage_window={config.log.usage_window} steps of {q.codebook_size} '
+      f'counts take {window / 2**30:.1f} GiB; shorten the window'
+    )
+  optimizer, numbers = optim.make_optimizer(
+    config.optim, schedules, trainable, total, steps_per_epoch
+  )
+  hparams: dict[str, Any] = {'optimizer': numbers, 'losses': {}}
+  for name, term in terms.items():
+    start, end = (
+      term.start_step(steps_per_epoch),
+      term.end_step(steps_per_epoch),
+    )
+    if start >= total or end > total:
+      raise UserError(
+        f'losses.{name} starts at step {start} and reaches its weight at step '
+        f'{end}, after the {total} steps of the run; lower start or ramp, or '
+        'lengthen duration'
+      )
+    hparams['losses'][name] = dict(
+      weight=term.weight, start=start, ramp=end - start
+    )
+  if config.ema:
+    hparams['ema'] = config.ema
+  if config.noise_tau:
+    hparams['noise_tau'] = config.noise_tau
+  gan = None
+  if config.discriminator is not None:
+    gan, hparams['discriminator'] = _plan_gan(
+      config, tokenizer, total, steps_per_epoch, hparams['losses']['gan']
+    )
+  spec = StepSpec(
+    tokenizer=tokenizer,
+    optimizer=optimizer,
+    losses=tuple(name for name in terms if name != 'gan'),
+    image_size=config.data.size,
+    accumulate=config.accumulate,
+    ema=bool(config.ema),
+    noise=bool(config.noise_tau),
+    teacher=config.teacher is not None,
+    usage_window=config.log.usage_window,
+    updates_codebook=any(schedules[n] is not None for n in tables),
+    gan=gan,
+  )
+  return spec, hparams, shapes, total
+
+
+def _check_terms(
+  terms: Mapping[str, Any], tokenizer: Tokenizer, trainable: Mapping[str, Any]
+) -> None:
+  """The losses can be had from this quantizer and these schedules."""
+  given = tokenizer.quantizer.loss_names
+  for name in ('commit', 'codebook'):
+    if name in terms and name not in given:
+      raise UserError(
+        f'losses.{name}: the quantizer {type(tokenizer.quantizer).__name__} as '
+        f'configured has no such loss (it has {", ".join(given) or "none"}); '
+        'remove the term'
+      )
+  target = getattr(terms.get('distill'), 'target', None)
+  if target == 'teacher' and not any(
+    name.startswith('encoder/') for name in trainable
+  ):
+    raise UserError(
+      'losses.distill keeps a trained encoder near its teacher, and schedules '
+      'freeze this encoder; train it, or remove the term'
+    )
+  if target == 'self' and not tokenizer.codebook_size:
+    raise UserError(
+      'losses.distill.target="self" draws codes to latents, and this quantizer '
+      'has no codes; remove the term'
+    )
+
+
+def _plan_gan(
+  config: config_lib.RunSpec,
+  tokenizer: Tokenizer,
+  total: int,
+  steps_per_epoch: float | None,
+  loss: Mapping[str, Any],
+) -> tuple[Gan, dict[str, Any]]:
+  """(what is static about the discriminator, its numbers)."""
+  spec, term = config.discriminator, config.terms()['gan']
+  start = optim.steps_of(spec.start, steps_per_epoch, 'discriminator.start')
+  if start >= total:
+    raise UserError(
+      f'discriminator.start={spec.start!r} is after the {total} steps of the '
+      'run; start it earlier, or lengthen duration'
+    )
+  if loss['start'] < start:
+    raise UserError(
+      f'losses.gan starts before discriminator.start={spec.start!r}, at a '
+      'random discriminator; start it then or later'
+    )
+  module = discriminators.build({'name': spec.name, **spec.fields})
+  image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+  leaves = trees.flatten(shapes['params'])
+  optimizer, numbers = optim.make_optimizer(
+    spec.optim,
+    dict.fromkeys(leaves, spec.schedule),
+    leaves,
+    total - start,
+    steps_per_epoch,
+    spec.updates,
+  )
+  gan = Gan(
+    module=module,
+    optimizer=optimizer,
+    decoder=tokenizer.decoder_spec,
+    loss=spec.loss,
+    adaptive=term.adaptive,
+    generator_waits=loss['start'] > 0,
+    waits=start > 0,
+    augment=spec.augment,
+    cutout=spec.cutout,
+    lecam=bool(spec.lecam),
+    r1=bool(spec.r1),
+  )
+  numbers = {'start': start, 'optimizer': numbers}
+  numbers |= {n: x for n in ('lecam', 'r1') if (x := getattr(spec, n))}
+  return gan, numbers
