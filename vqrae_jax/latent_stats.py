@@ -308,15 +308,15 @@ def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
 
   # Neither has a part in latents; the statistics are not there yet.
   init = dataclasses.replace(spec.init, decoder=None, latents=None)
-  given = initialize.given_leaves(tokenizer, spec.init_from, init)
+  given = initialize.tokenizer_weights(tokenizer, spec.init_from, init)
 
   def fresh():
-    return initialize.from_seed(tokenizer, spec.seed)['params']['encoder']
+    return initialize.random_variables(tokenizer, spec.seed)['params']['encoder']
 
   shapes = jax.eval_shape(fresh)
   places = sharding.shardings_for(shapes, mesh)
-  if given.says:
-    logging.info('measures %s', given.says)
+  if given.summary:
+    logging.info('measures %s', given.summary)
     leaves, where = trees.flatten(shapes), trees.flatten(places)
 
     def laid(name, leaf):

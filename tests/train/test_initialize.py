@@ -383,11 +383,10 @@ def test_both_targets_by_hand():
 def test_self_moves_codes_and_the_way_back_from_them_alone(kind):
   """Straight through it would push tokens from their codes."""
   tokenizer, variables = tiny.built(tiny.model(kind))
+  images = tiny.images(2)
 
   def loss(params):
-    out = tokenizer.apply(
-      variables | {'params': params}, tiny.images(2), train=True
-    )
+    out = tokenizer.apply(variables | {'params': params}, images, train=True)
     return distill(LatentInputs(out))
 
   found = jax.jit(jax.grad(loss))(variables['params'])

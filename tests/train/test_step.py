@@ -325,7 +325,7 @@ def test_noise_is_added_before_quantising_and_only_there():
   found = {float(p.metrics['loss/l2']) for p in (quiet, noisy, later)}
   assert len(found) == 3
   variables = state_lib.variables_of(state, frozen)
-  added = np.full((8, 4, 4, 32), 0.25, np.float32)
+  added = jnp.full((8, 4, 4, 32), 0.25)
   plain, out = (
     plan.spec.tokenizer.apply(variables, images, train=True, noise=noise)
     for noise in (None, added)

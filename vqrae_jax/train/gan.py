@@ -351,7 +351,8 @@ class Alarms:
       return float(np.mean(values)) if values else None
 
     found = {}
-    if (loss := mean('loss/discriminator')) is not None:
+    loss = mean('loss/discriminator')
+    if self._gan is not None and loss is not None:
       zero = jnp.zeros(1)
       guessing = float(adversarial.D_LOSSES[self._gan.loss](zero, zero))
       real, fake = mean('logits/real'), mean('logits/fake')

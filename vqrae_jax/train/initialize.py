@@ -83,7 +83,7 @@ def initialize(setup: Setup) -> Started:
     UserError: weights that are not there or do not fit the model.
   """
   config = setup.config
-  weights = _tokenizer_weights(setup.tokenizer, config.init_from, config.init)
+  weights = tokenizer_weights(setup.tokenizer, config.init_from, config.init)
   weights, sources = _with_frozen(setup, weights)
   logging.info('initialized with %s', weights.summary or 'random weights')
   if weights.warning:
@@ -124,7 +124,7 @@ def restore(
     if config.teacher == config_lib.INIT:
       parts.add('encoder')
     init, init_from = _needed_for(config, parts)
-    weights = _tokenizer_weights(setup.tokenizer, init_from, init)
+    weights = tokenizer_weights(setup.tokenizer, init_from, init)
     weights, sources = _with_frozen(setup, weights)
     if weights.summary:
       logging.info('loaded beside the checkpoint: %s', weights.summary)
@@ -286,7 +286,7 @@ def check_frozen(
 # -- the tokenizer's weights -------------------------------------------------
 
 
-def _tokenizer_weights(
+def tokenizer_weights(
   tokenizer: Tokenizer, init_from: str | None, init: config_lib.InitSpec
 ) -> InitialWeights:
   """The leaves that a config brings, on the host.
@@ -575,7 +575,7 @@ def _kept_frozen(
     return {}
   init, init_from = _needed_for(config, {n.split('/')[1] for n in missing})
   try:
-    loaded = _tokenizer_weights(tokenizer, init_from, init).leaves
+    loaded = tokenizer_weights(tokenizer, init_from, init).leaves
   except UserError as e:
     raise UserError(
       f'{where}: what it kept frozen is not in its checkpoints: {e}'
