@@ -1,6 +1,9 @@
 """A tiny run in pieces: its plan, its state on a mesh, its jitted step."""
 
 import functools
+import hashlib
+import json
+import pathlib
 
 import jax
 import numpy as np
@@ -13,6 +16,9 @@ from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def planned(kind='fsq-cosmos', **keys):
@@ -74,3 +80,16 @@ def host(tree):
   """{leaf name: numpy}, but for keys."""
   leaves = trees.flatten(tree).items()
   return {n: np.array(x) for n, x in leaves if n != 'rng'}
+
+
+def edit_manifests(workdir, change):
+  """Calls `change(manifest)` for each checkpoint, and hashes it again."""
+  for path in workdir.glob('checkpoints/0*/_CHECKPOINT_METADATA'):
+    told = json.loads(path.read_text())
+    change(told['custom_metadata'])
+    path.write_text(json.dumps(told))
+    sums = path.with_name('sha256.0-of-1.json')
+    hashed = hashlib.sha256(path.read_bytes()).hexdigest()
+    sums.write_text(
+      json.dumps(json.loads(sums.read_text()) | {path.name: hashed})
+    )

@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from vqrae_jax import sharding
 from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.losses import adversarial
 from vqrae_jax.ops import trees
@@ -32,7 +33,7 @@ from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as finite
 from vqrae_jax.train.checkpoint import Checkpoints, Position, check_skipped
 from vqrae_jax.train.reporting import Report, write_json
-from vqrae_jax.train.run import Run, check_workdir, host_copy
+from vqrae_jax.train.run import Run, check_workdir
 
 # ----------------------------------------------------------------------------
 # When a run is asked to stop: SIGTERM or Ctrl-C, agreed on by all hosts.
@@ -233,7 +234,6 @@ def dry_run(config: Any) -> dict[str, float]:
     _, metrics = step(state, frozen, batch)
     metrics = _read(metrics)
   finite.check_finite(1, metrics)
-  del metrics['samples']  # a checksum, no figure
   return metrics
 
 
@@ -305,8 +305,10 @@ def train(
       going = _Going(run, workdir, kept, frozen, position, profile)
       with contextlib.closing(going.report), StopRequest() as stop:
         state = going.steps(state, step_fn, stop)
-      variables = host_copy(
-        state_lib.variables_of(state, frozen, ema=True), run.mesh
+      variables = sharding.host_copy(
+        state_lib.variables_of(state, frozen, ema=True),
+        run.mesh,
+        everywhere=False,
       )
     return reporting.finish(run, variables, workdir, going.figures())
 
@@ -465,7 +467,6 @@ class _Going:
       row |= run.rates_at(number - 1, self.position.nonfinite)
       row['nonfinite'] = self.position.nonfinite
       row['skipped'] = self.position.skipped
-      row['samples'] = f'{self.position.samples:08x}'
       self.report.row(number, row | measured, wait)
 
   def _check_nonfinite(self, number: int, metrics) -> None:
@@ -488,7 +489,7 @@ class _Going:
       # Its values may be finite and spoilt: only a step later shows it.
       words += (
         f'; the same command goes on from step {steps[-1]}: should that be '
-        f'spoilt too, remove {self.workdir}/checkpoints/{steps[-1]:08d}.json'
+        f'spoilt too, remove {self.workdir}/checkpoints/{steps[-1]:08d}'
       )
     raise finite.NonFinite(words)
 
@@ -524,7 +525,6 @@ class _Going:
     total, run = self.run.plan.total_steps, self.run
     found: dict[str, Any] = {
       'steps': total,
-      'samples': f'{self.position.samples:08x}',
       'skipped': self.position.skipped,
       'train_seconds': self.ended - self.began,
     }

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vqrae_jax import export, sharding
 from vqrae_jax.evaluate import evaluator, visualize
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.train.run import Run, host_copy
+from vqrae_jax.train.run import Run
 
 # ----------------------------------------------------------------------------
 # What a run shows of itself on the way: pictures, and figures of held-out
@@ -51,7 +51,7 @@ class Shown:
       if run.spec.log.images_every:
         logging.info('pictures are of training images: there is no eval.source')
       first = run.place(run.batches.batch(0))['images']
-      self.images = host_copy(first, run.mesh)[:SHOWN]
+      self.images = sharding.host_copy(first, run.mesh)[:SHOWN]
       return
     photographs = [
       run.held_out[i] for i in visualize.spread(len(run.held_out), SHOWN)
@@ -71,7 +71,7 @@ class Shown:
     painted = _reconstruct(
       self._run.tokenizer, self._variables(state), self.images
     )
-    painted = host_copy(painted, self._run.mesh)
+    painted = sharding.host_copy(painted, self._run.mesh)
     return visualize.grid(self.images, visualize.to_uint8(painted))
 
   def figures(self, state: Any) -> dict[str, float]:
@@ -90,7 +90,7 @@ class Shown:
       self._tiles,
       batch,
       place=place,
-      read=lambda x: host_copy(x, mesh),
+      read=lambda x: sharding.host_copy(x, mesh),
     )
     return {f'eval/{name}': x for name, x in measured.results().items()}
 
@@ -110,7 +110,7 @@ def _reconstruct(tokenizer, variables, images):
 
 
 # Not in the line of a row: words, and counts that are nearly always 0.
-_QUIET = ('samples', 'skipped', 'nonfinite')
+_QUIET = ('skipped', 'nonfinite')
 
 
 class Report:

@@ -237,8 +237,6 @@ class Run:
       state, metrics = step_lib.train_step(
         self.plan, state, frozen, batch['images']
       )
-      # What was read, over all hosts: a mark of the samples, and the misses.
-      metrics['samples'] = batch['mark'].sum(dtype=jnp.uint32)
       metrics['skipped'] = batch['skipped'].sum()
       return state, metrics
 
@@ -252,7 +250,7 @@ class Run:
     """{tree: SHA-256}, computed once; every host takes part."""
     if self._hashes is None:
       self._hashes = frozen_lib.hash_frozen(
-        frozen, lambda x: host_copy(x, self.mesh)
+        frozen, lambda x: sharding.host_copy(x, self.mesh)
       )
     return self._hashes
 
@@ -277,11 +275,7 @@ class Run:
 
   def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's batch from `batches`, as the step takes it."""
-    rows = {
-      'images': batch['images'],
-      'mark': sample_marks(batch['index'], batch['photo']),
-      'skipped': batch['skipped'],
-    }
+    rows = {name: batch[name] for name in ('images', 'skipped')}
     return sharding.place_batch(rows, self.mesh)
 
   def rates_at(self, step: int, left_out: int = 0) -> dict[str, float]:
@@ -335,15 +329,6 @@ class Run:
     )
 
 
-def sample_marks(index: np.ndarray, photo: np.ndarray) -> np.ndarray:
-  """uint32[b], a hash of (sample index, photograph) each; sums of them tell
-  one batch from another, on any number of hosts."""
-  odd = np.uint64(0x9E3779B97F4A7C15)
-  mixed = (index.astype(np.uint64) + np.uint64(1)) * odd
-  mixed = (mixed ^ (mixed >> np.uint64(29)) ^ photo.astype(np.uint64)) * odd
-  return (mixed >> np.uint64(32)).astype(np.uint32)
-
-
 def _placed(fn: Callable) -> Callable:
   """fn traced under the rules that give activations their mesh axes."""
 
@@ -353,11 +338,3 @@ def _placed(fn: Callable) -> Callable:
       return fn(*args)
 
   return traced
-
-
-def host_copy(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """A tree of arrays on any hosts as numpy on every host; all must call."""
-  if jax.process_count() > 1:
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    tree = jax.jit(lambda t: t, out_shardings=whole)(tree)
-  return jax.tree.map(np.asarray, tree)

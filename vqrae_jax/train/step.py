@@ -46,7 +46,7 @@ from vqrae_jax.types import (
 
 # What a step is judged by: losses and the norms of every player.
 _NORMS = ('grad_norm', 'update_norm')
-_COUNTS = ('samples', 'skipped', 'nonfinite')
+_COUNTS = ('skipped', 'nonfinite')
 
 
 class NonFinite(UserError):
