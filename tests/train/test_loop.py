@@ -254,25 +254,25 @@ def test_what_another_wrote_meanwhile_is_not_undone(
   _, workdir = ran
   here = tmp_path / 'run'
   shutil.copytree(workdir, here)
-  (last,) = (here / 'checkpoints').glob('00000005.json')
+  last = here / 'checkpoints' / '00000005'
   resume = loop.Run.resume
 
   def while_another_saves(*args):
     found = resume(*args)
-    shutil.copy(last, last.with_name('00000006.json'))
+    shutil.copytree(last, last.with_name('00000006'))
     return found
 
   monkeypatch.setattr(loop.Run, 'resume', while_another_saves)
   with pytest.raises(vqrae_jax.UserError, match='another run has written to'):
     loop.train(config(photos, duration=8), here)
-  assert last.with_name('00000006.json').exists()
+  assert last.with_name('00000006').exists()
   assert rows(here) == rows(workdir)
 
 
 def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   metrics = loop.dry_run(config(photos))
-  assert np.isfinite(metrics['loss/l2']) and 'samples' not in metrics
+  assert np.isfinite(metrics['loss/l2'])
   assert not list(tmp_path.iterdir())
 
 

@@ -9,10 +9,12 @@ from PIL import Image
 
 import vqrae_jax
 from tests import tiny
+from tests.train import pieces
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
 from vqrae_jax.train import loop
+from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.train.run import Run
 
 FROZEN = (('encoder/.*', None), ('.*', dict(lr=1e-3)))
@@ -141,12 +143,12 @@ def test_a_child_of_a_child_resumes(parent, photos, tmp_path):
 
 def test_frozen_leaves_are_verified(photos, tmp_path):
   loop.train(config(photos), tmp_path)
-  path = tmp_path / 'checkpoints' / '00000002.json'
-  told = json.loads(path.read_text())
-  assert told['frozen']['params']['source'] == 'seed 0'
-  told['frozen']['params']['sha256'] = 64 * '0'
-  del told['digest']
-  path.write_text(json.dumps(told))
+
+  def another(manifest):
+    assert manifest['frozen']['params']['source'] == 'seed 0'
+    manifest['frozen']['params']['sha256'] = 64 * '0'
+
+  pieces.edit_manifests(tmp_path, another)
   words = 'the frozen tree "params" is not the one .*from seed 0'
   with pytest.raises(UserError, match=words):
     loop.train(config(photos), tmp_path)
@@ -231,7 +233,7 @@ def test_a_published_encoder(photos, tmp_path):
     np.testing.assert_array_equal(have[name], leaf, err_msg=name)
 
   loop.train(child, tmp_path / 'run')
-  told = json.loads((tmp_path / 'run/checkpoints/00000002.json').read_text())
+  told = Checkpoints(tmp_path / 'run' / 'checkpoints').latest()
   assert told['frozen']['params']['source'] == str(tmp_path / 'siglip')
   loop.train(child | dict(duration=3), tmp_path / 'run')
   grandchild = config(photos, model=model, init_from=str(tmp_path / 'run'))

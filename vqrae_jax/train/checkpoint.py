@@ -229,7 +229,7 @@ def _manifest(folder: epath.Path) -> dict[str, Any] | None:
 
 
 def _line(error: Exception) -> str:
-  return str(error).split('\n')[0][:200] or type(error).__name__
+  return str(error).split('\n')[0][:1000] or type(error).__name__
 
 
 def _not_of_orbax(record: std_logging.LogRecord) -> bool:
@@ -414,6 +414,10 @@ class Checkpoints:
             step_format_fixed_length=8,
             save_root_metadata=False,
             lightweight_initialize=True,
+            # Else its threads wait 5 minutes for a folder that failed.
+            async_options=ocp.AsyncOptions(
+              create_directories_asynchronously=False
+            ),
           ),
         )
       self._manager.save(

@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from vqrae_jax import sharding
+from vqrae_jax import hosts, sharding
 from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.losses import adversarial
 from vqrae_jax.ops import trees
@@ -275,6 +275,7 @@ def train(
     )
   seen, manifest = kept.steps(), kept.latest()
   with contextlib.ExitStack() as held:  # the lock, to the last file
+    held.enter_context(hosts.loss_reported())
     with jax.set_mesh(run.mesh), contextlib.closing(kept):
       if manifest is None:
         state, frozen, step_fn = run.start()
