@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.data import makers
+from tests.train import pieces
 from vqrae_jax import cli, export, latent_stats, reconstruct_images
 from vqrae_jax.train import __main__ as train_main
 from vqrae_jax.train import loop
@@ -168,15 +169,12 @@ def _runs(root):
     if path.is_file():
       path.write_bytes(b'')
 
-  def edited(name, change):
-    for path in (root / name / 'checkpoints').glob('*.json'):
-      told = json.loads(path.read_text())
-      del told['digest']  # as one that knows what it does
-      change(told)
-      path.write_text(json.dumps(told))
-
-  edited('another', lambda told: told['frozen']['params'].update(sha256='0'))
-  edited('jumbled', lambda told: told['position'].update(turns=3))
+  pieces.edit_manifests(
+    root / 'another', lambda m: m['frozen']['params'].update(sha256='0')
+  )
+  pieces.edit_manifests(
+    root / 'jumbled', lambda m: m['position'].update(turns=3)
+  )
   (root / 'headless' / 'config.json').unlink()
   shutil.rmtree(root / 'unbegun' / 'checkpoints')
   (root / 'unbegun' / 'checkpoints').mkdir()

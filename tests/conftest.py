@@ -63,6 +63,22 @@ def place(tmp_path_factory) -> pathlib.Path:
   return bad.make(tmp_path_factory.mktemp('a place') / 'wörk')
 
 
+@pytest.fixture(scope='session')
+def trained_run(tmp_path_factory) -> pathlib.Path:
+  """The workdir of a finished run on one device: copy it (`tests/runs.py`)."""
+  from tests import runs
+
+  return runs.trained(runs.plain, tmp_path_factory.mktemp('plain'), 1)
+
+
+@pytest.fixture(scope='session')
+def trained_gan_run(tmp_path_factory) -> pathlib.Path:
+  """The same on 8 devices with a discriminator."""
+  from tests import runs
+
+  return runs.trained(runs.gan, tmp_path_factory.mktemp('gan'), 8)
+
+
 @pytest.fixture
 def answer(place, monkeypatch, capsys):
   """(command, argv) -> its error line (`tests/bad.py`)."""

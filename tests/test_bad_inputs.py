@@ -127,7 +127,7 @@ CONFIGS = [
   ('init_from="tok/encoder"', 'init.encoder begins a run with it'),
   ('init=dict(encoder="tok/encoder")', 'encoder/config.json is damaged'),
   ('init_from="unbegun"', 'no checkpoint yet'),
-  ('init_from="torn"', 'init_from=torn: no checkpoint of that run is whole'),
+  ('init_from="torn"', 'init_from=torn: no checkpoint of that run is'),
   ('init_from="headless"', 'headless/config.json cannot be used'),
   ('init=dict(decoder="rae:nowhere.pt")', 'nowhere.pt'),
   ('init=dict(decoder="rae:notes.txt")', 'notes.txt'),
@@ -202,20 +202,20 @@ RUNS = [
     'and checkpoint.every=0 would',
   ),
   ('run', 'duration=1', 'step 2, past the 1 steps of duration=1; lengthen'),
-  ('run', 'ema=0.0', 'ema=0, and it kept a moving average; go back'),
-  ('run', 'log=dict(usage_window=7)', 'log.usage_window=7, and it had 5'),
+  ('run', 'ema=0.0', 'ema is off'),
+  ('run', 'log=dict(usage_window=7)', 'log.usage_window=7, and it was 5'),
   ('run', 'optim=dict(clip=None)', 'optim.clip or optim.weight_decay is'),
-  ('run', 'optim=dict(weight_decay=0.1)', 'weight_decay is on where'),
+  ('run', 'optim=dict(weight_decay=0.1)', 'optim.weight_decay'),
   (
     'run',
     'schedules=(("encoder/.*", None), (".*", dict(lr=1.0)))',
     'schedules freeze',
   ),
-  ('torn', '', 'no checkpoint in .* is whole .*; remove the folder'),
+  ('torn', '', 'no checkpoint in .* is intact .*; remove'),
   ('another', '', 'the frozen tree "params" is not the one'),
   ('blocked', '', 'checkpoints is no folder'),
   ('foreign', '', 'foreign/tokenizer exists and is not replaced'),
-  ('jumbled', '', 'checkpoint 2: its manifest tells no position'),
+  ('jumbled', '', 'checkpoint 2: its manifest has no position'),
 ]
 
 TOKENIZERS = [
@@ -309,7 +309,7 @@ def test_data_that_is_broken_throughout(name, data, words, answer):
   [
     ('train --config=none.py', "no attribute 'get_config'"),
     ('train --config=mine.py:ema=2.0', 'ema=2.0 must lie in'),
-    ('train --config=mine.py --workdir=torn', 'is whole'),
+    ('train --config=mine.py --workdir=torn', 'is intact'),
     (
       'reconstruct_images --tokenizer=run --images=photos --out=out',
       'did you mean "run/tokenizer"',

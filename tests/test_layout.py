@@ -12,7 +12,7 @@ ORDER = (
   {'errors', 'paths', 'specs', 'types', 'ops'},
   {'nn', 'weights'},
   {'quantizers', 'encoders'},
-  {'models', 'losses', 'optim', 'sharding', 'data'},
+  {'models', 'losses', 'optim', 'sharding', 'data', 'hosts'},
   {'pretrained', 'inference', 'export'},
   {'evaluate'},
   {'train'},

@@ -10,7 +10,7 @@ Modules name activations ("batch", "tokens", "embed") and never a mesh axis.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -166,11 +166,31 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict:
   }
 
 
-def host_copy(tree: Any, mesh: Mesh) -> Any:
-  """A tree of arrays on any hosts as numpy on every host, leaf by leaf: no
-  device holds more than one leaf in full. Every host must call."""
-  if jax.process_count() > 1:
-    replicated = NamedSharding(mesh, PartitionSpec())
-    gather = jax.jit(lambda x: x, out_shardings=replicated)
-    return jax.tree.map(lambda x: np.asarray(gather(x)), tree)
-  return jax.tree.map(np.asarray, tree)
+def host_leaves(
+  tree: Any, mesh: Mesh, everywhere: bool = True
+) -> Iterator[np.ndarray | None]:
+  """The leaves as numpy, in the tree's order; every process must iterate.
+
+  Leaves that lie over several processes are gathered one at a time: no device
+  ever holds more of them than one.
+
+  Args:
+    tree: arrays on any devices.
+    mesh: of the run.
+    everywhere: on every process; else only process 0 keeps them, others get
+      None.
+  """
+  gather = jax.jit(
+    lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec())
+  )
+  for leaf in jax.tree.leaves(tree):
+    if jax.process_count() > 1:
+      leaf = gather(leaf)
+    # A copy: on CPU `asarray` would keep the gathered leaf.
+    yield np.array(leaf) if everywhere or not jax.process_index() else None
+
+
+def host_copy(tree: Any, mesh: Mesh, everywhere: bool = True) -> Any:
+  """`host_leaves` in the tree's own form."""
+  leaves = list(host_leaves(tree, mesh, everywhere))
+  return jax.tree.unflatten(jax.tree.structure(tree), leaves)

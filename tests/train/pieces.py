@@ -6,6 +6,8 @@ numbers.
 
 import dataclasses
 import functools
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -154,4 +156,17 @@ def assert_close(found, want, tolerance=1e-5, skip=('attention/key/bias',)):
     scale = np.abs(leaf).max() + 1e-12
     np.testing.assert_allclose(
       found[name], leaf, rtol=0, atol=tolerance * scale, err_msg=name
+    )
+
+
+def edit_manifests(workdir, change):
+  """Calls `change(manifest)` for each checkpoint, and hashes it again."""
+  for path in workdir.glob('checkpoints/0*/_CHECKPOINT_METADATA'):
+    found = json.loads(path.read_text())
+    change(found['custom_metadata'])
+    path.write_text(json.dumps(found))
+    sums = path.with_name('sha256.0-of-1.json')
+    hashed = hashlib.sha256(path.read_bytes()).hexdigest()
+    sums.write_text(
+      json.dumps(json.loads(sums.read_text()) | {path.name: hashed})
     )

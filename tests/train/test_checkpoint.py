@@ -1,7 +1,8 @@
 """A checkpoint is whole or not used, and opens on any mesh."""
 
-import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.train import pieces
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.train.checkpoint import Checkpoints
+from vqrae_jax.train.checkpoint import Checkpoints, as_leaves, from_leaves
 
 KIND = 'vq-ema'
 
@@ -28,11 +30,18 @@ def plan():
 
 @pytest.fixture(scope='module')
 def state(plan):
-  mesh = sharding.make_mesh('fsdp+tp', tensor=2)
-  with jax.set_mesh(mesh):
-    state, _ = state_lib.init_state(plan, mesh, 3)
-  # Every leaf distinct, the optimizer's zeros too.
-  return jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state)
+  """Random numbers in every leaf, over 8 devices; nothing is compiled."""
+  target, _ = state_lib.abstract_state(
+    plan, sharding.make_mesh('fsdp+tp', tensor=2)
+  )
+  rng = np.random.default_rng(0)
+  leaves = {
+    name: jax.device_put(
+      rng.integers(0, 99, leaf.shape).astype(leaf.dtype), leaf.sharding
+    )
+    for name, leaf in as_leaves(target).items()
+  }
+  return from_leaves(target, leaves)
 
 
 def host(tree):
@@ -41,100 +50,129 @@ def host(tree):
   return {n: np.asarray(x) for n, x in leaves.items()}
 
 
-@pytest.fixture
-def kept(tmp_path, state):
-  kept = Checkpoints(tmp_path / 'checkpoints', keep=2)
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory, state):
+  """Three saves, of which two are kept."""
+  kept = Checkpoints(tmp_path_factory.mktemp('saved') / 'checkpoints', keep=2)
   for step in (1, 2, 3):
     kept.save(step, state.replace(step=jnp.int32(step)), {'says': step})
   kept.close()
   return kept
 
 
-def damaged(kept, step, how):
-  """Does to a step's files what disks do."""
-  folder = kept._folder
-  files = [p for p in (folder / f'{step:08d}').rglob('*') if p.is_file()]
-  data = max(files, key=lambda p: p.stat().st_size)
-  manifest = folder / f'{step:08d}.json'
-  match how:
-    case 'a flipped bit':
-      raw = bytearray(data.read_bytes())
-      raw[len(raw) // 2] ^= 1
-      data.write_bytes(raw)
-    case 'a truncated file':
-      data.write_bytes(data.read_bytes()[:-100])
-    case 'a missing file':
-      (folder / f'{step:08d}' / 'commit_success.txt').unlink()
-    case 'an empty folder':
-      for path in files:
-        path.unlink()
-    case 'no folder':
-      shutil.rmtree(folder / f'{step:08d}')
-    case 'a torn manifest':
-      manifest.write_text(manifest.read_text()[:50])
-    case 'a strange manifest':
-      manifest.write_text('[1, 2]')
-    case 'a manifest of tomorrow':
-      told = json.loads(manifest.read_text()) | {'version': 99}
-      manifest.write_text(json.dumps(told))
-    case 'a flipped digit':
-      told = json.loads(manifest.read_text()) | {'says': step + 8}
-      manifest.write_text(json.dumps(told))
-    case 'an empty manifest':
-      manifest.write_text('')
+@pytest.fixture
+def kept(saved, tmp_path):
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(saved._folder, folder)
+  return Checkpoints(folder, keep=2)
 
 
-DAMAGES = (
-  'a flipped bit', 'a truncated file', 'a missing file', 'an empty folder',
-  'no folder', 'a torn manifest', 'a strange manifest',
-  'a manifest of tomorrow', 'an empty manifest',
-  'a flipped digit',
-)  # fmt: skip
+def flip(path):
+  raw = bytearray(path.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  path.write_bytes(raw)
 
 
-def test_the_newest_two_are_kept(kept, tmp_path):
-  assert kept.steps() == [2, 3]
-  names = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
-  assert names == {'00000002', '00000002.json', '00000003', '00000003.json'}
-  assert kept.latest()['says'] == 3
+def largest(folder):
+  files = [p for p in folder.rglob('*') if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def empty(folder):
+  for path in folder.rglob('*'):
+    if path.is_file():
+      path.unlink()
+
+
+def metadata(folder):
+  return folder / '_CHECKPOINT_METADATA'
+
+
+def sums(folder):
+  return next(folder.glob('sha256.*.json'))
+
+
+# What disks, people and kills do to a step: {how: (what it does, the line)}.
+DAMAGES = {
+  'a flipped bit': (lambda f: flip(largest(f)), 'is changed'),
+  'a truncated file': (
+    lambda f: largest(f).write_bytes(largest(f).read_bytes()[:-9]),
+    'is changed',
+  ),
+  'a missing file': (lambda f: largest(f).unlink(), 'is missing'),
+  'another file': (lambda f: (f / 'state/d/x').write_text(''), 'is changed'),
+  'an empty folder': (empty, 'is empty'),
+  'a save killed before its hashes': (
+    lambda f: sums(f).unlink(), 'was not completed',
+  ),
+  'a changed manifest': (
+    lambda f: metadata(f).write_text(metadata(f).read_text() + ' '),
+    'METADATA is changed',
+  ),
+  'a flipped digit': (
+    lambda f: sums(f).write_text(sums(f).read_text()[:-3] + 'x"}'),
+    'is changed',
+  ),
+  'a torn manifest': (lambda f: sums(f).write_text('{"x": '), 'be read'),
+  'a list': (lambda f: sums(f).write_text('[1, 2]'), 'cannot be read'),
+  'a number': (lambda f: sums(f).write_text('5'), 'cannot be read'),
+  'a deep list': (lambda f: sums(f).write_text(100_000 * '['), 'be read'),
+  'an older form': (
+    lambda f: (empty(f), f.with_suffix('.json').write_text('{}')), '0d4c29b',
+  ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('how', DAMAGES)
-def test_damage_falls_back_to_the_step_before(kept, how, caplog):
-  damaged(kept, 3, how)
-  assert kept.latest()['step'] == 2
-  assert 'checkpoint 3 is not used' in caplog.text
+def test_damage_falls_back_to_the_step_before(kept, tmp_path, how, caplog):
+  damage, words = DAMAGES[how]
+  damage(tmp_path / 'checkpoints' / '00000003')
+  assert kept.latest()['says'] == 2
+  (line,) = [r.message for r in caplog.records if r.levelname == 'WARNING']
+  assert 'checkpoint 3 is not used' in line and words in line
 
 
-def test_none_whole_is_an_error(kept):
-  damaged(kept, 3, 'a flipped bit')
-  damaged(kept, 2, 'an empty folder')
-  with pytest.raises(UserError, match='is whole .*step 3: .*changed since'):
+def test_a_manifest_of_another_version_is_refused(kept, tmp_path):
+  pieces.edit_manifests(tmp_path, lambda m: m.update(vqrae_jax=99))
+  with pytest.raises(UserError, match='step 3: .*version 99'):
     kept.latest()
 
 
-def test_a_folder_without_manifest_is_no_step(kept, tmp_path):
-  (tmp_path / 'checkpoints' / '00000009').mkdir()
-  (tmp_path / 'checkpoints' / '00000007.orbax-checkpoint-tmp-1').mkdir()
-  assert kept.latest()['step'] == 3
-  kept.begin_from(2)
-  names = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
-  assert names == {'00000002', '00000002.json'}
+def test_none_intact_is_an_error_and_a_killed_first_save_is_not(kept, tmp_path):
+  folder = tmp_path / 'checkpoints'
+  empty(folder / '00000002')
+  sums(folder / '00000003').unlink()
+  with pytest.raises(UserError, match='step 2: it is empty'):
+    kept.latest()
+  shutil.rmtree(folder / '00000002')
+  assert kept.latest() is None and kept.steps() == []
   assert Checkpoints(tmp_path / 'nowhere').latest() is None
 
 
-def test_folders_of_others_are_never_removed(kept, tmp_path):
+def test_retention_and_what_is_never_removed(kept, tmp_path, state):
+  """Through links too: only what `save` has made goes."""
   folder = tmp_path / 'checkpoints'
-  for name in ('best', 'epoch-3', '3', '00000003.mine'):
-    shutil.copytree(folder / '00000003', folder / name)
-  shutil.copy(folder / '00000003.json', folder / '3.json')
-  assert kept.steps() == [2, 3]
+  users = ('best', '3', '00000003.mine', '20240101', '00000000')
+  for name in users:
+    (folder / name).mkdir()
+    (folder / name / 'notes').write_text('mine')
+  metadata(folder / '20240101').write_text('{"custom_metadata": {}}')
+  (tmp_path / 'link').symlink_to(folder)
+  kept = Checkpoints(tmp_path / 'link', keep=2)
+  (folder / '00000009').mkdir()
+  (folder / '00000007.orbax-checkpoint-tmp').mkdir()
+  assert kept.latest()['step'] == 3
   kept.begin_from(2)
   left = {p.name for p in folder.iterdir()}
-  assert left == {
-    '00000002', '00000002.json', 'best', 'epoch-3', '3', '3.json',
-    '00000003.mine',
-  }  # fmt: skip
+  assert left == {*users, '00000002'}
+  for step in (3, 4):
+    kept.save(step, {'w': jnp.ones(3)}, {})
+  kept.close()
+  left = {p.name for p in folder.iterdir()}
+  assert left == {*users, '00000003', '00000004'}
+  (folder / '00000005').mkdir()
+  with pytest.raises(UserError, match='00000005 is in the way'):
+    kept.save(5, {'w': jnp.ones(3)}, {})
 
 
 @pytest.mark.parametrize(
@@ -185,15 +223,55 @@ def test_saving_does_not_wait_and_does_not_see_later_steps(tmp_path):
   kept.close()
 
 
-def test_a_disk_that_cannot_be_written_is_named(tmp_path, state, monkeypatch):
-  kept = Checkpoints(tmp_path / 'checkpoints')
+# What happens to a disk: {how: (before the save, the line)}.
+DISKS = {
+  'full': (
+    'resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))', 'too large',
+  ),
+  'not a folder': (
+    "shutil.rmtree(folder); open(folder, 'w').close()", 'Not a directory',
+  ),
+}  # fmt: skip
+SAVES = """
+import resource, shutil, sys
+import jax.numpy as jnp, numpy as np
+from vqrae_jax import cli
+from vqrae_jax.train.checkpoint import Checkpoints
 
-  def full(*_):
-    raise OSError(28, 'No space left on device')
-
-  monkeypatch.setattr('vqrae_jax.train.checkpoint._files', full)
-  kept.save(1, {'w': jnp.ones(3)}, {})
-  with pytest.raises(UserError, match='could not be written .*No space left'):
+def main(_):
+  folder = sys.argv[1]
+  kept = Checkpoints(folder)
+  state = {'w': jnp.asarray(np.random.default_rng(0).random((99, 99)))}
+  kept.save(1, state, {})
+  kept.wait()
+  DISK
+  try:
+    kept.save(2, state, {})
     kept.wait()
-  assert kept.steps() == []
-  kept.close()
+  finally:
+    kept.close()
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize('how', DISKS)
+def test_a_disk_that_cannot_be_written_is_one_line(how, tmp_path):
+  disk, words = DISKS[how]
+  done = subprocess.run(
+    [sys.executable, '-c', SAVES.replace('DISK', disk), tmp_path / 'x'],
+    env=tiny.alone(1),
+    cwd=runs.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  info, error = done.stderr.splitlines()
+  assert 'checkpoint 1 is written' in info
+  assert error.startswith('error: a checkpoint could not be written')
+  assert words in error
+
+
+def test_a_url_without_its_library_is_one_line():
+  with pytest.raises(UserError, match='gs://.*gcsfs'):
+    Checkpoints('gs://bucket/run/checkpoints')

@@ -343,7 +343,8 @@ def test_a_gan_run_resumes_and_warns(gan_config, tmp_path, log, monkeypatch):
 
   monkeypatch.setattr(gan, 'WON', 2.0)  # a loss below twice of guessing
   config = gan_config(
-    losses=tiny.LOSSES['simvq-l2'] | dict(lpips=0.5, gan=dict(weight=0.5, start=1)),
+    losses=tiny.LOSSES['simvq-l2']
+    | dict(lpips=0.5, gan=dict(weight=0.5, start=1)),
     duration=4,
     checkpoint=dict(every=2, keep=2),
   )  # fmt: skip

@@ -1,16 +1,18 @@
-"""Checkpoints: Orbax arrays, and a manifest that vouches for them.
+"""Checkpoints: Orbax's files, and the SHA-256 of each of them.
 
-  checkpoints/00001000/      Orbax: every leaf of the state, none of Frozen
-  checkpoints/00001000.json  the manifest, written last
+  checkpoints/00001000/_CHECKPOINT_METADATA    Orbax's, with our manifest in it
+  checkpoints/00001000/state/                  every leaf, none of Frozen
+  checkpoints/00001000/sha256.0-of-1.json      what process 0 of 1 hashed
 
-A flipped bit restores in silence and an empty folder passes for a step
-(orbax-checkpoint 0.12.8, 2026-11). So a step counts only by its manifest, which
-holds the SHA-256 of each file, the leaves, and what the caller says of the
-run: data position, hashes of frozen trees. A step that does not verify is
-named, and the one before it is taken.
+`ocp.CheckpointManager` names the steps, copies the arrays, writes behind the
+next steps and commits a step at once. It has no checksums: a flipped bit
+restores silently and an empty folder passes for a step (orbax-checkpoint
+0.12.8, 2026-11). So a step counts only when every process has hashed the
+files that it wrote, after the commit, and only while the files agree with
+that. Removing old steps is ours too: Orbax does so before the new one is
+hashed, and takes every folder with a number for a step.
 
-Saving is asynchronous: the arrays are copied to the host, the rest happens
-behind the next steps. On many hosts the folder is one that all of them see.
+On many hosts the folder is one that all of them see.
 """
 
 import contextlib
@@ -18,9 +20,8 @@ import dataclasses
 import hashlib
 import json
 import logging as std_logging
-import pathlib
+import os
 import re
-import shutil
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -30,23 +31,21 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 
-# ----------------------------------------------------------------------------
-# Where a run is in its data, and what it met on the way there.
-
 
 @dataclasses.dataclass
 class Position:
-  """All that a checkpoint needs beside arrays.
+  """How far a run is, and what it met on the way.
 
   Attributes:
     step: completed steps; the next sample is step x batch_size.
-    skipped: unreadable photographs met so far, over all hosts.
-    nonfinite: steps left out so far (`finite.py`).
+    skipped: unreadable images met so far, over all hosts.
+    nonfinite: skipped steps so far (`step.py`).
     nonfinite_in_a_row: those of them since the last that counted.
   """
 
@@ -57,27 +56,27 @@ class Position:
 
   @classmethod
   def of(cls, manifest: Mapping[str, Any]) -> 'Position':
-    """The position that a checkpoint's manifest tells.
+    """The position in a checkpoint's manifest.
 
     Raises:
-      UserError: it tells none, or one of another version of this package.
+      UserError: there is none, or one of another version of this package.
     """
     try:
       return cls(**manifest['position'])
     except (KeyError, TypeError) as e:
       raise UserError(
-        f'checkpoint {manifest["step"]}: its manifest tells no position '
-        f'({e}); go on with the version of vqrae_jax that wrote it'
+        f'checkpoint {manifest["step"]}: its manifest has no position ({e}); '
+        'go on with the version of vqrae_jax that wrote it'
       ) from None
 
   def after(self, step: int, metrics: Mapping[str, float]) -> 'Position':
-    """The position after a step, by what the step read and said."""
-    spoilt = int(metrics['nonfinite'])
+    """The position after a step, by its metrics."""
+    nonfinite = int(metrics['nonfinite'])
     return Position(
       step=step,
       skipped=self.skipped + int(metrics['skipped']),
-      nonfinite=self.nonfinite + spoilt,
-      nonfinite_in_a_row=spoilt and self.nonfinite_in_a_row + 1,
+      nonfinite=self.nonfinite + nonfinite,
+      nonfinite_in_a_row=nonfinite and self.nonfinite_in_a_row + 1,
     )
 
 
@@ -97,15 +96,6 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
       )
 
 
-# ----------------------------------------------------------------------------
-# What a resumed run's config may not change: the leaves of its state.
-#
-# A checkpoint names every leaf it holds. Where a config asks for others, the
-# keys that do so are named, and not the leaves of an optimizer.
-
-_TRAINED, _OPTIMIZER = 'tokenizer/params/', 'tokenizer/opt_state/'
-
-
 def check_same_leaves(
   before: Mapping[str, tuple[int, ...]],
   now: Mapping[str, tuple[int, ...]],
@@ -119,54 +109,46 @@ def check_same_leaves(
     where: the run's workdir, for the error.
 
   Raises:
-    UserError: with the keys that made them differ. What no key explains is
+    UserError: with the key that made them differ. What no key explains is
       left to `Checkpoints.restore`, which names leaves.
   """
-  why = _reasons(before, now)
-  if why:
-    raise UserError(
-      f'the run in {where} cannot go on: {"; ".join(why)}; go back to that, '
-      f'or name another --workdir with --config.init_from={where}'
-    )
+
+  def changed(prefix):
+    return sorted(n for n in before.keys() ^ now.keys() if n.startswith(prefix))
+
+  def has_ema(leaves):
+    return any(n.startswith('ema/') for n in leaves)
+
+  old, new = (side.get('usage', (0,))[0] for side in (before, now))
+  if leaves := changed('tokenizer/params/'):
+    name = leaves[0].removeprefix('tokenizer/params/')
+    verb = 'freeze' if leaves[0] in before else 'train'
+    why = f'schedules {verb} {name} ({len(leaves)} such leaves), unlike before'
+  elif has_ema(before) != has_ema(now):
+    why = f'ema is {"on" if has_ema(now) else "off"}, unlike before'
+  elif old and new and old != new:
+    why = f'log.usage_window={new}, and it was {old}'
+  elif changed('tokenizer/opt_state/'):
+    why = 'optim.clip or optim.weight_decay is turned on or off'
+  else:
+    return
+  raise UserError(
+    f'the run in {where} cannot go on: {why}; undo that, or name another '
+    f'--workdir with --config.init_from={where}'
+  )
 
 
-def _reasons(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  was, wants = (_under(_TRAINED, side) for side in (before, now))
-  why = []
-  for names, verb, other in (
-    (sorted(was - wants), 'freeze', 'trained'),
-    (sorted(wants - was), 'train', 'kept frozen'),
-  ):
-    if names:
-      more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-      why.append(f'schedules {verb} {names[0]}{more}, which it {other}')
-  if why:  # the other leaves follow those
-    return why
-  had, has = (bool(_under('ema/', side)) for side in (before, now))
-  if had != has:
-    why.append(
-      'ema=0, and it kept a moving average'
-      if had
-      else 'ema is above 0, and it kept no moving average'
-    )
-  old, new = before.get('usage'), now.get('usage')
-  if old and new and old[0] != new[0]:
-    why.append(f'log.usage_window={new[0]}, and it had {old[0]}')
-  if _under(_OPTIMIZER, before) != _under(_OPTIMIZER, now):
-    why.append(
-      'optim.clip or optim.weight_decay is on where it was off, or the other '
-      'way round'
-    )
-  return why
-
-
-def _under(prefix: str, leaves: Mapping[str, Any]) -> set[str]:
-  return {n.removeprefix(prefix) for n in leaves if n.startswith(prefix)}
-
-
-MANIFEST_VERSION = 1
-# What a run writes; a folder that a user put beside it is never touched.
-_OURS = re.compile(r'[0-9]{8,}(\.json|\.orbax-checkpoint-tmp.*)?$')
+MANIFEST_VERSION = 2
+_STEP = re.compile(r'[0-9]{8,}')
+# A save that was killed, by Orbax's name for it.
+_KILLED = re.compile(r'[0-9]{8,}\.orbax-checkpoint-tmp.*')
+_SUMS = re.compile(r'sha256\.[0-9]+-of-([0-9]+)\.json')
+# What reading damaged JSON, or JSON of another form, raises.
+_UNREADABLE = (
+  OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
+_KILLED_SAVE = 'its save was not completed'
+_ORBAX = os.path.dirname(ocp.__file__)
 
 
 def as_leaves(tree: Any) -> dict[str, Any]:
@@ -201,121 +183,150 @@ def from_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
   return trees.map_named(made, tree)
 
 
-def _table(leaves: Mapping[str, Any]) -> dict[str, list]:
-  return {n: [list(x.shape), str(x.dtype)] for n, x in sorted(leaves.items())}
-
-
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(path: epath.Path) -> str:
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-  """SHA-256 of a manifest as JSON, whatever the order of its keys."""
-  text = json.dumps(manifest, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
+def _files(folder: epath.Path) -> dict[str, epath.Path]:
+  """{relative path: file} of what Orbax wrote of a step, in order."""
+  found = {}
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      found |= {f'{path.name}/{n}': p for n, p in _files(path).items()}
+    elif not path.name.startswith('sha256.'):
+      found[path.name] = path
+  return found
 
 
-def _files(folder: pathlib.Path) -> dict[str, str]:
-  """{relative path: SHA-256} of every file."""
-  return {
-    str(p.relative_to(folder)): _sha256(p)
-    for p in sorted(folder.rglob('*'))
-    if p.is_file()
-  }
+def _writer(name: str) -> int:
+  """The process that wrote a file; 0 writes what is not of one process."""
+  part = re.search(r'process_([0-9]+)(/|$)', name)
+  return int(part[1]) if part else 0
 
 
-@contextlib.contextmanager
-def _quiet():
-  """Orbax explains a damaged file in hundreds of lines; one is enough."""
-  loggers = [std_logging.getLogger(n) for n in ('absl', 'orbax')]
-  levels = [logger.level for logger in loggers]
-  for logger in loggers:
-    logger.setLevel(std_logging.CRITICAL)
+def _sums(folder: epath.Path) -> list[epath.Path]:
+  """The files with the hashes of a step; none unless all are there."""
+  found = [p for p in folder.iterdir() if _SUMS.fullmatch(p.name)]
+  counts = {int(_SUMS.fullmatch(p.name)[1]) for p in found}
+  return found if counts == {len(found)} else []
+
+
+def _manifest(folder: epath.Path) -> dict[str, Any] | None:
+  """What `save` said of a step; None of a folder that it did not make."""
   try:
-    yield
-  finally:
-    for logger, level in zip(loggers, levels, strict=True):
-      logger.setLevel(level)
+    text = (folder / '_CHECKPOINT_METADATA').read_text()
+    manifest = json.loads(text)['custom_metadata']
+    return manifest if 'vqrae_jax' in manifest else None
+  except _UNREADABLE:
+    return None
+
+
+def _line(error: Exception) -> str:
+  return str(error).split('\n')[0][:1000] or type(error).__name__
+
+
+def _not_of_orbax(record: std_logging.LogRecord) -> bool:
+  """Orbax logs a failure in hundreds of lines; ours is one."""
+  return not record.pathname.startswith(_ORBAX)
 
 
 class Checkpoints:
   """The checkpoints of one run."""
 
-  def __init__(self, folder: pathlib.Path, keep: int = 3):
+  def __init__(self, folder: epath.PathLike, keep: int = 3):
     """Args:
-    folder: made at the first save.
+    folder: made at the first save; a path or a URL such as gs://….
     keep: how many of the newest stay.
     """
-    self._folder = folder.absolute()
+    path = epath.Path(folder)
+    self._folder = path if '://' in str(path) else path.absolute()
     self._keep = keep
-    self._saver: ocp.AsyncCheckpointer | None = None
+    self._manager: ocp.CheckpointManager | None = None
     self._thread: threading.Thread | None = None
     self._failure: Exception | None = None
+    std_logging.getLogger('absl').addFilter(_not_of_orbax)
+    try:
+      self._folder.exists()
+    except ImportError as e:
+      raise UserError(f'{folder} cannot be opened: {e}') from None
 
   def __str__(self) -> str:
     return str(self._folder.parent)
 
+  def _path(self, step: int) -> epath.Path:
+    return self._folder / f'{step:08d}'
+
+  def _folders(self) -> list[int]:
+    """Steps that there are folders of, whosever they are; oldest first."""
+    if not self._folder.is_dir():
+      return []
+    found = (p for p in self._folder.iterdir() if _STEP.fullmatch(p.name))
+    return sorted(int(p.name) for p in found if p.is_dir())
+
   # -- reading ---------------------------------------------------------------
   def steps(self) -> list[int]:
-    """Steps that have a manifest, oldest first."""
-    return sorted(
-      int(p.stem) for p in self._folder.glob('*.json') if _OURS.match(p.name)
-    )
+    """Steps whose save was completed, oldest first."""
+    return [step for step in self._folders() if _sums(self._path(step))]
 
   def latest(self) -> dict[str, Any] | None:
     """The manifest of the newest step that verifies; None without any.
 
+    Every process must call: each reads a share of the files.
+
     Raises:
       UserError: there are steps, and none of them verifies.
     """
-    chosen, why = -1, ''
-    if jax.process_index() == 0:
-      chosen, why = self._newest_whole()
+    newest = np.full(1000, -1)
+    found = self._folders()[: -len(newest) - 1 : -1]
+    newest[: len(found)] = found
     if jax.process_count() > 1:
-      chosen = int(multihost_utils.broadcast_one_to_all(np.int64(chosen)))
-    if chosen == -2:
-      raise UserError(
-        f'no checkpoint in {self._folder} is whole ({why}); remove the folder '
-        'to start the run over'
-      )
-    return None if chosen == -1 else self._manifest(chosen)
-
-  def _newest_whole(self) -> tuple[int, str]:
-    """(step, ""), or -1 without any checkpoint, or -2 with none whole."""
-    found = self.steps()[::-1]
+      newest = multihost_utils.broadcast_one_to_all(newest)
     why = ''
-    for step in found:
+    for step in newest[newest >= 0].tolist():
       fault = self._fault(step)
-      if fault is None:
-        return step, ''
-      logging.warning('checkpoint %d is not used: %s', step, fault)
-      why = why or f'step {step}: {fault}'
-    return (-2, why) if found else (-1, '')
+      found = 0 if fault is None else 1 if fault == _KILLED_SAVE else 2
+      if jax.process_count() > 1:
+        found = multihost_utils.process_allgather(np.int32(found)).max()
+      if not found:
+        return _manifest(self._path(step))
+      if fault is not None:
+        logging.warning('checkpoint %d is not used: %s', step, fault)
+      if found == 2 and not why:
+        why = f'step {step}: {fault or "see the log of another host"}'
+    if why:
+      raise UserError(
+        f'no checkpoint in {self._folder} is intact ({why}); remove or move '
+        'the folder to start the run over'
+      )
+    return None
 
   def _fault(self, step: int) -> str | None:
-    """What is wrong with a step's files, or None."""
-    try:
-      manifest = self._manifest(step)
-      want = manifest['files']
-      version = manifest['version']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-      return f'its manifest cannot be read ({e!r})'
-    if version != MANIFEST_VERSION:
-      return f'its manifest has version {version}, not {MANIFEST_VERSION}'
-    # Manifests of before 2026-12 have no digest of their own.
-    digest = manifest.pop('digest', None)
-    if digest not in (None, _digest(manifest)) or manifest.get('step') != step:
-      return 'its manifest is changed since it was written'
+    """What is wrong with this process's share of a step's files, or None."""
     folder = self._path(step)
     try:
-      have = _files(folder)
-    except OSError as e:
-      return str(e)
-    for name in sorted(want.keys() | have.keys()):
-      if want.get(name) != have.get(name):
-        what = 'missing' if name not in have else 'changed since it was written'
-        return f'{folder.name}/{name} is {what}'
+      sums, have = _sums(folder), _files(folder)
+      if not sums:
+        if (self._folder / f'{step:08d}.json').exists():
+          return 'it is of an older form, which commit 0d4c29b reads'
+        if _manifest(folder) is not None:
+          return _KILLED_SAVE
+        return 'it is not a checkpoint of vqrae_jax' if have else 'it is empty'
+      want: dict[str, str] = {}
+      for path in sums:
+        want |= json.loads(path.read_text())
+      for i, name in enumerate(sorted(want.keys() | have.keys())):
+        if name not in have:
+          return f'{folder.name}/{name} is missing'
+        mine = i % jax.process_count() == jax.process_index()
+        if mine and want.get(name) != _sha256(have[name]):
+          return f'{folder.name}/{name} is changed since it was written'
+    except _UNREADABLE as e:
+      return f'it cannot be read ({e!r:.200})'
+    found = _manifest(folder) or {}
+    version, of = found.get('vqrae_jax'), found.get('step')
+    if version != MANIFEST_VERSION or of != step:
+      return f'its manifest is of step {of} in version {version} of the form'
     return None
 
   def restore(
@@ -332,93 +343,116 @@ class Checkpoints:
       UserError: the checkpoint holds other leaves than the target.
     """
     want, have = as_leaves(target), manifest['leaves']
-    step = manifest['step']
+    folder = self._path(manifest['step'])
     shapes = {
       n: jax.ShapeDtypeStruct(shape, dtype)
       for n, (shape, dtype) in have.items()
       if not part or n in want
     }
-    trees.check_same(want, shapes, f'checkpoint {step} in {self._folder}')
+    trees.check_same(want, shapes, f'checkpoint {folder}')
+    nested = trees.unflatten(want)
     options = ocp.args.PyTreeRestore(
-      item=trees.unflatten(want),
-      restore_args=ocp.checkpoint_utils.construct_restore_args(
-        trees.unflatten(want)
-      ),
+      item=nested,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
       partial_restore=part,
     )
     try:
-      with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        found = reader.restore(self._path(step), args=options)
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        found = reader.restore(folder / 'state', args=options)
     except (ValueError, OSError, KeyError) as e:
-      words = str(e).split('\n')[0][:200]
       raise UserError(
-        f'checkpoint {step} in {self._folder} cannot be read: {words}; '
-        f'remove {self._path(step).name}.json to go back to the one before it'
+        f'checkpoint {folder} cannot be read: {_line(e)}; remove that folder '
+        'to go back to the one before it'
       ) from None
     return from_leaves(target, trees.flatten(found))
 
   # -- writing ---------------------------------------------------------------
   def begin_from(self, step: int) -> None:
-    """Forgets what lies after `step`: torn saves and steps not taken."""
+    """Removes killed saves and the steps after `step`, and nothing else."""
     if jax.process_index() or not self._folder.is_dir():
       return
-    for later in self.steps():
-      if later > step:
-        self._manifest_path(later).unlink()
-    kept = {self._path(s).name for s in self.steps()}
     for path in self._folder.iterdir():
-      ours = path.is_dir() and _OURS.match(path.name)
-      if ours and path.name not in kept:
-        shutil.rmtree(path, ignore_errors=True)
+      if _STEP.fullmatch(path.name) and path.is_dir():
+        over = int(path.name) > step or not _sums(path)
+        ours = _sums(path) or _manifest(path) is not None
+        # An empty folder of that name holds nothing to lose.
+        if over and (ours or not _files(path)):
+          path.rmtree()
+      elif _KILLED.fullmatch(path.name):
+        path.rmtree()
 
-  def save(self, step: int, state: Any, says: Mapping[str, Any]) -> None:
+  def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
     """Saves a state; returns when it is copied, not when it is written.
 
     Args:
-      step: completed steps; what is saved under it already is replaced.
+      step: completed steps.
       state: arrays on any devices.
-      says: plain JSON, kept in the manifest.
+      extra: plain JSON, kept in the manifest.
+
+    Raises:
+      UserError: this save or the one before cannot be written.
     """
     self.wait()
-    if jax.process_index() == 0:
-      self._manifest_path(step).unlink(missing_ok=True)
-    if self._saver is None:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      self._saver = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     leaves = as_leaves(state)
-    manifest = {
-      'version': MANIFEST_VERSION,
-      'step': step,
-      **says,
-      'leaves': _table(leaves),
-    }
-    self._saver.save(
-      self._path(step),
-      args=ocp.args.PyTreeSave(trees.unflatten(leaves)),
-      force=True,
-    )
+    table = {n: [list(x.shape), str(x.dtype)] for n, x in leaves.items()}
+    manifest = {'vqrae_jax': MANIFEST_VERSION, 'step': step}
+    path = self._path(step)
+    try:
+      if path.exists():
+        raise FileExistsError(f'{path} is in the way; move it')
+      if self._manager is None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+          self._folder,
+          options=ocp.CheckpointManagerOptions(
+            step_format_fixed_length=8,
+            save_root_metadata=False,
+            lightweight_initialize=True,
+            # Else its threads wait 5 minutes for a folder that failed.
+            async_options=ocp.AsyncOptions(
+              create_directories_asynchronously=False
+            ),
+          ),
+        )
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(trees.unflatten(leaves))
+        ),
+        custom_metadata={**manifest, **extra, 'leaves': table},
+        force=True,  # whether to save is the loop's to say
+      )
+    except Exception as e:
+      raise self._not_written(e) from e
     self._thread = threading.Thread(
-      target=self._vouch, args=(step, manifest), name=f'checkpoint {step}'
+      target=self._finish, args=(path,), name=f'checkpoint {step}'
     )
     self._thread.start()
 
-  def _vouch(self, step: int, manifest: dict) -> None:
-    """Writes the manifest once the files are there; removes old steps."""
+  def _finish(self, folder: epath.Path) -> None:
+    """Hashes what this process wrote, after the commit; removes old steps."""
     try:
-      self._saver.wait_until_finished()
-      if jax.process_index() == 0:
-        manifest['files'] = _files(self._path(step))
-        manifest['digest'] = _digest(manifest)
-        path = self._manifest_path(step)
-        temporary = path.with_name(f'{path.name}.writing')
-        temporary.write_text(json.dumps(manifest) + '\n')
-        temporary.replace(path)
-        logging.info('checkpoint %d is written', step)
+      self._manager.wait_until_finished()
+      index, count = jax.process_index(), jax.process_count()
+      sums = {
+        name: _sha256(path)
+        for name, path in _files(folder).items()
+        if _writer(name) == index
+      }
+      temporary = folder / f'sha256.{index}.writing'
+      temporary.write_text(json.dumps(sums))
+      temporary.replace(folder / f'sha256.{index}-of-{count}.json')
+      if index == 0:
+        logging.info('checkpoint %d is written', int(folder.name))
         for old in self.steps()[: -self._keep]:
-          self._manifest_path(old).unlink()
-          shutil.rmtree(self._path(old), ignore_errors=True)
+          self._path(old).rmtree()
     except Exception as e:
       self._failure = e
+
+  def _not_written(self, failure: Exception) -> UserError:
+    return UserError(
+      f'a checkpoint could not be written to {self._folder}: {_line(failure)}'
+    )
 
   def wait(self) -> None:
     """Returns when what was saved lies on disk.
@@ -431,25 +465,14 @@ class Checkpoints:
       self._thread = None
     if self._failure is not None:
       failure, self._failure = self._failure, None
-      words = str(failure).split('\n')[0][:200]
-      raise UserError(
-        f'a checkpoint could not be written to {self._folder}: {words}'
-      ) from failure
+      raise self._not_written(failure) from failure
 
   def close(self) -> None:
     """Waits, and lets Orbax go."""
     try:
       self.wait()
     finally:
-      if self._saver is not None:
-        self._saver.close()
-        self._saver = None
-
-  def _path(self, step: int) -> pathlib.Path:
-    return self._folder / f'{step:08d}'
-
-  def _manifest_path(self, step: int) -> pathlib.Path:
-    return self._folder / f'{step:08d}.json'
-
-  def _manifest(self, step: int) -> dict[str, Any]:
-    return json.loads(self._manifest_path(step).read_bytes())
+      if self._manager is not None:
+        with contextlib.suppress(Exception):  # which `wait` has raised
+          self._manager.close()
+        self._manager = None

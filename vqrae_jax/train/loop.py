@@ -25,7 +25,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vqrae_jax import export, sharding
+from vqrae_jax import export, hosts, sharding
 from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
@@ -198,6 +198,7 @@ def train(
       'beside them; name another --workdir, or remove its checkpoints'
     )
   with contextlib.ExitStack() as lock:  # held to the last file
+    lock.enter_context(hosts.loss_reported())
     with jax.set_mesh(setup.mesh), contextlib.closing(checkpoints):
       manifest = checkpoints.latest()
       position = Position() if manifest is None else Position.of(manifest)
@@ -229,7 +230,9 @@ def train(
         setup, started, workdir, checkpoints, position, profile
       )
       variables = sharding.host_copy(
-        state_lib.variables_of(state, started.frozen, ema=True), setup.mesh
+        state_lib.variables_of(state, started.frozen, ema=True),
+        setup.mesh,
+        everywhere=False,
       )
     return finish(setup, variables, workdir, figures)
 

@@ -1,0 +1,53 @@
+"""What a process of a multi-host run says when another one is gone.
+
+A collective with a lost process may raise here, as it does on CPU. Elsewhere
+it hangs until JAX's coordination service ends this process by SIGABRT and a
+C++ stack: at once where process 0 is gone, else when its heartbeats are missed
+(about 90 s). No Python code runs then, and jaxlib 0.10.2 cannot call a
+`missed_heartbeat_callback` (std::bad_cast). So a shell that outlives this
+process says it: it waits at a pipe for a word that an orderly end writes.
+"""
+
+import atexit
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterator
+
+import jax
+
+from vqrae_jax.errors import UserError
+
+LOST = (
+  'another host of this run is gone, and this one cannot go on without it; '
+  'the same command on all hosts goes on from the last checkpoint'
+)
+# How collectives and the coordination service say so.
+_SAYS_SO = re.compile('Gloo|NCCL|UNAVAILABLE|heartbeat|coordination service')
+
+
+@contextlib.contextmanager
+def loss_reported() -> Iterator[None]:
+  """`with loss_reported(): …` around all work that needs other hosts.
+
+  Raises:
+    UserError: a collective failed since another host is gone.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  watch = subprocess.Popen(
+    ['sh', '-c', 'read -r word || echo "error: $0" >&2', LOST],
+    stdin=subprocess.PIPE,
+    start_new_session=True,  # or Ctrl-C would end it first
+  )
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, ValueError) as e:
+    if isinstance(e, UserError) or not _SAYS_SO.search(str(e)):
+      raise
+    # It would wait for the lost host, and then abort.
+    atexit.unregister(jax.distributed.shutdown)
+    raise UserError(LOST) from e
+  finally:
+    watch.communicate(b'done\n')
