@@ -1,6 +1,7 @@
 """Images and finished runs that the tests of this room share."""
 
 import pytest
+from absl import logging
 from PIL import Image
 
 from tests import tiny
@@ -71,3 +72,16 @@ def vq_run(run_config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'vq'
   loop.train(run_config(seed=5), workdir)
   return workdir
+
+
+@pytest.fixture
+def log(monkeypatch):
+  """{"info", "warning": lines} of what is logged."""
+  lines = {'info': [], 'warning': []}
+  for level, found in lines.items():
+    monkeypatch.setattr(
+      logging,
+      level,
+      lambda words, *x, to=found: to.append(words % x if x else str(words)),
+    )
+  return lines

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import runs, tiny
 from tests.train import pieces
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError

@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from absl import logging
 
 import vqrae_jax
 from tests import tiny
@@ -56,16 +55,6 @@ def exported(workdir):
 def same(found, want, names=None):
   for name in want if names is None else names:
     np.testing.assert_array_equal(found[name], want[name], err_msg=name)
-
-
-@pytest.fixture
-def log(monkeypatch):
-  lines = {'info': [], 'warning': []}
-  for level, found in lines.items():
-    monkeypatch.setattr(
-      logging, level, lambda words, *x, to=found: to.append(words % x)
-    )
-  return lines
 
 
 @pytest.mark.parametrize('what', ('run', 'tokenizer'))
@@ -351,7 +340,7 @@ def test_the_teacher_is_the_encoder_that_init_from_gives(gan_run, run_config):
     teacher = trees.flatten(start.frozen.teacher)
     assert set(teacher) == {n for n in params if n.startswith('encoder')}
     before = jax.device_get(teacher)
-    same(before, params)
+    same(params, before)
     state, losses = start.state, []
     for _ in range(2):
       batch = made.place(made.batches.batch(0))

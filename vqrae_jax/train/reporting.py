@@ -214,24 +214,24 @@ class Visualizer:
   The images are tiles spread evenly over the held-out images or, without an
   `eval.source`, the run's first ones. Every host takes part, since parameters
   may lie over all of them.
-
-  Attributes:
-    images: uint8 [m h w 3], at most 8, for the pictures.
   """
 
   def __init__(self, setup: Setup, frozen: Any):
     self._setup, self._frozen = setup, frozen
+
+  @functools.cached_property
+  def images(self) -> np.ndarray:
+    """uint8 [m h w 3], at most 8, for the pictures."""
+    setup = self._setup
     if setup.held_out is None:
-      if setup.config.log.images_every:
-        logging.info('pictures show training images: there is no eval.source')
+      logging.info('pictures show training images: there is no eval.source')
       first = setup.place(setup.batches.batch(0))['images']
-      self.images = sharding.host_copy(first, setup.mesh)[:SHOWN]
-      return
+      return sharding.host_copy(first, setup.mesh)[:SHOWN]
     chosen = visualize.spread(len(setup.held_out), SHOWN)
     tiles = evaluator.tiles_of(
       [setup.held_out[i] for i in chosen], setup.config.eval.tile
     )
-    self.images = tiles[visualize.spread(len(tiles), SHOWN)]
+    return tiles[visualize.spread(len(tiles), SHOWN)]
 
   @functools.cached_property
   def _tiles(self) -> np.ndarray:
