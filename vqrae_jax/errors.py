@@ -6,7 +6,11 @@ is a fault of this package, and keeps its traceback.
 """
 
 import difflib
+import json
+import pathlib
 from collections.abc import Iterable
+
+_MAX_JSON = 1 << 26  # bytes
 
 
 class UserError(ValueError):
@@ -30,6 +34,24 @@ def choose(table, word: str, what: str):
     raise UserError(
       f'unknown {what} "{word}"{did_you_mean(word, table)}'
     ) from None
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file that a user brings.
+
+  Raises:
+    UserError: unreadable, too long, not JSON, or not an object of keys.
+  """
+  try:
+    if path.stat().st_size > _MAX_JSON:
+      raise ValueError(f'longer than {_MAX_JSON} bytes')
+    value = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f'{path} is not a valid JSON file: {e}') from None
+  if not isinstance(value, dict):
+    kind = type(value).__name__
+    raise UserError(f'{path} must hold a JSON object, not a {kind}')
+  return value
 
 
 class Stopped(Exception):

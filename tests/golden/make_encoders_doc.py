@@ -11,8 +11,7 @@ import json
 import pathlib
 
 from tests.golden import make_encoder_params as params
-from vqrae_jax.encoders import ENCODERS
-from vqrae_jax.encoders.published import PUBLISHED
+from vqrae_jax.encoders import ENCODERS, PUBLISHED
 
 PATH = pathlib.Path(__file__).parents[2] / 'docs' / 'encoders.md'
 PARITY = pathlib.Path(__file__).with_name('encoder_parity.json')
