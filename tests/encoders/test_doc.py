@@ -1,12 +1,12 @@
-"""docs/encoders.md is what the tables say."""
+"""docs/encoders.md agrees with the tables."""
 
 from tests.golden import make_encoders_doc as doc
 from vqrae_jax.encoders import ENCODERS
 
 
-def test_the_page_is_the_tables():
-  told = 'renew it: python -m tests.golden.make_encoders_doc'
-  assert doc.PATH.read_text(encoding='utf8') == doc.page(), told
+def test_the_page_agrees_with_the_tables():
+  renew = 'renew it: python -m tests.golden.make_encoders_doc'
+  assert doc.PATH.read_text(encoding='utf8') == doc.page(), renew
 
 
 def test_every_encoder_has_a_line():
