@@ -47,10 +47,9 @@ def read_json(path: pathlib.Path) -> dict:
       raise ValueError(f'longer than {_MAX_JSON} bytes')
     value = json.loads(path.read_bytes())
   except (OSError, ValueError, RecursionError) as e:
-    raise UserError(f'{path} is not a valid JSON file: {e}') from None
+    raise UserError(f'{path} is damaged: {e}') from None
   if not isinstance(value, dict):
-    kind = type(value).__name__
-    raise UserError(f'{path} must hold a JSON object, not a {kind}')
+    raise UserError(f'{path} is damaged: it must be a JSON object')
   return value
 
 

@@ -259,11 +259,8 @@ def test_damaged_leaves(damaged):
   intact = load_file(path)
   nan = intact['norm/scale'] * np.float32(np.nan)
   for change, words in (
-    ({'norm/scale': None}, 'missing .*norm/scale'),
-    ({'more': nan}, 'more'),
-    ({'norm/scale': nan[:9]}, r'norm/scale .*\(9,\).*\(32,\)'),
+    ({'norm/scale': None, 'more': nan}, 'norm/scale.*more'),
     ({'norm/scale': nan}, 'norm/scale .*NaN'),
-    (dict.fromkeys(intact), 'embed/positions'),
   ):
     state = {k: v for k, v in (intact | change).items() if v is not None}
     save_file(state, path)

@@ -32,7 +32,7 @@ from tests.encoders import references
 pytestmark = pytest.mark.slow
 
 
-# Row: (kind, (width, depth, heads, mlp, pixels, patch), the shape of ratio 2:1).
+# (kind, (width, depth, heads, mlp, pixels, patch), a shape of ratio 2:1)
 CASES = {
   'siglip-large-patch16-256': (
     'siglip', (1024, 24, 16, 4096, 256, 16), (192, 384)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.golden import make_encoder_params as golden
-from vqrae_jax.encoders import ENCODERS
+from tests.golden import make_encoders_doc
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import trees
 
@@ -30,6 +30,12 @@ KINDS = {
 def test_counts_are_the_golden_ones():
   """A row without a count fails too."""
   assert golden.counts() == json.loads(golden.PATH.read_text())
+
+
+def test_docs_encoders_md_agrees_with_the_tables():
+  renew = 'renew it: python -m tests.golden.make_encoders_doc'
+  path = make_encoders_doc.PATH
+  assert path.read_text(encoding='utf8') == make_encoders_doc.page(), renew
 
 
 @pytest.mark.parametrize('name', [n for n in KINDS if 'naflex' not in n])
@@ -77,27 +83,6 @@ def test_any_size_of_image_runs_and_its_remainders_are_cropped():
   assert out.shape == (2, 2, 7, 32) and np.std(out) > 0
   want = jax.jit(model.apply)(variables, cropped)
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
-
-
-def test_numbers_of_each_family():
-  def spec(name):
-    return golden.encoder(name).spec
-
-  registers = spec('dinov2-with-registers-base')
-  assert registers.vit.grid == (37, 37)
-  assert registers.vit.num_prefix_tokens == 5
-  assert registers.posemb_antialias
-  assert not spec('dinov2-base').posemb_antialias
-  assert spec('dinov2-giant').vit.act == 'swiglu'
-  assert spec('vit-mae-base').vit.norm_eps == 1e-12
-  assert spec('siglip-so400m-patch14-384').vit.grid == (27, 27)
-  assert spec('siglip2-base-patch16-256').resize == 'bilinear'
-  six = spec('internvit-6b-448px-v2_5')
-  assert six.vit.depth == 45 and six.vit.norm == 'rms' and not six.final_norm
-  assert spec('internvit-6b-224px').vit.depth == 48
-  for name in ENCODERS:
-    imagenet = not name.startswith('siglip')
-    assert (spec(name).pixel_norm.mean[0] == 0.485) == imagenet
 
 
 def test_a_family_without_a_final_norm():

@@ -22,15 +22,15 @@ name. `python -m tests.golden.make_encoders_doc` writes this page, and a test
 checks it.
 
 `python -m vqrae_jax.fetch_weights --names=NAME` downloads an encoder before a
-run without internet. `python -m vqrae_jax.convert --source=NAME --out=DIR` writes
-it as a directory that `load_encoder` opens. Licences are those that the
+run without internet. `python -m vqrae_jax.convert --source=NAME --out=DIR`
+writes it as a directory that `load_encoder` opens. Licences are those that the
 repositories state. "Pixels" is the side of the square image that the positions
 were learned for; other sizes and aspect ratios resample them. "Params" counts
 the encoder alone: no pooling head, no text tower, no decoder. "Parity" is the
 relative error |a - b| / |b| over all tokens against the PyTorch model with the
-same weights (random, in the published format), in f32, the worst of two or three
-image sizes (`tests/encoders/test_parity_real.py`, `make test-slow`); "—" means
-not measured.
+same weights (random, in the published format), in f32, the worst of two or
+three image sizes (`tests/encoders/test_parity_real.py`, `make test-slow`); "—"
+means not measured.
 
 """
 _COLUMNS = (
