@@ -65,7 +65,7 @@ def hub(tmp_path_factory):
 
 
 def encoder_state(folder, kind, original=False):
-  """{key in the project's whole model: tensor}, with the names of hub files."""
+  """{key in the project's model: tensor}, with the names of hub files."""
   state = load_file(folder / 'model.safetensors')
   state = {k: torch.from_numpy(x) for k, x in state.items()}
   if original:
@@ -79,7 +79,7 @@ def encoder_state(folder, kind, original=False):
 
 @pytest.fixture
 def state_of(hub):
-  """(form, kind, original) -> a state dict of the project's whole model."""
+  """(form, kind, original) -> a state dict of the project's model."""
   return lambda form='vq', kind='siglip', original=False: (
     torch_vqrae.state_dict(form, encoder_state(hub(kind), kind, original))
   )
@@ -92,7 +92,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def write_config(kind='siglip', quantizer='vq', **decoder):
-  """c.py: what no file tells. "siglip" keeps the default pixel norm."""
+  """c.py: what no file contains. "siglip" keeps the default pixel norm."""
   output_norm, vit, encoder = ENCODERS[kind]
   if kind != 'siglip':
     encoder = encoder | dict(pixel_norm=references.IMAGENET)
@@ -290,7 +290,7 @@ def test_spellings_that_the_project_never_had(word):
     vqrae_torch.detect(source, 32, 'vq')
 
 
-WHOLE = '--source=vqrae_torch:w.pt --config=c.py --out=ours'
+MODEL = '--source=vqrae_torch:w.pt --config=c.py --out=ours'
 ENCODER = '--source=./w.pt --out=ours'
 BAD = [
   ('', '--source'),
@@ -313,26 +313,26 @@ BAD = [
   ('--source=./w.pt --out=taken', '--out=taken'),
   ('--source=./w.pt --out=ours.pt', '--out=ours.pt'),
   ('--source=./w.pt --out=w.pt/a/b', '--out=w.pt/a/b'),
-  (WHOLE + ' --row=dinov2-base', '--row'),
-  (WHOLE + ' --dtype=bfloat16', '--dtype'),
+  (MODEL + ' --row=dinov2-base', '--row'),
+  (MODEL + ' --dtype=bfloat16', '--dtype'),
   ('--source=./taken --to=torch --out=b.safetensors --row=x', '--row'),
-  (WHOLE + ' --to=jax', '--to=jax'),
-  (WHOLE + ' --quantizer=levels', '--quantizer=levels'),
-  (WHOLE + ' --quantizer=num_codes=3', 'num_codes=3.* 48'),
-  (WHOLE + ' --quantizer=num_code=3', 'did you mean "num_codes"'),
-  (WHOLE + ' --config.model.decoder.vit.depth=3', 'missing .*decoder.'),
-  (WHOLE + ' --config.model.decoder.vit.dpth=3', 'did you mean "depth"'),
-  (WHOLE + ' --config.model.encoder.vit.depth=1', 'encoder.layers.1'),
-  (WHOLE + ' --config.model.encoder.output_norm=affine', 'post_layernorm'),
-  (WHOLE.replace('=ours', '=taken'), 'taken'),
-  (WHOLE.replace('w.pt', 'odd.pt'), 'quantizer.strange'),
-  (WHOLE.replace('w.pt', 'attn.pt'), 'attention projector'),
-  (WHOLE.replace('w.pt', 'extra.pt'), 'quantizer.more'),
-  (WHOLE.replace('w.pt', 'nan.pt'), 'NaN'),
-  (WHOLE.replace('w.pt', 'mae.pt'), 'ViT-MAE'),
-  (WHOLE.replace('w.pt', 'stem.pt'), 'stem.pt.*SigLIP'),
-  (WHOLE.replace('vqrae_torch:w.pt', 'rae:w.pt'), '.safetensors'),
-  (WHOLE.replace('w.pt', 'd.pt'), '"encoder."'),
+  (MODEL + ' --to=jax', '--to=jax'),
+  (MODEL + ' --quantizer=levels', '--quantizer=levels'),
+  (MODEL + ' --quantizer=num_codes=3', 'num_codes=3.* 48'),
+  (MODEL + ' --quantizer=num_code=3', 'did you mean "num_codes"'),
+  (MODEL + ' --config.model.decoder.vit.depth=3', 'missing .*decoder.'),
+  (MODEL + ' --config.model.decoder.vit.dpth=3', 'did you mean "depth"'),
+  (MODEL + ' --config.model.encoder.vit.depth=1', 'encoder.layers.1'),
+  (MODEL + ' --config.model.encoder.output_norm=affine', 'post_layernorm'),
+  (MODEL.replace('=ours', '=taken'), 'taken'),
+  (MODEL.replace('w.pt', 'odd.pt'), 'quantizer.strange'),
+  (MODEL.replace('w.pt', 'attn.pt'), 'attention projector'),
+  (MODEL.replace('w.pt', 'extra.pt'), 'quantizer.more'),
+  (MODEL.replace('w.pt', 'nan.pt'), 'NaN'),
+  (MODEL.replace('w.pt', 'mae.pt'), 'ViT-MAE'),
+  (MODEL.replace('w.pt', 'stem.pt'), 'stem.pt.*SigLIP'),
+  (MODEL.replace('vqrae_torch:w.pt', 'rae:w.pt'), '.safetensors'),
+  (MODEL.replace('w.pt', 'd.pt'), '"encoder."'),
   ('--source=rae:half.pt --out=s.npz', '"mean" and "var"'),
   ('--source=./taken --to=torch --out=b.safetensors', 'taken'),
   ('--source=rae:w.pt --to=torch --out=b.safetensors', '--to=torch'),

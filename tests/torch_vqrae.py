@@ -1,4 +1,4 @@
-"""The PyTorch project's quantizers and whole models in plain torch.
+"""The PyTorch project's quantizers and models in plain torch.
 
 The tests' reference: its keys and arithmetic, as functions over a dict. The
 encoder is one of transformers (`tests/encoders/references.py`). Weights are
@@ -90,7 +90,7 @@ def fsq_state(d, form):
 
 
 def state_dict(form, encoder, seed=0):
-  """A whole model around an encoder's {key: tensor}."""
+  """A full model around an encoder's {key: tensor}."""
   d = Draw(seed)
   quantizer_state(d, form)
   decoder = torch_rae.state_dict(

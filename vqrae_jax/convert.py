@@ -1,17 +1,17 @@
 """python -m vqrae_jax.convert --source=hf:ORG/NAME --out=DIR
 
-Published weights to ours, and whole models of the PyTorch project back:
+Published weights to ours, and models of the PyTorch project back:
 
   --source=hf:ORG/NAME[@REV] --out=DIR                an encoder; also a row of
                                                       the table, a folder
   --source=FILE --row=NAME --out=DIR                  an encoder's single file
-  --source=vqrae_torch:FILE --config=… --out=DIR      a whole tokenizer
+  --source=vqrae_torch:FILE --config=… --out=DIR      a tokenizer
   --source=rae:FILE --config=… --out=F.safetensors    a decoder, checked
   --source=rae:FILE --out=F.npz                       statistics of latents
   --source=DIR --to=torch --out=F.safetensors         a tokenizer, back
 
-A file of the PyTorch project does not tell its heads, pixel norm, activation or
-resizing: the config's `model` section does. The file's keys and shapes must
+A file of the PyTorch project does not contain its heads, pixel norm, activation
+or resizing: the config's `model` section does. The file's keys and shapes must
 agree with that section before anything is written. A decoder keeps its
 published names, which `init.decoder=rae:F.safetensors` reads; the new file has
 no pickle and the weights alone. `load_encoder` and `init.encoder` open an
@@ -78,7 +78,7 @@ _FLAGS = {
   'to': ('ours', 'ours, or torch: the way back'),
   'quantizer': (
     '',
-    'fields of the quantizer that the file does not tell, over the config: '
+    'fields of the quantizer that the file does not show, over the config: '
     'levels=(8,5,5),bound="clip" or distance="l2"',
   ),
 }
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
       what = 'an encoder alone' if is_encoder else 'not an encoder alone'
       raise UserError(
         f'--{name} does not go with --source={values.source}: it is {what}; '
-        'vqrae_torch:FILE is a whole model, rae:FILE a decoder'
+        'vqrae_torch:FILE is a full model, rae:FILE a decoder'
       )
   if values.to == 'torch':
     if source.kind != 'path':
@@ -240,7 +240,7 @@ def convert_encoder(
 def _convert_tokenizer(
   source: WeightFile, model: dict, fields: dict, out: pathlib.Path
 ) -> None:
-  """A whole model of the PyTorch project as a tokenizer directory.
+  """A full model of the PyTorch project as a tokenizer directory.
 
   Args:
     source: the opened checkpoint.
@@ -269,7 +269,7 @@ def _convert_tokenizer(
       )
   if form.name == 'fsq' and 'levels' not in section:
     raise UserError(
-      f"{source.name} does not tell FSQ's levels; give --quantizer=levels=(…)"
+      f"{source.name} does not show FSQ's levels; give --quantizer=levels=(…)"
     )
   tokenizer = build_tokenizer(model | dict(quantizer=section))
   fits = vqrae_torch.fit(source, tokenizer)
@@ -496,9 +496,9 @@ def _reference_latents(
         out = call(model.eval(), x, spec.vit.patch_size).last_hidden_state
         return version, out[:, spec.vit.num_prefix_tokens :].double().numpy()
   except Exception as e:
-    words = ' '.join(str(e).split())[:140]
+    reason = ' '.join(str(e).split())[:140]
     raise _NotMeasured(
-      f'transformers {version} fails ({type(e).__name__}: {words})'
+      f'transformers {version} fails ({type(e).__name__}: {reason})'
     ) from None
   raise _NotMeasured(
     f'{name} of transformers {version} does not find {len(unset)} of its '

@@ -1,8 +1,8 @@
-"""The one error that a user can mend, and the words that help.
+"""The one error that a user can fix, and helpers for its messages.
 
 Every message is a single line: what was wrong, where, what would be right.
-Command lines print it and exit with 2 (`command.py`). Whatever else is raised
-is a fault of this package, and keeps its traceback.
+Commands print it and exit with 2 (`cli.py`). Any other exception is a fault of
+this package and keeps its traceback.
 """
 
 import difflib
@@ -37,7 +37,7 @@ def choose(table, word: str, what: str):
 
 
 def read_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file that a user brings.
+  """The object in a JSON file of the user's.
 
   Raises:
     UserError: unreadable, too long, not JSON, or not an object of keys.

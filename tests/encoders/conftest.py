@@ -61,7 +61,7 @@ def cached(cache, hub, files, branch='main'):
 
 @pytest.fixture
 def tiny_row(monkeypatch):
-  """A row of the table, for files that do not tell what they are."""
+  """A row of the table, for files that do not identify themselves."""
   vit = dict(width=32, depth=2, num_heads=4, mlp_dim=48, patch_size=4)
   vit |= dict(grid=(6, 6), act='gelu_tanh')
   monkeypatch.setitem(encoders.ENCODERS, 'tiny', dict(vit=vit))

@@ -218,6 +218,11 @@ def test_tokenizers_and_encoders_are_told_apart(ours, tmp_path):
     export.check_target(ours)
   with pytest.raises(UserError, match='load_encoder'):
     convert.main([f'--source={ours}', f'--out={tmp_path}/again'])
+  (tmp_path / 'config.json').write_text('[' * 100_000)
+  (tmp_path / 'model.safetensors').touch()
+  assert not export.is_tokenizer(tmp_path)
+  with pytest.raises(UserError, match='config.json'):
+    vqrae_jax.load_tokenizer(tmp_path)
 
 
 def top(**keys):

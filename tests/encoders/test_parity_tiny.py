@@ -74,8 +74,8 @@ def test_internvit_under_its_authors_names(kind, saved, tmp_path):
   around |= {'language_model.a': torch.ones(2), 'mlp1.0.weight': torch.ones(2)}
   chat = dict(model_type='internvl_chat', vision_config=config)
   want = vqrae_jax.load_encoder(str(saved(kind)))
-  for arrays, told in ((state, config), (around, chat)):
-    (tmp_path / 'config.json').write_text(json.dumps(told))
+  for arrays, described in ((state, config), (around, chat)):
+    (tmp_path / 'config.json').write_text(json.dumps(described))
     save_file(arrays, tmp_path / 'model.safetensors')
     have = vqrae_jax.load_encoder(str(tmp_path))
     assert have[0].spec == want[0].spec

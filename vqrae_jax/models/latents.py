@@ -7,7 +7,7 @@ are in the linen collection "codebook", and no step changes them.
 
 A file of statistics has the arrays "mean" and "var": ours are [d] or
 [gh gw d] (`python -m vqrae_jax.latent_stats`), RAE's have the channel first,
-[d gh gw]. The model's shape tells which it is.
+[d gh gw]. The model's shape determines which.
 """
 
 from collections.abc import Mapping
@@ -123,7 +123,7 @@ def _channels_last(x: np.ndarray, want: tuple[int, ...], name: str):
   first = (want[-1], *want[:-1])
   if len(want) == 3 and shape == want == first:
     raise UserError(
-      f'{name}: {shape} does not tell whether the channel is first or last'
+      f'{name}: {shape} does not show whether the channel is first or last'
     )
   if shape == want:
     return x

@@ -89,7 +89,7 @@ def find_encoder(source: str, row: str | None = None) -> EncoderSource:
 def _describe(
   source: str, path: pathlib.Path, row: str | None
 ) -> EncoderSource:
-  """A file, or a folder with what its `config.json` says."""
+  """A file, or a folder with the fields of its `config.json`."""
   if not (path / CONFIG).is_file():
     return EncoderSource(source, path, row)
   config = read_json(path / CONFIG)

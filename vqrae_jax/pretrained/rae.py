@@ -3,8 +3,8 @@
 A flat file of 8 + 16 * depth keys; every row of our table has its key there.
 The file contains its position table: with `posemb="sincos2d"` ours is computed
 and must equal it; with `posemb="learned"` and `prefix_has_posemb=True` it is
-loaded, and a schedule of None keeps it fixed. A file does not tell the number
-of heads and the activation: the spec has them, and must have RAE's.
+loaded, and a schedule of None keeps it fixed. A file does not contain the
+number of heads and the activation: the spec has them, and must have RAE's.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ from vqrae_jax.specs import DecoderSpec
 from vqrae_jax.weights import Rule, known, skip
 
 _POSITIONS = 'decoder_pos_embed'
-# Fields that all published decoders have, and that no shape tells.
+# Fields that all published decoders have, and that no shape shows.
 _TRAINED = dict(norm='layer', norm_eps=1e-12, act='gelu')
 
 

@@ -1,13 +1,13 @@
 """Models of the PyTorch project (github hugoycj/RAE), both ways.
 
-A whole model there has the keys `encoder.`, `decoder.` and `quantizer.`, and
+A complete model there has the keys `encoder.`, `decoder.` and `quantizer.`, and
 beside the last `fsq_projection.`, `fsq_unprojection.` and `post_quant_conv.`.
 Each part has its own weight table, and together they match every key and every
 leaf:
 
   encoder    the family's own table behind the project's prefixes: SigLIP (fixed
              sizes), DINOv2, ViT-MAE and InternViT, as transformers names them
-  quantizer  the form that the keys tell: VQ with a table moved by averages or
+  quantizer  the form that the keys show: VQ with a table moved by averages or
              by gradients, SimVQ by squared L2 or by cosine, FSQ between linear
              maps or between an MLP and Fourier features, each with or without
              a convolution
@@ -46,8 +46,8 @@ from vqrae_jax.weights import (
 # The project's wrappers around a family's own names, outermost first.
 _PREFIXES = ('encoder.', 'model.', *PREFIXES)
 
-# Family: (weight table, prefix of its keys in a whole model). The project has
-# no InternViT; its prefix is that of the other models there.
+# Family: (weight table, prefix of its keys in a full model). The project has no
+# InternViT; its prefix is that of the other models there.
 _FAMILIES: dict[str, tuple[Callable[[EncoderSpec, Shapes], Table], str]] = {
   'SigLIP': (siglip.table, 'encoder.model.'),
   'DINOv2': (dinov2.table, 'encoder.encoder.'),
@@ -91,7 +91,7 @@ def _encoder_table(spec: EncoderSpec, source: WeightFile) -> tuple[Table, str]:
 
 
 def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
-  """{key in the project's whole model: array} of an encoder.
+  """{key in the project's complete model: array} of an encoder.
 
   DINOv2's mask token, which a tokenizer does not have, is written as zeros,
   its initial value. SigLIP's pooling head is not written.
@@ -209,7 +209,7 @@ def _detect_fsq(source: WeightFile) -> Form:
     tops = source['quantizer.codebook'].read().max(0)
   if tops is not None:
     levels = fields['levels'] = tuple(round(2 * float(t) + 1) for t in tops)
-  bound = '; bound from the config (no key tells "tanh" from "clip")'
+  bound = '; bound from the config (no key distinguishes "tanh" and "clip")'
   if mlp:
     fields['bound'], bound = 'clip', ''
   ways = f'in {fields["adapter_in"]}, out {fields["adapter_out"]}'
@@ -345,7 +345,7 @@ def initial_state(
   return {}
 
 
-# -------------------------------------------------------------- whole models
+# ----------------------------------------------------------- complete models
 
 _OURS = {
   'encoder': 'params/encoder/',
@@ -373,7 +373,7 @@ def split(source: WeightFile) -> dict[str, WeightFile]:
   for part in ('encoder', 'decoder'):
     if not parts[part]:
       raise UserError(
-        f'{source.name} holds no "{part}." keys, so it is not a whole model of '
+        f'{source.name} holds no "{part}." keys, so it is not a full model of '
         'the PyTorch project; a decoder alone is --source=rae:FILE'
       )
   return {p: WeightFile(source.name, found) for p, found in parts.items()}
@@ -442,7 +442,7 @@ def load(fits: Mapping[str, Pretrained]) -> dict[str, np.ndarray]:
 
 
 def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
-  """{key there: array}: a state dict of the PyTorch project's whole model.
+  """{key there: array}: a state dict of the PyTorch project's full model.
 
   It lacks SigLIP's pooling head, which the project builds and does not use
   (`load_state_dict(…, strict=False)`).
