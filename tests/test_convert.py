@@ -1,9 +1,11 @@
 """Checkpoints of the PyTorch project to tokenizers and back.
 
-Parity with `tests/torch_vqrae.py`, bitwise round trips of every quantizer's
-form, and the command line's errors. Its reports are compared by their words.
+Encoders are transformers' with random weights, quantizers and decoders those
+of `tests/torch_vqrae.py`. Quantizers are compared by themselves, pixels once
+for each pixel norm; every array comes back bit for bit.
 """
 
+import functools
 import re
 
 import jax
@@ -14,147 +16,257 @@ from safetensors.numpy import load_file
 
 import vqrae_jax
 from tests import tiny, torch_vqrae
+from tests.encoders import references
 from tests.weights import torch_rae
-from vqrae_jax import convert, export, quantizers, weights
+from vqrae_jax import convert, encoders, quantizers, weights
 from vqrae_jax.errors import UserError
+from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import vqrae_torch
+from vqrae_jax.specs import EncoderSpec, PixelNorm, ViTSpec, build_spec
 
-# What no file tells: as a config has it.
-CONFIG = """
-import ml_collections
+SIZES = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)
+CLS = dict(num_prefix_tokens=1, prefix_has_posemb=True)
+INTERN = CLS | dict(layer_scale=0.1)
+LARGE = dict(norm='rms', qkv_bias=False, qk_norm=True)
+GIANT = dict(layer_scale=1.0, act='swiglu', mlp_dim=88, prefix_has_posemb=True)
+REGISTERS = GIANT | dict(num_prefix_tokens=5, num_registers=4)
+NO_NORM = dict(final_norm=False)
+SIGLIP = dict(act='gelu_tanh')
 
-VIT = dict(width=32, depth=2, mlp_dim=48, num_heads=4, patch_size=4,
-           grid=(4, 4))
+# kind of reference: (output_norm, the ViT's fields, the encoder's)
+ENCODERS = {
+  'siglip': ('plain', SIGLIP, {}),
+  'mae': ('plain', CLS | dict(norm_eps=1e-12), {}),
+  'internvit-300m': ('plain', INTERN, NO_NORM),
+  'internvit-6b': ('affine', INTERN | LARGE, NO_NORM),
+  'dinov2-swiglu': ('affine', GIANT | dict(num_prefix_tokens=1), {}),
+  'dinov2-registers-swiglu': (
+    'plain', REGISTERS, dict(posemb_antialias=True)
+  ),
+}  # fmt: skip
 
 
-def get_config(name='{quantizer}'):
-  config = ml_collections.ConfigDict()
-  config.model = dict(
-    encoder=dict(vit=VIT | dict(act='gelu_tanh'), output_norm='plain'),
-    quantizer=dict(name=name),
-    decoder=dict(vit=VIT | dict(
-      norm_eps=1e-12, posemb='{posemb}', num_prefix_tokens=1,
-      prefix_has_posemb={learned})),
+@functools.cache
+def model(kind):
+  return references.make(kind, **SIZES)
+
+
+@pytest.fixture(scope='module')
+def hub(tmp_path_factory):
+  """kind -> the folder that `save_pretrained` wrote, once in a session."""
+
+  @functools.cache
+  def save(kind):
+    folder = tmp_path_factory.mktemp(kind)
+    model(kind).save_pretrained(folder)
+    return folder
+
+  return save
+
+
+def encoder_state(folder, kind, original=False):
+  """{key in the project's model: tensor}, with the names of hub files."""
+  state = load_file(folder / 'model.safetensors')
+  state = {k: torch.from_numpy(x) for k, x in state.items()}
+  if original:
+    state = references.original_names(model(kind))
+  left_out = ('head.',)
+  if ENCODERS[kind][0] == 'plain':  # the project's "wNorm"
+    left_out += (f'{references.KINDS[kind].norm}.',)
+  home = 'encoder.encoder.' if 'dinov2' in kind else 'encoder.model.'
+  return {home + k: x for k, x in state.items() if not k.startswith(left_out)}
+
+
+@pytest.fixture
+def state_of(hub):
+  """(form, kind, original) -> a state dict of the project's model."""
+  return lambda form='vq', kind='siglip', original=False: (
+    torch_vqrae.state_dict(form, encoder_state(hub(kind), kind, original))
   )
-  return config
-"""
 
 
 @pytest.fixture(autouse=True)
-def there(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  (tmp_path / 'configs').mkdir()
-  for name, posemb in (('fixed', 'sincos2d'), ('loaded', 'learned')):
-    text = CONFIG.format(
-      quantizer='vq', posemb=posemb, learned=posemb == 'learned'
-    )
-    (tmp_path / 'configs' / f'{name}.py').write_text(text)
   return tmp_path
 
 
-def converted(form, config='loaded', dress=lambda s: s, more=()):
-  """(state dict, tokenizer, variables) of a form, through the command."""
-  state = torch_vqrae.state_dict(form)
-  torch.save(dress(state), 'w.pt')
-  name = form.split('-')[0]
-  convert.main(
-    [
-      '--source=vqrae_torch:w.pt',
-      f'--config=configs/{config}.py:{name}',
-      '--out=ours',
-      *more,
-    ]
+def write_config(kind='siglip', quantizer='vq', **decoder):
+  """c.py: what no file contains. "siglip" keeps the default pixel norm."""
+  output_norm, vit, encoder = ENCODERS[kind]
+  if kind != 'siglip':
+    encoder = encoder | dict(pixel_norm=references.IMAGENET)
+  learned = dict(posemb='learned', prefix_has_posemb=True)
+  config = dict(
+    encoder=dict(vit=tiny.VIT | vit, output_norm=output_norm, **encoder),
+    quantizer=dict(name=quantizer),
+    decoder=dict(vit=tiny.VIT | tiny.DECODER | learned | decoder),
   )
-  return state, *vqrae_jax.load_tokenizer('ours')
+  with open('c.py', 'w') as file:
+    file.write(
+      'import ml_collections\n\n\ndef get_config():\n'
+      f'  return ml_collections.ConfigDict(dict(model={config!r}))\n'
+    )
+  return config
 
 
-def photographs():
-  return tiny.images(3).astype(np.float32) / 255
+def convert_file(state, *more):
+  """(tokenizer, variables) of a state dict, through the command."""
+  torch.save(state, 'w.pt')
+  argv = ['--source=vqrae_torch:w.pt', '--config=c.py', '--out=ours', *more]
+  convert.main(argv)
+  return vqrae_jax.load_tokenizer('ours')
 
 
-@pytest.mark.parametrize('form', torch_vqrae.FORMS)
-def test_parity_and_the_way_back(form, capsys):
-  more = ['--quantizer=bound="clip"'] if form == 'fsq-clip' else []
-  state, tokenizer, variables = converted(form, more=more)
-  images = photographs()
-  want, indices = torch_vqrae.reconstruct(state, images, form)
-  have = vqrae_jax.encode_to_indices(
-    tokenizer, variables, images, precision='canonical'
-  )
-  np.testing.assert_array_equal(have, indices)
-  assert len(np.unique(have)) > 4
-  painted = vqrae_jax.decode_from_indices(
-    tokenizer, variables, have, precision='canonical'
-  )
-  off = np.abs(np.asarray(painted) - np.clip(want, 0, 1)).max()
-  assert off <= 1e-5  # measured: below 1e-6
-
+def check_way_back(state):
   convert.main(['--source=./ours', '--to=torch', '--out=back.safetensors'])
   back = load_file('back.safetensors')
   assert back.keys() == state.keys()
   for key, value in state.items():
-    assert back[key].dtype == value.numpy().dtype, key
-    assert back[key].shape == value.shape, key
-    assert back[key].tobytes() == value.numpy().tobytes(), key
-  said = capsys.readouterr().out
-  spec = tokenizer.quantizer.post_quant
+    want = value.numpy()
+    if key.endswith('.mask_token'):
+      want = np.zeros_like(want)
+    assert (back[key].dtype, back[key].shape) == (want.dtype, want.shape), key
+    assert back[key].tobytes() == want.tobytes(), key
+
+
+def images():
+  return tiny.images(3).astype(np.float32) / 255
+
+
+def latents_of(kind):
+  x = references.latents(kind, model(kind), images(), 4, ENCODERS[kind][0])
+  return torch.from_numpy(x.reshape(3, -1, 32))
+
+
+@pytest.mark.parametrize('form', torch_vqrae.FORMS)
+def test_parity_and_the_way_back(form, state_of, capsys):
+  """Every quantizer by itself, on random latents."""
+  write_config(quantizer=form.split('-')[0])
+  state = state_of(form)
+  more = ['--quantizer=bound="clip"'] if form == 'fsq-clip' else []
+  tokenizer, variables = convert_file(state, *more)
+  report = capsys.readouterr().out
+  z = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+  with torch.no_grad():
+    z_q, indices = torch_vqrae.quantize(state, z, form)
+  q, grid = tokenizer.quantizer, (3, 4, 4)
+  quantizer_only = {
+    name: leaves['quantizer']
+    for name, leaves in variables.items()
+    if 'quantizer' in leaves
+  }
+  with jax.default_matmul_precision('highest'):
+    out = jax.jit(q.apply)(quantizer_only, z.numpy().reshape(*grid, 32))
+  np.testing.assert_array_equal(out.indices, indices.reshape(grid))
+  assert len(np.unique(out.indices)) > 4
+  want = z_q.numpy().reshape(out.z_q.shape)
+  np.testing.assert_allclose(out.z_q, want, atol=1e-5)
+  check_way_back(state)
+  spec = q.post_quant
   if form.endswith('conv'):
-    code = form == 'fsq-code-conv'
-    want = (
-      (1, 'code') if code else (3, 'code' if form[:2] == 'vq' else 'latent')
+    on_latents = form == 'fsq-latent-conv'
+    want = 1 if form == 'fsq-code-conv' else 3
+    assert (spec.kernel, spec.space) == (
+      want,
+      'latent' if on_latents else 'code',
     )
-    assert (spec.kernel, spec.space) == want
   else:
     assert spec is None
-  assert "the file's quantizer: " in said and 'keys matched' in said
-  counts = re.search(r'back again: (\d+) of (\d+)', said)
+  assert "the file's quantizer: " in report and 'keys matched' in report
+  counts = re.search(r'round trip: (\d+) of (\d+)', report)
   assert counts[1] == counts[2]
 
 
-def test_the_average_is_preferred_and_fixed_positions_are_compared(capsys):
-  def dress(state):
-    zeros = {k: v * 0 for k, v in state.items()}
-    return dict(step=9, epoch=1, model=zeros, ema=state)
-
-  state, tokenizer, variables = converted('simvq-cosine', 'fixed', dress)
-  said = capsys.readouterr().out
-  assert 'took "ema"' in said
-  assert 'decoder.decoder_pos_embed: fixed sin-cos positions' in said
-  assert 'cosine (it has a temperature)' in said and 'legacy form' in said
-  assert 'skipped quantizer.l2_norm_scale: a positive factor' in said
-  images = photographs()
-  want, _ = torch_vqrae.reconstruct(state, images, 'simvq-cosine')
-  have = vqrae_jax.reconstruct(tokenizer, variables, images).images
-  assert np.abs(np.asarray(have) - want).max() < 1e-3
-
-
-def test_wrappers_and_heads_are_left_behind(capsys):
-  def dress(state):
-    more = {'encoder.model.head.probe': torch.ones(1, 1, 32)}
-    more['encoder.model.post_layernorm.weight'] = torch.ones(32)
-    return {f'module.{k}': v for k, v in (state | more).items()}
-
-  converted('vq', dress=dress)
-  said = capsys.readouterr().out
-  assert 'the pooling head' in said and "the final norm's affine" in said
+@pytest.mark.parametrize('kind', ('siglip', 'mae'))
+def test_parity_of_pixels(kind, state_of):
+  """Both pixel norms; quantizer and decoder are the same for all encoders."""
+  write_config(kind)
+  state = state_of('vq-conv', kind)
+  tokenizer, variables = convert_file(state)
+  with torch.no_grad():
+    z_q, indices = torch_vqrae.quantize(state, latents_of(kind), 'vq-conv')
+  norm = references.KINDS[kind].pixels
+  want = torch_vqrae.decode(state, z_q, norm['mean'], norm['std'])
+  have = vqrae_jax.encode_to_indices(
+    tokenizer, variables, images(), precision='canonical'
+  )
+  np.testing.assert_array_equal(have, indices.reshape(have.shape))
+  pixels = vqrae_jax.decode_from_indices(
+    tokenizer, variables, have, precision='canonical'
+  )
+  # measured: below 1e-6
+  np.testing.assert_allclose(pixels, np.clip(want, 0, 1), atol=1e-5)
 
 
-def test_what_the_file_cannot_tell_is_given():
+@pytest.mark.parametrize(
+  'kind, original',
+  [(k, False) for k in ENCODERS if k != 'siglip'] + [('internvit-300m', True)],
+)
+def test_every_encoder_and_the_way_back(kind, original, state_of, hub):
+  """The leaves are those of the hub's files, whose parity has its own tests.
+
+  InternViT goes back under the names of transformers, q, k and v apart.
+  """
+  write_config(kind)
+  _, variables = convert_file(state_of('vq', kind, original))
+  output_norm = ENCODERS[kind][0]
+  _, want = vqrae_jax.load_encoder(str(hub(kind)), output_norm)
+  have = trees.flatten(variables['params']['encoder'])
+  want = trees.flatten(want['params'])
+  assert have.keys() == want.keys()
+  for name, leaf in want.items():
+    np.testing.assert_array_equal(have[name], leaf, err_msg=name)
+  check_way_back(state_of('vq', kind))
+
+
+def test_the_average_is_preferred_and_fixed_positions_are_compared(
+  state_of, capsys
+):
+  state = state_of('simvq-cosine')
+  zeros = {k: v * 0 for k, v in state.items()}
+  write_config(quantizer='simvq', posemb='sincos2d', prefix_has_posemb=False)
+  convert_file(dict(step=9, epoch=1, model=zeros, ema=state))
+  report = capsys.readouterr().out
+  for words in ('"ema"', 'decoder.decoder_pos_embed', 'cosine', 'legacy form',
+                'skipped quantizer.l2_norm_scale'):  # fmt: skip
+    assert words in report
+  have = load_file('ours/model.safetensors')
+  want = state['encoder.model.encoder.layers.1.mlp.fc1.bias']
+  name = 'params/encoder/transformer/blocks/mlp/fc1/bias'
+  np.testing.assert_array_equal(have[name][1], want)
+
+
+def test_wrappers_and_heads_are_skipped(state_of, capsys):
+  """And the EMA's state may be missing."""
+  state = state_of()
+  del state['quantizer.ema_cluster_size'], state['quantizer.ema_w']
+  state['encoder.model.head.probe'] = torch.ones(1, 1, 32)
+  state['encoder.model.post_layernorm.weight'] = torch.ones(32)
+  write_config()
+  convert_file({f'module.{k}': v for k, v in state.items()})
+  report = capsys.readouterr().out
+  assert 'head.probe' in report and 'post_layernorm.weight' in report
+
+
+def test_fields_that_the_file_does_not_tell(state_of):
+  write_config(quantizer='simvq')
   fields = '--quantizer=distance="cosine",code_scale="unit"'
-  _, tokenizer, _ = converted('simvq-l2', more=[fields])
+  tokenizer, _ = convert_file(state_of('simvq-l2'), fields)
   assert tokenizer.quantizer.code_scale == 'unit'
 
 
-@pytest.mark.parametrize('config', ('fixed', 'loaded'))
-def test_a_decoder_alone(config, capsys):
+@pytest.mark.parametrize('posemb', ('sincos2d', 'learned'))
+def test_a_decoder_alone(posemb, capsys):
   state = torch_rae.state_dict(latent=32)
   torch.save(dict(model=state), 'd.pt')
-  argv = [f'--config=configs/{config}.py', '--out=d.safetensors']
-  convert.main(['--source=rae:d.pt', *argv])
+  write_config(posemb=posemb, prefix_has_posemb=posemb == 'learned')
+  argv = ['--source=rae:d.pt', '--config=c.py', '--out=d.safetensors']
+  convert.main(argv)
   back = load_file('d.safetensors')
   assert back.keys() == state.keys()
   for key, value in state.items():
-    if config == 'fixed' and key == 'decoder_pos_embed':
+    if posemb == 'sincos2d' and key == 'decoder_pos_embed':
       np.testing.assert_allclose(back[key], value.numpy(), atol=1e-6)
       continue
     assert back[key].tobytes() == value.numpy().tobytes(), key
@@ -170,114 +282,87 @@ def test_statistics_of_latents():
       assert back[key].tobytes() == value.numpy().tobytes()
 
 
-@pytest.mark.parametrize(
-  'state, update',
-  [
-    # The project's VectorQuantizer, and what a training file may lack.
-    (('embedding', 'ema_cluster_size', 'ema_w'), 'ema'),
-    (('embedding',), 'ema'),
-    # An `nn.Embedding`, as a table that gradients move is written back.
-    (('embedding.weight',), 'gradient'),
-  ],
-)
-def test_spellings_of_a_table(state, update):
-  shapes = dict.fromkeys(('embedding', 'embedding.weight', 'ema_w'), (48, 32))
-  arrays = {
-    f'quantizer.{k}': np.ones(shapes.get(k, (48,)), np.float32) for k in state
-  }
-  source = weights.arrays('w.pt', arrays)
-  form = vqrae_torch.detect(source, 32, 'fsq')
-  assert form.name == 'vq' and form.fields['update'] == update
-  fields = dict(name='vq') | form.fields
-  q = quantizers.build(fields, 32, 'float32')
-  place = 'codebook' if update == 'ema' else 'params'
-  leaf = f'{place}/quantizer/codes'
-  target = {leaf: jax.ShapeDtypeStruct((48, 32), np.float32)}
-  table = vqrae_torch.quantizer_table(q)
-  fitted = weights.Pretrained(source, table, target)
-  assert set(fitted.skipped) == set(arrays) - {next(iter(arrays))}
-  back = weights.export(table, fitted.load())
-  back |= vqrae_torch.fresh_state(q, back)
-  assert set(back) >= set(arrays)
-
-
 @pytest.mark.parametrize('word', ('codebook', 'codebook.weight', 'embed'))
 def test_spellings_that_the_project_never_had(word):
-  """ "quantizer.codebook" is FSQ's grid there, no table of VQ's."""
+  """ "quantizer.codebook" is FSQ's grid there, not a table of VQ's."""
   source = weights.arrays('w.pt', {f'quantizer.{word}': np.ones((48, 32))})
-  with pytest.raises(UserError, match=f'these keys: quantizer.{word};'):
+  with pytest.raises(UserError, match=f'quantizer.{word};'):
     vqrae_torch.detect(source, 32, 'vq')
 
 
-WHOLE = '--source=vqrae_torch:w.pt --config=configs/loaded.py:vq --out=ours'
+MODEL = '--source=vqrae_torch:w.pt --config=c.py --out=ours'
+ENCODER = '--source=./w.pt --out=ours'
 BAD = [
-  ('', 'flag --source is missing'),
-  ('--source=rae:w.pt', 'flag --out is missing'),
-  ('--source=vqrae_torch:no.pt --out=ours', 'there is no such file'),
-  ('--source=vqrae_torch:w.pt --out=ours', 'flag --config is missing'),
-  ('--source=torch:w.pt --out=ours', 'unknown scheme "torch:"'),
-  ('--source=hf:a --out=ours', '"hf:a" is no hub id; write hf:ORG/NAME'),
+  ('', '--source'),
+  ('--source=rae:w.pt', '--out'),
+  ('--source=vqrae_torch:no.pt --out=ours', 'no.pt'),
+  ('--source=vqrae_torch:w.pt --out=ours', '--config'),
+  ('--source=torch:w.pt --out=ours', '"torch:"'),
+  ('--source=hf:a --out=ours', '"hf:a"'),
   ('--source=siglip-base --out=ours', 'did you mean "siglip-base-patch16-'),
-  ('--source=./no --out=ours', 'no encoder at no: there is no such file'),
-  ('--source=./taken --out=ours', 'taken has no config.json'),
-  ('--source=./w.pt --out=ours', 'which does not say what it holds'),
-  ('--source=./w.pt --out=ours --row=dino', 'did you mean "dinov2-'),
-  ('--source=./w.pt --out=ours --row=dinov2-base', 'w.pt does not fit'),
-  ('--source=./half.pt --out=ours --row=dinov2-base', 'no key that tells'),
-  ('--source=dinov2-base --out=ours --row=dinov2-large', 'names what dinov2-b'),
-  ('--source=./w.pt --out=ours --dtype=float16', 'did you mean "bfloat16"'),
-  ('--source=./w.pt --out=ours --config=configs/loaded.py', '--config does no'),
-  ('--source=./w.pt --out=ours --quantizer=a=1', '--quantizer does not go wi'),
-  ('--source=./w.pt --out=taken', 'taken exists and is not replaced'),
-  ('--source=./w.pt --out=ours.pt', 'ours.pt must be a directory'),
-  ('--source=./w.pt --out=w.pt/a/b', 'w.pt is a file'),
-  (WHOLE + ' --row=dinov2-base', '--row does not go with .* no encoder alone'),
-  (WHOLE + ' --dtype=bfloat16', '--dtype does not go with this source'),
-  ('--source=./taken --to=torch --out=b.safetensors --row=x', '--row does no'),
-  (WHOLE + ' --to=jax', '--to=jax must be ours or torch'),
-  (WHOLE + ' --quantizer=levels', 'must be field=value'),
-  (WHOLE + ' --quantizer=num_codes=3', 'num_codes=3, and w.pt has 48'),
-  (WHOLE + ' --quantizer=num_code=3', 'did you mean "num_codes"'),
-  (WHOLE + ' --config.model.decoder.vit.depth=3', 'missing in it: decoder.'),
-  (WHOLE + ' --config.model.decoder.vit.dpth=3', 'did you mean "depth"'),
-  (WHOLE + ' --config.model.encoder.vit.depth=1', 'encoder.layers.1'),
-  (WHOLE + ' --config.model.encoder.output_norm=affine', 'post_layernorm'),
-  (WHOLE.replace('=ours', '=taken'), 'taken exists and is not replaced'),
-  (WHOLE.replace('w.pt', 'odd.pt'), 'quantizer.strange'),
-  (WHOLE.replace('w.pt', 'attn.pt'), 'attention projector'),
-  (WHOLE.replace('w.pt', 'extra.pt'), 'unknown to the model: quantizer.more'),
-  (WHOLE.replace('w.pt', 'nan.pt'), 'NaN'),
-  (WHOLE.replace('w.pt', 'cut.pt'), 'damaged'),
-  (WHOLE.replace('vqrae_torch:w.pt', 'rae:w.pt'), 'must end in .safetensors'),
-  (WHOLE.replace('w.pt', 'd.pt'), 'holds no "encoder." keys'),
-  ('--source=rae:half.pt --out=s.npz', 'no "mean" and "var"'),
-  ('--source=./taken --to=torch --out=b.safetensors', 'is no tokenizer'),
-  ('--source=rae:w.pt --to=torch --out=b.safetensors', 'directory of a'),
-  ('--source=./x --to=torch --out=b.pt', 'must end in .safetensors'),
-  ('--source=./x --to=torch --out=no/b.safetensors', 'there is no folder no'),
+  ('--source=./no --out=ours', 'no encoder at no'),
+  ('--source=./taken --out=ours', 'taken .*config.json'),
+  (ENCODER, 'w.pt .*config.json'),
+  (ENCODER + ' --row=dino', 'did you mean "dinov2-'),
+  (ENCODER + ' --row=dinov2-base', 'w.pt does not fit'),
+  ('--source=./half.pt --out=ours --row=dinov2-base', 'half.pt'),
+  ('--source=dinov2-base --out=ours --row=dinov2-large', '--row=dinov2-large'),
+  (ENCODER + ' --dtype=float16', 'did you mean "bfloat16"'),
+  (ENCODER + ' --config=c.py', '--config'),
+  (ENCODER + ' --quantizer=a=1', '--quantizer'),
+  ('--source=./w.pt --out=taken', '--out=taken'),
+  ('--source=./w.pt --out=ours.pt', '--out=ours.pt'),
+  ('--source=./w.pt --out=w.pt/a/b', '--out=w.pt/a/b'),
+  (MODEL + ' --row=dinov2-base', '--row'),
+  (MODEL + ' --dtype=bfloat16', '--dtype'),
+  ('--source=./taken --to=torch --out=b.safetensors --row=x', '--row'),
+  (MODEL + ' --to=jax', '--to=jax'),
+  (MODEL + ' --quantizer=levels', '--quantizer=levels'),
+  (MODEL + ' --quantizer=num_codes=3', 'num_codes=3.* 48'),
+  (MODEL + ' --quantizer=num_code=3', 'did you mean "num_codes"'),
+  (MODEL + ' --config.model.decoder.vit.depth=3', 'missing .*decoder.'),
+  (MODEL + ' --config.model.decoder.vit.dpth=3', 'did you mean "depth"'),
+  (MODEL + ' --config.model.encoder.vit.depth=1', 'encoder.layers.1'),
+  (MODEL + ' --config.model.encoder.output_norm=affine', 'post_layernorm'),
+  (MODEL.replace('=ours', '=taken'), 'taken'),
+  (MODEL.replace('w.pt', 'odd.pt'), 'quantizer.strange'),
+  (MODEL.replace('w.pt', 'attn.pt'), 'attention projector'),
+  (MODEL.replace('w.pt', 'extra.pt'), 'quantizer.more'),
+  (MODEL.replace('w.pt', 'nan.pt'), 'NaN'),
+  (MODEL.replace('w.pt', 'mae.pt'), 'ViT-MAE'),
+  (MODEL.replace('w.pt', 'stem.pt'), 'stem.pt.*SigLIP'),
+  (MODEL.replace('vqrae_torch:w.pt', 'rae:w.pt'), '.safetensors'),
+  (MODEL.replace('w.pt', 'd.pt'), '"encoder."'),
+  ('--source=rae:half.pt --out=s.npz', '"mean" and "var"'),
+  ('--source=./taken --to=torch --out=b.safetensors', 'taken'),
+  ('--source=rae:w.pt --to=torch --out=b.safetensors', '--to=torch'),
+  ('--source=./x --to=torch --out=b.pt', '.safetensors'),
+  ('--source=./x --to=torch --out=no/b.safetensors', 'no folder no'),
   ('--surce=x', 'did you mean "source"'),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope='module')
-def bad_files(tmp_path_factory):
-  place = tmp_path_factory.mktemp('bad')
-  good = torch_vqrae.state_dict('vq')
-
-  def save(name, **more):
-    torch.save(good | more, place / f'{name}.pt')
-
-  save('w')
-  save('extra', **{'quantizer.more': torch.ones(2)})
-  save('nan', **{'quantizer.embedding': good['quantizer.embedding'] * np.nan})
-  save('attn', **{'fsq_projection.transformer.x': torch.ones(2)})
-  plain = {k: v for k, v in good.items() if not k.startswith('quantizer.')}
-  torch.save(plain | {'quantizer.strange': torch.ones(2)}, place / 'odd.pt')
-  torch.save(torch_rae.state_dict(latent=32), place / 'd.pt')
-  torch.save({'mean': torch.ones(2)}, place / 'half.pt')
-  data = (place / 'w.pt').read_bytes()
-  (place / 'cut.pt').write_bytes(data[: len(data) // 2])
-  return place
+def bad_files(hub, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('bad')
+  vit = encoder_state(hub('siglip'), 'siglip')
+  good = torch_vqrae.state_dict('vq', vit)
+  table, ones = good['quantizer.embedding'], torch.ones(2)
+  no_quantizer = {k: v for k, v in good.items() if 'quantizer.' not in k}
+  mae = encoder_state(hub('mae'), 'mae')
+  for name, state in dict(
+    w=good,
+    extra=good | {'quantizer.more': ones},
+    nan=good | {'quantizer.embedding': table * np.nan},
+    attn=good | {'fsq_projection.transformer.x': ones},
+    odd=no_quantizer | {'quantizer.strange': ones},
+    d=torch_rae.state_dict(latent=32),
+    half={'mean': ones},
+    mae=torch_vqrae.state_dict('vq', mae),
+    stem=torch_vqrae.state_dict('vq', {'encoder.model.stem.weight': ones}),
+  ).items():
+    torch.save(state, folder / f'{name}.pt')
+  return folder
 
 
 def names(folder):
@@ -288,70 +373,73 @@ def names(folder):
 
 @pytest.mark.parametrize('argv, words', BAD)
 def test_bad_input_is_one_line_and_writes_nothing(
-  argv, words, bad_files, there
+  argv, words, bad_files, folder
 ):
+  write_config()
   for path in bad_files.iterdir():
-    (there / path.name).symlink_to(path)
-  (there / 'taken').mkdir()
-  (there / 'taken' / 'mine.txt').write_text('mine')
-  before = names(there)
+    (folder / path.name).symlink_to(path)
+  (folder / 'taken').mkdir()
+  (folder / 'taken' / 'mine.txt').write_text('mine')
+  before = names(folder)
   with pytest.raises(UserError, match=words) as error:
     convert.main(argv.split())
   assert '\n' not in str(error.value)
-  assert before == names(there)
+  assert before == names(folder)
+
+
+SIMVQ = dict(code_dim=32, projection=False)
 
 
 @pytest.mark.parametrize(
-  'model, words',
+  'kind, fields, key',
   [
-    (tiny.model('fsq-cosmos'), 'convention="centered" only'),
-    (tiny.model('simvq-l2'), 'no projections around SimVQ'),
-    (
-      tiny.model('simvq-l2', code_dim=32, projection=False),
-      'quantizer.normalize=False only',
-    ),
-    (
-      tiny.model('simvq-cosine', code_dim=32, projection=False),
-      'code_scale="unit" or "none" only',
-    ),
+    ('fsq-cosmos', {}, 'quantizer.convention'),
+    ('simvq-l2', {}, 'quantizer.projection'),
+    ('simvq-l2', SIMVQ, 'quantizer.normalize'),
+    ('simvq-cosine', SIMVQ, 'quantizer.code_scale'),
   ],
 )
-def test_what_has_no_form_there_does_not_go_back(model, words, there):
-  export.save_tokenizer(*tiny.built(model), there / 'mine')
-  with pytest.raises(UserError, match=words):
-    convert.main(['--source=./mine', '--to=torch', '--out=b.safetensors'])
-  assert not (there / 'b.safetensors').exists()
+def test_quantizers_that_the_project_does_not_have(kind, fields, key):
+  quantizer = quantizers.build(tiny.quantizer(kind, **fields), 32, 'float32')
+  with pytest.raises(UserError, match=key):
+    vqrae_torch.quantizer_table(quantizer)
 
 
-def test_dinov2_goes_there_and_back(there):
-  """No reference: the tables alone, both ways, with registers."""
-  text = CONFIG.format(quantizer='vq', posemb='learned', learned=True)
-  more = (
-    'layer_scale=1.0, num_prefix_tokens=3, num_registers=2, '
-    'prefix_has_posemb=True'
-  )
-  text = text.replace("act='gelu_tanh'", more)
-  (there / 'configs' / 'dino.py').write_text(text)
-  scope: dict = {}
-  exec(text, scope)
-  config = scope['get_config']().model.to_dict()
-  tokenizer, variables = tiny.built(config)
-  variables['params']['encoder'] = jax.tree.map(
-    lambda x: x + 0.1 * np.random.default_rng(0).normal(size=x.shape),
-    variables['params']['encoder'],
-  )
-  export.save_tokenizer(tokenizer, variables, there / 'mine')
-  convert.main(['--source=./mine', '--to=torch', '--out=b.safetensors'])
-  assert 'encoder.encoder.embeddings.register_tokens' in load_file(
-    'b.safetensors'
-  )
-  convert.main(
-    ['--source=vqrae_torch:b.safetensors', '--config=configs/dino.py:vq',
-     '--out=again']
-  )  # fmt: skip
-  one, two = (load_file(f'{d}/model.safetensors') for d in ('mine', 'again'))
-  assert one.keys() == two.keys()
-  assert all(one[k].tobytes() == two[k].tobytes() for k in one)
+def spec(vit, **fields):
+  vit = ViTSpec(**(tiny.VIT | vit))
+  return EncoderSpec(vit=vit, pixel_norm=PixelNorm(**references.HALF), **fields)
+
+
+@pytest.mark.parametrize(
+  'vit, fields, family',
+  [
+    ({}, {}, 'SigLIP'),
+    (CLS, {}, 'ViT-MAE'),
+    (CLS | dict(layer_scale=1.0), {}, 'DINOv2'),
+    (CLS | dict(layer_scale=1.0), NO_NORM, 'InternViT'),
+    (REGISTERS, {}, 'DINOv2'),
+    (INTERN | LARGE, NO_NORM, 'InternViT'),
+    (INTERN | LARGE, {}, None),
+    (LARGE, {}, None),
+    (CLS, NO_NORM, None),
+    (dict(num_prefix_tokens=1), {}, None),
+    (CLS | dict(num_prefix_tokens=3, num_registers=2), {}, None),
+    (dict(posemb='sincos2d'), {}, None),
+  ],
+)
+def test_the_family_of_a_spec(vit, fields, family):
+  if family is not None:
+    assert vqrae_torch.encoder_family(spec(vit, **fields)) == family
+    return
+  with pytest.raises(UserError, match='SigLIP, DINOv2, ViT-MAE, InternViT'):
+    vqrae_torch.encoder_family(spec(vit, **fields))
+
+
+def test_every_row_of_the_table_has_a_family():
+  families = dict(vit='ViT-MAE', dinov2='DINOv2', internvit='InternViT')
+  for name, row in encoders.ENCODERS.items():
+    found = vqrae_torch.encoder_family(build_spec(EncoderSpec, row, name))
+    assert found == families.get(name.split('-')[0], 'SigLIP'), name
 
 
 def test_help_has_an_example(capsys):

@@ -1,14 +1,16 @@
 """docs/from_pytorch.md names only what exists.
 
-Its tables are read by the names of their columns: in "key here", "function
-here", "command here" and "test here" every word in backticks is looked up in
-the package.
+The columns "key here", "function here" and "command here" of its tables: every
+name in backticks is looked up in the package.
 """
 
 import ast
+import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import io
 import pathlib
 import re
 import typing
@@ -20,8 +22,6 @@ from vqrae_jax import losses, specs, types
 from vqrae_jax.models import tokenizer as tokenizer_lib
 from vqrae_jax.quantizers import QUANTIZERS, Quantizer
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import config as ranges
-from vqrae_jax.train import config as terms
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs' / 'from_pytorch.md').read_text()
@@ -30,7 +30,7 @@ TERMS = {
   *losses.IMAGE_TERMS,
   *losses.FROZEN_TERMS,
   *losses.LATENT_TERMS,
-  *terms.TERMS,
+  *config_lib.TERMS,
 }
 # Sections that are mappings in `RunSpec`, and what each may hold.
 MODEL = {
@@ -50,72 +50,60 @@ CLASSES = {
 }
 
 
-def tables(page=PAGE):
-  """[(heads, [cells by head])] of every table on the page."""
+def rows():
+  """[{head: cell}] of all tables on the page."""
   found, heads = [], None
-  for line in page.splitlines():
+  for line in PAGE.splitlines():
+    cells = [c.strip() for c in line.strip().strip('|').split('|')]
     if not line.startswith('|'):
       heads = None
-      continue
-    cells = [c.strip() for c in line.strip().strip('|').split('|')]
-    if heads is None:
+    elif heads is None:
       heads = cells
-      found.append((heads, []))
     elif not set(line) <= set('|- '):
-      assert len(cells) == len(heads), line
-      found[-1][1].append(dict(zip(heads, cells, strict=True)))
+      found.append(dict(zip(heads, cells, strict=True)))
   return found
 
 
-def words(cell):
-  return re.findall(r'`([^`]+)`', cell)
-
-
-def column(name):
-  """[(word in backticks, its row)] of every table with that column."""
+def column(head):
+  """[(name in backticks, its row)] of every table with that column."""
   return [
-    (word, row)
-    for heads, rows in tables()
-    if name in heads
-    for row in rows
-    for word in words(row[name])
+    (name, row)
+    for row in rows()
+    for name in re.findall(r'`([^`]+)`', row.get(head, ''))
   ]
 
 
-def field_types(cls):
-  return {f.name: f.type for f in dataclasses.fields(cls)}
+def fields_of(cls):
+  return {f.name for f in dataclasses.fields(cls)}
 
 
-def below(cls, path, dotted):
-  """Walks `path` down the dataclass fields of `cls`."""
+def check_below(cls, path, dotted):
+  """Walks `path` down the dataclass fields of `cls`, one or several."""
   options = cls if isinstance(cls, tuple) else (cls,)
   name, *rest = path
-  having = [c for c in options if name in field_types(c)]
+  having = [c for c in options if name in fields_of(c)]
   assert having or name == 'name', f'no key {dotted}'
   if rest:
     hint = typing.get_type_hints(having[0])[name]
-    kinds = (hint, *typing.get_args(hint))
-    inner = [t for t in kinds if dataclasses.is_dataclass(t)]
+    types = (hint, *typing.get_args(hint))
+    inner = [t for t in types if dataclasses.is_dataclass(t)]
     assert inner, f'{dotted}: {name} holds no keys'
-    below(inner[0], rest, dotted)
+    check_below(inner[0], rest, dotted)
 
 
 def check_key(dotted):
   head, *rest = dotted.split('.')
-  assert head in field_types(config_lib.RunSpec), f'no key {dotted}'
-  if not rest:
-    return
-  if head == 'losses':
+  if head == 'losses' and rest:
     assert rest[0] in TERMS, f'no loss {dotted}'
     if rest[1:]:
-      kind = terms.TERMS.get(rest[0], terms.LossTerm)
-      below(kind, rest[1:], dotted)
+      term = config_lib.TERMS.get(rest[0], config_lib.LossTerm)
+      check_below(term, rest[1:], dotted)
   elif head == 'model':
     assert rest[0] in MODEL, f'no key {dotted}'
     if rest[1:]:
-      below(MODEL[rest[0]], rest[1:], dotted)
+      check_below(MODEL[rest[0]], rest[1:], dotted)
   else:
-    below(config_lib.RunSpec, [head, *rest], dotted)
+    check_below(config_lib.RunSpec, [head, *rest], dotted)
 
 
 def check_function(name):
@@ -125,7 +113,20 @@ def check_function(name):
     assert callable(getattr(vqrae_jax, attribute))
   else:
     cls = CLASSES[owner]
-    assert attribute in field_types(cls) or hasattr(cls, attribute), name
+    assert attribute in fields_of(cls) or hasattr(cls, attribute), name
+
+
+@functools.cache
+def flags_of(module):
+  """The flags that `python -m module --help` lists."""
+  found = importlib.util.find_spec(module)
+  assert found, module
+  package = found.submodule_search_locations
+  command = importlib.import_module(module + '.__main__' * bool(package))
+  text = io.StringIO()
+  with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+    command.main(['--help'])
+  return {*re.findall(r'^ *--(?:\[no\])?(\w+)', text.getvalue(), re.M)}
 
 
 def check_command(line):
@@ -133,52 +134,37 @@ def check_command(line):
     target = line.split()[1]
     assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.M)
     return
-  python, dash_m, module, *flags = line.split()
+  python, dash_m, module, *words = line.split()
   assert (python, dash_m) == ('python', '-m')
-  found = importlib.util.find_spec(module)
-  assert found, module
-  if found.submodule_search_locations:
-    found = importlib.util.find_spec(f'{module}.__main__')
-  source = pathlib.Path(found.origin).read_text()
-  defined = {*re.findall(r"DEFINE_\w+\(\s*'(\w+)'", source)}
-  if 'config_flag.parse(' in source:
-    defined.add('config')
-  for flag in flags:
-    name, _, value = flag.removeprefix('--').partition('=')
-    assert flag.startswith('--')
+  for word in words:
+    name, _, value = word.removeprefix('--').partition('=')
     if name.startswith('config.'):
       check_key(name.removeprefix('config.'))
       continue
-    assert name in defined, f'{module} has no flag {flag}'
+    assert name in flags_of(module), f'{module} has no flag {word}'
     if name == 'config':
       path, _, arguments = value.partition(':')
       config = importlib.import_module(f'configs.{pathlib.Path(path).stem}')
-      assert (ROOT / path).is_file()
       config_lib.read_config(config.get_config(arguments or None))
-
-
-def check_test(name):
-  path, _, function = name.partition('::')
-  source = (ROOT / path).read_text()
-  assert not function or re.search(rf'^def {function}\(', source, re.M), name
 
 
 CHECKS = {
   'key here': check_key,
   'function here': check_function,
   'command here': check_command,
-  'test here': check_test,
 }
-CASES = [(kind, word) for kind in CHECKS for word, _ in column(kind)]
 
 
-@pytest.mark.parametrize('kind, word', CASES)
-def test_it_exists(kind, word):
-  CHECKS[kind](word)
+@pytest.mark.parametrize('head, least', zip(CHECKS, (30, 14, 6), strict=True))
+def test_every_name_exists(head, least):
+  names = column(head)
+  assert len(names) >= least, 'the parser lost a table'
+  for name, _ in names:
+    CHECKS[head](name)
 
 
 @pytest.mark.parametrize(
-  'kind, word',
+  'head, name',
   [
     ('key here', 'model.quantizer.num_embeddings'),
     ('key here', 'losses.lpips2'),
@@ -190,29 +176,11 @@ def test_it_exists(kind, word):
     ('function here', 'Quantizer.get_codebook_entry'),
     ('command here', 'python -m vqrae_jax.train --resume=3'),
     ('command here', 'python -m vqrae_jax.train --config.nose=3'),
-    ('test here', 'tests/quantizers/test_fsq.py::test_nothing'),
   ],
 )
-def test_what_does_not_exist_would_be_found(kind, word):
-  with pytest.raises((AssertionError, OSError)):
-    CHECKS[kind](word)
-
-
-def test_the_page_is_read():
-  """Enough of each kind, or the parser has lost a table."""
-  for kind, least in zip(CHECKS, (30, 14, 6, 13), strict=True):
-    assert len(column(kind)) >= least, kind
-  assert len(tables()) == 6
-
-
-def quantizer_defaults(field):
-  """{default of `field` in each quantizer that has it}."""
-  return {
-    f.default
-    for cls in QUANTIZERS.values()
-    for f in dataclasses.fields(cls)
-    if f.name == field
-  }
+def test_a_name_that_does_not_exist_is_found(head, name):
+  with pytest.raises(AssertionError):
+    CHECKS[head](name)
 
 
 def test_defaults_and_usual_ranges_are_the_packages():
@@ -221,24 +189,22 @@ def test_defaults_and_usual_ranges_are_the_packages():
     section, _, field = key.rpartition('.')
     number = re.match(r'[\d.e-]+', row.get('default', ''))
     if section == 'model.quantizer' and number:
-      assert ast.literal_eval(number[0]) in quantizer_defaults(field), row
-    if not row.get('usual'):
-      continue
-    low, high = map(float, row['usual'].split('…'))
-    tables_of = [
-      ranges.RANGES['losses'] if section == 'losses' else fields
-      for name, fields in ranges.RANGES.items()
-      if (name == 'losses') == (section == 'losses')
-    ]
-    match = [t for t in tables_of if t.get(field) == (low, high)]
-    assert match, row
-    seen.add((field, low, high))
-  listed = {
-    (field, *usual)
-    for fields in ranges.RANGES.values()
+      defaults = {
+        f.default
+        for cls in QUANTIZERS.values()
+        for f in dataclasses.fields(cls)
+        if f.name == field
+      }
+      assert ast.literal_eval(number[0]) in defaults, row
+    if row.get('usual'):
+      seen.add(
+        (section == 'losses', field, *map(float, row['usual'].split('…')))
+      )
+  assert seen == {
+    (section == 'losses', field, *usual)
+    for section, fields in config_lib.RANGES.items()
     for field, usual in fields.items()
   }
-  assert seen == listed
 
 
 def test_files_it_names_exist():

@@ -1,7 +1,8 @@
-"""The PyTorch project's whole model in plain torch: the tests' reference.
+"""The PyTorch project's quantizers and models in plain torch.
 
-Keys and arithmetic are the project's, written anew as functions over a dict.
-Random weights; no bias, norm, cls token or gain is trivial.
+The tests' reference: its keys and arithmetic, as functions over a dict. The
+encoder is one of transformers (`tests/encoders/references.py`). Weights are
+random; no bias, norm, cls token or gain is trivial.
 """
 
 import math
@@ -39,21 +40,6 @@ class Draw:
   def norm(self, name, width):
     self.new(f'{name}.weight', width, scale=0.3, around=1.0)
     self.new(f'{name}.bias', width, scale=0.3)
-
-
-def siglip_state(d):
-  at = 'encoder.model.embeddings'
-  d.new(f'{at}.patch_embedding.weight', WIDTH, 3, PATCH, PATCH, scale=0.15)
-  d.new(f'{at}.patch_embedding.bias', WIDTH, scale=0.3)
-  d.new(f'{at}.position_embedding.weight', SIDE * SIDE, WIDTH)
-  for i in range(DEPTH):
-    at = f'encoder.model.encoder.layers.{i}'
-    for part in ('q', 'k', 'v', 'out'):
-      d.dense(f'{at}.self_attn.{part}_proj', WIDTH, WIDTH)
-    d.dense(f'{at}.mlp.fc1', MLP, WIDTH)
-    d.dense(f'{at}.mlp.fc2', WIDTH, MLP)
-    d.norm(f'{at}.layer_norm1', WIDTH)
-    d.norm(f'{at}.layer_norm2', WIDTH)
 
 
 def quantizer_state(d, form):
@@ -103,18 +89,14 @@ def fsq_state(d, form):
       d.norm(f'fsq_unprojection.mlp.{3 * i + 1}', WIDTH)
 
 
-def state_dict(form, seed=0, encoder=None):
-  """A whole model; `encoder` is a state dict of another than SigLIP."""
+def state_dict(form, encoder, seed=0):
+  """A full model around an encoder's {key: tensor}."""
   d = Draw(seed)
-  if encoder is None:
-    siglip_state(d)
-  else:
-    d.state |= encoder
   quantizer_state(d, form)
   decoder = torch_rae.state_dict(
     WIDTH, DEPTH, MLP, PATCH, SIDE, latent=WIDTH, seed=seed + 1
   )
-  return d.state | {f'decoder.{k}': v for k, v in decoder.items()}
+  return encoder | d.state | {f'decoder.{k}': v for k, v in decoder.items()}
 
 
 def dense(w, name, x):
@@ -125,30 +107,6 @@ def norm(w, name, x, eps):
   return F.layer_norm(
     x, x.shape[-1:], w[f'{name}.weight'], w[f'{name}.bias'], eps
   )
-
-
-def encode(w, images):
-  """f32[b h w 3] in [0, 1] -> latents [b n d]."""
-  at = 'encoder.model.embeddings'
-  x = (torch.from_numpy(images).permute(0, 3, 1, 2) - 0.5) / 0.5
-  kernel, bias = (w[f'{at}.patch_embedding.{n}'] for n in ('weight', 'bias'))
-  x = F.conv2d(x, kernel, bias, stride=PATCH).flatten(2).transpose(1, 2)
-  x = x + w[f'{at}.position_embedding.weight']
-  for i in range(DEPTH):
-    at = f'encoder.model.encoder.layers.{i}'
-    y = norm(w, f'{at}.layer_norm1', x, 1e-6)
-    q, k, v = (
-      dense(w, f'{at}.self_attn.{p}_proj', y)
-      .unflatten(-1, (HEADS, -1))
-      .transpose(1, 2)
-      for p in 'qkv'
-    )
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = x + dense(w, f'{at}.self_attn.out_proj', y)
-    y = norm(w, f'{at}.layer_norm2', x, 1e-6)
-    y = F.gelu(dense(w, f'{at}.mlp.fc1', y), approximate='tanh')
-    x = x + dense(w, f'{at}.mlp.fc2', y)
-  return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def quantize(w, z, form):
@@ -209,19 +167,9 @@ def convolve(w, x, form):
   return out.flatten(2).transpose(1, 2)
 
 
-def reconstruct(w, images, form, latents=None, mean=(0.5,) * 3, std=None):
-  """Images -> (reconstruction f32[b h w 3], indices [b gh gw]).
-
-  `latents` [b n d] are another encoder's, whose pixels have `mean` and `std`.
-  """
-  mean, std = (np.asarray(x, 'f4') for x in (mean, std or mean))
-  with torch.no_grad():
-    z = encode(w, images) if latents is None else latents
-    z_q, indices = quantize(w, z, form)
-    decoder = {
-      k.removeprefix('decoder.'): v
-      for k, v in w.items()
-      if k.startswith('decoder.')
-    }
-    painted = torch_rae.decode(decoder, z_q.numpy(), HEADS, mean, std)
-  return painted, indices.reshape(-1, SIDE, SIDE).numpy()
+def decode(w, z_q, mean, std):
+  """z_q [b n d] -> the reconstruction f32[b h w 3]."""
+  at = 'decoder.'
+  decoder = {k.removeprefix(at): v for k, v in w.items() if k.startswith(at)}
+  mean, std = (np.asarray(x, 'f4') for x in (mean, std))
+  return torch_rae.decode(decoder, z_q.numpy(), HEADS, mean, std)

@@ -1,12 +1,16 @@
-"""The one error that a user can mend, and the words that help.
+"""The one error that a user can fix, and helpers for its messages.
 
 Every message is a single line: what was wrong, where, what would be right.
-Command lines print it and exit with 2 (`command.py`). Whatever else is raised
-is a fault of this package, and keeps its traceback.
+Commands print it and exit with 2 (`cli.py`). Any other exception is a fault of
+this package and keeps its traceback.
 """
 
 import difflib
+import json
+import pathlib
 from collections.abc import Iterable
+
+_MAX_JSON = 1 << 26  # bytes
 
 
 class UserError(ValueError):
@@ -30,6 +34,23 @@ def choose(table, word: str, what: str):
     raise UserError(
       f'unknown {what} "{word}"{did_you_mean(word, table)}'
     ) from None
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file of the user's.
+
+  Raises:
+    UserError: unreadable, too long, not JSON, or not an object of keys.
+  """
+  try:
+    if path.stat().st_size > _MAX_JSON:
+      raise ValueError(f'longer than {_MAX_JSON} bytes')
+    value = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f'{path} is damaged: {e}') from None
+  if not isinstance(value, dict):
+    raise UserError(f'{path} is damaged: it must be a JSON object')
+  return value
 
 
 class Stopped(Exception):

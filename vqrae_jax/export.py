@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from vqrae_jax.encoders import converted
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.ops import trees
 
@@ -94,9 +94,9 @@ def check_target(path: pathlib.Path) -> None:
     return
   try:
     foreign = {p.name for p in path.iterdir()} - {CONFIG, WEIGHTS}
-    config = json.loads((path / CONFIG).read_bytes())
+    config = read_json(path / CONFIG)
     ours = 'format_version' in config and converted.KEY not in config
-  except (OSError, ValueError, TypeError):
+  except (OSError, UserError):
     ours, foreign = False, set()
   if foreign or not ours:
     what = f'it holds {sorted(foreign)[0]}' if foreign else 'no tokenizer'
@@ -163,12 +163,11 @@ def save_tokenizer(
 def is_tokenizer(path: pathlib.Path) -> bool:
   """Whether a folder says of itself that it is a tokenizer's."""
   try:
-    config = json.loads((path / CONFIG).read_bytes())
-  except (OSError, ValueError):
+    config = read_json(path / CONFIG)
+  except UserError:
     return False
   return (
     (path / WEIGHTS).is_file()
-    and isinstance(config, dict)
     and {'format_version', 'model'} <= config.keys()
     and converted.KEY not in config
   )
@@ -182,19 +181,17 @@ def _read_config(path: pathlib.Path) -> dict:
       inside = path / 'tokenizer'
       hint = f'; did you mean "{inside}"?' if inside.is_dir() else ''
       raise UserError(f'{path} is no tokenizer: it has no {name}{hint}')
-  try:
-    config = json.loads((path / CONFIG).read_bytes())
-    alone = converted.KEY in config
-    if not alone:
-      version, model = config['format_version'], config['model']
-      config['fingerprint'] = str(config['fingerprint'])
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(f'{path / CONFIG} is damaged: {e!r}') from None
-  if alone:
+  config = read_json(path / CONFIG)
+  if converted.KEY in config:
     raise UserError(
       f'{path} is an encoder alone; load_encoder opens it, and init.encoder '
-      'begins a run with it'
+      'starts a run from it'
     )
+  for key in ('format_version', 'model', 'fingerprint'):
+    if key not in config:
+      raise UserError(f'{path / CONFIG} is damaged: it has no "{key}"')
+  version, model = config['format_version'], config['model']
+  config['fingerprint'] = str(config['fingerprint'])
   if version != FORMAT_VERSION:
     raise UserError(
       f'{path} has format version {version}, this package reads '

@@ -47,7 +47,7 @@ def _flags(values: flags.FlagValues) -> None:
 
 def table() -> str:
   """What `--list` prints: a line for each thing that can be brought."""
-  from vqrae_jax.encoders.published import PUBLISHED
+  from vqrae_jax.encoders import PUBLISHED
   from vqrae_jax.weights.hub import FILES
 
   rows = [('name', 'where', 'SHA-256', 'licence', 'used by')]
@@ -107,7 +107,7 @@ def fetch(names: Iterable[str]) -> None:
   Raises:
     UserError: an unknown name, before anything is brought; or no way to one.
   """
-  from vqrae_jax.encoders.published import PUBLISHED
+  from vqrae_jax.encoders import PUBLISHED
   from vqrae_jax.weights import parse_source
   from vqrae_jax.weights.hub import FILES
 

@@ -1,38 +1,27 @@
-"""transformers' encoders with random weights: what ours are held to.
+"""transformers' encoders with random weights: the references of ours.
 
-Every parameter is drawn anew, biases, norms and LayerScale too: as they are
-initialised, a bias in the wrong place changes nothing.
+Every parameter is drawn, biases, norms and LayerScale too: at their initial
+values, a bias in the wrong place changes nothing.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-import transformers as t
+import transformers
 
 HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-  """A family: how its model is built, called, and where its final norm is."""
-
-  build: Callable
-  norm: str
-  pixels: dict
-  prefix: int
-  call: Callable
+def _call(model, x, patch):
+  return model(x)
 
 
 def _interpolated(model, x, patch):
   return model(x, interpolate_pos_encoding=True)
-
-
-def _resampled(model, x, patch):
-  return model(x)  # always, where the grid is another
 
 
 def _mae(model, x, patch):
@@ -51,102 +40,52 @@ def _naflex(model, x, patch):
   return model(x, mask, torch.tensor([[gh, gw]] * b))
 
 
-def siglip(*, width, depth, heads, mlp, pixels, patch):
-  return t.SiglipVisionModel(
-    t.SiglipVisionConfig(
-      hidden_size=width,
-      num_hidden_layers=depth,
-      num_attention_heads=heads,
-      intermediate_size=mlp,
-      image_size=pixels,
-      patch_size=patch,
-    )
-  )
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A family: its classes, how its model is called, where its last norm is."""
+
+  classes: str
+  norm: str = 'layernorm'
+  pixels: Mapping = dataclasses.field(default_factory=lambda: IMAGENET)
+  prefix: int = 1
+  call: Callable = _call
+  config: Mapping = dataclasses.field(default_factory=dict)
 
 
-def siglip2(*, width, depth, heads, mlp, pixels, patch):
-  return t.Siglip2VisionModel(
-    t.Siglip2VisionConfig(
-      hidden_size=width,
-      num_hidden_layers=depth,
-      num_attention_heads=heads,
-      intermediate_size=mlp,
-      num_patches=(pixels // patch) ** 2,
-      patch_size=patch,
-    )
-  )
-
-
-def _dinov2(registers=False, swiglu=False):
-  def build(*, width, depth, heads, mlp, pixels, patch):
-    del mlp  # 4 x width, or SwiGLU's share of it
-    kind = 'Dinov2WithRegisters' if registers else 'Dinov2'
-    config = getattr(t, f'{kind}Config')(
-      hidden_size=width,
-      num_hidden_layers=depth,
-      num_attention_heads=heads,
-      image_size=pixels,
-      patch_size=patch,
-      use_swiglu_ffn=swiglu,
-    )
-    return getattr(t, f'{kind}Model')(config)
-
-  return build
-
-
-def mae(*, width, depth, heads, mlp, pixels, patch):
-  return t.ViTMAEModel(
-    t.ViTMAEConfig(
-      hidden_size=width,
-      num_hidden_layers=depth,
-      num_attention_heads=heads,
-      intermediate_size=mlp,
-      image_size=pixels,
-      patch_size=patch,
-      mask_ratio=0.0,
-    )
-  )
-
-
-def _internvit(**more):
-  def build(*, width, depth, heads, mlp, pixels, patch):
-    return t.InternVLVisionModel(
-      t.InternVLVisionConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        intermediate_size=mlp,
-        image_size=[pixels, pixels],
-        patch_size=[patch, patch],
-        **more,
-      )
-    )
-
-  return build
-
-
+SWIGLU = dict(use_swiglu_ffn=True)
 LARGE = dict(attention_bias=False, use_qk_norm=True, norm_type='rms_norm')
 KINDS = {
-  'siglip': Kind(siglip, 'post_layernorm', HALF, 0, _interpolated),
-  'naflex': Kind(siglip2, 'post_layernorm', HALF, 0, _naflex),
-  'dinov2': Kind(_dinov2(), 'layernorm', IMAGENET, 1, _resampled),
-  'dinov2-swiglu': Kind(
-    _dinov2(swiglu=True), 'layernorm', IMAGENET, 1, _resampled
-  ),
-  'dinov2-registers': Kind(
-    _dinov2(registers=True), 'layernorm', IMAGENET, 5, _resampled
-  ),
+  'siglip': Kind('SiglipVision', 'post_layernorm', HALF, 0, _interpolated),
+  'naflex': Kind('Siglip2Vision', 'post_layernorm', HALF, 0, _naflex),
+  'dinov2': Kind('Dinov2'),
+  'dinov2-swiglu': Kind('Dinov2', config=SWIGLU),
+  'dinov2-registers': Kind('Dinov2WithRegisters', prefix=5),
   'dinov2-registers-swiglu': Kind(
-    _dinov2(True, True), 'layernorm', IMAGENET, 5, _resampled
+    'Dinov2WithRegisters', prefix=5, config=SWIGLU
   ),
-  'mae': Kind(mae, 'layernorm', IMAGENET, 1, _mae),
-  'internvit-300m': Kind(
-    _internvit(attention_bias=True), 'layernorm', IMAGENET, 1, _resampled
-  ),
-  'internvit-6b': Kind(
-    _internvit(**LARGE), 'layernorm', IMAGENET, 1, _resampled
-  ),
+  'mae': Kind('ViTMAE', call=_mae, config=dict(mask_ratio=0.0)),
+  'internvit-300m': Kind('InternVLVision', config=dict(attention_bias=True)),
+  'internvit-6b': Kind('InternVLVision', config=LARGE),
 }
+
+
+def build(kind, *, width, depth, heads, mlp, pixels, patch):
+  """The model at its initial values. DINOv2's mlp is 4 x width, or SwiGLU's."""
+  k = KINDS[kind]
+  sizes = dict(
+    hidden_size=width,
+    num_hidden_layers=depth,
+    num_attention_heads=heads,
+    patch_size=patch,
+  )
+  if kind == 'naflex':
+    sizes['num_patches'] = (pixels // patch) ** 2
+  else:
+    sizes['image_size'] = pixels
+  if not kind.startswith('dinov2'):
+    sizes['intermediate_size'] = mlp
+  config = getattr(transformers, f'{k.classes}Config')(**sizes, **k.config)
+  return getattr(transformers, f'{k.classes}Model')(config)
 
 
 def randomise(model, seed=0):
@@ -167,11 +106,11 @@ def randomise(model, seed=0):
 
 
 def make(kind, seed=0, **sizes):
-  return randomise(KINDS[kind].build(**sizes), seed)
+  return randomise(build(kind, **sizes), seed)
 
 
 def latents(kind, model, images, patch, output_norm='affine', dtype=None):
-  """f32[b gh gw d] of the torch model, as `load_encoder` says it."""
+  """f32[b gh gw d] of the torch model, as our encoder gives them."""
   k = KINDS[kind]
   published = getattr(model, k.norm)
   if output_norm == 'plain':
@@ -205,7 +144,7 @@ def error(a, b):
 def original_names(model):
   """A state dict of a "-hf" InternViT under its authors' names."""
   out, state = {}, model.state_dict()
-  words = {
+  names = {
     'embeddings.cls_token': 'embeddings.class_embedding',
     'embeddings.patch_embeddings.projection': 'embeddings.patch_embedding',
     'embeddings.position_embeddings': 'embeddings.position_embedding',
@@ -222,7 +161,7 @@ def original_names(model):
         continue
       parts = [state[key.replace('q_proj', f'{q}_proj')] for q in 'qkv']
       key, value = key.replace('q_proj', 'qkv'), torch.cat(parts)
-    for theirs, ours in words.items():
+    for theirs, ours in names.items():
       key = key.replace(theirs, ours)
     out[key] = value.contiguous()
   return out

@@ -32,69 +32,41 @@ from tests.encoders import references
 pytestmark = pytest.mark.slow
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-  kind: str
-  sizes: dict
-  shapes: tuple[tuple[int, int], ...]
-
-
-def _sizes(width, depth, heads, mlp, pixels, patch):
-  return dict(
-    width=width, depth=depth, heads=heads, mlp=mlp, pixels=pixels, patch=patch
-  )
-
-
+# (kind, (width, depth, heads, mlp, pixels, patch), a shape of ratio 2:1)
 CASES = {
-  'siglip-large-patch16-256': Case(
-    'siglip',
-    _sizes(1024, 24, 16, 4096, 256, 16),
-    ((256, 256), (512, 512), (192, 384)),
+  'siglip-large-patch16-256': (
+    'siglip', (1024, 24, 16, 4096, 256, 16), (192, 384)
   ),
-  'siglip2-so400m-patch14-384': Case(
-    'siglip',
-    _sizes(1152, 27, 16, 4304, 384, 14),
-    ((384, 384), (768, 768), (224, 448)),
+  'siglip2-so400m-patch14-384': (
+    'siglip', (1152, 27, 16, 4304, 384, 14), (224, 448)
   ),
-  'dinov2-with-registers-base': Case(
-    'dinov2-registers',
-    _sizes(768, 12, 12, 0, 518, 14),
-    ((518, 518), (1036, 1036), (224, 448)),
+  'dinov2-with-registers-base': (
+    'dinov2-registers', (768, 12, 12, 0, 518, 14), (224, 448)
   ),
-  'dinov2-giant': Case(
-    'dinov2-swiglu',
-    _sizes(1536, 40, 24, 0, 518, 14),
-    ((518, 518), (1036, 1036), (224, 448)),
-  ),
-  'vit-mae-base': Case(
-    'mae',
-    _sizes(768, 12, 12, 3072, 224, 16),
-    ((224, 224), (448, 448), (160, 320)),
-  ),
-  'internvit-300m-448px': Case(
-    'internvit-300m',
-    _sizes(1024, 24, 16, 4096, 448, 14),
-    ((448, 448), (896, 896), (224, 448)),
+  'dinov2-giant': ('dinov2-swiglu', (1536, 40, 24, 0, 518, 14), (224, 448)),
+  'vit-mae-base': ('mae', (768, 12, 12, 3072, 224, 16), (160, 320)),
+  'internvit-300m-448px': (
+    'internvit-300m', (1024, 24, 16, 4096, 448, 14), (224, 448)
   ),
   # Two of its 45 layers, at full width.
-  'internvit-6b-448px-v2_5': Case(
-    'internvit-6b',
-    _sizes(3200, 2, 25, 12800, 448, 14),
-    ((448, 448), (896, 896), (224, 448)),
+  'internvit-6b-448px-v2_5': (
+    'internvit-6b', (3200, 2, 25, 12800, 448, 14), (224, 448)
   ),
-}
+}  # fmt: skip
+_SIZES = ('width', 'depth', 'heads', 'mlp', 'pixels', 'patch')
 
 
 def _jit(encoder):
-  # Unlike the suite's tiny programs these are worth LLVM's work.
+  # Unlike the suite's tiny programs, these are worth optimizing.
   return jax.jit(encoder.apply, compiler_options=tiny.AS_USERS)
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_parity(name, tmp_path):
-  case = CASES[name]
-  kind, patch = case.kind, case.sizes['patch']
-  model = references.make(kind, **case.sizes)
+  kind, numbers, wide = CASES[name]
+  *_, pixels, patch = numbers
+  native = (pixels, pixels)
+  model = references.make(kind, **dict(zip(_SIZES, numbers, strict=True)))
   model.save_pretrained(tmp_path)
   row = None if name.startswith('internvit') else name
   encoder, variables = vqrae_jax.load_encoder(str(tmp_path), row=row)
@@ -105,17 +77,16 @@ def test_parity(name, tmp_path):
     )
   )
   rng = np.random.default_rng(0)
-  native, _, wide = case.shapes
   kept = {}
-  for h, w in case.shapes:
+  for h, w in (native, (2 * pixels, 2 * pixels), wide):
     x = rng.random((1, h, w, 3), np.float32)
     want = references.latents(kind, model, x, patch)
     gc.collect()
     with jax.default_matmul_precision('highest'):
       have = _jit(encoder)(variables, x)
-    off = references.error(have, want)
-    print(f'\n{name} {h}x{w} f32 {off:.2e}', flush=True)
-    assert off <= 1e-5
+    error = references.error(have, want)
+    print(f'\n{name} {h}x{w} f32 {error:.2e}', flush=True)
+    assert error <= 1e-5
     if (h, w) in (native, wide):
       ours = references.error(_jit(half)(variables, x), want)
       kept[h, w] = x, want, ours

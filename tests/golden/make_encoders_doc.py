@@ -1,18 +1,16 @@
-"""Writes docs/encoders.md out of the tables: rows, counts, licences, parity.
+"""Writes docs/encoders.md from the tables: rows, counts, licences, parity.
 
     python -m tests.golden.make_encoders_doc
 
 Renew it when a row, a count, a licence or a parity figure changes; a test
-compares. The parity figures are those of encoder_parity.json, {row: words},
-where there are any.
+compares. The parity figures are those of encoder_parity.json, {row: figure}.
 """
 
 import json
 import pathlib
 
 from tests.golden import make_encoder_params as params
-from vqrae_jax.encoders import ENCODERS
-from vqrae_jax.encoders.published import PUBLISHED
+from vqrae_jax.encoders import ENCODERS, PUBLISHED
 
 PATH = pathlib.Path(__file__).parents[2] / 'docs' / 'encoders.md'
 PARITY = pathlib.Path(__file__).with_name('encoder_parity.json')
@@ -20,20 +18,19 @@ PARITY = pathlib.Path(__file__).with_name('encoder_parity.json')
 _HEAD = """# Encoders
 
 Every encoder that `encoder=dict(name=…)` and `vqrae_jax.load_encoder` take by
-name. This page is written by `python -m tests.golden.make_encoders_doc` and
-checked by a test.
+name. `python -m tests.golden.make_encoders_doc` writes this page, and a test
+checks it.
 
-`python -m vqrae_jax.fetch_weights --names=NAME` brings one ahead of a run on
-a closed network, `python -m vqrae_jax.convert --source=NAME --out=DIR` stores
-one as a directory that `load_encoder` opens; licences are those that the
-repositories state. Pixels are the side of the square image that the positions
-were learned for; any other size and ratio is reached by resampling them.
-Params are of the encoder alone: no pooling head, no text tower, no decoder.
-Parity is the relative error
-|a - b| / |b| over all tokens against the PyTorch model of the same weights,
-random ones in the published format, in f32, the worst of two or three sizes of
-image (`tests/encoders/test_parity_real.py`, by `make test-slow`); "—" is not
-measured for this row.
+`python -m vqrae_jax.fetch_weights --names=NAME` downloads an encoder before a
+run without internet. `python -m vqrae_jax.convert --source=NAME --out=DIR`
+writes it as a directory that `load_encoder` opens. Licences are those that the
+repositories state. "Pixels" is the side of the square image that the positions
+were learned for; other sizes and aspect ratios resample them. "Params" counts
+the encoder alone: no pooling head, no text tower, no decoder. "Parity" is the
+relative error |a - b| / |b| over all tokens against the PyTorch model with the
+same weights (random, in the published format), in f32, the worst of two or
+three image sizes (`tests/encoders/test_parity_real.py`, `make test-slow`); "—"
+means not measured.
 
 """
 _COLUMNS = (
@@ -65,15 +62,15 @@ def _row(name: str, count: int, parity: dict) -> str:
 
 
 def _pixels(name: str, vit) -> int:
-  """The published size: 384 for a grid of 27 patches of 14, the name says."""
+  """The published size, from the name: 384 for a grid of 27 patches of 14."""
   side = vit.grid[0] * vit.patch_size
-  told = [int(w) for w in name.replace('px', '').split('-') if w.isdigit()]
-  near = [n for n in told if 0 <= n - side < vit.patch_size]
+  numbers = [int(w) for w in name.replace('px', '').split('-') if w.isdigit()]
+  near = [n for n in numbers if 0 <= n - side < vit.patch_size]
   return near[0] if near else side
 
 
 def page() -> str:
-  """The whole of docs/encoders.md."""
+  """The text of docs/encoders.md."""
   counts = json.loads(params.PATH.read_text())
   parity = json.loads(PARITY.read_text()) if PARITY.is_file() else {}
   head = f'| {" | ".join(_COLUMNS)} |\n|{"---|" * len(_COLUMNS)}\n'

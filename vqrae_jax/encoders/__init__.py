@@ -1,44 +1,29 @@
-"""The encoders that a config may name: specs and weight tables, no modules.
+"""The encoders that a config may name: specs, weight tables, hub repositories.
 
-A row holds an `EncoderSpec`'s fields under the name it was published by, in
-lower case and without its owner; a family is one file: its rows, how its
-files name leaves (`NAMINGS`), and how its `config.json` is read (`fields`).
-Where rows come from stands in `published.py`. Exact parameter counts are
-pinned in `tests/golden/encoder_params.json`. No file is opened here.
+A row holds an `EncoderSpec`'s fields under its published name, in lower case
+and without its owner. A family is one file: its rows, the key formats of its
+files (`KEY_FORMATS`), and the reader of its `config.json` (`fields`).
+`tests/golden/encoder_params.json` pins exact parameter counts. No modules are
+built and no file is opened here.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vqrae_jax.encoders import (
-  converted,
-  dinov2,
-  internvit,
-  mae,
-  siglip,
-  siglip2,
-)
+from vqrae_jax.encoders import converted, dinov2, internvit, mae, siglip
 from vqrae_jax.encoders.naming import KeyFormat, Shapes
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import UserError
 
-ENCODERS = {
-  **siglip.ROWS,
-  **siglip2.ROWS,
-  **dinov2.ROWS,
-  **mae.ROWS,
-  **internvit.ROWS,
-}
-
-NAMINGS = (
-  *siglip.NAMINGS,
-  *dinov2.NAMINGS,
-  *mae.NAMINGS,
-  *internvit.NAMINGS,
-  *converted.NAMINGS,
+ENCODERS = {**siglip.ROWS, **dinov2.ROWS, **mae.ROWS, **internvit.ROWS}
+KEY_FORMATS = tuple(
+  key_format
+  for family in (siglip, dinov2, mae, internvit, converted)
+  for key_format in family.KEY_FORMATS
 )
 
 # config.json's model_type -> its reader.
-MODEL_TYPES = {
+_READERS = {
   'siglip_vision_model': siglip.fields,
   'siglip2_vision_model': siglip.fields,
   'dinov2': dinov2.fields,
@@ -47,7 +32,7 @@ MODEL_TYPES = {
   'intern_vit_6b': internvit.fields,
   'internvl_vision': internvit.fields,
 }
-# A model around an encoder -> the encoder's type, its own section.
+# A model around an encoder -> the model_type of its "vision_config".
 _AROUND = {
   'siglip': 'siglip_vision_model',
   'siglip2': 'siglip2_vision_model',
@@ -56,42 +41,98 @@ _AROUND = {
 }
 
 
-def naming_of(shapes: Shapes, where: str) -> KeyFormat:
-  """Whose names a file's keys are.
+def key_format(shapes: Shapes, where: str) -> KeyFormat:
+  """The format of a file's keys.
 
   Args:
     shapes: {the file's key: shape}.
     where: the file, for the error.
 
   Raises:
-    UserError: no family's.
+    UserError: the keys are of no supported family.
   """
-  for naming in NAMINGS:
-    if naming.tells(shapes):
-      return naming
-  known = ', '.join(n.name for n in NAMINGS)
-  raise UserError(f'{where} has no key that tells an encoder; known: {known}')
+  for found in KEY_FORMATS:
+    if found.matches(shapes):
+      return found
+  names = ', '.join(f.name for f in KEY_FORMATS)
+  raise UserError(
+    f'could not identify the encoder family from the keys in {where}; '
+    f'supported: {names}'
+  )
 
 
 def fields_of(config: Mapping[str, Any], where: str) -> dict:
-  """An `EncoderSpec`'s fields out of a model's `config.json`.
+  """An `EncoderSpec`'s fields from a published `config.json`.
 
   Raises:
-    UserError: a type that is not known, or a number that is none.
+    UserError: an unsupported model_type, or a value of the wrong type.
   """
-  kind = config.get('model_type')
-  if kind in _AROUND:
-    config = dict(config.get('vision_config') or {})
-    config['model_type'] = kind = _AROUND[kind]
-  if kind not in MODEL_TYPES:
-    known = [*MODEL_TYPES, *_AROUND]
-    raise UserError(
-      f'{where}: model_type {kind!r} is no encoder known here'
-      f'{did_you_mean(kind, known)}'
-    )
+  kind = str(config.get('model_type'))
   try:
-    return MODEL_TYPES[kind](config)
+    if kind in _AROUND:
+      kind = _AROUND[kind]
+      config = dict(config.get('vision_config') or {}) | {'model_type': kind}
+    if kind not in _READERS:
+      raise UserError(
+        f'model_type "{kind}" is not a supported encoder; supported: '
+        f'{", ".join(sorted((*_READERS, *_AROUND)))}'
+      )
+    return _READERS[kind](config)
   except UserError as e:
     raise UserError(f'{where}: {e}') from None
   except (TypeError, ValueError, AttributeError) as e:
-    raise UserError(f'{where} cannot be read as a {kind} ({e})') from None
+    raise UserError(f'{where} cannot be read as a {kind} config: {e}') from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """A repository of the Hugging Face hub.
+
+  No revision is pinned: a repository's files are taken as the hub has them,
+  or at "@REV", and the commit found is recorded.
+
+  Attributes:
+    hub: ORG/NAME.
+    licence: of the weights, as the repository states it; read it there before
+      relying on it.
+  """
+
+  hub: str
+  licence: str
+
+  @property
+  def url(self) -> str:
+    return f'https://huggingface.co/{self.hub}'
+
+
+_MAE_LICENCE = "see the hub's page; the authors' repository is CC BY-NC 4.0"
+# First part of a row's name -> (owner on the hub, licence).
+_OWNERS = {
+  'siglip2': ('google', 'Apache-2.0'),
+  'siglip': ('google', 'Apache-2.0'),
+  'dinov2': ('facebook', 'Apache-2.0'),
+  'vit': ('facebook', _MAE_LICENCE),
+  'internvit': ('OpenGVLab', 'MIT'),
+}
+
+
+def _published(name: str) -> Published:
+  family = name.split('-')[0]
+  owner, licence = _OWNERS[family]
+  if family == 'internvit':  # the one whose repositories have capitals
+    for low, high in (
+      ('internvit', 'InternViT'), ('300m', '300M'), ('6b', '6B'), ('-v', '-V')
+    ):  # fmt: skip
+      name = name.replace(low, high)
+  return Published(f'{owner}/{name}', licence)
+
+
+# Row's name -> its repository.
+PUBLISHED = {name: _published(name) for name in ENCODERS}
+
+
+def row_of(hub: str) -> str | None:
+  """The row that a hub id names, in any capitals, if there is one."""
+  return next(
+    (n for n, p in PUBLISHED.items() if p.hub.lower() == hub.lower()), None
+  )

@@ -1,11 +1,12 @@
-"""An encoder as this package stores it: one more naming, and its config.json.
+"""A converted encoder: the key format and `config.json` of this package.
 
-  config.json         format version, the spec's fields, where it came from
+  config.json         format version, the spec's fields, its origin
   model.safetensors   every leaf under its own name, blocks stacked
 
-The fields are all of an `EncoderSpec` but how it is run (scan, remat, dtype)
-and `output_norm`: the final norm's weights are kept, and which norm is applied
-is chosen at load. `convert.py` writes the folder. No file is opened here.
+The fields are those of an `EncoderSpec` without the run options (scan, remat,
+dtype) and without `output_norm`: the file keeps the final norm, and the caller
+of `load_encoder` chooses which norm applies. `convert.py` writes the folder.
+No file is opened here.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from vqrae_jax.specs import LATER_FIELDS, RUN_OPTIONS, EncoderSpec, ViTSpec
 from vqrae_jax.weights import Rule, Table, skip
 
 FORMAT_VERSION = 1
-# The section of config.json that a tokenizer's does not have.
+# A section that a tokenizer's config.json does not have.
 KEY = 'encoder'
 
 _KERNELS = (
@@ -38,44 +39,44 @@ LEAVES = (
   *(f'{BLOCKS}attention/{n}_norm/scale' for n in ('query', 'key')),
   *(f'{BLOCKS}scale{n}' for n in '12'),
 )
-_LAST = ('norm/scale', 'norm/bias')
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """Every leaf that an encoder may have, as it is."""
+  """Every leaf that an encoder may have, unchanged."""
   del shapes
   rows: list = [Rule(name, name) for name in LEAVES]
-  if why := spec.final_norm and naming.NORMS[spec.output_norm]:
+  if why := spec.final_norm and naming.FINAL_NORM[spec.output_norm]:
     rows.append(skip('norm/.*', why))
   else:
-    rows += [Rule(name, name) for name in _LAST]
+    rows += [Rule(f'norm/{n}', f'norm/{n}') for n in ('scale', 'bias')]
   return Table(tuple(rows), ())
 
 
-NAMINGS = (naming.KeyFormat('this package', f'^{BLOCKS}', table),)
-
-
-def _without(cls: type, left_out: tuple[str, ...]) -> set[str]:
-  return {f.name for f in dataclasses.fields(cls)} - set(left_out)
-
-
-_FIELDS = _without(EncoderSpec, ('output_norm',))
-_VIT_FIELDS = _without(ViTSpec, RUN_OPTIONS)
+KEY_FORMATS = (naming.KeyFormat('this package', f'^{BLOCKS}', table),)
+_LEFT_OUT = {'output_norm', *(f'vit.{name}' for name in RUN_OPTIONS)}
+_FIELDS = {
+  *(f.name for f in dataclasses.fields(EncoderSpec)),
+  *(f'vit.{f.name}' for f in dataclasses.fields(ViTSpec)),
+} - _LEFT_OUT
+# May be missing: files of before they existed have their defaults.
+_LATER = {*LATER_FIELDS, *(f'vit.{name}' for name in LATER_FIELDS)}
 
 
 def describe(spec: EncoderSpec) -> dict[str, Any]:
   """The section that `fields` reads."""
-  section = {k: v for k, v in dataclasses.asdict(spec).items() if k in _FIELDS}
-  vit = {k: v for k, v in section['vit'].items() if k in _VIT_FIELDS}
-  return section | {'vit': vit}
+  section = dataclasses.asdict(spec)
+  del section['output_norm']
+  for name in RUN_OPTIONS:
+    del section['vit'][name]
+  return section
 
 
 def fields(config: Mapping[str, Any], folder: str) -> dict:
-  """A spec's fields out of our `config.json`; every one must be there.
+  """A spec's fields from our `config.json`; every one must be there.
 
   Args:
-    config: what the file holds, a "format_version" among it.
-    folder: where it lies, for the errors.
+    config: the file's content, with a "format_version".
+    folder: where it is, for the errors.
 
   Raises:
     UserError: a tokenizer's, another version's, or a damaged one.
@@ -84,23 +85,17 @@ def fields(config: Mapping[str, Any], folder: str) -> dict:
     raise UserError(f'{folder} is a tokenizer; load_tokenizer opens it')
   if config['format_version'] != FORMAT_VERSION:
     raise UserError(
-      f'{folder} has format version {config["format_version"]} of encoders, '
-      f'this package reads {FORMAT_VERSION}; install the version that wrote it'
+      f'{folder} has encoder format version {config["format_version"]}, this '
+      f'package reads {FORMAT_VERSION}; install the version that wrote it'
     )
-  section = config[KEY]
-  vit = section.get('vit') if isinstance(section, Mapping) else None
-  if not isinstance(vit, Mapping):
+  section, keys = config[KEY], set()
+  if isinstance(section, Mapping) and isinstance(section.get('vit'), Mapping):
+    keys = {*section, *(f'vit.{key}' for key in section['vit'])}
+  wrong = keys - _FIELDS or _FIELDS - keys - _LATER
+  if wrong:
+    fault = 'unknown' if keys - _FIELDS else 'missing'
     raise UserError(
-      f'{folder}/config.json is damaged: "{KEY}" is no section with a "vit"; '
-      'convert the encoder again'
+      f'{folder}/config.json is damaged or was edited: the key '
+      f'"{KEY}.{min(wrong)}" is {fault}; convert the encoder again'
     )
-  for have, want, at in ((section, _FIELDS, KEY), (vit, _VIT_FIELDS, 'vit')):
-    missing = sorted(want - have.keys() - LATER_FIELDS.keys())
-    unknown = sorted(have.keys() - want)
-    if missing or unknown:
-      fault = f'no key "{missing[0]}"' if missing else f'a key "{unknown[0]}"'
-      raise UserError(
-        f'{folder}/config.json is damaged or was edited: its section "{at}" '
-        f'has {fault}; convert the encoder again'
-      )
   return dict(section)

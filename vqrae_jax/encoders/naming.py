@@ -1,25 +1,35 @@
-"""How published files name an encoder's leaves: what families share.
+"""How published encoders name their leaves and numbers: what families share.
 
-A `KeyFormat` is one way of naming, told by a key that only it has, and its table
-of rows for a spec. Rows for leaves that a spec lacks want nothing, so a table
-names all that its family may have. No file is opened here.
+A `KeyFormat` is one way of naming leaves: a signature that only its files
+have, and a weight table for a spec. A rule for a leaf that the spec lacks asks
+for nothing, so a table lists every leaf that its family may have. The readers
+of `config.json` share `vit_fields`. No file is opened here.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from vqrae_jax.errors import UserError, choose
-from vqrae_jax.specs import EncoderSpec
+from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
 from vqrae_jax.weights import Rule, Table, skip
 
 BLOCKS = 'transformer/blocks/'
-NORMS = {
+FINAL_NORM = {
   'affine': '',
   'plain': 'the final norm\'s affine: output_norm="plain" has none',
   'none': 'the final norm: output_norm="none" stops before it',
 }
 Shapes = Mapping[str, tuple[int, ...]]
+
+# Spec fields that several families share.
+SIZES = {
+  'base': dict(width=768, depth=12, num_heads=12, mlp_dim=3072),
+  'large': dict(width=1024, depth=24, num_heads=16, mlp_dim=4096),
+}
+CLS_TOKEN = dict(num_prefix_tokens=1, prefix_has_posemb=True)
+IMAGENET_PIXELS = dataclasses.asdict(IMAGENET_NORM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,107 +37,153 @@ class KeyFormat:
   """One way of naming the leaves of a family.
 
   Attributes:
-    name: of the family, as a reader knows it.
-    mark: a regex that is found in a key of such a file, and in no other's.
-    table: (spec, {the file's key: shape}) -> its rows.
+    name: the family's, for messages.
+    signature: a regex found in some key of such a file, and of no other.
+    table: (spec, {the file's key: shape}) -> the weight table.
   """
 
   name: str
-  mark: str
+  signature: str
   table: Callable[[EncoderSpec, Shapes], Table]
 
-  def tells(self, shapes: Shapes) -> bool:
-    """Whether a file is named so."""
-    return any(re.search(self.mark, key) for key in shapes)
+  def matches(self, shapes: Shapes) -> bool:
+    return any(re.search(self.signature, key) for key in shapes)
 
 
-def dense(theirs: str, ours: str) -> tuple[Rule, Rule]:
-  """A linear layer of PyTorch."""
-  row = _row(theirs)
-  return (
-    Rule(f'{theirs}.weight', f'{ours}/kernel{row}', 'linear'),
-    Rule(f'{theirs}.bias', f'{ours}/bias{row}'),
-  )
+def dense(theirs: str, ours: str | tuple[str, ...]) -> list[Rule]:
+  """A linear layer of PyTorch; several names of ours cut its outputs."""
+  return _weight_and_bias(theirs, ours, 'kernel', 'linear')
 
 
-def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
-  """A LayerNorm of PyTorch; of an RMSNorm only the weight is wanted."""
-  row = _row(theirs)
-  return (
-    Rule(f'{theirs}.weight', f'{ours}/scale{row}'),
-    Rule(f'{theirs}.bias', f'{ours}/bias{row}'),
-  )
+def norm(theirs: str, ours: str) -> list[Rule]:
+  """A LayerNorm of PyTorch; an RMSNorm has the weight only."""
+  return _weight_and_bias(theirs, ours, 'scale', 'same')
 
 
-def cut(theirs: str, ours: tuple[str, ...]) -> tuple[Rule, Rule]:
-  """One linear layer of PyTorch that is several of ours, one upon another."""
-  row = _row(theirs)
-  kernels = tuple(f'{o}/kernel{row}' for o in ours)
-  biases = tuple(f'{o}/bias{row}' for o in ours)
-  return (
-    Rule(f'{theirs}.weight', kernels, 'linear'),
-    Rule(f'{theirs}.bias', biases),
-  )
+def _weight_and_bias(
+  theirs: str, ours: str | tuple[str, ...], weight: str, transform: str
+) -> list[Rule]:
+  row = '[{i}]' if '{i}' in theirs else ''
+  names = (ours,) if isinstance(ours, str) else ours
+  return [
+    Rule(f'{theirs}.weight', tuple(f'{n}/{weight}{row}' for n in names),
+         transform),
+    Rule(f'{theirs}.bias', tuple(f'{n}/bias{row}' for n in names)),
+  ]  # fmt: skip
 
 
-def _row(theirs: str) -> str:
-  return '[{i}]' if '{i}' in theirs else ''
+def blocks(
+  layer: str, linears: Mapping[str, str], norms: Mapping[str, str]
+) -> list[Rule]:
+  """The linear layers and norms of every block, {their name: ours}."""
+  rows = []
+  for theirs, ours in linears.items():
+    rows += dense(layer + theirs, BLOCKS + ours)
+  for theirs, ours in norms.items():
+    rows += norm(layer + theirs, BLOCKS + ours)
+  return rows
 
 
-def convolution(theirs: str) -> tuple[Rule, Rule]:
-  """The convolution that cuts and embeds patches."""
-  return (
+def fc_layers(prefix: str) -> dict[str, str]:
+  """An MLP's two linear layers where they are called fc1 and fc2."""
+  return {f'{prefix}fc{n}': f'mlp/fc{n}' for n in '12'}
+
+
+# The attention of transformers' ViT: DINOv2 and ViT-MAE have it.
+HF_ATTENTION = {
+  **{f'attention.attention.{n}': f'attention/{n}'
+     for n in ('query', 'key', 'value')},
+  'attention.output.dense': 'attention/out',
+}  # fmt: skip
+
+
+def hf_vit(layer: str) -> list[Rule]:
+  """The blocks of transformers' ViT: ViT-MAE's, and those of RAE's decoders."""
+  mlp = {'intermediate.dense': 'mlp/fc1', 'output.dense': 'mlp/fc2'}
+  norms = {'layernorm_before': 'norm1', 'layernorm_after': 'norm2'}
+  return blocks(layer, HF_ATTENTION | mlp, norms)
+
+
+def convolution(theirs: str) -> list[Rule]:
+  """The convolution that embeds patches."""
+  return [
     Rule(f'{theirs}.weight', 'embed/linear/kernel', 'conv_patch'),
     Rule(f'{theirs}.bias', 'embed/linear/bias'),
+  ]
+
+
+def positions(theirs: str) -> Rule:
+  """One table of positions, the cls token's first."""
+  return Rule(
+    theirs,
+    ('embed/prefix_positions', 'embed/positions'),
+    ('batched', 'batched grid'),
   )
 
 
-def cls_and_positions(cls: str, positions: str) -> tuple[Rule, Rule]:
-  """A cls token and one table of positions, its own first."""
-  return (
-    Rule(cls, 'embed/prefix', 'batched'),
-    Rule(
-      positions,
-      ('embed/prefix_positions', 'embed/positions'),
-      ('batched', 'batched grid'),
-    ),
-  )
+def hf_embeddings() -> list[Rule]:
+  """Patches, cls token and positions of transformers' ViTs with a cls token."""
+  return [
+    *convolution('embeddings.patch_embeddings.projection'),
+    Rule('embeddings.cls_token', 'embed/prefix', 'batched'),
+    positions('embeddings.position_embeddings'),
+  ]
 
 
-def final_norm(spec: EncoderSpec, theirs: str) -> tuple:
-  """The final norm, or why it is left out."""
+def final_norm(spec: EncoderSpec, theirs: str) -> list:
+  """The final norm, or why it is skipped."""
   if not spec.final_norm:
-    return ()
-  why = NORMS[spec.output_norm]
-  return (skip(rf'{theirs}\..*', why),) if why else norm(theirs, 'norm')
+    return []
+  why = FINAL_NORM[spec.output_norm]
+  return [skip(rf'{theirs}\..*', why)] if why else norm(theirs, 'norm')
 
 
-ACTS = {
+_ACTS = {
   'gelu': 'gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',
 }
 
 
-def act(config: Mapping, default: str) -> str:
-  """Our word for a config.json's activation."""
-  return choose(ACTS, str(config.get('hidden_act', default)), 'hidden_act')
+def vit_fields(
+  config: Mapping[str, Any], act: str = 'gelu', qkv_bias: str = 'qkv_bias'
+) -> dict:
+  """The `ViTSpec` fields under the keys that all families use.
 
-
-def side(size: object) -> int:
-  """The pixels of a square's side, out of a number or a pair.
+  Args:
+    config: a published `config.json` over its family's defaults.
+    act: the family's default of "hidden_act".
+    qkv_bias: the key of the biases of q, k and v, which may be absent.
 
   Raises:
-    UserError: no square.
+    UserError: an activation that is not supported.
+  """
+  act = str(config.get('hidden_act', act))
+  return dict(
+    width=config['hidden_size'],
+    depth=config['num_hidden_layers'],
+    num_heads=config['num_attention_heads'],
+    mlp_dim=config['intermediate_size'],
+    norm_eps=config['layer_norm_eps'],
+    act=choose(_ACTS, act, 'hidden_act'),
+    qkv_bias=config.get(qkv_bias, True),
+  )
+
+
+def square_side(size: object) -> int:
+  """The side in pixels of a square given by a number or a pair.
+
+  Raises:
+    UserError: not a square.
   """
   sides = {*size} if isinstance(size, list | tuple) else {size}
   if len(sides) != 1 or not all(isinstance(s, int) and s > 0 for s in sides):
-    raise UserError(f'a size of {size} in config.json is no square in pixels')
+    raise UserError(f'the size {size} in config.json is not a square in pixels')
   return sides.pop()
 
 
-def square(config: Mapping, image: int, patch: int) -> dict:
-  """The patch and native grid of a config.json, with its type's defaults."""
-  patch = side(config.get('patch_size', patch))
-  n = side(config.get('image_size', image)) // patch
+def patch_grid(config: Mapping[str, Any], image: int, patch: int) -> dict:
+  """Patch size and native grid; `image` and `patch` are the defaults."""
+  patch = square_side(config.get('patch_size', patch))
+  n = square_side(config.get('image_size', image)) // patch
   return dict(patch_size=patch, grid=(n, n))

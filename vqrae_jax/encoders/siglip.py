@@ -1,13 +1,18 @@
-"""SigLIP vision encoders (arXiv 2303.15343), fixed input sizes.
+"""SigLIP (arXiv 2303.15343) and SigLIP2 (2502.14786) vision encoders.
 
 LayerNorm eps 1e-6, tanh-gelu, biases everywhere, learned positions, no cls
 token, pixels to [-1, 1]. The pooling head is not part of the encoder. Sizes
 are those of the published `config.json` files; positions are resampled
-bicubic without antialias, as the family's code does. A size that is no
+bicubic without antialias, as the family's code does. A size that is not a
 multiple of the patch floors its grid: 384 / 14 is 27.
 
-Files: the hub's (convolution, or NaFlex's linear layer over patches laid row,
-column, channel) and big_vision's `.npz`, blocks apart or stacked.
+SigLIP2 has the same towers with other weights, and resizes images bilinear.
+Its "naflex" encoders, made for any aspect ratio from a table of 16 x 16,
+resample positions bilinear with antialias. Here NaFlex has its native grid and
+the grids of the size rule, without packed sequences and padding masks.
+
+Files: the hub's (a convolution, or NaFlex's linear layer over patches in order
+row, column, channel) and big_vision's `.npz`, blocks apart or stacked.
 """
 
 from collections.abc import Mapping
@@ -18,52 +23,68 @@ from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import EncoderSpec
 from vqrae_jax.weights import Rule, Table, by_heads, skip
 
-_SIZES = {
-  'base': dict(width=768, depth=12, num_heads=12, mlp_dim=3072),
-  'large': dict(width=1024, depth=24, num_heads=16, mlp_dim=4096),
-  'so400m': dict(width=1152, depth=27, num_heads=16, mlp_dim=4304),
+_SIZES = naming.SIZES | {
+  'so400m': dict(width=1152, depth=27, num_heads=16, mlp_dim=4304)
 }
+_PIXELS = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+_NAFLEX = dict(
+  resize='bilinear', posemb_resize='bilinear', posemb_antialias=True
+)
 
 
-def row(size: str, patch: int, pixels: int, **fields) -> dict:
-  """One encoder's spec fields; SigLIP2 has the same towers."""
+def _row(size: str, patch: int, pixels: int, **fields) -> dict:
   vit = dict(
     **_SIZES[size],
     patch_size=patch,
     grid=(pixels // patch, pixels // patch),
     act='gelu_tanh',
   )
-  norm = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-  return dict(vit=vit, pixel_norm=norm, **fields)
+  return dict(vit=vit, pixel_norm=_PIXELS, **fields)
 
 
-_PUBLISHED = {
+def _rows(family: str, sizes: Mapping, **fields) -> dict:
+  return {
+    f'{family}-{size}-patch{patch}-{pixels}': _row(
+      size, patch, pixels, **fields
+    )
+    for (size, patch), sides in sizes.items()
+    for pixels in sides
+  }
+
+
+_SIGLIP = {
   ('base', 16): (224, 256, 384, 512),
   ('large', 16): (256, 384),
   ('so400m', 14): (224, 384),
 }
-
+_SIGLIP2 = {
+  ('base', 32): (256,),
+  ('base', 16): (224, 256, 384, 512),
+  ('large', 16): (256, 384, 512),
+  ('so400m', 14): (224, 384),
+  ('so400m', 16): (256, 384, 512),
+}
 ROWS = {
-  f'siglip-{size}-patch{patch}-{pixels}': row(size, patch, pixels)
-  for (size, patch), sides in _PUBLISHED.items()
-  for pixels in sides
+  **_rows('siglip', _SIGLIP),
+  **_rows('siglip2', _SIGLIP2, resize='bilinear'),
+  **{
+    f'siglip2-{size}-patch16-naflex': _row(size, 16, 256, **_NAFLEX)
+    for size in ('base', 'so400m')
+  },
 }
 
-
-_LAYER = 'encoder.layers.{i}.'
-_DENSE = {
-  'self_attn.q_proj': 'attention/query',
-  'self_attn.k_proj': 'attention/key',
-  'self_attn.v_proj': 'attention/value',
+_LINEARS = {
+  **{f'self_attn.{n[0]}_proj': f'attention/{n}'
+     for n in ('query', 'key', 'value')},
   'self_attn.out_proj': 'attention/out',
-  'mlp.fc1': 'mlp/fc1',
-  'mlp.fc2': 'mlp/fc2',
-}
+  **naming.fc_layers('mlp.'),
+}  # fmt: skip
+_NORMS = {f'layer_norm{n}': f'norm{n}' for n in '12'}
 _PATCH = 'embeddings.patch_embedding'
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The hub's names; a patch embedding of two axes is NaFlex's."""
+  """The hub's names; a patch embedding with two axes is NaFlex's."""
   flat = any(
     k.endswith(f'{_PATCH}.weight') and len(s) == 2 for k, s in shapes.items()
   )
@@ -72,10 +93,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   rows.append(
     Rule('embeddings.position_embedding.weight', 'embed/positions', 'grid')
   )
-  for theirs, ours in _DENSE.items():
-    rows += naming.dense(_LAYER + theirs, BLOCKS + ours)
-  for n in '12':
-    rows += naming.norm(f'{_LAYER}layer_norm{n}', f'{BLOCKS}norm{n}')
+  rows += naming.blocks('encoder.layers.{i}.', _LINEARS, _NORMS)
   rows += naming.final_norm(spec, 'post_layernorm')
   rows += [
     skip(r'head\..*', 'the pooling head: latents are taken before it'),
@@ -89,23 +107,24 @@ def _big_vision_block(theirs: str, row: str, heads: int) -> list[Rule]:
   attention = f'{theirs}MultiHeadDotProductAttention_0/'
   rows = []
   for name in ('query', 'key', 'value', 'out'):
-    last = name != 'out'
-    ours = f'{BLOCKS}attention/{name}'
-    split = by_heads(heads, -1 if last else -2)
-    bias = split if last else 'same'
-    rows += [
-      Rule(f'{attention}{name}/kernel', f'{ours}/kernel{row}', split),
-      Rule(f'{attention}{name}/bias', f'{ours}/bias{row}', bias),
-    ]
+    out = name == 'out'
+    split = by_heads(heads, -2 if out else -1)
+    for leaf, transform in (
+      ('kernel', split),
+      ('bias', 'same' if out else split),
+    ):
+      ours = f'{BLOCKS}attention/{name}/{leaf}{row}'
+      rows.append(Rule(f'{attention}{name}/{leaf}', ours, transform))
   for n in (0, 1):
-    layer, ours = f'{theirs}MlpBlock_0/Dense_{n}', f'{BLOCKS}mlp/fc{n + 1}'
-    rows += [Rule(f'{layer}/{w}', f'{ours}/{w}{row}') for w in _DENSE_LEAVES]
-    layer, ours = f'{theirs}LayerNorm_{n}', f'{BLOCKS}norm{n + 1}'
-    rows += [Rule(f'{layer}/{w}', f'{ours}/{w}{row}') for w in _NORM_LEAVES]
+    for layer, ours, leaves in (
+      (f'MlpBlock_0/Dense_{n}', f'mlp/fc{n + 1}', ('kernel', 'bias')),
+      (f'LayerNorm_{n}', f'norm{n + 1}', ('scale', 'bias')),
+    ):
+      rows += [
+        Rule(f'{theirs}{layer}/{leaf}', f'{BLOCKS}{ours}/{leaf}{row}')
+        for leaf in leaves
+      ]
   return rows
-
-
-_DENSE_LEAVES, _NORM_LEAVES = ('kernel', 'bias'), ('scale', 'bias')
 
 
 def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
@@ -119,10 +138,10 @@ def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *_big_vision_block(block, '' if stacked else '[{i}]', spec.vit.num_heads),
   ]
   last = 'Transformer/encoder_norm'
-  if why := naming.NORMS[spec.output_norm]:
+  if why := naming.FINAL_NORM[spec.output_norm]:
     rows.append(skip(f'{last}/.*', why))
   else:
-    rows += [Rule(f'{last}/{w}', f'norm/{w}') for w in _NORM_LEAVES]
+    rows += [Rule(f'{last}/{n}', f'norm/{n}') for n in ('scale', 'bias')]
   rows += [
     skip('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
     skip('txt/.*|t|b', 'the text tower'),
@@ -130,40 +149,24 @@ def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
   return Table(tuple(rows), ('params/', 'opt/target/', 'img/'))
 
 
-NAMINGS = (
+KEY_FORMATS = (
   naming.KeyFormat('SigLIP', r'(^|\.)embeddings\.position_embedding\.', table),
   naming.KeyFormat(
     'SigLIP of big_vision', r'Transformer/encoder_norm/', big_vision_table
   ),
 )
 
-_DEFAULTS = dict(
-  hidden_size=768,
-  num_hidden_layers=12,
-  intermediate_size=3072,
-  num_attention_heads=12,
-  layer_norm_eps=1e-6,
-)
-
 
 def fields(config: Mapping[str, Any]) -> dict:
-  """A spec's fields out of a `config.json`; what it leaves out is base's."""
-  c = _DEFAULTS | dict(config)
+  """An `EncoderSpec`'s fields from a `config.json`; the defaults are base's."""
+  c = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
+  c |= dict(intermediate_size=3072, layer_norm_eps=1e-6)
+  c |= config
   if c['model_type'].startswith('siglip2'):
-    patch, n = naming.side(c.get('patch_size', 16)), c.get('num_patches', 256)
-    where = dict(patch_size=patch, grid=(round(n**0.5),) * 2)
-    how = dict(
-      resize='bilinear', posemb_resize='bilinear', posemb_antialias=True
-    )
+    patch = naming.square_side(c.get('patch_size', 16))
+    n = round(c.get('num_patches', 256) ** 0.5)
+    size, resampling = dict(patch_size=patch, grid=(n, n)), _NAFLEX
   else:
-    where, how = naming.square(c, 224, 16), {}
-  vit = dict(
-    width=c['hidden_size'],
-    depth=c['num_hidden_layers'],
-    num_heads=c['num_attention_heads'],
-    mlp_dim=c['intermediate_size'],
-    norm_eps=c['layer_norm_eps'],
-    act=naming.act(c, 'gelu_pytorch_tanh'),
-    **where,
-  )
-  return dict(vit=vit, pixel_norm=dict(mean=(0.5,) * 3, std=(0.5,) * 3), **how)
+    size, resampling = naming.patch_grid(c, 224, 16), {}
+  vit = naming.vit_fields(c, 'gelu_pytorch_tanh') | size
+  return dict(vit=vit, pixel_norm=_PIXELS, **resampling)

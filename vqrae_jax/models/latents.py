@@ -1,10 +1,13 @@
-"""Latents brought to mean 0 and variance 1 before they are quantised.
+"""Latents normalized to mean 0 and variance 1 before quantization.
 
-As RAE does it (arXiv 2510.11690): (z - mean) / sqrt(var + 1e-5), right after
-the encoder, by statistics of a channel or of each position's channels; the
-inverse lies before the decoder. Mean and std are data, not parameters: they
-lie in the linen collection "codebook" and no step moves them. Files of them
-are read in `latent_files.py`.
+As in RAE (arXiv 2510.11690): (z - mean) / sqrt(var + 1e-5), directly after the
+encoder, with statistics of each channel, or of each channel at each position;
+the inverse is before the decoder. Mean and std are data, not parameters: they
+are in the linen collection "codebook", and no step changes them.
+
+A file of statistics has the arrays "mean" and "var": ours are [d] or
+[gh gw d] (`python -m vqrae_jax.latent_stats`), RAE's have the channel first,
+[d gh gw]. The model's shape determines which.
 """
 
 from collections.abc import Mapping
@@ -18,6 +21,9 @@ from vqrae_jax import weights
 from vqrae_jax.errors import UserError
 from vqrae_jax.specs import LatentsSpec
 
+EPS = 1e-5  # RAE's, added to the variance
+COMMAND = 'python -m vqrae_jax.latent_stats'
+
 
 def stats_shape(spec: LatentsSpec, d: int) -> tuple[int, ...]:
   """The shape of mean and std: (d,), or (gh, gw, d)."""
@@ -25,7 +31,7 @@ def stats_shape(spec: LatentsSpec, d: int) -> tuple[int, ...]:
 
 
 class LatentNorm(nn.Module):
-  """Normalises latents f[b gh gw d], and what the decoder reads back.
+  """Normalizes latents f[b gh gw d], and inverts it for the decoder.
 
   Both compute in f32; the leaves are codebook/latents/{mean,std}, f32[d] or
   f32[gh gw d].
@@ -48,7 +54,7 @@ class LatentNorm(nn.Module):
       UserError: statistics by position, of another grid.
     """
     z = latents.astype(jnp.float32)
-    # Parameters are made on an image of one token, and its values are none.
+    # Initialization uses an image of one token, and only its shapes.
     if self.is_initializing():
       return z
     check_grid(self.spec, z.shape[1:3], 'the image')
@@ -70,67 +76,54 @@ class LatentNorm(nn.Module):
 
 
 def check_grid(spec: LatentsSpec, grid: tuple[int, ...], what: str) -> None:
-  """Statistics by position are of the grid that `what` has.
+  """`what` must have the grid of statistics by position.
 
   Raises:
-    UserError: they are of another.
+    UserError: it has another.
   """
   if spec.grid and tuple(grid) != spec.grid:
     (gh, gw), (h, w) = spec.grid, grid
     raise UserError(
-      f'{what} has {h}x{w} tokens, and the statistics of latents '
+      f'{what} has {h}x{w} tokens, but the statistics of latents '
       f'(model.latents, norm="position") are of {gh}x{gw}: resize it to that '
       'many patches, or train with norm="channel", which takes any grid'
     )
 
 
-# ----------------------------------------------------------------------------
-# Files of latents' statistics: "mean" and "var", ours and RAE's.
-#
-# Ours are [d] or [gh gw d] (`python -m vqrae_jax.latent_stats`); RAE's have the
-# channel first, [d gh gw]. A file does not say which it is: the model's shape
-# does. What becomes of them is in `latents.py`.
-
-_LARGEST = np.finfo(np.float32).max
-EPS = 1e-5  # RAE's, added to the variance
-COMMAND = 'python -m vqrae_jax.latent_stats'
-
-
 def read_statistics(source: weights.WeightFile) -> dict[str, np.ndarray]:
-  """{"mean", "var"} of a file, as it has them.
+  """{"mean", "var"} of a file, in its own shapes.
 
   Raises:
-    UserError: other arrays, shapes that differ, NaN, a negative variance.
+    UserError: other arrays, shapes that differ, values that are not finite in
+      f32, a negative variance.
   """
   if set(source) != {'mean', 'var'}:
     has = ', '.join(sorted(source)[:4]) or 'nothing'
     raise UserError(
-      f'{source.name} holds no "mean" and "var" of latents, but {has}'
+      f'{source.name} must hold "mean" and "var" of latents; it holds {has}'
     )
-  arrays = {k: np.asarray(h.read()) for k, h in source.items()}
-  if arrays['mean'].shape != arrays['var'].shape:
-    raise UserError(
-      f'{source.name}: mean is {arrays["mean"].shape}, var '
-      f'{arrays["var"].shape}; they must be alike'
-    )
-  if not all((np.abs(x) < _LARGEST).all() for x in arrays.values()):
-    raise UserError(
-      f'{source.name} holds NaN or infinity in f32; compute it again'
-    )
-  if (arrays['var'] < 0).any():
-    raise UserError(f'{source.name}: var is negative; it is no variance')
-  return arrays
+  arrays = {k: np.asarray(array.read()) for k, array in source.items()}
+  mean, var = arrays['mean'], arrays['var']
+  limit = np.finfo(np.float32).max
+  if mean.shape != var.shape:
+    fault = f'mean is {mean.shape} and var {var.shape}; they must be equal'
+  elif not all((np.abs(x) < limit).all() for x in (mean, var)):
+    fault = 'it holds NaN or infinity in f32; compute it again'
+  elif (var < 0).any():
+    fault = 'var is negative'
+  else:
+    return arrays
+  raise UserError(f'{source.name}: {fault}')
 
 
-def _laid(x: np.ndarray, want: tuple[int, ...], name: str) -> np.ndarray:
-  """x as `want` (channel last), from that or from RAE's layout."""
+def _channels_last(x: np.ndarray, want: tuple[int, ...], name: str):
+  """x in the shape `want`, from that or from RAE's layout."""
   shape = x.shape[1:] if x.ndim == 4 and x.shape[0] == 1 else x.shape
   x = x.reshape(shape)
   first = (want[-1], *want[:-1])
   if len(want) == 3 and shape == want == first:
     raise UserError(
-      f'{name}: {shape} is as many channels as rows and columns, and does not '
-      'say whether the channel is first or last'
+      f'{name}: {shape} does not show whether the channel is first or last'
     )
   if shape == want:
     return x
@@ -139,18 +132,18 @@ def _laid(x: np.ndarray, want: tuple[int, ...], name: str) -> np.ndarray:
   also = f', or with the channel first {first}' if len(want) == 3 else ''
   raise UserError(
     f'{name}: mean and var are {x.shape}, the model wants {want}{also}: set '
-    f'model.latents to what the file is, or compute it again: {COMMAND}'
+    f'model.latents accordingly, or compute the statistics again: {COMMAND}'
   )
 
 
 def leaves_of(
   path: str, spec: LatentsSpec, latent_dim: int
 ) -> Mapping[str, np.ndarray]:
-  """{"codebook/latents/mean" and "…/std": f32} of a file of statistics.
+  """{"codebook/latents/mean" and "…/std": f32} from a file of statistics.
 
   Args:
     path: `.npz` (of `latent_stats`, or of `convert`), or RAE's own `.pt`.
-      Arrays of the model's shape are taken as they are; [d gh gw] and
+      Arrays of the model's shape are used directly; [d gh gw] and
       [1 d gh gw] are RAE's, and transposed.
     spec: the model's section, with a norm.
     latent_dim: d.
@@ -159,10 +152,10 @@ def leaves_of(
     UserError: no such file, a damaged one, or one of another shape.
   """
   source = weights.open_weights(path)
-  found = read_statistics(source)
   want = stats_shape(spec, latent_dim)
+  arrays = read_statistics(source)
   mean, var = (
-    _laid(found[k], want, source.name).astype(np.float64)
+    _channels_last(arrays[k], want, source.name).astype(np.float64)
     for k in ('mean', 'var')
   )
   return {

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Weights that others published, in their names: tables and loading."""

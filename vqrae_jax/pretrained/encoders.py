@@ -1,15 +1,14 @@
-"""Published encoders: a source word to a spec, its files, and its leaves.
+"""Published encoders: from a source to a spec, its files, and its leaves.
 
-A row of the table and a hub id are fetched or found in the hub's cache; a
-folder says by its `config.json` what it holds, so that any size of a known
-family opens, and encoders that `convert` stored; a file is weights alone, and
-a row's name says which. Files are held to the model whole before a value is
-read (`weights/`). Nothing here trains, and no module of another package is
-built.
+A row of the table and a hub id are downloaded or found in the hub's cache. A
+folder's `config.json` describes its encoder, so that any size of a supported
+family opens, and so do the encoders that `convert` wrote. A file holds weights
+alone, so the caller names its row. Files are matched with the model completely
+before a value is read (`weights/`). Nothing here trains, and no module of
+another package is built.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -17,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from vqrae_jax import encoders, sharding, weights
-from vqrae_jax.encoders import converted, published
-from vqrae_jax.errors import UserError, choose, did_you_mean
+from vqrae_jax.encoders import converted
+from vqrae_jax.errors import UserError, choose, did_you_mean, read_json
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import trees
 from vqrae_jax.specs import (
@@ -32,97 +31,87 @@ from vqrae_jax.weights import hub
 
 CONFIG, PIXELS = hub.CONFIGS
 _RESAMPLE = {'2': 'bilinear', '3': 'bicubic'}  # PIL's numbers
-_MAX_CONFIG = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-  """Where an encoder's files are, and what is known of it.
+class EncoderSource:
+  """Where an encoder's files are, and what describes it.
 
   Attributes:
-    word: the source as it was given.
+    source: as the caller gave it.
     path: what `weights.open_weights` opens.
     row: a row of the table, or None.
-    told: an `EncoderSpec`'s fields as `config.json` has them, or None.
-    revision: the commit of a hub's snapshot, of which a stored encoder was
-      made too; else None.
-    stored: whether it is in this package's own format.
+    fields: an `EncoderSpec`'s fields as `config.json` has them, or None.
+    revision: the commit of the hub's snapshot, also of the one that a
+      converted encoder was made from; else None.
+    converted: whether `convert` wrote it.
   """
 
-  word: str
+  source: str
   path: pathlib.Path
   row: str | None = None
-  told: dict | None = None
+  fields: dict | None = None
   revision: str | None = None
-  stored: bool = False
+  converted: bool = False
 
 
-def find_encoder(word: str, row: str | None = None) -> Found:
-  """Reads a source word; fetches if it must; opens no weights.
+def find_encoder(source: str, row: str | None = None) -> EncoderSource:
+  """Finds an encoder, downloads it if necessary, and opens no weights.
 
   Args:
-    word: a row's name, "hf:ORG/NAME[@REV]", a folder or a file.
-    row: the row that a folder or file is, if its `config.json` does not say.
+    source: a row's name, "hf:ORG/NAME[@REV]", a folder or a file.
+    row: the row of a folder or file without a `config.json`.
 
   Raises:
-    UserError: nothing there, or a word of another kind.
+    UserError: there is no encoder at the source.
   """
   if row is not None:
     choose(encoders.ENCODERS, row, 'encoder')
-  source = weights.parse_source(word, encoders.ENCODERS)
-  if source.kind in ('row', 'hf'):
-    name = source.value
-    if source.kind == 'row':
-      row, name = name, published.PUBLISHED[name].hub
-    path, commit = hub.snapshot(name, source.revision)
-    row = row or published.row_of(name)
-    return dataclasses.replace(_found(word, path, row), revision=commit)
-  if source.kind != 'path':
+  parsed = weights.parse_source(source, encoders.ENCODERS)
+  if parsed.kind in ('row', 'hf'):
+    name = parsed.value
+    if parsed.kind == 'row':
+      row, name = name, encoders.PUBLISHED[name].hub
+    path, commit = hub.snapshot(name, parsed.revision)
+    found = _describe(source, path, row or encoders.row_of(name))
+    return dataclasses.replace(found, revision=commit)
+  if parsed.kind != 'path':
     raise UserError(
-      f'"{word}" is no encoder; write hf:ORG/NAME, a path, or the name of a '
-      'row of the table'
+      f'"{source}" is not an encoder; write hf:ORG/NAME, a path, or the name '
+      'of a row of the table'
     )
-  path = pathlib.Path(source.value)
+  path = pathlib.Path(parsed.value)
   if not path.exists():
     raise UserError(f'no encoder at {path}: there is no such file or folder')
-  return _found(word, path, row)
+  return _describe(source, path, row)
 
 
-def _found(word: str, path: pathlib.Path, row: str | None) -> Found:
-  """What a file, or a folder's `config.json`, says by itself."""
+def _describe(
+  source: str, path: pathlib.Path, row: str | None
+) -> EncoderSource:
+  """A file, or a folder with the fields of its `config.json`."""
   if not (path / CONFIG).is_file():
-    return Found(word, path, row)
-  config = _json(path / CONFIG)
+    return EncoderSource(source, path, row)
+  config = read_json(path / CONFIG)
   if 'format_version' not in config:
-    return Found(word, path, row, _told(path, config))
-  told, revision = converted.fields(config, str(path)), config.get('revision')
+    fields = _published_fields(path, config)
+    return EncoderSource(source, path, row, fields)
+  fields, revision = converted.fields(config, str(path)), config.get('revision')
   if not isinstance(revision, str | None):
     raise UserError(f'{path / CONFIG} is damaged: revision={revision!r}')
-  return Found(word, path, row, told, revision, stored=True)
+  return EncoderSource(source, path, row, fields, revision, converted=True)
 
 
-def _json(path: pathlib.Path) -> dict:
-  try:
-    if path.stat().st_size > _MAX_CONFIG:
-      raise ValueError('too long')
-    value = json.loads(path.read_bytes())
-  except (OSError, ValueError) as e:
-    raise UserError(f'{path} is no JSON ({e}); fetch it again') from None
-  if not isinstance(value, dict):
-    raise UserError(f'{path} is damaged: it is no section of keys')
-  return value
-
-
-def _told(path: pathlib.Path, config: dict) -> dict:
-  """An `EncoderSpec`'s fields as a published folder's files have them."""
+def _published_fields(path: pathlib.Path, config: dict) -> dict:
+  """An `EncoderSpec`'s fields from the files of a published folder."""
   fields = encoders.fields_of(config, str(path / CONFIG))
   if not (path / PIXELS).is_file():
     return fields
-  pixels = _json(path / PIXELS)
+  pixels = read_json(path / PIXELS)
   norm = dict(fields['pixel_norm'])
-  for key, ours in (('image_mean', 'mean'), ('image_std', 'std')):
-    if isinstance(pixels.get(key), list):
-      norm[ours] = tuple(pixels[key])
+  for theirs, ours in (('image_mean', 'mean'), ('image_std', 'std')):
+    if isinstance(pixels.get(theirs), list):
+      norm[ours] = tuple(pixels[theirs])
   fields['pixel_norm'] = norm
   if 'resample' in pixels:
     what = f'resample of {path / PIXELS}'
@@ -130,54 +119,55 @@ def _told(path: pathlib.Path, config: dict) -> dict:
   return fields
 
 
-def _check_told(found: Found, spec: EncoderSpec, who: str) -> None:
-  """`config.json` describes the model that is to be filled."""
-  if found.told is None:
+def _check_fields(found: EncoderSource, spec: EncoderSpec, other: str) -> None:
+  """The `config.json` must describe the spec of `other`."""
+  if found.fields is None:
     return
-  theirs = build_spec(EncoderSpec, found.told, CONFIG)
-  # An initial value, of no meaning where weights are loaded.
-  left_out = {*RUN_OPTIONS, 'layer_scale'}
-  names = [f.name for f in dataclasses.fields(spec.vit)]
-  pairs = [
-    (f'vit.{n}', getattr(theirs.vit, n), getattr(spec.vit, n))
-    for n in names
-    if n not in left_out
+  theirs = build_spec(EncoderSpec, found.fields, CONFIG)
+
+  def compared(spec: EncoderSpec) -> dict[str, Any]:
+    vit = {
+      f'vit.{f.name}': getattr(spec.vit, f.name)
+      for f in dataclasses.fields(spec.vit)
+      if f.name not in RUN_OPTIONS
+    }
+    # Of LayerScale only the presence: its initial value has no effect here.
+    vit['LayerScale'] = vit.pop('vit.layer_scale') is not None
+    return vit | {'final_norm': spec.final_norm}
+
+  want = compared(spec)
+  differ = [
+    f'{name}={value}, not {want[name]}'
+    for name, value in compared(theirs).items()
+    if value != want[name]
   ]
-  pairs.append(('final_norm', theirs.final_norm, spec.final_norm))
-  scaled = [s.vit.layer_scale is not None for s in (theirs, spec)]
-  pairs.append(('LayerScale', *scaled))
-  other = [f'{n}={a}, not {b}' for n, a, b in pairs if a != b]
-  if other:
+  if differ:
     raise UserError(
-      f'{found.path / CONFIG} is not {who}: it has {"; ".join(other[:6])}'
+      f'{found.path / CONFIG} is not {other}: it has {"; ".join(differ[:6])}'
     )
 
 
-def spec_of(found: Found, output_norm: str = 'affine') -> EncoderSpec:
-  """The spec of what was found: its row's, else as `config.json` says.
+def spec_of(found: EncoderSource, output_norm: str = 'affine') -> EncoderSpec:
+  """The spec of an encoder: its row's, else that of its `config.json`.
 
   Raises:
-    UserError: neither is there, or they disagree.
+    UserError: there is neither, or they disagree.
   """
   if found.row is not None:
     fields = encoders.ENCODERS[found.row]
-  elif found.told is not None:
-    fields = found.told
-  elif found.path.is_dir():
-    raise UserError(
-      f'{found.path} has no {CONFIG}, so what it holds is unknown; fetch it '
-      'beside the weights, or name a row of the table: row=…'
-    )
+  elif found.fields is not None:
+    fields = found.fields
   else:
+    missing = f'has no {CONFIG}' if found.path.is_dir() else 'is a single file'
     raise UserError(
-      f'{found.path} is a file, which does not say what it holds; name a row '
-      'of the table (row="siglip-base-patch16-224" for instance), or the '
-      f'folder that has its {CONFIG}'
+      f'{found.path} {missing}, so its encoder is unknown; name a row of the '
+      'table (row="siglip-base-patch16-224" for instance), or give the folder '
+      f'that has both {CONFIG} and the weights'
     )
   section = merge_sections(fields, {'output_norm': output_norm})
   spec = build_spec(EncoderSpec, section, found.row or CONFIG)
   if found.row is not None:
-    _check_told(found, spec, f'the encoder {found.row}')
+    _check_fields(found, spec, f'the encoder {found.row}')
   return spec
 
 
@@ -190,46 +180,47 @@ def shapes_of(spec: EncoderSpec) -> Any:
 
 
 def fit_encoder(
-  found: Found, spec: EncoderSpec, target: Any = None
+  found: EncoderSource, spec: EncoderSpec, target: Any = None
 ) -> weights.Pretrained:
-  """The files held to `spec`, whole; no value is read yet.
+  """Matches the files with all of `spec`'s leaves; reads no value yet.
 
-  `.skipped` says what is left out and why; `.read` and `.load` give leaves.
+  `.skipped` lists keys that are not used and why; `.read` and `.load` give
+  leaves.
 
   Args:
     found: from `find_encoder`.
     spec: the encoder to fill.
-    target: its parameters as ShapeDtypeStructs, for another type or placed on
-      a mesh; f32 on the host by default.
+    target: its parameters as ShapeDtypeStructs, in another type or with
+      shardings; f32 on the host by default.
 
   Raises:
-    UserError: a damaged file, or one that does not fit; both sides shown.
+    UserError: a damaged file, or one that does not fit; shows both sides.
   """
-  _check_told(found, spec, 'the model')
+  _check_fields(found, spec, 'the model')
   source = weights.open_weights(found.path)
-  shapes = {key: handle.shape for key, handle in source.items()}
-  if found.stored:
-    (naming,) = converted.NAMINGS
+  shapes = {key: array.shape for key, array in source.items()}
+  if found.converted:
+    (key_format,) = converted.KEY_FORMATS
   else:
-    naming = encoders.naming_of(shapes, source.name)
+    key_format = encoders.key_format(shapes, source.name)
   return weights.Pretrained(
     source,
-    naming.table(spec, shapes),
+    key_format.table(spec, shapes),
     shapes_of(spec) if target is None else target,
-    way_out=f'the file has the names of {naming.name}, the model has '
+    way_out=f'the file has the names of {key_format.name}, the model has '
     f'width {spec.vit.width}, depth {spec.vit.depth}, grid {spec.vit.grid}',
   )
 
 
 def target_of(spec: EncoderSpec, dtype: str, mesh: Any = None) -> Any:
-  """`shapes_of` in another type, placed on a mesh if there is one."""
+  """`shapes_of` in another type, with shardings if there is a mesh."""
 
   def leaf(name, shape):
-    place = None
+    placed = None
     if mesh is not None:
-      rule = sharding.spec_for(f'encoder/{name}', shape.shape, mesh)
-      place = jax.sharding.NamedSharding(mesh, rule)
-    return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype), sharding=place)
+      spec = sharding.spec_for(f'encoder/{name}', shape.shape, mesh)
+      placed = jax.sharding.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype), sharding=placed)
 
   return trees.map_named(leaf, shapes_of(spec))
 
@@ -247,18 +238,18 @@ def load_encoder(
 
   `encoder.apply(variables, images)` takes f32[b h w 3] in [0, 1], or uint8,
   of any size and aspect ratio, and gives latents f[b h//p w//p d]: the last
-  hidden state without prefix tokens. What h and w leave modulo the patch p is
-  cropped at the bottom and right.
+  hidden state without prefix tokens. The remainders of h and w modulo the
+  patch p are cropped at the bottom and right.
 
   Args:
     source: a row of the table ("siglip-large-patch16-256"), a hub id
       "hf:ORG/NAME[@REV]", a folder as `save_pretrained` or `convert` writes
-      it, or a file of weights (.safetensors, .npz of big_vision, .pt), which
-      wants `row`.
+      it, or a file of weights (.safetensors, .npz of big_vision, .pt) with
+      `row`.
     output_norm: "affine", the published final norm; "plain", a LayerNorm
       without parameters in its place; "none", before it.
-    row: the row of the table that a folder or a file is.
-    mesh: lays each leaf straight onto its shards; the default device if None.
+    row: the row of a folder or file without a `config.json`.
+    mesh: loads each leaf onto its shards; None is the default device.
     param_dtype: the type of the parameters, "float32" or "bfloat16".
     **options: how to run it: dtype, scan, remat.
 
@@ -266,16 +257,14 @@ def load_encoder(
     (encoder, variables).
 
   Raises:
-    UserError: no such source, no way to it, or files that do not fit, are
-      damaged or hold NaN; nothing is loaded in part.
+    UserError: no such source, no connection to it, or files that do not fit,
+      are damaged or hold NaN.
   """
   for name in options:
     if name not in RUN_OPTIONS:
       near = did_you_mean(name, (*RUN_OPTIONS, 'row', 'mesh', 'param_dtype'))
-      raise UserError(f'unknown option "{name}" of load_encoder{near}')
-  if param_dtype not in DTYPES:
-    near = did_you_mean(param_dtype, DTYPES)
-    raise UserError(f'param_dtype={param_dtype!r}{near}')
+      raise UserError(f'load_encoder has no option "{name}"{near}')
+  choose(dict.fromkeys(DTYPES), param_dtype, 'param_dtype')
   found = find_encoder(source, row)
   spec = spec_of(found, output_norm)
   spec = dataclasses.replace(spec, vit=dataclasses.replace(spec.vit, **options))

@@ -1,11 +1,19 @@
-"""Whole tokenizers of the PyTorch project (github hugoycj/RAE), both ways.
+"""Models of the PyTorch project (github hugoycj/RAE), both ways.
 
-A model there has the keys `encoder.` (`torch_encoders.py`), `decoder.`
-(`rae.py`) and `quantizer.` with, beside it, `fsq_projection.`,
-`fsq_unprojection.`, `post_quant_conv.` (`torch_quantizers.py`). Each part is
-held to its own table; together they leave no key and no leaf.
+A complete model there has the keys `encoder.`, `decoder.` and `quantizer.`, and
+beside the last `fsq_projection.`, `fsq_unprojection.` and `post_quant_conv.`.
+Each part has its own weight table, and together they match every key and every
+leaf:
 
-It reads no file by itself (`weights`) and writes none (`convert.py`).
+  encoder    the family's own table behind the project's prefixes: SigLIP (fixed
+             sizes), DINOv2, ViT-MAE and InternViT, as transformers names them
+  quantizer  the form that the keys show: VQ with a table moved by averages or
+             by gradients, SimVQ by squared L2 or by cosine, FSQ between linear
+             maps or between an MLP and Fourier features, each with or without
+             a convolution
+  decoder    RAE's (`rae.py`)
+
+It neither opens nor writes files (`weights`, `convert.py`).
 """
 
 import dataclasses
@@ -16,7 +24,7 @@ import jax
 import numpy as np
 
 from vqrae_jax import encoders, quantizers, weights
-from vqrae_jax.encoders import dinov2, internvit, mae, siglip
+from vqrae_jax.encoders import dinov2, internvit, mae, naming, siglip
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import Tokenizer
@@ -29,61 +37,114 @@ from vqrae_jax.weights import (
   Rule,
   Table,
   WeightFile,
-  export,
   known,
   skip,
 )
 
-# ----------------------------------------------------------------------------
-# The quantizers of the PyTorch project (github hugoycj/RAE) and ours.
-#
-# A form is read off a file's keys (`detect`): VQ with a table that averages or
-# gradients move, SimVQ by squared L2 or by cosine, FSQ between linear maps or
-# between an MLP and a Fourier unprojection, each with or without a convolution.
-# `quantizer_table` is the weight table of any of them. What is no part of a
-# tokenizer is skipped with its reason, and written back (`fresh_state`) as a
-# training run there would find it at its start.
-#
-# What it does not do: know the rest of a model (`vqrae_torch.py`).
+# ------------------------------------------------------------------ encoders
+
+# The project's wrappers around a family's own names, outermost first.
+_PREFIXES = ('encoder.', 'model.', *PREFIXES)
+
+# Family: (weight table, prefix of its keys in a full model). The project has no
+# InternViT; its prefix is that of the other models there.
+_FAMILIES: dict[str, tuple[Callable[[EncoderSpec, Shapes], Table], str]] = {
+  'SigLIP': (siglip.table, 'encoder.model.'),
+  'DINOv2': (dinov2.table, 'encoder.encoder.'),
+  'ViT-MAE': (mae.table, 'encoder.model.'),
+  'InternViT': (internvit.hf_table, 'encoder.model.'),
+}
+
+
+def encoder_family(spec: EncoderSpec) -> str:
+  """The family whose checkpoints have a spec's leaves.
+
+  Raises:
+    UserError: there is none.
+  """
+  s = spec.vit
+  plain = s.norm == 'layer' and not s.qk_norm
+  scaled = s.layer_scale is not None
+  if s.posemb == 'learned' and not s.num_prefix_tokens:
+    if plain and not scaled and s.qkv_bias:
+      return 'SigLIP'
+  elif s.posemb == 'learned' and s.prefix_has_posemb:
+    one = s.num_prefix_tokens == 1 and not s.num_registers
+    if scaled and plain and spec.final_norm:
+      return 'DINOv2'
+    if not scaled and plain and spec.final_norm and one:
+      return 'ViT-MAE'
+    if scaled and not spec.final_norm and one:
+      return 'InternViT'
+  raise UserError(
+    "model.encoder has no counterpart among the PyTorch project's encoders: "
+    f'{", ".join(_FAMILIES)}; keep the tokenizer directory'
+  )
+
+
+def _encoder_table(spec: EncoderSpec, source: WeightFile) -> tuple[Table, str]:
+  """The table for a file's keys, and the name of their format."""
+  shapes = {key: array.shape for key, array in source.items()}
+  key_format = encoders.key_format(shapes, source.name)
+  table = key_format.table(spec, shapes)
+  return dataclasses.replace(table, prefixes=_PREFIXES), key_format.name
+
+
+def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
+  """{key in the project's complete model: array} of an encoder.
+
+  DINOv2's mask token, which a tokenizer does not have, is written as zeros,
+  its initial value. SigLIP's pooling head is not written.
+
+  Args:
+    leaves: {leaf name under params/encoder: array}.
+    spec: the encoder's.
+
+  Raises:
+    UserError: a family that the project does not have.
+  """
+  family = encoder_family(spec)
+  table, prefix = _FAMILIES[family]
+  theirs = weights.export(table(spec, {}), leaves)
+  if family == 'DINOv2':
+    mask = np.zeros((1, spec.vit.width), np.float32)
+    theirs['embeddings.mask_token'] = mask
+  return {prefix + key: x for key, x in theirs.items()}
+
+
+# ---------------------------------------------------------------- quantizers
 
 _P, _C = 'params/quantizer/', 'codebook/quantizer/'
-# VQ's table there is a buffer that averages move; one that gradients move is
-# written as PyTorch's `nn.Embedding` would have it.
+# VQ's table is a buffer there, moved by averages; one moved by gradients has
+# the name of an `nn.Embedding`.
 _TABLES = {
   'ema': 'quantizer.embedding',
   'gradient': 'quantizer.embedding.weight',
 }
 _AVERAGE = r'quantizer\.(ema_cluster_size|ema_w)'
 _REFUSED = {
-  'quantizer.input_proj.': 'SimVQ of the first form, whose codes are rows that '
-  'no map has touched',
+  'quantizer.input_proj.': 'the first form of SimVQ, whose codes are unmapped '
+  'rows of its table',
   'fsq_projection.transformer.': "FSQ's attention projector",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """A quantizer as its keys tell it.
+  """A quantizer as the keys of a file describe it.
 
-  `fields` are certain; `guesses` are what the project's code did when it
-  wrote such keys, and give way to what a user says; `words` are for a report.
+  Attributes:
+    name: of the quantizer.
+    fields: its fields that the keys determine.
+    defaults: fields that the keys do not determine, as the project's code had
+      them when it wrote such keys; the user's values take precedence.
+    summary: for the printed report.
   """
 
   name: str
   fields: dict[str, Any]
-  guesses: dict[str, Any]
-  words: str
-
-
-def _levels(source: WeightFile) -> tuple[int, ...] | None:
-  """FSQ's levels, from its buffers; None without them."""
-  if 'quantizer.scales' in source:
-    tops = source['quantizer.scales'].read()
-  elif 'quantizer.codebook' in source:
-    tops = source['quantizer.codebook'].read().max(0)
-  else:
-    return None
-  return tuple(round(2 * float(t) + 1) for t in tops)
+  defaults: dict[str, Any]
+  summary: str
 
 
 def detect(source: WeightFile, latent_dim: int, name: str) -> Form:
@@ -92,41 +153,47 @@ def detect(source: WeightFile, latent_dim: int, name: str) -> Form:
   Args:
     source: the part "quantizer" of `split`.
     latent_dim: the encoder's width.
-    name: the config's quantizer, for a file that has no key of one.
+    name: the config's quantizer, for a file without keys of one.
 
   Raises:
-    UserError: a form that cannot be loaded, or none.
+    UserError: an unknown form, or one that is not supported.
   """
   for prefix, what in _REFUSED.items():
     if any(k.startswith(prefix) for k in source):
       raise UserError(
-        f'{source.name} holds {prefix}*: {what}, which this package does not '
-        'have; convert a later checkpoint'
+        f'{source.name} holds {prefix}*: {what}, which is not supported; '
+        'convert a later checkpoint'
       )
-  fsq = any(k.startswith('fsq_') for k in source) or 'quantizer.basis' in source
-  if fsq:
+  update = next((u for u, key in _TABLES.items() if key in source), None)
+  if any(k.startswith('fsq_') for k in source) or 'quantizer.basis' in source:
     form = _detect_fsq(source)
   elif 'quantizer.embedding_proj.weight' in source:
     form = _detect_simvq(source)
-  elif found := [u for u, key in _TABLES.items() if key in source]:
-    (update, *_) = found
+  elif update:
     k, c = source[_TABLES[update]].shape
     fields = dict(num_codes=k, code_dim=c, update=update, projection=False)
     form = Form('vq', fields, {}, f'VQ, {k} codes of {c}, update="{update}"')
   elif not any(k.startswith('quantizer.') for k in source):
-    form = Form(name, {}, {}, f'no key of a quantizer: {name}, as configured')
+    summary = f'the file has no quantizer keys: {name}, as configured'
+    form = Form(name, {}, {}, summary)
   else:
     keys = ', '.join(sorted(source)[:4])
     raise UserError(
-      f'{source.name}: no quantizer has these keys: {keys}; known are VQ '
-      f'({", ".join(_TABLES.values())}), SimVQ '
+      f'{source.name}: no supported quantizer has these keys: {keys}; '
+      f'supported: VQ ({", ".join(_TABLES.values())}), SimVQ '
       '(quantizer.embedding_proj.*) and FSQ (fsq_projection.*)'
     )
-  return _with_post_quant(form, source, latent_dim)
+  post, summary = None, form.summary
+  if 'post_quant_conv.weight' in source:
+    width, *_, kernel = source['post_quant_conv.weight'].shape
+    code = form.name != 'fsq' or width != latent_dim
+    post = dict(kernel=kernel, space='code' if code else 'latent')
+    summary += f', post_quant {kernel}x{kernel}'
+  fields = form.fields | dict(post_quant=post)
+  return dataclasses.replace(form, fields=fields, summary=summary)
 
 
 def _detect_fsq(source: WeightFile) -> Form:
-  levels = _levels(source)
   mlp = 'fsq_projection.net.0.weight' in source
   fourier = 'fsq_unprojection.fourier.B' in source
   fields: dict[str, Any] = dict(
@@ -135,17 +202,18 @@ def _detect_fsq(source: WeightFile) -> Form:
     adapter_in='mlp' if mlp else 'linear',
     adapter_out='fourier' if fourier else 'linear',
   )
-  if levels:
-    fields['levels'] = levels
+  levels, tops = 'from the config', None
+  if 'quantizer.scales' in source:
+    tops = source['quantizer.scales'].read()
+  elif 'quantizer.codebook' in source:
+    tops = source['quantizer.codebook'].read().max(0)
+  if tops is not None:
+    levels = fields['levels'] = tuple(round(2 * float(t) + 1) for t in tops)
+  bound = '; bound from the config (no key distinguishes "tanh" and "clip")'
   if mlp:
-    fields['bound'] = 'clip'
-    bound = ''
-  else:
-    bound = ', bound as configured (no key tells: "tanh" or "clip")'
+    fields['bound'], bound = 'clip', ''
   ways = f'in {fields["adapter_in"]}, out {fields["adapter_out"]}'
-  return Form(
-    'fsq', fields, {}, f'FSQ, levels {levels or "as given"}, {ways}{bound}'
-  )
+  return Form('fsq', fields, {}, f'FSQ, levels {levels}, {ways}{bound}')
 
 
 def _detect_simvq(source: WeightFile) -> Form:
@@ -154,68 +222,45 @@ def _detect_simvq(source: WeightFile) -> Form:
   fields = dict(num_codes=k, code_dim=c, projection=False, token_map=mapped)
   if 'quantizer.l2_norm_scale' in source:
     scale = 'unit' if mapped else 'none'
-    guesses = dict(distance='cosine', code_scale=scale, normalize=True)
-    words = f'cosine (it has a temperature), codes scaled "{scale}"'
+    defaults = dict(distance='cosine', code_scale=scale, normalize=True)
+    metric = f'cosine (it has a temperature), codes scaled "{scale}"'
   else:
-    guesses = dict(distance='l2', code_scale='rms', normalize=False)
-    words = 'squared L2 (it has no temperature), tokens as they are'
-  return Form('simvq', fields, guesses, f'SimVQ, {k} codes of {c}, {words}')
-
-
-def _with_post_quant(form: Form, source: WeightFile, latent_dim: int) -> Form:
-  conv = source.get('post_quant_conv.weight')
-  post = None
-  if conv is not None:
-    width, *_, kernel = conv.shape
-    code = form.name != 'fsq' or width != latent_dim
-    post = dict(kernel=kernel, space='code' if code else 'latent')
-  words = f', post_quant {post["kernel"]}x{post["kernel"]}' if post else ''
-  fields = form.fields | dict(post_quant=post)
-  return dataclasses.replace(form, fields=fields, words=form.words + words)
-
-
-def _linear(theirs: str, ours: str) -> list[Rule]:
-  return [
-    Rule(f'{theirs}.weight', f'{_P}{ours}/kernel', 'linear'),
-    Rule(f'{theirs}.bias', f'{_P}{ours}/bias'),
-  ]
-
-
-def _norm(theirs: str, ours: str) -> list[Rule]:
-  return [
-    Rule(f'{theirs}.weight', f'{_P}{ours}/scale'),
-    Rule(f'{theirs}.bias', f'{_P}{ours}/bias'),
-  ]
+    defaults = dict(distance='l2', code_scale='rms', normalize=False)
+    metric = 'squared L2 (it has no temperature), tokens not normalized'
+  return Form('simvq', fields, defaults, f'SimVQ, {k} codes of {c}, {metric}')
 
 
 def _fsq_rows(q: quantizers.FSQ) -> list:
   rows: list = []
+  to_codes, to_latents = f'{_P}project_in', f'{_P}project_out'
   if q.projection and q.adapter_in == 'mlp':
-    rows += _norm('fsq_projection.norm', 'project_in/norm')
+    rows += naming.norm('fsq_projection.norm', f'{to_codes}/norm')
     for i in range(3):
-      rows += _linear(f'fsq_projection.net.{2 * i}', f'project_in/dense{i}')
-    rows.append(Rule('fsq_projection.post_gain', f'{_P}project_in/gain'))
+      theirs = f'fsq_projection.net.{2 * i}'
+      rows += naming.dense(theirs, f'{to_codes}/dense{i}')
+    rows.append(Rule('fsq_projection.post_gain', f'{to_codes}/gain'))
   elif q.projection:
-    rows += _linear('fsq_projection', 'project_in')
+    rows += naming.dense('fsq_projection', to_codes)
   if q.projection and q.adapter_out == 'fourier':
     rows.append(Rule('fsq_unprojection.fourier.B', f'{_C}frequencies'))
     for i in range(3):
-      rows += _linear(f'fsq_unprojection.mlp.{3 * i}', f'project_out/dense{i}')
+      theirs = f'fsq_unprojection.mlp.{3 * i}'
+      rows += naming.dense(theirs, f'{to_latents}/dense{i}')
     for i in range(2):
-      rows += _norm(f'fsq_unprojection.mlp.{3 * i + 1}', f'project_out/norm{i}')
+      theirs = f'fsq_unprojection.mlp.{3 * i + 1}'
+      rows += naming.norm(theirs, f'{to_latents}/norm{i}')
   elif q.projection:
-    rows += _linear('fsq_unprojection', 'project_out')
-  tables = fsq_buffers(q.levels)
+    rows += naming.dense('fsq_unprojection', to_latents)
+  buffers, why = fsq_buffers(q.levels), 'computed from quantizer.levels'
   if (q.adapter_in, q.adapter_out) == ('linear', 'linear'):
-    del tables['quantizer.scales']
-    rows.append(skip(r'quantizer\.(scales|_basis|_levels)', 'made of levels'))
-  for key, table in tables.items():
-    rows.append(known(key, lambda x=table: x, 'made of quantizer.levels'))
+    del buffers['quantizer.scales']
+    rows.append(skip(r'quantizer\.(scales|_basis|_levels)', why))
+  rows += [known(k, lambda x=x: x, why) for k, x in buffers.items()]
   return rows
 
 
 def fsq_buffers(levels: tuple[int, ...]) -> dict[str, np.ndarray]:
-  """What FSQ there holds and computes from its levels."""
+  """FSQ's buffers there, which its levels determine."""
   tops = np.asarray([(n - 1) / 2 for n in levels], np.float32)
   axes = [np.arange(n) - top for n, top in zip(levels, tops, strict=True)]
   grid = np.meshgrid(*axes, indexing='ij')
@@ -237,27 +282,25 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
   if isinstance(q, quantizers.FSQ):
     if q.convention != 'centered':
       raise UserError(
-        'the PyTorch project has FSQ of convention="centered" only'
+        f'quantizer.convention="{q.convention}": the PyTorch project has '
+        'FSQ of convention="centered" only'
       )
     rows += _fsq_rows(q)
   elif q.projection:
     raise UserError(
-      f'the PyTorch project has no projections around {type(q).__name__}: only '
-      'a tokenizer with quantizer.projection=False can go there'
+      f'the PyTorch project has no projections around {type(q).__name__}: '
+      'quantizer.projection must be False'
     )
   elif isinstance(q, quantizers.VQ):
     ours = _C if q.update == 'ema' else _P
     rows.append(Rule(_TABLES[q.update], f'{ours}codes'))
-    rows.append(skip(_AVERAGE, "an average's memory: a tokenizer has none"))
+    rows.append(skip(_AVERAGE, 'EMA state, which no tokenizer has'))
   elif isinstance(q, quantizers.SimVQ):
     _check_simvq(q)
     rows.append(Rule('quantizer.embedding.weight', f'{_C}basis'))
-    rows.append(
-      Rule('quantizer.embedding_proj.weight', f'{_P}kernel', 'linear')
-    )
-    rows.append(Rule('quantizer.embedding_proj.bias', f'{_P}bias'))
-    rows += _linear('quantizer.z_proj', 'map_tokens')
-    temperature = 'a positive factor of all scores changes no nearest code'
+    rows += naming.dense('quantizer.embedding_proj', _P.rstrip('/'))
+    rows += naming.dense('quantizer.z_proj', f'{_P}map_tokens')
+    temperature = 'a positive factor of all scores keeps the nearest code'
     rows.append(skip(r'quantizer\.l2_norm_scale', temperature))
     rows.append(skip(_AVERAGE, 'counts of codes, for a log'))
   if q.post_quant is not None:
@@ -270,23 +313,27 @@ def _check_simvq(q: quantizers.SimVQ) -> None:
   """The project scales neither tokens nor codes to an RMS of one."""
   if q.distance == 'l2' and q.normalize:
     raise UserError(
-      'the PyTorch project compares tokens as they are: SimVQ of '
-      'distance="l2" goes there with quantizer.normalize=False only'
+      'quantizer.normalize=True: the PyTorch project does not normalize tokens '
+      'of SimVQ with distance="l2"'
     )
   if q.distance == 'cosine' and q.code_scale == 'rms':
     raise UserError(
-      "the PyTorch project's decoder reads codes of norm one or as they are: "
-      'SimVQ of distance="cosine" goes there with quantizer.code_scale="unit" '
-      'or "none" only'
+      'quantizer.code_scale="rms": SimVQ with distance="cosine" has "unit" or '
+      '"none" in the PyTorch project'
     )
 
 
-def fresh_state(
-  q: quantizers.Quantizer, middle: Mapping
+def initial_state(
+  q: quantizers.Quantizer, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """State of a training run there, as it begins."""
+  """Training state of the project's quantizer at its initial values.
+
+  Args:
+    q: the quantizer.
+    arrays: its exported weights.
+  """
   if isinstance(q, quantizers.VQ) and q.update == 'ema':
-    codes = middle[_TABLES['ema']]
+    codes = arrays[_TABLES['ema']]
     counts = np.ones(q.num_codes, np.float32)
     return {'quantizer.ema_cluster_size': counts, 'quantizer.ema_w': codes}
   if isinstance(q, quantizers.SimVQ):
@@ -298,97 +345,7 @@ def fresh_state(
   return {}
 
 
-# ----------------------------------------------------------------------------
-# Encoders as they lie inside a checkpoint of the PyTorch project.
-#
-# The families' own tables, behind the project's prefixes: SigLIP (fixed sizes),
-# DINOv2 (SwiGLU too), ViT-MAE and InternViT, as transformers' files name their
-# leaves. A file says by its keys whose names it has; on the way back the spec
-# says which names to write. The project itself has no InternViT: its place is
-# that of the other models there.
-
-# The wrappers around a family's own names, outermost first.
-_PREFIXES = ('encoder.', 'model.', *PREFIXES)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-  """A family's names, and what stands before them in a whole model."""
-
-  table: Callable[[EncoderSpec, Shapes], Table]
-  home: str
-
-
-_FAMILIES = {
-  'SigLIP': _Family(siglip.table, 'encoder.model.'),
-  'DINOv2': _Family(dinov2.table, 'encoder.encoder.'),
-  'ViT-MAE': _Family(mae.table, 'encoder.model.'),
-  'InternViT': _Family(internvit.hf_table, 'encoder.model.'),
-}
-
-
-def _family(spec: EncoderSpec) -> str:
-  """Whose names a spec's leaves have; no spec is of two families."""
-  s = spec.vit
-  plain = s.norm == 'layer' and not s.qk_norm
-  scaled = s.layer_scale is not None
-  if s.posemb == 'learned' and not s.num_prefix_tokens:
-    if plain and not scaled and s.qkv_bias:
-      return 'SigLIP'
-  elif s.posemb == 'learned' and s.prefix_has_posemb:
-    one = s.num_prefix_tokens == 1 and not s.num_registers
-    if scaled and plain and spec.final_norm:
-      return 'DINOv2'
-    if not scaled and plain and spec.final_norm and one:
-      return 'ViT-MAE'
-    if scaled and not spec.final_norm and one:
-      return 'InternViT'
-  raise UserError(
-    "model.encoder is of no family that the PyTorch project's checkpoints are "
-    f'written for: {", ".join(_FAMILIES)}; keep it as a tokenizer directory'
-  )
-
-
-def file_table(
-  spec: EncoderSpec, shapes: Shapes, where: str
-) -> tuple[Table, str]:
-  """The rows for a file's own names, prefixes of the project allowed, and
-  the names' name.
-
-  Args:
-    spec: the encoder to fill.
-    shapes: {the file's key: shape}.
-    where: the file, for the error.
-
-  Raises:
-    UserError: no family's names.
-  """
-  naming = encoders.naming_of(shapes, where)
-  table = naming.table(spec, shapes)
-  return dataclasses.replace(table, prefixes=_PREFIXES), naming.name
-
-
-def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
-  """{key in the project's whole model: array} of an encoder.
-
-  DINOv2's mask token, which no tokenizer has and no latent needs, is written
-  as it is drawn: zeros. SigLIP's pooling head is not written.
-
-  Args:
-    leaves: {leaf name under params/encoder: array}.
-    spec: the encoder's.
-
-  Raises:
-    UserError: a family whose checkpoints are not written.
-  """
-  name = _family(spec)
-  family = _FAMILIES[name]
-  theirs = export(family.table(spec, {}), leaves)
-  if name == 'DINOv2':
-    width = spec.vit.width
-    theirs['embeddings.mask_token'] = np.zeros((1, width), np.float32)
-  return {family.home + key: x for key, x in theirs.items()}
-
+# ----------------------------------------------------------- complete models
 
 _OURS = {
   'encoder': 'params/encoder/',
@@ -396,13 +353,16 @@ _OURS = {
   'decoder': 'params/decoder/',
 }
 _WRAPPERS = ('module.', '_orig_mod.')
-# State of training, or made from other leaves: in no file of theirs.
-_NOT_THEIRS = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
-_CODES, _BASIS = 'codebook/quantizer/codes', 'codebook/quantizer/basis'
+# Training state, in no file of theirs.
+_TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
 
 def split(source: WeightFile) -> dict[str, WeightFile]:
-  """The file's arrays by the part of the tokenizer that they belong to."""
+  """The file's arrays by the part of the tokenizer that they belong to.
+
+  Raises:
+    UserError: no encoder or no decoder in it.
+  """
   parts: dict[str, dict] = {p: {} for p in _OURS}
   for key in source:
     plain = key
@@ -413,51 +373,48 @@ def split(source: WeightFile) -> dict[str, WeightFile]:
   for part in ('encoder', 'decoder'):
     if not parts[part]:
       raise UserError(
-        f'{source.name} holds no "{part}." keys, so it is no whole model of '
+        f'{source.name} holds no "{part}." keys, so it is not a full model of '
         'the PyTorch project; a decoder alone is --source=rae:FILE'
       )
   return {p: WeightFile(source.name, found) for p, found in parts.items()}
 
 
-def targets(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-  """{part: {leaf name as its table has it: ShapeDtypeStruct}}."""
-  p = tokenizer.patch_size
-  image = jax.ShapeDtypeStruct((1, p, p, 3), np.float32)
-  leaves = trees.flatten(
-    jax.eval_shape(tokenizer.init, jax.random.key(0), image)
-  )
+def _by_part(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """{part: {leaf name as its table has it: leaf}}."""
   return {
     part: {
-      n.removeprefix(_OURS[part]): x
+      n.removeprefix(prefix): x
       for n, x in leaves.items()
-      if n.split('/')[1] == part and n not in _NOT_THEIRS
+      if n.split('/')[1] == part and n not in _TRAINING_ONLY
     }
-    for part in _OURS
+    for part, prefix in _OURS.items()
   }
 
 
 def fit(source: WeightFile, tokenizer: Tokenizer) -> dict[str, Pretrained]:
-  """{part: its arrays held to the tokenizer's leaves}; no value read yet.
+  """{part: its arrays matched with the tokenizer's leaves}; reads no value.
 
   Raises:
-    UserError: a part that does not fit; the line shows both sides.
+    UserError: a part that does not fit; shows both sides.
   """
   _check_latents(tokenizer)
-  parts, want = split(source), targets(tokenizer)
-  shapes = {key: handle.shape for key, handle in parts['encoder'].items()}
-  table, names = file_table(tokenizer.encoder_spec, shapes, source.name)
+  parts, p = split(source), tokenizer.patch_size
+  image = jax.ShapeDtypeStruct((1, p, p, 3), np.float32)
+  shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
+  targets = _by_part(trees.flatten(shapes))
+  table, names = _encoder_table(tokenizer.encoder_spec, parts['encoder'])
   return {
     'encoder': Pretrained(
       parts['encoder'],
       table,
-      want['encoder'],
+      targets['encoder'],
       f'it has the names of {names}: set model.encoder to the one that the '
       'model was trained with (output_norm="plain" if it has no last norm)',
     ),
     'quantizer': Pretrained(
       parts['quantizer'],
       quantizer_table(tokenizer.quantizer),
-      want['quantizer'],
+      targets['quantizer'],
       'set model.quantizer',
     ),
     'decoder': rae.fit_decoder(
@@ -470,8 +427,8 @@ def _check_latents(tokenizer: Tokenizer) -> None:
   if tokenizer.latents_spec.norm != 'none':
     raise UserError(
       f'model.latents.norm="{tokenizer.latents_spec.norm}": the PyTorch '
-      'project normalises latents after it quantises them, by a file beside '
-      'the weights; only models with norm="none" are converted'
+      'project normalizes latents after quantizing them, with a file beside '
+      'the weights; only norm="none" is converted'
     )
 
 
@@ -485,35 +442,25 @@ def load(fits: Mapping[str, Pretrained]) -> dict[str, np.ndarray]:
 
 
 def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
-  """{key there: array}: a state dict of the PyTorch project's whole model.
+  """{key there: array}: a state dict of the PyTorch project's full model.
 
-  It lacks what no tokenizer has: a SigLIP's pooling head, which the project
-  builds and does not use (`load_state_dict(…, strict=False)`).
+  It lacks SigLIP's pooling head, which the project builds and does not use
+  (`load_state_dict(…, strict=False)`).
 
   Raises:
-    UserError: a tokenizer that the project has no form for.
+    UserError: the project has no counterpart of the tokenizer.
   """
   _check_latents(tokenizer)
   leaves = {n: np.asarray(x) for n, x in trees.flatten(variables).items()}
-  q = tokenizer.quantizer
-  for name in _NOT_THEIRS:
-    leaves.pop(name, None)
-  if _BASIS in leaves or 'params/quantizer/codes' in leaves:
-    leaves.pop(_CODES, None)  # baked
-  parts = {
-    part: {
-      n.removeprefix(_OURS[part]): x
-      for n, x in leaves.items()
-      if n.split('/')[1] == part
-    }
-    for part in _OURS
-  }
+  if f'{_C}basis' in leaves or f'{_P}codes' in leaves:
+    leaves.pop(f'{_C}codes', None)  # baked
+  parts, q = _by_part(leaves), tokenizer.quantizer
   encoder = export_encoder(parts['encoder'], tokenizer.encoder_spec)
   decoder = rae.export_rae_decoder(parts['decoder'], tokenizer.decoder_spec)
-  middle = weights.export(quantizer_table(q), parts['quantizer'])
-  return (
-    encoder
-    | {f'decoder.{k}': x for k, x in decoder.items()}
-    | middle
-    | fresh_state(q, middle)
-  )
+  arrays = weights.export(quantizer_table(q), parts['quantizer'])
+  return {
+    **encoder,
+    **{f'decoder.{k}': x for k, x in decoder.items()},
+    **arrays,
+    **initial_state(q, arrays),
+  }
