@@ -71,13 +71,13 @@ def say(source: WeightFile, fits: Mapping[str, Pretrained]) -> None:
   note = f' ({source.note})' if source.note else ''
   print(f'read {source.name}{note}')
   for part, fitted in fits.items():
-    matched = len(fitted.source) - len(fitted.skipped)
+    matched = len(fitted.source) - len(fitted.ignored)
     print(
       f'{part}: {matched} keys matched, {len(fitted.target)} leaves filled, '
-      f'{len(fitted.skipped)} keys skipped'
+      f'{len(fitted.ignored)} keys skipped'
     )
     whys: dict[str, list[str]] = {}
-    for key, why in fitted.skipped.items():
+    for key, why in fitted.ignored.items():
       whys.setdefault(why, []).append(key)
     for why, keys in whys.items():
       more = f' and {len(keys) - _SHOWN} more' if len(keys) > _SHOWN else ''
@@ -556,7 +556,7 @@ def whole(
     )
   variables = trees.unflatten(vqrae_torch.load(fits))
   theirs = vqrae_torch.to_torch(tokenizer, variables)
-  skipped = {k: w for f in fits.values() for k, w in f.skipped.items()}
+  skipped = {k: w for f in fits.values() for k, w in f.ignored.items()}
   back_again(_pairs(source, theirs, skipped))
   print(_NO_REFERENCE)
   mark = export.save_tokenizer(tokenizer, variables, out)
@@ -573,7 +573,7 @@ def decoder(source: WeightFile, model: dict, out: pathlib.Path) -> None:
   fitted = rae.fit_decoder(source, spec, tokenizer.latent_dim)
   say(source, {'decoder': fitted})
   theirs = rae.export_rae_decoder(fitted.load(), spec)
-  back_again(_pairs(source, theirs, fitted.skipped))
+  back_again(_pairs(source, theirs, fitted.ignored))
   print(_NO_REFERENCE)
   _write(out, theirs)
   print(f'begin a run with it: --config.init.decoder=rae:{out}')

@@ -193,7 +193,7 @@ def test_what_was_taken_and_what_was_left_is_said(tmp_path, state):
   )
   fitted = rae.fit_rae_decoder(saved(tmp_path, dress), SPEC, LATENT)
   assert fitted.source.note == 'took "ema", left step'
-  assert set(fitted.skipped) == {'encoder.w', 'decoder.decoder_pos_embed'}
+  assert set(fitted.ignored) == {'encoder.w', 'decoder.decoder_pos_embed'}
 
 
 def test_nan_is_named(tmp_path, state):

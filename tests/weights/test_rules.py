@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vqrae_jax import weights
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.weights import Rule, Table, fill, known, skip
+from vqrae_jax.weights import Rule, Table, computed, constant, ignore
 
 POSITIONS = np.arange(6, dtype=np.float32).reshape(2, 3) / 7
 D, LAYERS, P = 6, 3, 2
@@ -28,7 +28,7 @@ TABLE = Table(
       ('prefix_positions[0:1]', 'positions'),
       ('batched', 'batched grid'),
     ),
-    fill('prefix_positions[1:4]', 0.0, 'registers have none'),
+    constant('prefix_positions[1:4]', 0.0, 'registers have none'),
     Rule(
       'layer.{i}.qkv.weight',
       tuple(f'blocks/{n}/kernel[{{i}}]' for n in 'qkv'),
@@ -38,8 +38,8 @@ TABLE = Table(
     Rule('layer.{i}.fc.weight', 'blocks/fc/kernel[{i}]', 'linear'),
     Rule('layer.{i}.gain', 'blocks/gain[{i}]'),
     Rule('scale', 'scale'),
-    known('fixed', lambda: POSITIONS, 'computed here', way_out='set x=y'),
-    skip(r'head\..*', 'not needed'),
+    computed('fixed', lambda: POSITIONS, 'computed here', hint='set x=y'),
+    ignore(r'head\..*', 'not needed'),
   )
 )
 
@@ -120,7 +120,7 @@ def test_a_right_file_fills_every_leaf():
 
 
 def test_what_is_left_out_has_a_reason():
-  assert fitted(file()).skipped == {
+  assert fitted(file()).ignored == {
     'head.weight': 'not needed',
     'fixed': 'computed here',
   }
@@ -150,7 +150,7 @@ def test_backwards_is_the_file_a_group_of_leaves_at_a_time():
     assert key not in found
     found[key] = ours
     assert ours.tobytes() == handle.read().tobytes(), key
-  assert found.keys() == source.keys() - fit.skipped.keys()
+  assert found.keys() == source.keys() - fit.ignored.keys()
   assert sorted(asked) == sorted(TARGET)
   groups = {frozenset(names) for names in fit._groups()}
   assert {f'blocks/{n}/kernel' for n in 'qkv'} in groups
@@ -254,7 +254,7 @@ def test_one_line_shows_both_sides_and_the_way_out():
     'missing in it: embed.weight',
     'unknown to the model: old.weight',
     'scale is (3,), the model wants ()',
-    way_out='take another file',
+    hint='take another file',
   )
   assert message.endswith('; take another file')
 
@@ -336,7 +336,7 @@ def test_types_of_the_file_are_cast_to_the_models(dtype):
   [
     (Rule('a', 'x'), Rule('b', 'x')),
     (Rule('a', 'x'), Rule('a', 'y')),
-    (Rule('a', 'x'), skip('a|b', 'why'), Rule('b', 'y')),
+    (Rule('a', 'x'), ignore('a|b', 'why'), Rule('b', 'y')),
     (Rule('a', 'x[0:2]'), Rule('b', 'x[1:3]'), Rule('c', 'y')),
     (Rule('a', 'x[0:9]'), Rule('c', 'y')),
   ],
@@ -356,7 +356,7 @@ def test_faults_of_a_table_are_no_fault_of_the_user(rows):
     lambda: Rule('a', 'x[{i}]'),
     lambda: Rule('a', 'x[1]'),
     lambda: Rule('a', ('x', 'y'), ('same',)),
-    lambda: fill('x[{i}]', 0.0, 'why'),
+    lambda: constant('x[{i}]', 0.0, 'why'),
     lambda: Rule('a', 'x', 'transposed'),
   ],
 )

@@ -16,7 +16,7 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import UserError
 from vqrae_jax.specs import LATER_FIELDS, RUN_OPTIONS, EncoderSpec, ViTSpec
-from vqrae_jax.weights import Rule, Table, skip
+from vqrae_jax.weights import Rule, Table, ignore
 
 FORMAT_VERSION = 1
 # The section of config.json that a tokenizer's does not have.
@@ -46,7 +46,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   del shapes
   rows: list = [Rule(name, name) for name in LEAVES]
   if why := spec.final_norm and naming.NORMS[spec.output_norm]:
-    rows.append(skip('norm/.*', why))
+    rows.append(ignore('norm/.*', why))
   else:
     rows += [Rule(name, name) for name in _LAST]
   return Table(tuple(rows), ())

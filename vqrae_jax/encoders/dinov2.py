@@ -16,7 +16,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
-from vqrae_jax.weights import Rule, Table, skip
+from vqrae_jax.weights import Rule, Table, ignore
 
 _PIXELS = dataclasses.asdict(IMAGENET_NORM)
 
@@ -64,7 +64,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
       'embeddings.cls_token', 'embeddings.position_embeddings'
     ),
     Rule('embeddings.register_tokens', 'embed/registers', 'batched'),
-    skip(r'embeddings\.mask_token', 'no patch is masked here'),
+    ignore(r'embeddings\.mask_token', 'no patch is masked here'),
   ]
   for theirs, ours in _DENSE.items():
     rows += naming.dense(_LAYER + theirs, BLOCKS + ours)
@@ -80,7 +80,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     rows.append(Rule(scale, f'{BLOCKS}scale{n}[{{i}}]'))
     rows += naming.norm(f'{_LAYER}norm{n}', f'{BLOCKS}norm{n}')
   rows += naming.final_norm(spec, 'layernorm')
-  rows.append(skip(r'classifier\..*', 'a head: latents are taken before it'))
+  rows.append(ignore(r'classifier\..*', 'a head: latents are taken before it'))
   return Table(tuple(rows))
 
 

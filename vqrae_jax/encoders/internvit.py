@@ -19,7 +19,7 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import choose
 from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
-from vqrae_jax.weights import Rule, Table, skip
+from vqrae_jax.weights import Rule, Table, ignore
 
 _PIXELS = dataclasses.asdict(IMAGENET_NORM)
 
@@ -57,7 +57,7 @@ ROWS = {
   'internvit-6b-448px-v2_5': _row(448, depth=45, **_6B),
 }
 
-_OTHERS = skip(
+_OTHERS = ignore(
   r'(language_model|mlp1|multi_modal_projector|lm_head)\..*',
   'the language model around the encoder',
 )
@@ -99,7 +99,7 @@ def hf_table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.dense(
       f'{layer}attention.projection_layer', f'{BLOCKS}attention/out'
     ),
-    skip(r'embeddings\.mask_token', 'no patch is masked here'),
+    ignore(r'embeddings\.mask_token', 'no patch is masked here'),
   ]
   for q, ours in zip('qkv', _QKV, strict=True):
     rows += naming.dense(f'{layer}attention.{q}_proj', ours)

@@ -14,7 +14,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
-from vqrae_jax.weights import Table, skip
+from vqrae_jax.weights import Table, ignore
 
 _PIXELS = dataclasses.asdict(IMAGENET_NORM)
 
@@ -68,7 +68,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   for theirs, ours in _NORMS.items():
     rows += naming.norm(_LAYER + theirs, BLOCKS + ours)
   rows += naming.final_norm(spec, 'layernorm')
-  rows.append(skip(r'decoder\..*', "the pre-training's decoder"))
+  rows.append(ignore(r'decoder\..*', "the pre-training's decoder"))
   return Table(tuple(rows))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Rule, Table, skip
+from vqrae_jax.weights import Rule, Table, ignore
 
 BLOCKS = 'transformer/blocks/'
 NORMS = {
@@ -99,7 +99,7 @@ def final_norm(spec: EncoderSpec, theirs: str) -> tuple:
   if not spec.final_norm:
     return ()
   why = NORMS[spec.output_norm]
-  return (skip(rf'{theirs}\..*', why),) if why else norm(theirs, 'norm')
+  return (ignore(rf'{theirs}\..*', why),) if why else norm(theirs, 'norm')
 
 
 ACTS = {

@@ -16,7 +16,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Rule, Table, by_heads, skip
+from vqrae_jax.weights import Rule, Table, by_heads, ignore
 
 _SIZES = {
   'base': dict(width=768, depth=12, num_heads=12, mlp_dim=3072),
@@ -78,9 +78,9 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     rows += naming.norm(f'{_LAYER}layer_norm{n}', f'{BLOCKS}norm{n}')
   rows += naming.final_norm(spec, 'post_layernorm')
   rows += [
-    skip(r'head\..*', 'the pooling head: latents are taken before it'),
-    skip(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
-    skip(r'embeddings\.position_ids', 'a list of numbers, 0, 1, 2, …'),
+    ignore(r'head\..*', 'the pooling head: latents are taken before it'),
+    ignore(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
+    ignore(r'embeddings\.position_ids', 'a list of numbers, 0, 1, 2, …'),
   ]
   return Table(tuple(rows))
 
@@ -120,12 +120,12 @@ def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
   ]
   last = 'Transformer/encoder_norm'
   if why := naming.NORMS[spec.output_norm]:
-    rows.append(skip(f'{last}/.*', why))
+    rows.append(ignore(f'{last}/.*', why))
   else:
     rows += [Rule(f'{last}/{w}', f'norm/{w}') for w in _NORM_LEAVES]
   rows += [
-    skip('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
-    skip('txt/.*|t|b', 'the text tower'),
+    ignore('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
+    ignore('txt/.*|t|b', 'the text tower'),
   ]
   return Table(tuple(rows), ('params/', 'opt/target/', 'img/'))
 

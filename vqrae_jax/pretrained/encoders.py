@@ -194,7 +194,7 @@ def fit_encoder(
 ) -> weights.Pretrained:
   """The files held to `spec`, whole; no value is read yet.
 
-  `.skipped` says what is left out and why; `.read` and `.load` give leaves.
+  `.ignored` says what is left out and why; `.read` and `.load` give leaves.
 
   Args:
     found: from `find_encoder`.
@@ -216,7 +216,7 @@ def fit_encoder(
     source,
     naming.table(spec, shapes),
     shapes_of(spec) if target is None else target,
-    way_out=f'the file has the names of {naming.name}, the model has '
+    hint=f'the file has the names of {naming.name}, the model has '
     f'width {spec.vit.width}, depth {spec.vit.depth}, grid {spec.vit.grid}',
   )
 

@@ -26,7 +26,7 @@ from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.nn.dino import Backbone
 from vqrae_jax.ops import trees
 from vqrae_jax.types import Tree
-from vqrae_jax.weights import Pretrained, Rule, Table, hub, open_weights, skip
+from vqrae_jax.weights import Pretrained, Rule, Table, hub, ignore, open_weights
 
 # ----------------------------------------------------------------------------
 # DINO ViT-S/8's published weights (arXiv 2104.14294) as a backbone's leaves.
@@ -86,8 +86,8 @@ _ROWS = (
   *_vit_norm('norm2'),
   *_dense('mlp.fc1', 'mlp/fc1'),
   *_dense('mlp.fc2', 'mlp/fc2'),
-  skip(r'norm\..*', 'the final norm: taps are taken before it'),
-  skip(r'head\..*', 'the head that DINO trained with'),
+  ignore(r'norm\..*', 'the final norm: taps are taken before it'),
+  ignore(r'head\..*', 'the head that DINO trained with'),
 )
 TABLE = weights.Table(_ROWS, ('module.', '_orig_mod.', 'backbone.'))
 
@@ -126,7 +126,7 @@ def load_backbone(
     weights.open_weights(path),
     TABLE,
     shapes['params'],
-    way_out='give the ViT-S/8 that DINO published, its backbone alone',
+    hint='give the ViT-S/8 that DINO published, its backbone alone',
   )
   return trees.unflatten(fitted.load())
 
@@ -190,7 +190,7 @@ def _convnext_rows() -> list[Rule]:
 VGG16_TABLE = Table(
   (
     *_vgg_rows(),
-    skip(r'classifier\..*', 'the classifier: LPIPS reads convolutions'),
+    ignore(r'classifier\..*', 'the classifier: LPIPS reads convolutions'),
   )
 )
 HEADS_TABLE = Table(
@@ -273,8 +273,8 @@ def load(
     if path is None and part == 'heads':
       path = installed_heads()
     path = path or hub.locate(name)
-    way_out = f'bring the published one with: {hub.command(name)}'
-    leaves = Pretrained(open_weights(path), table, target[part], way_out).load()
+    hint = f'bring the published one with: {hub.command(name)}'
+    leaves = Pretrained(open_weights(path), table, target[part], hint).load()
     tree[part] = trees.unflatten(leaves)
     if part == 'heads':
       _check_heads(leaves, path)

@@ -20,7 +20,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.ops import posemb
 from vqrae_jax.specs import DecoderSpec
-from vqrae_jax.weights import Rule, known, skip
+from vqrae_jax.weights import Rule, computed, ignore
 
 _LAYER = 'decoder_layers.{i}.'
 _BLOCK = 'transformer/blocks/'
@@ -71,11 +71,11 @@ def _positions(spec: DecoderSpec) -> tuple:
       ),
     )
   return (
-    known(
+    computed(
       _POSITIONS,
       lambda: _fixed_positions(spec),
       'fixed sin-cos positions',
-      way_out='to keep the table of the file, set '
+      hint='to keep the table of the file, set '
       'decoder.vit.posemb="learned" and decoder.vit.prefix_has_posemb=True',
     ),
   )
@@ -94,7 +94,7 @@ def rae_table(spec: DecoderSpec) -> weights.Table:
   rows += _norm('decoder_norm', 'norm')
   rows += _dense('decoder_pred', 'head')
   rows.append(
-    skip(
+    ignore(
       r'(encoder|quantizer|fsq_projection|fsq_unprojection|post_quant_conv)'
       r'\..*',
       'a part of the tokenizer other than its decoder',
@@ -156,7 +156,7 @@ def fit_rae_decoder(
 ) -> weights.Pretrained:
   """A published RAE decoder held to `spec`, whole, its values not read yet.
 
-  `.source.note` says which section of a training file was taken, `.skipped`
+  `.source.note` says which section of a training file was taken, `.ignored`
   what was left out and why; `.read` and `.load` give leaves.
 
   Args:
@@ -179,7 +179,7 @@ def fit_decoder(
   latents = jax.ShapeDtypeStruct((1, *spec.vit.grid, latent_dim), jnp.float32)
   target = jax.eval_shape(Decoder(spec).init, jax.random.key(0), latents)
   return weights.Pretrained(
-    source, rae_table(spec), target['params'], way_out=_sizes(source)
+    source, rae_table(spec), target['params'], hint=_sizes(source)
   )
 
 

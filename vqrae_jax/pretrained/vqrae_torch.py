@@ -29,9 +29,9 @@ from vqrae_jax.weights import (
   Rule,
   Table,
   WeightFile,
+  computed,
   export,
-  known,
-  skip,
+  ignore,
 )
 
 # ----------------------------------------------------------------------------
@@ -208,9 +208,9 @@ def _fsq_rows(q: quantizers.FSQ) -> list:
   tables = fsq_buffers(q.levels)
   if (q.adapter_in, q.adapter_out) == ('linear', 'linear'):
     del tables['quantizer.scales']
-    rows.append(skip(r'quantizer\.(scales|_basis|_levels)', 'made of levels'))
+    rows.append(ignore(r'quantizer\.(scales|_basis|_levels)', 'made of levels'))
   for key, table in tables.items():
-    rows.append(known(key, lambda x=table: x, 'made of quantizer.levels'))
+    rows.append(computed(key, lambda x=table: x, 'made of quantizer.levels'))
   return rows
 
 
@@ -248,7 +248,7 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
   elif isinstance(q, quantizers.VQ):
     ours = _C if q.update == 'ema' else _P
     rows.append(Rule(_TABLES[q.update], f'{ours}codes'))
-    rows.append(skip(_AVERAGE, "an average's memory: a tokenizer has none"))
+    rows.append(ignore(_AVERAGE, "an average's memory: a tokenizer has none"))
   elif isinstance(q, quantizers.SimVQ):
     _check_simvq(q)
     rows.append(Rule('quantizer.embedding.weight', f'{_C}basis'))
@@ -258,8 +258,8 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
     rows.append(Rule('quantizer.embedding_proj.bias', f'{_P}bias'))
     rows += _linear('quantizer.z_proj', 'map_tokens')
     temperature = 'a positive factor of all scores changes no nearest code'
-    rows.append(skip(r'quantizer\.l2_norm_scale', temperature))
-    rows.append(skip(_AVERAGE, 'counts of codes, for a log'))
+    rows.append(ignore(r'quantizer\.l2_norm_scale', temperature))
+    rows.append(ignore(_AVERAGE, 'counts of codes, for a log'))
   if q.post_quant is not None:
     rows.append(Rule('post_quant_conv.weight', f'{_P}post_conv/kernel', 'conv'))
     rows.append(Rule('post_quant_conv.bias', f'{_P}post_conv/bias'))

@@ -81,7 +81,7 @@ def encoder_from(
   except UserError as e:
     raise UserError(f'{key}={word}: {e}') from None
   at = f' at {found.revision[:12]}' if found.revision else ''
-  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  skipped = f', without {len(fit.ignored)} others' if fit.ignored else ''
   says = f'the {len(leaves)} leaves of the encoder {word}{at}{skipped}'
   return Given(leaves, says, word, found.revision)
 
@@ -125,7 +125,7 @@ def decoder_from(tokenizer: Tokenizer, word: str) -> tuple[Leaves, str]:
     source.value, tokenizer.decoder_spec, tokenizer.latent_dim
   )
   leaves = {f'params/decoder/{n}': x for n, x in fit.load().items()}
-  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  skipped = f', without {len(fit.ignored)} others' if fit.ignored else ''
   note = f' ({fit.source.note})' if fit.source.note else ''
   return leaves, f'the decoder of {source.value}{note}{skipped}'
 

@@ -15,7 +15,15 @@ _HOMES = {
   'files': ('LazyArray', 'WeightFile', 'arrays', 'write_safetensors'),
   'load': ('LazyLeaf', 'Pretrained', 'export'),
   'readers': ('open_weights',),
-  'rules': ('PREFIXES', 'Rule', 'Table', 'by_heads', 'fill', 'known', 'skip'),
+  'rules': (
+    'PREFIXES',
+    'Rule',
+    'Table',
+    'by_heads',
+    'computed',
+    'constant',
+    'ignore',
+  ),
   'hub': ('SourceWord', 'parse_source'),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

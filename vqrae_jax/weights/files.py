@@ -27,7 +27,7 @@ from vqrae_jax.errors import UserError
 Bounds = tuple[tuple[int, int], ...]
 
 
-def shown(key: object) -> str:
+def printable(key: object) -> str:
   """A name out of a file, fit to stand in a line of an error."""
   line = ''.join(c if c.isprintable() else '?' for c in str(key)[:90])
   return line if len(line) < 90 else line + '…'
@@ -228,12 +228,12 @@ class Archive:
     parts = name.split('/')
     if name.startswith(('/', '\\')) or '..' in parts or '\\' in name:
       raise UserError(
-        f'{self.path} holds "{shown(name)}", a path out of the archive; it is '
+        f'{self.path} holds "{printable(name)}", a path out of the archive; it is '
         f'no {self.what}'
       )
     if not re.fullmatch(allowed, name):
       raise UserError(
-        f'{self.path} holds "{shown(name)}", which no {self.what} has; save '
+        f'{self.path} holds "{printable(name)}", which no {self.what} has; save '
         'the weights alone, best as .safetensors'
       )
     stored = info.compress_type == zipfile.ZIP_STORED

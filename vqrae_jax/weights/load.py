@@ -21,14 +21,14 @@ import numpy as np
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.weights import files
-from vqrae_jax.weights.files import WeightFile, shown
+from vqrae_jax.weights.files import WeightFile, printable
 from vqrae_jax.weights.rules import (
-  Fill,
-  Known,
-  Place,
+  Computed,
+  Constant,
+  Destination,
+  Ignore,
   Rule,
   Shape,
-  Skip,
   Table,
   Transform,
 )
@@ -70,11 +70,11 @@ class Expected:
 
   shapes: dict[str, Shape]  # source key: shape
   pieces: dict[str, tuple[Piece, ...]]  # leaf: pieces in order of rows
-  known: dict[str, Known]
+  computed: dict[str, Computed]
   unfilled: tuple[str, ...]  # leaves, or rows of them, that no row fills
 
 
-def _block(at: Place, layer: int, shape: Shape) -> tuple[int, int, Shape]:
+def _block(at: Destination, layer: int, shape: Shape) -> tuple[int, int, Shape]:
   """(first row, last row + 1, shape) of a place in a leaf of `shape`."""
   if at.stacked:
     return layer, layer + 1, shape[1:]
@@ -89,7 +89,7 @@ def _rule_pieces(
 ) -> tuple[list[Piece], Shape]:
   """The pieces that one source array becomes, and its shape."""
   parts = []
-  for at, transform in zip(rule.places, rule.transforms, strict=True):
+  for at, transform in zip(rule.destinations, rule.transforms, strict=True):
     start, stop, shape = _block(at, layer, tuple(target[at.leaf].shape))
     parts.append((at, start, stop, shape, transform))
   axis = parts[0][-1].axis
@@ -121,7 +121,7 @@ def _rule_pieces(
 def _layers(rule: Rule, target: Mapping[str, Any]) -> range:
   if '{i}' not in rule.source:
     return range(1)
-  depths = {target[at.leaf].shape[0] for at in rule.places}
+  depths = {target[at.leaf].shape[0] for at in rule.destinations}
   if len(depths) > 1:
     raise ValueError(f'{rule} fills leaves of {depths} layers')
   return range(depths.pop())
@@ -138,10 +138,12 @@ def expand(table: Table, target: Mapping[str, Any]) -> Expected:
   """
   shapes: dict[str, Shape] = {}
   pieces: dict[str, list[Piece]] = {leaf: [] for leaf in target}
-  known = {row.source: row for row in table.rows if isinstance(row, Known)}
+  computed = {
+    row.source: row for row in table.rows if isinstance(row, Computed)
+  }
   for row in table.rows:
-    if isinstance(row, Fill):
-      at = row.place
+    if isinstance(row, Constant):
+      at = row.parsed
       if at.leaf in target:
         start, stop, shape = _block(at, 0, tuple(target[at.leaf].shape))
         same = Rule('', at.leaf).transforms[0]
@@ -150,11 +152,11 @@ def expand(table: Table, target: Mapping[str, Any]) -> Expected:
         )
     if not isinstance(row, Rule):
       continue
-    if any(at.leaf not in target for at in row.places):
+    if any(at.leaf not in target for at in row.destinations):
       continue
     for layer in _layers(row, target):
       key = row.key(layer)
-      if key in shapes or key in known:
+      if key in shapes or key in computed:
         raise ValueError(f'two rows of the table want {key}')
       made, shapes[key] = _rule_pieces(row, layer, target)
       for piece in made:
@@ -167,7 +169,7 @@ def expand(table: Table, target: Mapping[str, Any]) -> Expected:
   for leaf, found in ordered.items():
     shape = target[leaf].shape
     unfilled += _gaps(leaf, found, shape[0] if shape else 1)
-  return Expected(shapes, ordered, known, tuple(unfilled))
+  return Expected(shapes, ordered, computed, tuple(unfilled))
 
 
 def _gaps(leaf: str, pieces: Sequence[Piece], rows: int) -> list[str]:
@@ -193,11 +195,11 @@ class Match:
 
   expected: Expected
   keys: dict[str, str]
-  skipped: dict[str, str]  # the file's key: why
+  ignored: dict[str, str]  # the file's key: why
 
 
 def _names(words: Sequence[str]) -> str:
-  words = [shown(w) for w in words]
+  words = [printable(w) for w in words]
   more = len(words) - _SHOWN
   tail = f' and {more} more' if more > 0 else ''
   return ', '.join(words[:_SHOWN]) + tail
@@ -207,11 +209,11 @@ def _claim(
   key: str, expected: Expected, table: Table
 ) -> tuple[str, str | None, str]:
   """(prefix stripped, expected key or None, reason to skip or '')."""
-  skips = [r for r in table.rows if isinstance(r, Skip)]
+  skips = [r for r in table.rows if isinstance(r, Ignore)]
   prefix, rest = '', key
   while True:
     reasons = [s.why for s in skips if re.fullmatch(s.pattern, rest)]
-    wanted = rest in expected.shapes or rest in expected.known
+    wanted = rest in expected.shapes or rest in expected.computed
     if len(reasons) + wanted > 1:
       raise ValueError(f'two rows of the table match {rest}')
     if wanted:
@@ -225,7 +227,7 @@ def _claim(
 
 
 def match(
-  source: WeightFile, table: Table, target: Mapping[str, Any], way_out: str = ''
+  source: WeightFile, table: Table, target: Mapping[str, Any], hint: str = ''
 ) -> Match:
   """Holds a file to a table and a model; reads no value.
 
@@ -233,25 +235,25 @@ def match(
     source: the file.
     table: its rows.
     target: {leaf name: has .shape and .dtype}.
-    way_out: what to do about a file that does not fit, for the error.
+    hint: what to do about a file that does not fit, for the error.
 
   Raises:
     UserError: one line with what is missing, unknown or of another shape.
   """
   expected = expand(table, target)
   keys: dict[str, str] = {}
-  skipped: dict[str, str] = {}
+  ignored: dict[str, str] = {}
   prefixes: dict[str, str] = {}
   unknown = []
   for key in source:
     prefix, name, why = _claim(key, expected, table)
     if why:
-      skipped[key] = why
+      ignored[key] = why
     elif name is None:
       unknown.append(key)
     elif name in keys:
       raise UserError(
-        f'{source.name} holds both {shown(keys[name])} and {shown(key)}, '
+        f'{source.name} holds both {printable(keys[name])} and {printable(key)}, '
         'which are one leaf; save one of them'
       )
     else:
@@ -260,13 +262,13 @@ def match(
   if len(prefixes) > 1:
     one, other = list(prefixes.values())[:2]
     raise UserError(
-      f'{source.name} mixes prefixes: {shown(one)} beside {shown(other)}; '
+      f'{source.name} mixes prefixes: {printable(one)} beside {printable(other)}; '
       'save the weights of one model'
     )
   (prefix,) = prefixes or ('',)
   missing = [prefix + k for k in expected.shapes if k not in keys]
-  _report(source, expected, keys, target, missing, unknown, way_out)
-  return Match(expected, keys, skipped)
+  _report(source, expected, keys, target, missing, unknown, hint)
+  return Match(expected, keys, ignored)
 
 
 def _report(
@@ -276,7 +278,7 @@ def _report(
   target: Mapping[str, Any],
   missing: list[str],
   unknown: list[str],
-  way_out: str,
+  hint: str,
 ) -> None:
   leaves = {
     p.key: target[p.leaf] for ps in expected.pieces.values() for p in ps
@@ -288,11 +290,11 @@ def _report(
     have = source[keys[name]]
     if have.shape != want:
       shapes.append(
-        f'{shown(keys[name])} is {have.shape}, the model wants {want}'
+        f'{printable(keys[name])} is {have.shape}, the model wants {want}'
       )
     elif have.dtype.kind in 'biu' and leaves[name].dtype.kind not in 'biu':
       shapes.append(
-        f'{shown(keys[name])} is {have.dtype}, the model wants '
+        f'{printable(keys[name])} is {have.dtype}, the model wants '
         f'{leaves[name].dtype}'
       )
   parts = []
@@ -307,7 +309,7 @@ def _report(
     shapes = shapes[:_SHOWN] + ([f'and {more} more'] if more > 0 else [])
     parts.append('; '.join(shapes))
   if parts:
-    parts += [way_out] if way_out else []
+    parts += [hint] if hint else []
     raise UserError(f'{source.name} does not fit: {"; ".join(parts)}')
 
 
@@ -337,7 +339,7 @@ class Pretrained:
 
   Attributes:
     target: {leaf name: ShapeDtypeStruct}.
-    skipped: {the file's key: why it is not used}.
+    ignored: {the file's key: why it is not used}.
   """
 
   def __init__(
@@ -345,7 +347,7 @@ class Pretrained:
     source: files.WeightFile,
     table: Table,
     target: Any,
-    way_out: str = '',
+    hint: str = '',
   ):
     """Matches; reads the few arrays that must equal computed ones.
 
@@ -353,39 +355,39 @@ class Pretrained:
       source: an opened file (`readers.open_weights`).
       table: the rules for its kind.
       target: a tree of ShapeDtypeStructs (or arrays): all leaves to fill.
-      way_out: what to do about a file that does not fit, for the error.
+      hint: what to do about a file that does not fit, for the error.
 
     Raises:
       UserError: the file does not fit the model; one line shows both sides.
     """
     self.source = source
     self.target = trees.flatten(target)
-    found = match(source, table, self.target, way_out)
-    self.skipped = dict(found.skipped)
+    found = match(source, table, self.target, hint)
+    self.ignored = dict(found.ignored)
     self._table = table
-    self._way_out = f'; {way_out}' if way_out else ''
+    self._hint = f'; {hint}' if hint else ''
     self._pieces, self._keys = found.expected.pieces, found.keys
-    for name, row in found.expected.known.items():
+    for name, row in found.expected.computed.items():
       if name in found.keys:
         self._compare(found.keys[name], row)
-        self.skipped[found.keys[name]] = row.why
+        self.ignored[found.keys[name]] = row.why
 
-  def _compare(self, key: str, row: Known) -> None:
+  def _compare(self, key: str, row: Computed) -> None:
     want = row.value()
     handle = self.source[key]
-    where = f'{self.source.name}: {files.shown(key)}'
+    where = f'{self.source.name}: {files.printable(key)}'
     if handle.shape != want.shape:
       raise UserError(
         f'{where} is {handle.shape}, the model computes {want.shape} '
-        f'({row.why}){self._way_out}'
+        f'({row.why}){self._hint}'
       )
     have = _finite(handle.read().astype(np.float32), where)
     off = float(np.max(np.abs(have - want), initial=0))
     if off > row.tolerance:
-      way_out = f'; {row.way_out}' if row.way_out else ''
+      hint = f'; {row.hint}' if row.hint else ''
       raise UserError(
         f'{where} differs by up to {off:.3g} from what the model computes '
-        f'({row.why}){way_out}'
+        f'({row.why}){hint}'
       )
 
   def read(self, leaf: str, index: Sequence[slice] | None = None) -> np.ndarray:
@@ -436,7 +438,7 @@ class Pretrained:
       moved = slice(inner[axis].start + shift, inner[axis].stop + shift)
       inner = (*inner[:axis], moved, *inner[axis + 1 :])
     values = self.source[key].read(inner)
-    where = f'{self.source.name}: {files.shown(key)}'
+    where = f'{self.source.name}: {files.printable(key)}'
     with np.errstate(over='ignore', invalid='ignore'):
       values = _finite(np.asarray(values.astype(dtype)), where)
     ours = piece.shape
@@ -596,12 +598,12 @@ def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
     leaves: a tree, or {leaf name: array}, of all that the model has.
 
   Returns:
-    What the file would hold, computed arrays (`known`) included. Views of
+    What the file would hold, computed arrays (`computed`) included. Views of
     `leaves` where the layout allows: copy before changing them.
 
   Raises:
     UserError: the table has no place for a leaf, or a constant of the table
-      (`fill`) has been trained away.
+      (`constant`) has been trained away.
   """
   flat = {n: np.asarray(v) for n, v in trees.flatten(leaves).items()}
   expected = expand(table, flat)
@@ -621,13 +623,13 @@ def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
     key: _gather(sorted(pieces, key=lambda p: p.offset), flat)
     for key, pieces in by_key.items()
   }
-  return out | {key: row.value() for key, row in expected.known.items()}
+  return out | {key: row.value() for key, row in expected.computed.items()}
 
 
 def _check_fills(
   table: Table, expected: Expected, leaves: Mapping[str, np.ndarray]
 ) -> None:
-  whys = {r.destination: r.why for r in table.rows if isinstance(r, Fill)}
+  whys = {r.destination: r.why for r in table.rows if isinstance(r, Constant)}
   for pieces in expected.pieces.values():
     for piece in pieces:
       if piece.key:

@@ -3,9 +3,9 @@
   Rule('layers.{i}.fc1.weight', 'blocks/mlp/fc1/kernel[{i}]', 'linear')
   Rule('layers.{i}.qkv.weight', ('…/query/kernel[{i}]', '…/key/…', …), 'linear')
   Rule('cls_token', 'embed/prefix[0:1]', 'batched')
-  skip(r'head\..*', 'the pooling head: latents are taken before it')
-  known('pos_embed', positions, 'fixed sin-cos, computed here')
-  fill('embed/prefix_positions[1:5]', 0.0, 'registers have no positions')
+  ignore(r'head\..*', 'the pooling head: latents are taken before it')
+  computed('pos_embed', positions, 'fixed sin-cos, computed here')
+  constant('embed/prefix_positions[1:5]', 0.0, 'registers have no positions')
 
 A table is total: every source key is matched by one row, every destination
 leaf, every row of it, is filled by one (`match.py` holds it to that). Rows
@@ -191,7 +191,7 @@ _DESTINATION = re.compile(r'([^\[\]{}]+)(?:\[(?:(\{i\})|(\d+):(\d+))\])?')
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Destination:
   """A destination: a leaf, or one row of it a layer, or a range of rows."""
 
   leaf: str
@@ -199,14 +199,14 @@ class Place:
   rows: tuple[int, int] | None = None
 
 
-def place(word: str) -> Place:
+def parse_destination(word: str) -> Destination:
   """'leaf', 'leaf[{i}]' or 'leaf[a:b]'."""
   match = _DESTINATION.fullmatch(word)
   if match is None:
     raise ValueError(f'"{word}" is no leaf, leaf[{{i}}] or leaf[a:b]')
   leaf, layer, start, stop = match.groups()
   rows = None if start is None else (int(start), int(stop))
-  return Place(leaf, layer is not None, rows)
+  return Destination(leaf, layer is not None, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,23 +224,25 @@ class Rule:
 
   def __post_init__(self):
     layered = '{i}' in self.source
-    if any(p.stacked != layered for p in self.places):
+    if any(p.stacked != layered for p in self.destinations):
       raise ValueError(f'{self}: {{i}} stands on one side only')
-    if len(self.transforms) != len(self.places):
+    if len(self.transforms) != len(self.destinations):
       raise ValueError(f'{self}: a transform for each destination, or one')
 
   @property
-  def places(self) -> tuple[Place, ...]:
+  def destinations(self) -> tuple[Destination, ...]:
     words = self.destination
-    return tuple(map(place, (words,) if isinstance(words, str) else words))
+    return tuple(
+      map(parse_destination, (words,) if isinstance(words, str) else words)
+    )
 
   @property
   def transforms(self) -> tuple[Transform, ...]:
     words = self.transform
     if isinstance(words, Transform):
-      return (words,) * len(self.places)
+      return (words,) * len(self.destinations)
     if isinstance(words, str):
-      words = (words,) * len(self.places)
+      words = (words,) * len(self.destinations)
     return tuple(choose(TRANSFORMS, w, 'transform of weights') for w in words)
 
   def key(self, layer: int) -> str:
@@ -248,7 +250,7 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Skip:
+class Ignore:
   """Source keys that are not ours, and why."""
 
   pattern: str
@@ -256,18 +258,18 @@ class Skip:
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class Computed:
   """A source array that is computed here, and compared when it is met."""
 
   source: str
   value: Callable[[], np.ndarray]
   why: str
   tolerance: float = 1e-5
-  way_out: str = ''
+  hint: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
-class Fill:
+class Constant:
   """Rows of a leaf that no file holds: a constant, and why."""
 
   destination: str
@@ -275,39 +277,39 @@ class Fill:
   why: str
 
   def __post_init__(self):
-    if self.place.stacked:
+    if self.parsed.stacked:
       raise ValueError(f'{self}: a constant fills all layers alike')
 
   @property
-  def place(self) -> Place:
-    return place(self.destination)
+  def parsed(self) -> Destination:
+    return parse_destination(self.destination)
 
 
-def skip(pattern: str, why: str) -> Skip:
+def ignore(pattern: str, why: str) -> Ignore:
   """Leaves out the keys that the regex matches whole, for a reason."""
   re.compile(pattern)
-  return Skip(pattern, why)
+  return Ignore(pattern, why)
 
 
-def known(
+def computed(
   source: str,
   value: Callable[[], np.ndarray],
   why: str,
   tolerance: float = 1e-5,
-  way_out: str = '',
-) -> Known:
+  hint: str = '',
+) -> Computed:
   """Leaves out a key whose value must equal `value()` to `tolerance`."""
-  return Known(source, value, why, tolerance, way_out)
+  return Computed(source, value, why, tolerance, hint)
 
 
-def fill(destination: str, value: float, why: str) -> Fill:
+def constant(destination: str, value: float, why: str) -> Constant:
   """Fills a leaf, or rows of it, with a constant."""
-  return Fill(destination, value, why)
+  return Constant(destination, value, why)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
   """All rows of one kind of file, and the prefixes its keys may bear."""
 
-  rows: tuple[Rule | Skip | Known | Fill, ...]
+  rows: tuple[Rule | Ignore | Computed | Constant, ...]
   prefixes: tuple[str, ...] = PREFIXES

@@ -20,7 +20,7 @@ import numpy as np
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.weights import files
-from vqrae_jax.weights.files import Archive, shown
+from vqrae_jax.weights.files import Archive, printable
 
 # ----------------------------------------------------------------------------
 # The pickle inside a PyTorch checkpoint, read as data.
@@ -164,7 +164,7 @@ _TYPES = {f'torch.{name}': dtype for name, dtype in STORAGES.items()}
 def _named(module: Any, name: Any) -> _Name:
   path = f'{module}.{name}'
   if path not in _CALLS and path not in _TYPES:
-    raise _Refused(f'names {shown(path)}, and so could run code')
+    raise _Refused(f'names {printable(path)}, and so could run code')
   return _Name(path)
 
 
@@ -444,13 +444,17 @@ def _listed(keys: Any, storages: list[Storage]) -> dict[str, Storage]:
   for storage in storages:
     first = used.setdefault(storage.key, storage)
     if (first.dtype, first.count) != (storage.dtype, storage.count):
-      raise _Damaged(f'storage {shown(storage.key)} is of two types or sizes')
+      raise _Damaged(
+        f'storage {printable(storage.key)} is of two types or sizes'
+      )
   if type(keys) is not list or not all(type(k) is str for k in keys):
     raise _Damaged('no list of storages follows its value')
   if len(set(keys)) != len(keys):
     raise _Damaged('it lists a storage twice')
   for key in set(keys) ^ set(used):
-    raise _Damaged(f'its value and its list disagree on storage {shown(key)}')
+    raise _Damaged(
+      f'its value and its list disagree on storage {printable(key)}'
+    )
   return {key: used[key] for key in keys}
 
 
@@ -463,17 +467,17 @@ def _places(
     file.seek(at)
     head = file.read(_COUNT)
     if len(head) < _COUNT:
-      raise _Damaged(f'it ends before storage {shown(key)}')
+      raise _Damaged(f'it ends before storage {printable(key)}')
     count = int.from_bytes(head, 'little', signed=True)
     if count != storage.count:
       raise _Damaged(
-        f'storage {shown(key)} has {count} elements, and its tensors want '
+        f'storage {printable(key)} has {count} elements, and its tensors want '
         f'{storage.count}'
       )
     places[key] = at + _COUNT
     at = places[key] + count * storage.dtype.itemsize
     if at > size:
-      raise _Damaged(f'it ends inside storage {shown(key)}')
+      raise _Damaged(f'it ends inside storage {printable(key)}')
   if at < size:
     raise _Damaged(f'{size - at} bytes follow its last storage')
   return places
@@ -516,7 +520,7 @@ def open_torch(path: pathlib.Path) -> files.WeightFile:
     value, runs, swap = _open_zip(path)
   tensors, note = _choose(value, path)
   found = {
-    key: _handle(f'{path}: "{files.shown(key)}"', tensor, runs, swap)
+    key: _handle(f'{path}: "{files.printable(key)}"', tensor, runs, swap)
     for key, tensor in tensors.items()
   }
   return files.WeightFile(str(path), found, note)
@@ -597,17 +601,17 @@ def _choose(value: Any, path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
     found = _tensors(section)
     if found:
       _no_more(section, f'{path} ["{name}"]')
-      left = ', '.join(files.shown(k) for k in value if k != name)
+      left = ', '.join(files.printable(k) for k in value if k != name)
       return found, f'took "{name}"' + (f', left {left[:120]}' if left else '')
   found = _tensors(value)
   if not found:
-    keys = ', '.join(map(files.shown, list(value)[:6])) or 'nothing'
+    keys = ', '.join(map(files.printable, list(value)[:6])) or 'nothing'
     raise UserError(
       f'{path} holds no named tensors (it has {keys}); they are looked for in '
       f'"ema", "model", "state_dict" and at the top'
     )
   _no_more(value, str(path))
-  left = ', '.join(files.shown(k) for k in value if k not in found)
+  left = ', '.join(files.printable(k) for k in value if k not in found)
   return found, f'left {left[:120]}' if left else ''
 
 
@@ -619,7 +623,7 @@ def _no_more(section: dict, where: str) -> None:
       isinstance(v, Tensor | dict) for v in deeper
     ):
       raise UserError(
-        f'{where} holds tensors and, under "{files.shown(key)}", further '
+        f'{where} holds tensors and, under "{files.printable(key)}", further '
         'ones; save the weights alone, as one dict of named tensors'
       )
 
