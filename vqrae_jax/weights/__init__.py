@@ -12,9 +12,14 @@ door, readers are not.
 import importlib
 
 _HOMES = {
-  'files': ('LazyArray', 'WeightFile', 'arrays', 'write_safetensors'),
-  'load': ('LazyLeaf', 'Pretrained', 'export'),
-  'readers': ('open_weights',),
+  'files': (
+    'LazyArray',
+    'WeightFile',
+    'arrays',
+    'open_weights',
+    'write_safetensors',
+  ),
+  'load': ('Pretrained', 'export'),
   'rules': (
     'PREFIXES',
     'Rule',
