@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
-from tqdm import tqdm
 
 from vqrae_jax import cli
 from vqrae_jax.encoders import ENCODERS
@@ -115,8 +114,7 @@ def fetch(names: Iterable[str]) -> None:
 
 def _file(name: str) -> None:
   row = hub.FILES[name]
-  with tqdm(desc=name, unit='B', unit_scale=True, leave=False) as bar:
-    new = hub.download(row.url, row.path, row.sha256, bar)
+  new = hub.download(row.url, row.path, row.sha256, progress=True)
   state = 'downloaded' if new else 'there already'
   check = 'as published' if row.sha256 else 'recorded, none is published'
   sha256 = hub.known_hash(row.path, None)

@@ -1,6 +1,7 @@
 """A published RAE decoder: parity with torch, round trips, misfits."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -46,10 +47,15 @@ def state():
   return torch_rae.state_dict()
 
 
-def paint(spec, leaves, z):
+@functools.cache
+def decoder(spec):
+  return jax.jit(Decoder(spec).apply)
+
+
+def decode(spec, leaves, z):
   variables = {'params': trees.unflatten(leaves)}
   with jax.default_matmul_precision('highest'):
-    return np.asarray(jax.jit(Decoder(spec).apply)(variables, z)[0])
+    return np.asarray(decoder(spec)(variables, z)[0])
 
 
 def error(path, spec=SPEC, latent=LATENT):
@@ -71,13 +77,13 @@ def test_it_decodes_as_torch_does(tmp_path, state):
     state, z.reshape(2, 16, LATENT), 4, IMAGENET_NORM.mean, IMAGENET_NORM.std
   )
   leaves = rae.load_rae_decoder(saved(tmp_path, state), SPEC, LATENT)
-  have = paint(SPEC, leaves, z)
+  have = decode(SPEC, leaves, z)
   assert np.linalg.norm(have - want) < 1e-5 * np.linalg.norm(want)
   # It can fail: another layout of the head's values is far off.
   leaves['head/kernel'] = (
     leaves['head/kernel'].reshape(32, 4, 4, 3).swapaxes(1, 2).reshape(32, 48)
   )
-  assert np.linalg.norm(paint(SPEC, leaves, z) - want) > 0.1
+  assert np.linalg.norm(decode(SPEC, leaves, z) - want) > 0.1
 
 
 def test_every_key_is_there(state):
@@ -146,7 +152,7 @@ def test_misfits_name_both_sides_and_the_way_out(tmp_path, state):
   assert 'for latents of 24 channels' in message
   message = error(path, vit(depth=3))
   assert 'missing in it: decoder_layers.2.' in message
-  assert 'and 12 more' in message and 'depth=2' in message
+  assert 'depth=2' in message
   message = error(path, vit(depth=1))
   assert 'unknown to the model: decoder_layers.1.' in message
   message = error(path, vit(grid=(6, 6)))
@@ -178,7 +184,7 @@ def test_foreign_positions_are_named_or_carried(tmp_path, state):
   want = torch_rae.decode(
     foreign, z.reshape(2, 16, LATENT), 4, IMAGENET_NORM.mean, IMAGENET_NORM.std
   )
-  have = paint(spec, leaves, z)
+  have = decode(spec, leaves, z)
   assert np.linalg.norm(have - want) < 1e-5 * np.linalg.norm(want)
   back = rae.export_rae_decoder(leaves, spec)
   for key, value in foreign.items():

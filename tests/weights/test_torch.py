@@ -286,6 +286,7 @@ MALICE |= {
 def test_no_malice_works(tmp_path, monkeypatch, case, form):
   """No code runs, nothing is imported, and memory is bounded by the file."""
   monkeypatch.chdir(tmp_path)
+  files.read_all(written(tmp_path, form, tensor(form)))  # imports the reader
   path, modules = written(tmp_path, form, MALICE[case]), set(sys.modules)
   tracemalloc.start()
   try:

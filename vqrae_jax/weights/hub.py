@@ -173,7 +173,7 @@ def download(
   url: str,
   path: pathlib.Path,
   sha256: str | None = None,
-  progress: object = False,
+  progress: bool = False,
 ) -> bool:
   """Downloads `url` to `path`; False if the file was there with its hash.
 
@@ -184,7 +184,7 @@ def download(
     url: http or https.
     path: the file to make; its folder is made too.
     sha256: what the file must hash to, if it is known.
-    progress: False, or a bar like tqdm's.
+    progress: whether to show a bar.
 
   Raises:
     UserError: no way to it, another file than it should be, an answer that

@@ -449,7 +449,7 @@ class Pretrained:
     def read(piece: Piece) -> np.ndarray:
       rows = [slice(piece.start, piece.stop)] if piece.index != () else None
       block = self.read(piece.leaf, rows)
-      return block[0] if piece.single else block
+      return np.asarray(block[0]) if piece.single else block
 
     for key, pieces in _by_key(self._pieces).items():
       yield self.source[self._keys[key]], _gather(pieces, read)
@@ -513,7 +513,7 @@ def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
         'freeze it to write this format'
       )
   out = {
-    key: _gather(pieces, lambda p: flat[p.leaf][p.index])
+    key: _gather(pieces, lambda p: np.asarray(flat[p.leaf][p.index]))
     for key, pieces in _by_key(expected.pieces).items()
   }
   return out | {key: row.value() for key, row in expected.computed.items()}
