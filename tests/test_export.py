@@ -13,6 +13,7 @@ import vqrae_jax
 from tests import test_stability as stability
 from tests import tiny
 from vqrae_jax import export, sharding
+from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 
 KINDS = [*tiny.QUANTIZERS, 'none']

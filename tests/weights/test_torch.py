@@ -13,7 +13,6 @@ import pickle
 import sys
 import tarfile
 import tracemalloc
-import warnings
 import zipfile
 
 import ml_dtypes
@@ -273,7 +272,13 @@ GADGETS = {
   'a class of ours': files.Calls,
   'print': builtins.print,
 }
+BROKEN = (
+  b'', b'.', b'\x80\x02', b'\x80\x02}', b'\x80\x02}h\x05.', b'\x80\x02t.',
+  b'\x80\x02}}.', b'\x80\x02X\x01\x00\x00\x00\xff.', b'\xfe\xfe',
+  files.tensor()[:-1], files.tensor()[:40],
+)  # fmt: skip
 MALICE = {name: b'\x80\x02' + made + files.STOP for name, made in ODD.items()}
+MALICE |= {f'broken {n}': made for n, made in enumerate(BROKEN)}
 MALICE |= {
   f'{name}, protocol {n}': program({'w': value}, n)
   for name, value in GADGETS.items()
@@ -307,34 +312,6 @@ def test_no_pickle_of_the_old_format_runs(tmp_path, monkeypatch, at):
   *head, value, keys = pickles
   refused(legacy(tmp_path / 'w.pt', value, RUNS, head, keys), 'system')
   assert not (tmp_path / 'PWNED').exists()
-
-
-@both_forms
-def test_a_module_is_refused_with_what_would_be_right(tmp_path, form):
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    refused(saved(tmp_path, torch.nn.Linear(2, 2), form), 'state_dict')
-
-
-@both_forms
-@pytest.mark.parametrize(
-  'made',
-  [
-    b'',
-    b'.',
-    b'\x80\x02',
-    b'\x80\x02}',
-    b'\x80\x02}h\x05.',
-    b'\x80\x02t.',
-    b'\x80\x02}}.',
-    b'\x80\x02X\x01\x00\x00\x00\xff.',
-    b'\xfe\xfe',
-    files.tensor()[:-1],
-    files.tensor()[:40],
-  ],
-)
-def test_broken_programs_are_errors(tmp_path, made, form):
-  refused(written(tmp_path, form, made))
 
 
 @both_forms
@@ -483,13 +460,9 @@ def test_lists_are_copied_once(tmp_path):
   """A short pickle cannot ask for one list again and again."""
   pair = b']' + files.MARK + files.text('k') + files.number(3) + b'e'
   made = b'\x80\x02' + ORDERED + b']' + pair + b'aq\x01\x85' + files.REDUCE
-  again = (ORDERED + b'h\x01\x85' + files.REDUCE + files.text('ema')) * 2
-  # {k: 3} becomes the value; the copies behind it are empty.
-  opened = checkpoint(tmp_path / 'w.pt', made + again + b'.', {})
-  refused(opened)
-  refused(checkpoint(tmp_path / 'w.pt', made + b'.', {}), 'k')
-  swapped = made[:-1] + files.REDUCE + ORDERED + b'h\x01\x85' + files.REDUCE
-  refused(checkpoint(tmp_path / 'w.pt', swapped + b'.', {}), 'nothing')
+  refused(checkpoint(tmp_path / 'w.pt', made + b'.'), 'it has k')
+  made += ORDERED + b'h\x01\x85' + files.REDUCE
+  refused(checkpoint(tmp_path / 'w.pt', made + b'.'), 'it has nothing')
 
 
 def test_a_file_larger_than_memory_opens(tmp_path):
@@ -560,9 +533,8 @@ def test_damage_of_any_kind_is_one_line(tmp_path, form):
 
 def test_names_and_contents(tmp_path):
   old = saved(tmp_path, {'w': BASE}, 'old').read_bytes()
-  for ending in ('npz', 'safetensors'):
-    (tmp_path / f'w.{ending}').write_bytes(old)
-    refused(tmp_path / f'w.{ending}', 'rename')
+  (tmp_path / 'w.npz').write_bytes(old)
+  refused(tmp_path / 'w.npz', 'rename')
   (tmp_path / 'w.bin').write_bytes(old)
   assert list(weights.open_weights(tmp_path / 'w.bin')) == ['w']
   path = tmp_path / 'p.pt'

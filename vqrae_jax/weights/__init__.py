@@ -29,7 +29,7 @@ _HOMES = {
     'constant',
     'ignore',
   ),
-  'hub': ('SourceWord', 'parse_source'),
+  'hub': ('Source', 'parse_source'),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -256,7 +256,7 @@ _HUB = re.compile(r'([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?')
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceWord:
+class Source:
   """A parsed source: its kind and what the kind needs.
 
   `kind` is "hf", "rae", "vqrae_torch", "path" or "row"; `value` is the
@@ -269,48 +269,48 @@ class SourceWord:
   revision: str | None = None
 
 
-def parse_source(word: str, rows: Iterable[str] = ()) -> SourceWord:
-  """Reads a source word.
+def parse_source(text: str, rows: Iterable[str] = ()) -> Source:
+  """Reads a source.
 
   Args:
-    word: as a flag or a config has it.
-    rows: the names that a bare word may be.
+    text: as a flag or a config has it.
+    rows: the names that a bare name may be.
 
   Raises:
     UserError: an unknown scheme or row, or a scheme without its value.
   """
   names = tuple(rows)
-  if not word.strip():
+  if not text.strip():
     raise UserError(
       'an empty source of weights; give hf:ORG/NAME, rae:FILE, a path or a name'
     )
-  if word in names:
-    return SourceWord('row', word)
-  match = _SCHEME.fullmatch(word)
+  if text in names:
+    return Source('row', text)
+  match = _SCHEME.fullmatch(text)
   if match is not None:
-    return _with_scheme(word, *match.groups())
-  path = pathlib.Path(word).expanduser()
-  if '/' in word or word.startswith(('.', '~')) or path.exists():
-    return SourceWord('path', str(path))
+    return _with_scheme(text, *match.groups())
+  path = pathlib.Path(text).expanduser()
+  if '/' in text or text.startswith(('.', '~')) or path.exists():
+    return Source('path', str(path))
   raise UserError(
-    f'unknown source of weights "{word}"{did_you_mean(word, names)}; a path '
+    f'unknown source of weights "{text}"{did_you_mean(text, names)}; a path '
     'has a "/" in it, a hub id starts with hf:'
   )
 
 
-def _with_scheme(word: str, scheme: str, value: str) -> SourceWord:
+def _with_scheme(text: str, scheme: str, value: str) -> Source:
   if scheme not in SCHEMES:
     raise UserError(
-      f'unknown scheme "{scheme}:" in "{word}"{did_you_mean(scheme, SCHEMES)}'
+      f'unknown scheme "{scheme}:" in "{text}"{did_you_mean(scheme, SCHEMES)}'
     )
   if scheme != 'hf':
     if not value:
-      raise UserError(f'"{word}" names no file; write {scheme}:FILE')
-    return SourceWord(scheme, str(pathlib.Path(value).expanduser()))
+      raise UserError(f'"{text}" names no file; write {scheme}:FILE')
+    return Source(scheme, str(pathlib.Path(value).expanduser()))
   match = _HUB.fullmatch(value)
   if match is None:
-    raise UserError(f'"{word}" is no hub id; write hf:ORG/NAME[@REV]')
-  return SourceWord('hf', *match.groups())
+    raise UserError(f'"{text}" is no hub id; write hf:ORG/NAME[@REV]')
+  return Source('hf', *match.groups())
 
 
 # ----------------------------------------------------------------------------

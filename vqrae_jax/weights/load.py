@@ -261,13 +261,13 @@ def match(
     have, want = source[key], expected.shapes.get(name, source[key].shape)
     if have.shape != want:
       other.append(f'{printable(key)} is {have.shape}, the model wants {want}')
-    elif name in kinds and _is_whole(have) and not _is_whole(kinds[name]):
+    elif name in kinds and _is_integer(have) and not _is_integer(kinds[name]):
       other.append(
         f'{printable(key)} is {have.dtype}, the model wants {kinds[name].dtype}'
       )
   parts = [
-    words + _names(names)
-    for words, names in (
+    what + _names(names)
+    for what, names in (
       ('missing in it: ', missing),
       ("no row fills the model's ", expected.unfilled),
       ('unknown to the model: ', unknown),
@@ -282,7 +282,7 @@ def match(
   return Match(expected, keys, ignored)
 
 
-def _is_whole(leaf: Any) -> bool:
+def _is_integer(leaf: Any) -> bool:
   return np.dtype(leaf.dtype).kind in 'biu'
 
 

@@ -168,11 +168,11 @@ class Destination:
   rows: tuple[int, int] | None = None
 
 
-def parse_destination(word: str) -> Destination:
+def parse_destination(text: str) -> Destination:
   """'leaf', 'leaf[{i}]' or 'leaf[a:b]'."""
-  match = _DESTINATION.fullmatch(word)
+  match = _DESTINATION.fullmatch(text)
   if match is None:
-    raise ValueError(f'"{word}" is no leaf, leaf[{{i}}] or leaf[a:b]')
+    raise ValueError(f'"{text}" is no leaf, leaf[{{i}}] or leaf[a:b]')
   leaf, layer, start, stop = match.groups()
   rows = None if start is None else (int(start), int(stop))
   return Destination(leaf, layer is not None, rows)
@@ -202,19 +202,19 @@ class Rule:
 
   @property
   def destinations(self) -> tuple[Destination, ...]:
-    words = self.destination
+    names = self.destination
     return tuple(
-      map(parse_destination, (words,) if isinstance(words, str) else words)
+      map(parse_destination, (names,) if isinstance(names, str) else names)
     )
 
   @property
   def transforms(self) -> tuple[Transform, ...]:
-    words = self.transform
-    if isinstance(words, Transform):
-      return (words,) * len(self.destinations)
-    if isinstance(words, str):
-      words = (words,) * len(self.destinations)
-    return tuple(choose(TRANSFORMS, w, 'transform of weights') for w in words)
+    names = self.transform
+    if isinstance(names, Transform):
+      return (names,) * len(self.destinations)
+    if isinstance(names, str):
+      names = (names,) * len(self.destinations)
+    return tuple(choose(TRANSFORMS, n, 'transform of weights') for n in names)
 
   def key(self, layer: int) -> str:
     return self.source.replace('{i}', str(layer))
