@@ -85,7 +85,7 @@ class LazyArray:
     return self.read().astype(dtype or self.dtype, copy=False)
 
 
-class WeightFile(Mapping):
+class WeightFile(dict[str, LazyArray]):
   """{key: LazyArray} of one file or one set of shards.
 
   `name` is the file's, for errors; `note` says what was chosen in it and what
@@ -95,24 +95,15 @@ class WeightFile(Mapping):
   def __init__(
     self, name: str, handles: Mapping[str, LazyArray], note: str = ''
   ):
+    super().__init__(handles)
     self.name = name
     self.note = note
-    self._handles = dict(handles)
     for key, handle in handles.items():
       if math.prod(max(n, 1) for n in handle.shape) >= 1 << 48:
         raise UserError(
           f'{name}: "{printable(key)}" claims the shape {handle.shape}; the '
           'file is damaged'
         )
-
-  def __getitem__(self, key: str) -> LazyArray:
-    return self._handles[key]
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._handles)
-
-  def __len__(self) -> int:
-    return len(self._handles)
 
   def __repr__(self) -> str:
     return f'WeightFile({self.name!r}, {len(self)} arrays)'
