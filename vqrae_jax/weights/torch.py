@@ -161,9 +161,9 @@ _OPCODES = """
 """
 
 
-# Python's unpickler in Python, not in C: its memo is a dict, where the C one
-# allocates as many slots as a byte of the file says, and its opcodes can be
-# limited to those that `torch.save` writes.
+# Python's unpickler in Python, not in C, whose memo has as many slots as a few
+# bytes of the file ask for, and whose dicts hash keys nested so deep that the
+# stack overflows. Here opcodes are those that `torch.save` writes.
 class _Unpickler(pickle._Unpickler):
   def __init__(self, file: io.BytesIO, legacy: bool):
     super().__init__(file, encoding='utf-8')  # of the strings of Python 2
