@@ -18,7 +18,7 @@ from vqrae_jax.weights import export, hub
 
 SIZES = {
   'lpips': dict(widths=(4, 4, 8, 8, 8)),
-  'convnext': dict(depths=(1, 2, 3, 1), widths=(4, 8, 12, 16), classes=5),
+  'convnext': dict(depths=(1, 2, 1, 1), widths=(4, 8, 12, 16), classes=5),
 }
 
 
