@@ -37,6 +37,7 @@ setup(
     'optax>=0.2.6',
     'orbax-checkpoint>=0.11',
     'pillow>=10',
+    'pooch',  # single files of weights from the web
     'safetensors',
     'tensorboardX',  # scalars and pictures without tensorflow
     'tqdm',  # progress bar

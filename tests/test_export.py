@@ -13,6 +13,7 @@ import vqrae_jax
 from tests import test_stability as stability
 from tests import tiny
 from vqrae_jax import export, sharding
+from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 
 KINDS = [*tiny.QUANTIZERS, 'none']
@@ -236,3 +237,9 @@ def test_names_on_disk_are_the_leaves_stacked(saved):
   assert set(leaves) == set(trees.flatten(variables))
   name = 'params/encoder/transformer/blocks/mlp/fc1/kernel'
   assert leaves[name].shape == (2, 32, 48)
+
+
+def test_a_checkpoint_of_pytorch_is_to_be_converted(tmp_path):
+  (tmp_path / 'm.pt').write_bytes(b'PK')
+  with pytest.raises(UserError, match=r'convert .*vqrae_torch:.*m\.pt'):
+    export.load_tokenizer(tmp_path / 'm.pt')

@@ -282,7 +282,7 @@ def _convert_tokenizer(
     )
   variables = trees.unflatten(vqrae_torch.load(fits))
   theirs = vqrae_torch.to_torch(tokenizer, variables)
-  skipped = {k for f in fits.values() for k in f.skipped}
+  skipped = {k for f in fits.values() for k in f.ignored}
   report_roundtrip(_pairs(source, theirs, skipped))
   print('parity with PyTorch: not measured')
   fingerprint = export.save_tokenizer(tokenizer, variables, out)
@@ -298,7 +298,7 @@ def _convert_decoder(
   fit = rae.fit_decoder(source, spec, tokenizer.latent_dim)
   report_keys(source, {'decoder': fit})
   theirs = rae.export_rae_decoder(fit.load(), spec)
-  report_roundtrip(_pairs(source, theirs, fit.skipped))
+  report_roundtrip(_pairs(source, theirs, fit.ignored))
   print('parity with PyTorch: not measured')
   _write_arrays(out, theirs)
   print(f'to start a run from it: --config.init.decoder=rae:{out}')
@@ -335,13 +335,13 @@ def report_keys(source: WeightFile, fits: Mapping[str, Pretrained]) -> None:
   note = f' ({source.note})' if source.note else ''
   print(f'read {source.name}{note}')
   for part, fit in fits.items():
-    matched = len(fit.source) - len(fit.skipped)
+    matched = len(fit.source) - len(fit.ignored)
     print(
       f'{part}: {matched} keys matched, {len(fit.target)} leaves filled, '
-      f'{len(fit.skipped)} keys skipped'
+      f'{len(fit.ignored)} keys skipped'
     )
     reasons: dict[str, list[str]] = {}
-    for key, why in fit.skipped.items():
+    for key, why in fit.ignored.items():
       reasons.setdefault(why, []).append(key)
     for why, keys in reasons.items():
       rest = len(keys) - _SHOWN_KEYS

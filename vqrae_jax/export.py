@@ -174,6 +174,12 @@ def is_tokenizer(path: pathlib.Path) -> bool:
 
 
 def _read_config(path: pathlib.Path) -> dict:
+  if path.is_file():
+    raise UserError(
+      f'no tokenizer at {path}: it is a file; convert a checkpoint first: '
+      f'python -m vqrae_jax.convert --source=vqrae_torch:{path} --config=… '
+      '--out=DIR'
+    )
   if not path.is_dir():
     raise UserError(f'no tokenizer at {path}: there is no such folder')
   for name in (CONFIG, WEIGHTS):

@@ -1,19 +1,20 @@
 """python -m vqrae_jax.fetch_weights --config=configs/simvq_siglip_l.py
 
-Brings the published weights that a recipe needs onto this machine, ahead of a
-run on a closed network: encoders into the hub's cache (HF_HOME), single files
-into ~/.cache/vqrae_jax/weights (VQRAE_JAX_CACHE). What is there and whole is
-left; what was cut goes on. --list prints the table.
+Downloads the published weights that a recipe needs, ahead of a run without a
+network: encoders into the hub's cache (HF_HOME), single files into
+~/.cache/vqrae_jax/weights (VQRAE_JAX_CACHE). Hashes are verified, and what is
+there already is not downloaded again. --list prints the table.
 """
 
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
 
 from vqrae_jax import cli
+from vqrae_jax.encoders import ENCODERS, PUBLISHED
 from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.weights import hub
 
 MODULE = 'vqrae_jax.fetch_weights'
 EXAMPLE = f'python -m {MODULE} --config=configs/simvq_siglip_l.py'
@@ -21,7 +22,7 @@ ABOUT = 'the recipe whose weights are wanted, as for training'
 
 
 def main(argv: list[str]) -> None:
-  """Parses flags; prints the table, or a line for each thing brought."""
+  """Parses flags; prints the table, or a line for each download."""
   values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
   if values.list:
     print(table())
@@ -38,28 +39,21 @@ def main(argv: list[str]) -> None:
 
 def _flags(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
-    'names', [], 'rows of the table to bring, by name', flag_values=values
+    'names', [], 'rows of the table to download', flag_values=values
   )
   flags.DEFINE_bool(
-    'list', False, 'print the table and fetch nothing', flag_values=values
+    'list', False, 'print the table and download nothing', flag_values=values
   )
 
 
 def table() -> str:
-  """What `--list` prints: a line for each thing that can be brought."""
-  from vqrae_jax.encoders import PUBLISHED
-  from vqrae_jax.weights.hub import FILES
-
+  """What `--list` prints: a line for each row that can be downloaded."""
   rows = [('name', 'where', 'SHA-256', 'licence', 'used by')]
-  rows += [
-    (name, f'hf:{row.hub}', "the hub's", row.licence, 'model.encoder')
-    for name, row in PUBLISHED.items()
-  ]
-  rows += [
-    (name, row.url, (row.sha256 or 'not published')[:16], row.licence,
-     row.used_by)
-    for name, row in FILES.items()
-  ]  # fmt: skip
+  for name, row in PUBLISHED.items():
+    rows.append((name, f'hf:{row.hub}', "hub's", row.licence, 'model.encoder'))
+  for name, row in hub.FILES.items():
+    known = (row.sha256 or 'not published')[:16]
+    rows.append((name, row.url, known, row.licence, row.used_by))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   widths[1] = min(widths[1], 48)
   return '\n'.join(
@@ -75,8 +69,6 @@ def needed(config: Any) -> list[str]:
   of its own, and the networks inside its losses, discriminator and figures,
   unless `init.networks` is "random". Each once, encoders first.
   """
-  from vqrae_jax.encoders import ENCODERS
-  from vqrae_jax.weights.hub import NEEDS
 
   def section(*keys: str) -> Any:
     node = config
@@ -97,60 +89,42 @@ def needed(config: Any) -> list[str]:
     wanted += [k for k, v in (section('losses') or {}).items() if v]
     wanted.append(section('discriminator', 'name'))
   for name in wanted:
-    names += NEEDS.get(name, ())
+    names += hub.NEEDS.get(name, ())
   return list(dict.fromkeys(names))
 
 
 def fetch(names: Iterable[str]) -> None:
-  """Brings each row or "hf:ORG/NAME[@REV]"; a line of print each.
+  """Downloads each row or "hf:ORG/NAME[@REV]"; prints a line for each.
 
   Raises:
-    UserError: an unknown name, before anything is brought; or no way to one.
+    UserError: an unknown name, before anything is downloaded; or no way to
+      one.
   """
-  from vqrae_jax.encoders import PUBLISHED
-  from vqrae_jax.weights import parse_source
-  from vqrae_jax.weights.hub import FILES
-
   names = list(names)
-  every = [*PUBLISHED, *FILES]
+  every = [*PUBLISHED, *hub.FILES]
   for name in names:
     if name not in every and not name.startswith('hf:'):
       raise UserError(
         f'--names: unknown weights "{name}"{did_you_mean(name, every)}'
       )
   for name in names:
-    if name in FILES:
-      _file(name)
-      continue
-    source = parse_source(name, PUBLISHED)
-    row = PUBLISHED[name].hub if source.kind == 'row' else source.value
-    _repository(name, row, source.revision)
+    (_file if name in hub.FILES else _repository)(name)
 
 
 def _file(name: str) -> None:
-  from tqdm import tqdm
-
-  from vqrae_jax.weights.hub import FILES, digest, download
-
-  row = FILES[name]
-  with tqdm(desc=name, unit='B', unit_scale=True, leave=False) as bar:
-
-    def progress(done: int, total: int | None) -> None:
-      bar.total = total
-      bar.update(done - bar.n)
-
-    fetched = download(row.url, row.path, row.sha256, progress)
-  told = 'fetched' if fetched else 'there'
-  check = 'as published' if row.sha256 else 'recorded'
-  print(f'{name}: {told}, {row.path}, SHA-256 {digest(row.path)} ({check})')
+  row = hub.FILES[name]
+  new = hub.download(row.url, row.path, row.sha256, progress=True)
+  state = 'downloaded' if new else 'there already'
+  check = 'as published' if row.sha256 else 'recorded, none is published'
+  sha256 = hub.known_hash(row.path, None)
+  print(f'{name}: {state}, {row.path}, SHA-256 {sha256} ({check})')
 
 
-def _repository(name: str, hub_id: str, revision: str | None) -> None:
-  from vqrae_jax.weights import hub
-
-  folder, commit = hub.snapshot(hub_id, revision)
-  files = [p for p in pathlib.Path(folder).iterdir() if p.is_file()]
-  size = sum(p.stat().st_size for p in files)
+def _repository(name: str) -> None:
+  source = hub.parse_source(name, PUBLISHED)
+  row = PUBLISHED[name].hub if source.kind == 'row' else source.value
+  folder, commit = hub.snapshot(row, source.revision)
+  size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
   print(f'{name}: {folder}, commit {commit}, {size / 2**20:.0f} MiB')
 
 

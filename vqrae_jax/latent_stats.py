@@ -311,7 +311,9 @@ def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
   given = initialize.tokenizer_weights(tokenizer, spec.init_from, init)
 
   def fresh():
-    return initialize.random_variables(tokenizer, spec.seed)['params']['encoder']
+    return initialize.random_variables(tokenizer, spec.seed)['params'][
+      'encoder'
+    ]
 
   shapes = jax.eval_shape(fresh)
   places = sharding.shardings_for(shapes, mesh)

@@ -1,6 +1,8 @@
-"""safetensors, shards, npz, and what the one door says of other files."""
+"""safetensors, shards, npz, and what `open_weights` says of other files."""
 
 import json
+import struct
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -114,17 +116,15 @@ def test_shards(tmp_path):
   path, where = shards(tmp_path)
   same(path)
   same(tmp_path)
-  index(tmp_path, where | {'extra': 'model-0.safetensors'})
-  refused(path, '"extra" is not in model-0.safetensors')
-  index(tmp_path, {k: v for k, v in where.items() if k != 'wide'})
-  refused(path, 'model-1.safetensors holds "wide"')
-  index(tmp_path, where | {'wide': 'model-0.safetensors'})
-  refused(path, 'disagree')
+  for wrong, key in (
+    (where | {'extra': 'model-0.safetensors'}, 'extra'),
+    ({k: v for k, v in where.items() if k != 'wide'}, 'wide'),
+    (where | {'wide': 'model-0.safetensors'}, 'wide'),
+  ):
+    refused(index(tmp_path, wrong), f'"{key}"')
   index(tmp_path, where)
   (tmp_path / 'model-1.safetensors').unlink()
-  refused(path, 'model-1.safetensors is missing', 'fetch it into')
-  with pytest.raises(UserError, match='is missing'):
-    weights.open_weights(tmp_path)
+  refused(path, 'model-1.safetensors is missing')
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,7 @@ def test_shards(tmp_path):
     '{"weight_map": {"a": "/etc/passwd"}}',
     '{"weight_map": {"a": "model.safetensors.index.json"}}',
     '{"weight_map": {"a": ".."}}',
+    '[' * 100_000,
   ],
 )
 def test_no_index(tmp_path, content):
@@ -180,27 +181,38 @@ def test_a_flipped_bit_of_an_npz(tmp_path):
   refused(path, 'CRC')
 
 
+@pytest.mark.parametrize(
+  'shape', ['(' * 200, '(2,), (1,)', '(0, 4611686018427387904)', '(10**12,)']
+)
+def test_npz_headers_that_lie(tmp_path, shape):
+  header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n"
+  npy = b'\x93NUMPY\x01\x00' + struct.pack('<H', len(header))
+  with zipfile.ZipFile(tmp_path / 'w.npz', 'w') as file:
+    file.writestr('w.npy', npy + header.encode() + bytes(8))
+  refused(tmp_path / 'w.npz')
+
+
+def test_safetensors_of_an_impossible_shape(tmp_path):
+  entry = dict(dtype='F32', shape=[0, 1 << 62], data_offsets=[0, 0])
+  text = json.dumps({'w': entry}).encode()
+  path = tmp_path / 'w.safetensors'
+  path.write_bytes(struct.pack('<Q', len(text)) + text)
+  refused(path)
+
+
 def test_names_and_contents_that_disagree(tmp_path):
   save_file(ARRAYS, tmp_path / 'a.safetensors')
   np.savez(tmp_path / 'a.npz', w=np.ones(2))
   torch.save({'w': torch.ones(2)}, tmp_path / 'a.pt')
-  torch.save(
-    {'w': torch.ones(2)},
-    tmp_path / 'o.pt',
-    _use_new_zipfile_serialization=False,
-  )
-
-  def renamed(old, new, *words):
+  for old, new, words in (
+    ('a.safetensors', 'b.pt', 'rename'),
+    ('a.pt', 'b.safetensors', 'rename'),
+    ('a.npz', 'c.pt', '"w.npy"'),
+    ('a.pt', 'c.npz', 'data.pkl'),
+    ('a.pt', 'b.onnx', '.safetensors'),
+  ):
     (tmp_path / new).write_bytes((tmp_path / old).read_bytes())
-    refused(tmp_path / new, *words)
-
-  renamed('a.safetensors', 'b.pt', 'is safetensors', 'rename')
-  renamed('a.safetensors', 'b.npz', 'is safetensors', 'rename')
-  renamed('a.pt', 'b.safetensors', 'a zip archive', 'rename')
-  renamed('a.npz', 'c.pt', 'which no PyTorch checkpoint has')
-  renamed('a.pt', 'c.npz', 'which no .npz')
-  renamed('o.pt', 'o.safetensors', 'before 1.6')
-  renamed('a.pt', 'b.onnx', 'says no format', '.safetensors')
+    refused(tmp_path / new, words)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +226,7 @@ def test_names_and_contents_that_disagree(tmp_path):
     (b'PK\x05\x06' + bytes(18), ''),
   ],
 )
-@pytest.mark.parametrize('ending', ['safetensors', 'npz', 'pt', 'pth', 'bin'])
+@pytest.mark.parametrize('ending', ['safetensors', 'npz', 'pt'])
 def test_contents_that_are_no_weights(tmp_path, content, words, ending):
   path = tmp_path / f'w.{ending}'
   path.write_bytes(content)

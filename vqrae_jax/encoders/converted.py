@@ -17,7 +17,7 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import UserError
 from vqrae_jax.specs import LATER_FIELDS, RUN_OPTIONS, EncoderSpec, ViTSpec
-from vqrae_jax.weights import Rule, Table, skip
+from vqrae_jax.weights import Rule, Table, ignore
 
 FORMAT_VERSION = 1
 # A section that a tokenizer's config.json does not have.
@@ -46,7 +46,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   del shapes
   rows: list = [Rule(name, name) for name in LEAVES]
   if why := spec.final_norm and naming.FINAL_NORM[spec.output_norm]:
-    rows.append(skip('norm/.*', why))
+    rows.append(ignore('norm/.*', why))
   else:
     rows += [Rule(f'norm/{n}', f'norm/{n}') for n in ('scale', 'bias')]
   return Table(tuple(rows), ())

@@ -15,7 +15,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Rule, Table, skip
+from vqrae_jax.weights import Rule, Table, ignore
 
 _SIZES = {
   'small': dict(width=384, depth=12, num_heads=6, mlp_dim=1536),
@@ -57,7 +57,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   rows = [
     *naming.hf_embeddings(),
     Rule('embeddings.register_tokens', 'embed/registers', 'batched'),
-    skip(r'embeddings\.mask_token', 'no patch is masked here'),
+    ignore(r'embeddings\.mask_token', 'no patch is masked here'),
     *naming.blocks(layer, naming.HF_ATTENTION | linears, norms),
   ]
   if swiglu:
@@ -67,7 +67,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     scale = f'{layer}layer_scale{n}.lambda1'
     rows.append(Rule(scale, f'{BLOCKS}scale{n}[{{i}}]'))
   rows += naming.final_norm(spec, 'layernorm')
-  rows.append(skip(r'classifier\..*', 'a head: latents are taken before it'))
+  rows.append(ignore(r'classifier\..*', 'a head: latents are taken before it'))
   return Table(tuple(rows))
 
 

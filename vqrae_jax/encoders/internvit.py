@@ -18,7 +18,7 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import choose
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Rule, Table, skip
+from vqrae_jax.weights import Rule, Table, ignore
 
 _6B = dict(
   width=3200,
@@ -53,7 +53,7 @@ ROWS = {
   'internvit-6b-448px-v2_5': _row(448, depth=45, **_6B),
 }
 
-_OTHERS = skip(
+_OTHERS = ignore(
   r'(language_model|mlp1|multi_modal_projector|lm_head)\..*',
   'the language model around the encoder',
 )
@@ -101,7 +101,7 @@ def hf_table(spec: EncoderSpec, shapes: Shapes) -> Table:
   norms = {'layernorm_before': 'norm1', 'layernorm_after': 'norm2'}
   rows = (
     *naming.hf_embeddings(),
-    skip(r'embeddings\.mask_token', 'no patch is masked here'),
+    ignore(r'embeddings\.mask_token', 'no patch is masked here'),
     *_rows(layer, linears, norms, 'lambda_', 'attention'),
     *naming.final_norm(spec, 'layernorm'),
     _OTHERS,

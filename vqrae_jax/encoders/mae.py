@@ -13,7 +13,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Table, skip
+from vqrae_jax.weights import Table, ignore
 
 _HUGE = dict(width=1280, depth=32, num_heads=16, mlp_dim=5120)
 
@@ -45,7 +45,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.hf_embeddings(),
     *naming.hf_vit('encoder.layer.{i}.'),
     *naming.final_norm(spec, 'layernorm'),
-    skip(r'decoder\..*', "the pre-training's decoder"),
+    ignore(r'decoder\..*', "the pre-training's decoder"),
   )
   return Table(rows)
 

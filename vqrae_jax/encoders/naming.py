@@ -13,7 +13,7 @@ from typing import Any
 
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
-from vqrae_jax.weights import Rule, Table, skip
+from vqrae_jax.weights import Rule, Table, ignore
 
 BLOCKS = 'transformer/blocks/'
 FINAL_NORM = {
@@ -135,7 +135,7 @@ def final_norm(spec: EncoderSpec, theirs: str) -> list:
   if not spec.final_norm:
     return []
   why = FINAL_NORM[spec.output_norm]
-  return [skip(rf'{theirs}\..*', why)] if why else norm(theirs, 'norm')
+  return [ignore(rf'{theirs}\..*', why)] if why else norm(theirs, 'norm')
 
 
 _ACTS = {

@@ -21,7 +21,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Rule, Table, by_heads, skip
+from vqrae_jax.weights import Rule, Table, by_heads, ignore
 
 _SIZES = naming.SIZES | {
   'so400m': dict(width=1152, depth=27, num_heads=16, mlp_dim=4304)
@@ -96,9 +96,9 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   rows += naming.blocks('encoder.layers.{i}.', _LINEARS, _NORMS)
   rows += naming.final_norm(spec, 'post_layernorm')
   rows += [
-    skip(r'head\..*', 'the pooling head: latents are taken before it'),
-    skip(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
-    skip(r'embeddings\.position_ids', 'a list of numbers, 0, 1, 2, …'),
+    ignore(r'head\..*', 'the pooling head: latents are taken before it'),
+    ignore(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
+    ignore(r'embeddings\.position_ids', 'a list of numbers, 0, 1, 2, …'),
   ]
   return Table(tuple(rows))
 
@@ -139,12 +139,12 @@ def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
   ]
   last = 'Transformer/encoder_norm'
   if why := naming.FINAL_NORM[spec.output_norm]:
-    rows.append(skip(f'{last}/.*', why))
+    rows.append(ignore(f'{last}/.*', why))
   else:
     rows += [Rule(f'{last}/{n}', f'norm/{n}') for n in ('scale', 'bias')]
   rows += [
-    skip('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
-    skip('txt/.*|t|b', 'the text tower'),
+    ignore('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
+    ignore('txt/.*|t|b', 'the text tower'),
   ]
   return Table(tuple(rows), ('params/', 'opt/target/', 'img/'))
 

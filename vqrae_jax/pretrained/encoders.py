@@ -184,7 +184,7 @@ def fit_encoder(
 ) -> weights.Pretrained:
   """Matches the files with all of `spec`'s leaves; reads no value yet.
 
-  `.skipped` lists keys that are not used and why; `.read` and `.load` give
+  `.ignored` lists keys that are not used and why; `.read` and `.load` give
   leaves.
 
   Args:
@@ -207,7 +207,7 @@ def fit_encoder(
     source,
     key_format.table(spec, shapes),
     shapes_of(spec) if target is None else target,
-    way_out=f'the file has the names of {key_format.name}, the model has '
+    hint=f'the file has the names of {key_format.name}, the model has '
     f'width {spec.vit.width}, depth {spec.vit.depth}, grid {spec.vit.grid}',
   )
 

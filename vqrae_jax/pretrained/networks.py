@@ -26,14 +26,14 @@ from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.nn.dino import Backbone
 from vqrae_jax.ops import trees
 from vqrae_jax.types import Tree
-from vqrae_jax.weights import Pretrained, Rule, Table, hub, open_weights, skip
+from vqrae_jax.weights import Pretrained, Rule, Table, hub, ignore, open_weights
 
 # ----------------------------------------------------------------------------
-# DINO ViT-S/8's published weights (arXiv 2104.14294) as a backbone's leaves.
+# DINO ViT-S/8 (arXiv 2104.14294) as the discriminator's backbone.
 #
-# The file is `dino_deitsmall8_pretrain.pth`, whose names are timm's. Its final
-# norm is not used: taps are taken before it. The biases of keys are zero here,
-# as RAE's discriminator has them; softmax does not see them.
+# The names are timm's. Its final norm is not used: features are taken before
+# it. The biases of keys are zero here, as RAE's discriminator has them; softmax
+# does not see them.
 
 _LAYER = 'blocks.{i}.'
 _BLOCKS = 'transformer/blocks/'
@@ -55,39 +55,41 @@ def _qkv() -> tuple[Rule, Rule]:
   )
 
 
-def _dense(theirs: str, ours: str) -> tuple[Rule, Rule]:
-  return (
-    Rule(
-      f'{_LAYER}{theirs}.weight', f'{_BLOCKS}{ours}/kernel[{{i}}]', 'linear'
-    ),
-    Rule(f'{_LAYER}{theirs}.bias', f'{_BLOCKS}{ours}/bias[{{i}}]'),
-  )
+def _pair(
+  theirs: str, ours: str, weight: str, transform: str = 'same'
+) -> list[Rule]:
+  """A layer's weight, under our name for it, and its bias."""
+  row = '[{i}]' if '{i}' in theirs else ''
+  return [
+    Rule(f'{theirs}.weight', f'{ours}/{weight}{row}', transform),
+    Rule(f'{theirs}.bias', f'{ours}/bias{row}'),
+  ]
 
 
-def _vit_norm(name: str) -> tuple[Rule, Rule]:
-  return (
-    Rule(f'{_LAYER}{name}.weight', f'{_BLOCKS}{name}/scale[{{i}}]'),
-    Rule(f'{_LAYER}{name}.bias', f'{_BLOCKS}{name}/bias[{{i}}]'),
-  )
+def _layer(theirs: str, ours: str, transform: str) -> list[Rule]:
+  return _pair(theirs, ours, 'kernel', transform)
+
+
+def _norm(theirs: str, ours: str) -> list[Rule]:
+  return _pair(theirs, ours, 'scale')
 
 
 _ROWS = (
-  Rule('patch_embed.proj.weight', 'embed/linear/kernel', 'conv_patch'),
-  Rule('patch_embed.proj.bias', 'embed/linear/bias'),
+  *_layer('patch_embed.proj', 'embed/linear', 'conv_patch'),
   Rule('cls_token', 'embed/prefix', 'batched'),
   Rule(
     'pos_embed',
     ('embed/prefix_positions', 'embed/positions'),
     ('batched', 'batched grid'),
   ),
-  *_vit_norm('norm1'),
+  *_norm(f'{_LAYER}norm1', f'{_BLOCKS}norm1'),
   *_qkv(),
-  *_dense('attn.proj', 'attention/out'),
-  *_vit_norm('norm2'),
-  *_dense('mlp.fc1', 'mlp/fc1'),
-  *_dense('mlp.fc2', 'mlp/fc2'),
-  skip(r'norm\..*', 'the final norm: taps are taken before it'),
-  skip(r'head\..*', 'the head that DINO trained with'),
+  *_layer(f'{_LAYER}attn.proj', f'{_BLOCKS}attention/out', 'linear'),
+  *_norm(f'{_LAYER}norm2', f'{_BLOCKS}norm2'),
+  *_layer(f'{_LAYER}mlp.fc1', f'{_BLOCKS}mlp/fc1', 'linear'),
+  *_layer(f'{_LAYER}mlp.fc2', f'{_BLOCKS}mlp/fc2', 'linear'),
+  ignore(r'norm\..*', 'the final norm: features are taken before it'),
+  ignore(r'head\..*', 'the head that DINO trained with'),
 )
 TABLE = weights.Table(_ROWS, ('module.', '_orig_mod.', 'backbone.'))
 
@@ -126,33 +128,17 @@ def load_backbone(
     weights.open_weights(path),
     TABLE,
     shapes['params'],
-    way_out='give the ViT-S/8 that DINO published, its backbone alone',
+    hint='give the ViT-S/8 that DINO published, its backbone alone',
   )
   return trees.unflatten(fitted.load())
 
 
+# ----------------------------------------------------------------------------
+# LPIPS and ConvNeXt.
+
 # A random head's values lie in [0, this); the published ones' means are .1.
 _HEAD = 0.2
 _GROUPS = range(1, len(vgg.CONVOLUTIONS) + 1)
-
-
-def _pair(
-  theirs: str, ours: str, weight: str, transform: str = 'same'
-) -> list[Rule]:
-  """A layer's weight, under our name for it, and its bias."""
-  row = '[{i}]' if '{i}' in theirs else ''
-  return [
-    Rule(f'{theirs}.weight', f'{ours}/{weight}{row}', transform),
-    Rule(f'{theirs}.bias', f'{ours}/bias{row}'),
-  ]
-
-
-def _layer(theirs: str, ours: str, transform: str) -> list[Rule]:
-  return _pair(theirs, ours, 'kernel', transform)
-
-
-def _norm(theirs: str, ours: str) -> list[Rule]:
-  return _pair(theirs, ours, 'scale')
 
 
 def _vgg_rows() -> list[Rule]:
@@ -190,7 +176,7 @@ def _convnext_rows() -> list[Rule]:
 VGG16_TABLE = Table(
   (
     *_vgg_rows(),
-    skip(r'classifier\..*', 'the classifier: LPIPS reads convolutions'),
+    ignore(r'classifier\..*', 'the classifier: LPIPS reads convolutions'),
   )
 )
 HEADS_TABLE = Table(
@@ -201,7 +187,7 @@ HEADS_TABLE = Table(
 )
 CONVNEXT_TABLE = Table(tuple(_convnext_rows()))
 
-# A term: its parts, each a row of `published.FILES` and how it is read.
+# A term: its parts, each a row of `hub.FILES` and how it is read.
 PARTS = {
   'lpips': {
     'net': ('vgg16', VGG16_TABLE),
@@ -256,7 +242,7 @@ def load(
 
   Args:
     term: "lpips" or "convnext".
-    files: {row of `weights.published.FILES`: a file to take in its place}.
+    files: {row of `weights.hub.FILES`: a file to take in its place}.
     **sizes: as in `random`, for files of other sizes.
 
   Raises:
@@ -273,8 +259,8 @@ def load(
     if path is None and part == 'heads':
       path = installed_heads()
     path = path or hub.locate(name)
-    way_out = f'bring the published one with: {hub.command(name)}'
-    leaves = Pretrained(open_weights(path), table, target[part], way_out).load()
+    hint = f'bring the published one with: {hub.command(name)}'
+    leaves = Pretrained(open_weights(path), table, target[part], hint).load()
     tree[part] = trees.unflatten(leaves)
     if part == 'heads':
       _check_heads(leaves, path)

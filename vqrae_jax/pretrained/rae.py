@@ -20,7 +20,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.ops import posemb
 from vqrae_jax.specs import DecoderSpec
-from vqrae_jax.weights import Rule, known, skip
+from vqrae_jax.weights import Rule, computed, ignore
 
 _POSITIONS = 'decoder_pos_embed'
 # Fields that all published decoders have, and that no shape shows.
@@ -40,11 +40,11 @@ def rae_table(spec: DecoderSpec) -> weights.Table:
   if spec.vit.posemb == 'learned':
     positions = naming.positions(_POSITIONS)
   else:
-    positions = known(
+    positions = computed(
       _POSITIONS,
       lambda: _fixed_positions(spec),
       'fixed sin-cos positions',
-      way_out='to keep the table of the file, set '
+      hint='to keep the table of the file, set '
       'decoder.vit.posemb="learned" and decoder.vit.prefix_has_posemb=True',
     )
   rows = (
@@ -54,7 +54,7 @@ def rae_table(spec: DecoderSpec) -> weights.Table:
     *naming.hf_vit('decoder_layers.{i}.'),
     *naming.norm('decoder_norm', 'norm'),
     *naming.dense('decoder_pred', 'head'),
-    skip(
+    ignore(
       r'(encoder|quantizer|fsq_projection|fsq_unprojection|post_quant_conv)'
       r'\..*',
       'a part of the tokenizer other than its decoder',
@@ -115,7 +115,7 @@ def fit_rae_decoder(
 ) -> weights.Pretrained:
   """Matches a published RAE decoder with `spec`; reads no value yet.
 
-  `.source.note` names the section of a training file that is read, `.skipped`
+  `.source.note` names the section of a training file that is read, `.ignored`
   the keys that are not used and why; `.read` and `.load` give leaves.
 
   Args:
@@ -138,7 +138,7 @@ def fit_decoder(
   latents = jax.ShapeDtypeStruct((1, *spec.vit.grid, latent_dim), jnp.float32)
   target = jax.eval_shape(Decoder(spec).init, jax.random.key(0), latents)
   return weights.Pretrained(
-    source, rae_table(spec), target['params'], way_out=_sizes(source)
+    source, rae_table(spec), target['params'], hint=_sizes(source)
   )
 
 

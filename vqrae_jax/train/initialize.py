@@ -344,7 +344,7 @@ def encoder_from(
   except UserError as e:
     raise UserError(f'{key}={word}: {e}') from None
   at = f' at {found.revision[:12]}' if found.revision else ''
-  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  skipped = f', without {len(fit.ignored)} others' if fit.ignored else ''
   summary = f'the {len(leaves)} leaves of the encoder {word}{at}{skipped}'
   return InitialWeights(leaves, summary, word, found.revision)
 
@@ -388,7 +388,7 @@ def decoder_from(tokenizer: Tokenizer, word: str) -> InitialWeights:
     source.value, tokenizer.decoder_spec, tokenizer.latent_dim
   )
   leaves = {f'params/decoder/{n}': x for n, x in fit.load().items()}
-  skipped = f', without {len(fit.skipped)} others' if fit.skipped else ''
+  skipped = f', without {len(fit.ignored)} others' if fit.ignored else ''
   note = f' ({fit.source.note})' if fit.source.note else ''
   summary = f'the decoder of {source.value}{note}{skipped}'
   return InitialWeights(leaves, summary, word)

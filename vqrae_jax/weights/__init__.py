@@ -5,20 +5,21 @@
   arrays = export(table, leaves)                the same table backwards
 
 The tables themselves stand with the models they serve. No torch, no
-transformers. Names are imported when first used: tables are part of the light
-door, readers are not.
+transformers. Names are imported when first used: `import vqrae_jax` needs
+tables, not readers.
 """
 
 import importlib
 
 _HOMES = {
-  'files': ('LazyArray', 'WeightFile', 'arrays', 'write_safetensors'),
-  'load': ('LazyLeaf', 'Pretrained', 'export'),
-  'readers': ('open_weights',),
-  'rules': ('PREFIXES', 'Rule', 'Table', 'by_heads', 'fill', 'known', 'skip'),
-  'hub': ('SourceWord', 'parse_source'),
+  'files': 'LazyArray WeightFile arrays open_weights write_safetensors',
+  'load': 'Pretrained export',
+  'rules': 'PREFIXES Rule Table by_heads computed constant ignore',
+  'hub': 'Source parse_source',
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {
+  name: home for home, names in _HOMES.items() for name in names.split()
+}
 
 __all__ = sorted(_HOME_OF)
 

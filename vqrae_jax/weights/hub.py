@@ -1,32 +1,30 @@
-"""A repository of the Hugging Face hub as a folder, fetched or cached.
+"""Where published weights lie, and how they come onto this machine.
 
-Only what an encoder needs is asked for: the configs and one set of weights,
-safetensors if there are any. What the cache holds is used when the hub cannot
-be reached or `HF_HUB_OFFLINE=1` forbids it. Nothing in a repository is run.
+A source is parsed here (`parse_source`), a repository of the Hugging Face hub
+becomes a folder (`snapshot`, by `huggingface_hub`), and single files of the
+web come from one table (`FILES`, by `pooch`). Nothing of what is downloaded is
+run. Encoders of the hub have their own table (`encoders/published.py`).
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import http.client
-import os
+import logging
 import pathlib
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Iterable
 
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.paths import cache_folder
+from vqrae_jax.weights.files import printable
+
+_log = logging.getLogger(__name__)
 
 # ----------------------------------------------------------------------------
-# Weights that are single files on the web, beside the encoders of the hub.
+# Weights that are single files on the web.
 #
-# A row says where a file lies, what its SHA-256 must be, its licence and what
-# needs it; `NEEDS` says which words of a config ask for which rows. A licence is
-# the one its authors state; read it there before relying on it. Encoders have
-# their own table (`encoders/published.py`). Nothing here touches the network.
+# A licence is the one that its authors state; read it there before relying on
+# it.
 
 _PYTORCH = 'https://download.pytorch.org/models'
 
@@ -39,8 +37,8 @@ class PublishedFile:
     url: where it lies.
     licence: of the weights.
     used_by: what needs it, in words.
-    sha256: of the whole file; None where its authors publish none, and then
-      the one of the first fetch is kept beside the file.
+    sha256: of the file; None where its authors publish none, and then the one
+      of the first use is recorded beside the file.
     saved_as: the name in the cache, by default that of the URL.
   """
 
@@ -106,6 +104,9 @@ NEEDS = {
 }
 
 
+_LENGTH = 'Content-Length'
+
+
 def digest(path: pathlib.Path) -> str:
   """The SHA-256 of a file, in hex."""
   with path.open('rb') as file:
@@ -117,31 +118,21 @@ def record(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f'{path.name}.sha256')
 
 
-def wanted(path: pathlib.Path, sha256: str | None) -> str:
-  """The hex digits that a file's SHA-256 must begin with; '' for any.
-
-  What the table says, or what the first fetch recorded, or the eight digits
-  that PyTorch's files bear in their names.
-  """
-  if sha256:
+def known_hash(path: pathlib.Path, sha256: str | None) -> str | None:
+  """The SHA-256 that a file must have: the table's, else the recorded one."""
+  if sha256 or not record(path).is_file():
     return sha256
-  try:
-    kept = record(path).read_text().split()[:1]
-  except (OSError, UnicodeDecodeError):
-    kept = []
-  if kept and re.fullmatch(r'[0-9a-f]{64}', kept[0]):
-    return kept[0]
-  named = re.search(r'-([0-9a-f]{8})\.\w+$', path.name)
-  return named.group(1) if named else ''
+  kept = re.match(r'[0-9a-f]{64}\b', record(path).read_text(errors='replace'))
+  return kept and kept[0]
 
 
 def command(*names: str) -> str:
-  """The command that brings rows of the table."""
+  """The command that downloads rows of the table."""
   return f'python -m vqrae_jax.fetch_weights --names={",".join(names)}'
 
 
 def locate(name: str) -> pathlib.Path:
-  """The path of a row's file, which is there and whole.
+  """The path of a row's file, which is there and has the right hash.
 
   Raises:
     UserError: it is not here, or damaged; with the command that brings it.
@@ -149,215 +140,106 @@ def locate(name: str) -> pathlib.Path:
   row = choose(FILES, name, 'file of weights')
   if not row.path.is_file():
     raise UserError(
-      f'{name} ({row.used_by}) is not at {row.path}; bring it with: '
+      f'{name} ({row.used_by}) is not at {row.path}; download it with: '
       f'{command(name)}'
     )
-  want, have = wanted(row.path, row.sha256), digest(row.path)
-  if not have.startswith(want):
+  want, have = known_hash(row.path, row.sha256), digest(row.path)
+  if want not in (None, have):
     raise UserError(
       f'{row.path} has the SHA-256 {have[:16]}…, not {want[:16]}…: it is '
-      f'damaged or another file; bring it anew with: {command(name)}'
+      f'damaged or another file; download it again with: {command(name)}'
     )
+  _record(row.path, have, known=want is not None)
   return row.path
 
 
-# ----------------------------------------------------------------------------
-# One file from the web: resumed, verified, and there whole or not at all.
-#
-# Bytes gather in NAME.part, beside NAME.part.tag with the server's own mark of
-# the file, so that a download that was cut goes on, and starts over where the
-# file has changed or the server cannot resume. The SHA-256 stands in
-# NAME.sha256 before NAME itself appears.
-
-_CHUNK = 1 << 20
-_SECONDS = 30.0  # without a byte
-_TRIES = 3  # of a connection that is cut
-_NETWORK = (OSError, http.client.HTTPException)
-
-# (bytes so far, bytes in all or None)
-Progress = Callable[[int, int | None], None]
+def _record(path: pathlib.Path, have: str, known: bool) -> None:
+  """Keeps a file's hash and size beside it; logs a hash that nobody states."""
+  beside, size = record(path), path.stat().st_size
+  text = f'{have}  {path.name}\n# {size} bytes\n'
+  if not known:
+    _log.warning(
+      '%s: no SHA-256 is published for this file; %s (%d bytes) is recorded in '
+      '%s and checked from now on', path, have, size, beside,
+    )  # fmt: skip
+  try:
+    if not beside.is_file() or beside.read_text(errors='replace') != text:
+      beside.write_text(text)
+  except OSError as e:  # a cache that is only read
+    _log.warning('%s cannot be written: %s', beside, e.strerror)
 
 
 def download(
   url: str,
   path: pathlib.Path,
   sha256: str | None = None,
-  progress: Progress = lambda done, total: None,
+  progress: bool = False,
 ) -> bool:
-  """Brings `url` to `path`; False if the file was there already, and whole.
+  """Downloads `url` to `path`; False if the file was there with its hash.
+
+  The file is complete or not there at all: pooch verifies the hash of a
+  temporary file, which then takes its place. What was there stays until then.
 
   Args:
     url: http or https.
     path: the file to make; its folder is made too.
     sha256: what the file must hash to, if it is known.
-    progress: called now and then.
+    progress: whether to show a bar.
 
   Raises:
-    UserError: no way to it, another file than it should be, or no place to
-      write it; what was there before stays.
+    UserError: no way to it, another file than it should be, an answer that
+      may be cut, or a folder that cannot be written.
   """
-  want = wanted(path, sha256)
-  if path.is_file():
-    have = digest(path)
-    if have.startswith(want):
-      _record(path, have)
-      return False
-  part = path.with_name(f'{path.name}.part')
-  with _locked(part, url):
-    for tries in range(_TRIES):
-      resumed = _fetch(url, path, part, progress, last=tries == _TRIES - 1)
-      if resumed is None:
-        continue
-      have = digest(part)
-      if have.startswith(want):
-        break
-      _forget(part)
-      if not resumed:
-        raise UserError(
-          f'{url} has the SHA-256 {have}, and {want} is wanted: it is another '
-          'file than the table means, or was changed on its way; nothing is '
-          'kept'
-        )
-    else:
-      raise UserError(f'{url} does not come whole; run the command again')
-    _record(path, have)
-    os.replace(part, path)
-    _forget(part)
-  return True
+  import pooch  # slow to import, as is its `requests`
+  import requests
 
+  want = known_hash(path, sha256)
+  before = path.is_file() and digest(path)
+  pooch.get_logger().setLevel('WARNING')
+  sizes: list[str | None] = []  # as the server names them, the file's last
+  fetch = pooch.HTTPDownloader(
+    progressbar=progress,
+    chunk_size=1 << 20,
+    hooks={'response': lambda r, **_: sizes.append(r.headers.get(_LENGTH))},
+  )
 
-def _record(path: pathlib.Path, digest: str) -> None:
-  beside = record(path)
-  line = f'{digest}  {path.name}\n'
-  with contextlib.suppress(OSError, UnicodeDecodeError):
-    if beside.read_text() == line:
-      return
+  def complete(url: str, output: str, caller: object) -> None:
+    fetch(url, output, caller)
+    # An answer shorter than the size that its server names is an error there.
+    if want is None and sizes[-1] is None:
+      raise UserError(
+        f'{url}: no SHA-256 is known for it and its server names no size, so '
+        f'it may be cut; download it by hand to {path}'
+      )
+
   try:
-    new = beside.with_name(f'{beside.name}.part')
-    new.write_text(line)
-    os.replace(new, beside)
-  except OSError:  # a cache that is only read
-    if not path.exists():
-      raise
-
-
-@contextlib.contextmanager
-def _locked(part: pathlib.Path, url: str) -> Iterator[None]:
-  """Holds the part against other processes, and makes its folder."""
-  try:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    held = part.with_name(f'{part.name}.lock').open('w')
+    pooch.retrieve(url, want, path.name, path.parent, downloader=complete)
+  except UserError:
+    raise
+  except requests.RequestException as e:
+    raise UserError(
+      f'Could not download {url}: {printable(e, 200)}; download it where there '
+      f'is a network and copy it to {path}'
+    ) from None
   except OSError as e:
     raise UserError(
-      f'{part.parent} cannot be written ({e.strerror}); set VQRAE_JAX_CACHE to '
-      f'a folder that can, or put {url} there by hand'
+      f'{path.parent} cannot be written ({printable(e.strerror or e)}); set '
+      f'VQRAE_JAX_CACHE to a folder that can, or copy {url} there by hand'
     ) from None
-  with held:
-    try:
-      fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(
-        f'{part} is being fetched by another process; wait for it'
-      ) from None
-    except OSError:  # a file system without locks
-      pass
-    try:
-      yield
-    finally:
-      pathlib.Path(held.name).unlink(missing_ok=True)
-
-
-def _tag(part: pathlib.Path) -> pathlib.Path:
-  return part.with_name(f'{part.name}.tag')
-
-
-def _forget(part: pathlib.Path) -> None:
-  part.unlink(missing_ok=True)
-  _tag(part).unlink(missing_ok=True)
-
-
-def _begun(part: pathlib.Path) -> tuple[int, str]:
-  """(bytes that are here, the server's mark of their file)."""
-  try:
-    mark = _tag(part).read_text().strip()
-    return (part.stat().st_size, mark) if mark else (0, '')
-  except (OSError, UnicodeDecodeError):
-    return 0, ''
-
-
-def _fetch(
-  url: str,
-  path: pathlib.Path,
-  part: pathlib.Path,
-  progress: Progress,
-  last: bool,
-) -> bool | None:
-  """Fills the part: whether it was resumed; None if the connection was cut.
-
-  Raises:
-    UserError: no way to it, or the last cut.
-  """
-  start, mark = _begun(part)
-  request = urllib.request.Request(url, headers={'User-Agent': 'vqrae_jax'})
-  if start:
-    request.add_header('Range', f'bytes={start}-')
-    request.add_header('If-Range', mark)
-  try:
-    answer = urllib.request.urlopen(request, timeout=_SECONDS)
-  except urllib.error.HTTPError as e:
-    if e.code == 416:  # more is here than there: another file
-      _forget(part)
-      return None
-    raise _unreachable(url, path, f'{e.code} {e.reason}') from None
-  except _NETWORK as e:
-    raise _unreachable(url, path, str(getattr(e, 'reason', e))) from None
-  with answer:
-    goes_on = answer.status == 206 and answer.headers.get(
-      'Content-Range', ''
-    ).startswith(f'bytes {start}-')
-    done = start if goes_on else 0
-    length = answer.headers.get('Content-Length')
-    total = None if length is None else done + int(length)
-    _mark(part, answer.headers)
-    with part.open('ab' if goes_on else 'wb') as file:
-      while True:
-        try:
-          chunk = answer.read(_CHUNK)
-        except _NETWORK:
-          chunk = b''
-        if not chunk:
-          break
-        file.write(chunk)
-        done += len(chunk)
-        progress(done, total)
-  if total is not None and done != total:
-    if last:
-      raise UserError(
-        f'{url} was cut after {done} of {total} bytes; run the command again '
-        'to go on from there'
-      )
-    return None
-  return bool(goes_on)
-
-
-def _mark(part: pathlib.Path, headers: http.client.HTTPMessage) -> None:
-  """Keeps what `If-Range` may name: a strong ETag, or a date."""
-  mark = headers.get('ETag', '')
-  if not mark or mark.startswith('W/'):
-    mark = headers.get('Last-Modified', '')
-  _tag(part).write_text(mark)
-
-
-def _unreachable(url: str, path: pathlib.Path, reason: str) -> UserError:
-  words = ' '.join(reason.split())[:120]
-  return UserError(
-    f'{url} cannot be had ({words}); fetch it where there is a network and '
-    f'put it at {path}'
-  )
+  except ValueError:  # pooch's, which names two hashes in five lines
+    raise UserError(
+      f'{url} does not have the SHA-256 {want}: it is another file, or was '
+      'changed on its way; nothing is kept'
+    ) from None
+  have = digest(path)
+  _record(path, have, known=want is not None)
+  if before != have and record(path).is_file():
+    shutil.copymode(record(path), path)  # pooch's temporary file is private
+  return before != have
 
 
 # ----------------------------------------------------------------------------
-# The word that says where weights come from, one parser for every door.
+# A source of weights, one parser for every flag and config key.
 #
 #   hf:ORG/NAME[@REV]   a repository of the Hugging Face hub
 #   rae:FILE            a published RAE decoder
@@ -365,7 +247,7 @@ def _unreachable(url: str, path: pathlib.Path, reason: str) -> UserError:
 #   a/path  ./name      a file or directory
 #   name                a row of a table
 #
-# It reads a word; it opens nothing.
+# Nothing is opened here.
 
 SCHEMES = ('hf', 'rae', 'vqrae_torch')
 
@@ -374,7 +256,7 @@ _HUB = re.compile(r'([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?')
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceWord:
+class Source:
   """A parsed source: its kind and what the kind needs.
 
   `kind` is "hf", "rae", "vqrae_torch", "path" or "row"; `value` is the
@@ -387,49 +269,54 @@ class SourceWord:
   revision: str | None = None
 
 
-def parse_source(word: str, rows: Iterable[str] = ()) -> SourceWord:
-  """Reads a source word.
+def parse_source(text: str, rows: Iterable[str] = ()) -> Source:
+  """Reads a source.
 
   Args:
-    word: as a flag or a config has it.
-    rows: the names that a bare word may be.
+    text: as a flag or a config has it.
+    rows: the names that a bare name may be.
 
   Raises:
     UserError: an unknown scheme or row, or a scheme without its value.
   """
   names = tuple(rows)
-  if not word.strip():
+  if not text.strip():
     raise UserError(
       'an empty source of weights; give hf:ORG/NAME, rae:FILE, a path or a name'
     )
-  if word in names:
-    return SourceWord('row', word)
-  match = _SCHEME.fullmatch(word)
+  if text in names:
+    return Source('row', text)
+  match = _SCHEME.fullmatch(text)
   if match is not None:
-    return _with_scheme(word, *match.groups())
-  path = pathlib.Path(word).expanduser()
-  if '/' in word or word.startswith(('.', '~')) or path.exists():
-    return SourceWord('path', str(path))
+    return _with_scheme(text, *match.groups())
+  path = pathlib.Path(text).expanduser()
+  if '/' in text or text.startswith(('.', '~')) or path.exists():
+    return Source('path', str(path))
   raise UserError(
-    f'unknown source of weights "{word}"{did_you_mean(word, names)}; a path '
+    f'unknown source of weights "{text}"{did_you_mean(text, names)}; a path '
     'has a "/" in it, a hub id starts with hf:'
   )
 
 
-def _with_scheme(word: str, scheme: str, value: str) -> SourceWord:
+def _with_scheme(text: str, scheme: str, value: str) -> Source:
   if scheme not in SCHEMES:
     raise UserError(
-      f'unknown scheme "{scheme}:" in "{word}"{did_you_mean(scheme, SCHEMES)}'
+      f'unknown scheme "{scheme}:" in "{text}"{did_you_mean(scheme, SCHEMES)}'
     )
   if scheme != 'hf':
     if not value:
-      raise UserError(f'"{word}" names no file; write {scheme}:FILE')
-    return SourceWord(scheme, str(pathlib.Path(value).expanduser()))
+      raise UserError(f'"{text}" names no file; write {scheme}:FILE')
+    return Source(scheme, str(pathlib.Path(value).expanduser()))
   match = _HUB.fullmatch(value)
   if match is None:
-    raise UserError(f'"{word}" is no hub id; write hf:ORG/NAME[@REV]')
-  return SourceWord('hf', *match.groups())
+    raise UserError(f'"{text}" is no hub id; write hf:ORG/NAME[@REV]')
+  return Source('hf', *match.groups())
 
+
+# ----------------------------------------------------------------------------
+# A repository of the hub: the configs and one set of weights, safetensors if
+# there are any. The cache serves where the hub is out of reach or
+# `HF_HUB_OFFLINE=1` forbids it.
 
 CONFIGS = ('config.json', 'preprocessor_config.json')
 _SAFE = (
@@ -466,7 +353,7 @@ def snapshot(hub: str, revision: str | None) -> tuple[pathlib.Path, str]:
     folder = _download(hub, folder.name, (*CONFIGS, *_TORCH, *_TORCH_SHARDS))
     if not any((folder / name).exists() for name in _TORCH):
       raise UserError(
-        f'hf:{hub}: its folder {folder} holds no {_SAFE[0]}; bring it with: '
+        f'hf:{hub}: its folder {folder} holds no {_SAFE[0]}; download it with: '
         f'{fetch_command(hub, revision)}'
       )
   return folder, folder.name
@@ -475,7 +362,7 @@ def snapshot(hub: str, revision: str | None) -> tuple[pathlib.Path, str]:
 def _download(
   hub: str, revision: str | None, files: tuple[str, ...]
 ) -> pathlib.Path:
-  import huggingface_hub  # heavy, and only here
+  import huggingface_hub  # slow to import
 
   try:
     folder = huggingface_hub.snapshot_download(
@@ -483,11 +370,10 @@ def _download(
     )
   # The client raises a dozen kinds of three libraries; none is our fault.
   except Exception as e:
-    words = ' '.join(str(e).split())[:140] or type(e).__name__
     at = f'@{revision}' if revision else ''
     raise UserError(
-      f'hf:{hub}{at} cannot be had ({type(e).__name__}: {words}); where there '
-      f'is a network: {fetch_command(hub, revision)}, or name a folder that '
-      'has its files'
+      f'Could not download hf:{hub}{at} ({type(e).__name__}: '
+      f'{printable(e, 160)}); where there is a network: '
+      f'{fetch_command(hub, revision)}, or name a folder that has its files'
     ) from None
   return pathlib.Path(folder)

@@ -1,17 +1,16 @@
 """A weight file as a model's leaves, and a model's leaves as a weight file.
 
-`Pretrained` first holds the whole file to the whole model, then reads: a
-leaf, or a block of one, piece by piece, so that a stacked leaf of a large
-encoder is never on the host twice. `export` runs the same table backwards.
-Values pass unchanged but for the cast to the model's type; a NaN or an
-infinity is an error.
+`match` holds the keys of a file to a table and a model, both ways, before a
+value is read; `Pretrained` then reads leaves or blocks of them, with one leaf
+at a time on the host. `export` runs the same table backwards. Values pass
+unchanged but for the cast to the model's type; a NaN or an infinity is an
+error.
 """
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,32 +19,35 @@ import numpy as np
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
-from vqrae_jax.weights import files
-from vqrae_jax.weights.files import WeightFile, shown
+from vqrae_jax.weights.files import (
+  Bounds,
+  LazyArray,
+  WeightFile,
+  bounds,
+  printable,
+)
 from vqrae_jax.weights.rules import (
-  Fill,
-  Known,
-  Place,
+  TRANSFORMS,
+  Computed,
+  Constant,
+  Destination,
+  Ignore,
   Rule,
   Shape,
-  Skip,
   Table,
   Transform,
 )
 
-# ----------------------------------------------------------------------------
-# A table against a model and a file: the plan, whole or not at all.
-#
-# `expand` writes out what the table expects for the model's leaves: every key,
-# its shape, and the blocks it becomes. `match` compares that with the keys a
-# file has, and raises one line that shows both sides. Neither reads a value.
+_LISTED = 4  # names of a kind in an error
 
-_SHOWN = 4
+# ----------------------------------------------------------------------------
+# What a table wants of a file, for one model.
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Rows [start, stop) of a leaf (all: axis 0 whole) and their part of a key.
+  """Rows [start, stop) of a leaf (all: axis 0 complete) and their part of a
+  key.
 
   `single` is a row of a stacked leaf, whose own shape lacks axis 0. The part
   is [offset, offset + its size) along the transform's axis of the key's
@@ -63,6 +65,31 @@ class Piece:
   cut: bool = False
   value: float = 0.0
 
+  @classmethod
+  def of(
+    cls,
+    at: Destination,
+    layer: int,
+    target: Mapping[str, Any],
+    transform: Transform,
+    **fields: Any,
+  ) -> 'Piece':
+    shape = tuple(target[at.leaf].shape)
+    if at.stacked:
+      rows, shape = (layer, layer + 1), shape[1:]
+    elif at.rows is None:
+      rows = (0, shape[0] if shape else 1)
+    else:
+      rows, shape = at.rows, (at.rows[1] - at.rows[0], *shape[1:])
+    return cls(at.leaf, *rows, at.stacked, shape, transform, **fields)
+
+  @property
+  def index(self) -> int | slice | tuple[()]:
+    """Where it lies in its leaf."""
+    if self.single:
+      return self.start
+    return slice(self.start, self.stop) if self.shape else ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
@@ -70,58 +97,33 @@ class Expected:
 
   shapes: dict[str, Shape]  # source key: shape
   pieces: dict[str, tuple[Piece, ...]]  # leaf: pieces in order of rows
-  known: dict[str, Known]
+  computed: dict[str, Computed]
   unfilled: tuple[str, ...]  # leaves, or rows of them, that no row fills
-
-
-def _block(at: Place, layer: int, shape: Shape) -> tuple[int, int, Shape]:
-  """(first row, last row + 1, shape) of a place in a leaf of `shape`."""
-  if at.stacked:
-    return layer, layer + 1, shape[1:]
-  if at.rows is None:
-    return 0, shape[0] if shape else 1, shape
-  start, stop = at.rows
-  return start, stop, (stop - start, *shape[1:])
 
 
 def _rule_pieces(
   rule: Rule, layer: int, target: Mapping[str, Any]
 ) -> tuple[list[Piece], Shape]:
   """The pieces that one source array becomes, and its shape."""
-  parts = []
-  for at, transform in zip(rule.places, rule.transforms, strict=True):
-    start, stop, shape = _block(at, layer, tuple(target[at.leaf].shape))
-    parts.append((at, start, stop, shape, transform))
-  axis = parts[0][-1].axis
-  sizes = [transform.shape(shape) for *_, shape, transform in parts]
-  whole, offset, pieces = list(sizes[0]), 0, []
-  for (at, start, stop, shape, transform), size in zip(
-    parts, sizes, strict=True
-  ):
-    pieces.append(
-      Piece(
-        at.leaf,
-        start,
-        stop,
-        at.stacked,
-        shape,
-        transform,
-        rule.key(layer),
-        offset,
-        len(parts) > 1,
-      )
+  pieces, shape, offset = [], [], 0
+  cut = len(rule.destinations) > 1
+  for at, transform in zip(rule.destinations, rule.transforms, strict=True):
+    piece = Piece.of(
+      at, layer, target, transform, key=rule.key(layer), offset=offset, cut=cut
     )
-    if len(parts) > 1:
-      offset += size[axis]
-  if len(parts) > 1:
-    whole[axis] = offset
-  return pieces, tuple(whole)
+    pieces.append(piece)
+    size = list(transform.shape(piece.shape))
+    if cut:
+      offset += size[transform.axis]
+      size[transform.axis] = offset
+    shape = size if not shape or cut else shape
+  return pieces, tuple(shape)
 
 
 def _layers(rule: Rule, target: Mapping[str, Any]) -> range:
   if '{i}' not in rule.source:
     return range(1)
-  depths = {target[at.leaf].shape[0] for at in rule.places}
+  depths = {target[at.leaf].shape[0] for at in rule.destinations}
   if len(depths) > 1:
     raise ValueError(f'{rule} fills leaves of {depths} layers')
   return range(depths.pop())
@@ -137,41 +139,36 @@ def expand(table: Table, target: Mapping[str, Any]) -> Expected:
     ValueError: the table is at fault: two rows want one key or fill one row.
   """
   shapes: dict[str, Shape] = {}
-  pieces: dict[str, list[Piece]] = {leaf: [] for leaf in target}
-  known = {row.source: row for row in table.rows if isinstance(row, Known)}
+  pieces: list[Piece] = []
+  computed = {
+    row.source: row for row in table.rows if isinstance(row, Computed)
+  }
   for row in table.rows:
-    if isinstance(row, Fill):
-      at = row.place
-      if at.leaf in target:
-        start, stop, shape = _block(at, 0, tuple(target[at.leaf].shape))
-        same = Rule('', at.leaf).transforms[0]
-        pieces[at.leaf].append(
-          Piece(at.leaf, start, stop, False, shape, same, value=row.value)
-        )
-    if not isinstance(row, Rule):
-      continue
-    if any(at.leaf not in target for at in row.places):
+    if isinstance(row, Constant) and row.parsed.leaf in target:
+      same = TRANSFORMS['same']
+      pieces.append(Piece.of(row.parsed, 0, target, same, value=row.value))
+    if not isinstance(row, Rule) or any(
+      at.leaf not in target for at in row.destinations
+    ):
       continue
     for layer in _layers(row, target):
       key = row.key(layer)
-      if key in shapes or key in known:
+      if key in shapes or key in computed:
         raise ValueError(f'two rows of the table want {key}')
       made, shapes[key] = _rule_pieces(row, layer, target)
-      for piece in made:
-        pieces[piece.leaf].append(piece)
-  ordered = {
-    leaf: tuple(sorted(found, key=lambda p: p.start))
-    for leaf, found in pieces.items()
-  }
+      pieces += made
+  by_leaf: dict[str, list[Piece]] = {leaf: [] for leaf in target}
+  for piece in sorted(pieces, key=lambda p: p.start):
+    by_leaf[piece.leaf].append(piece)
   unfilled = []
-  for leaf, found in ordered.items():
-    shape = target[leaf].shape
-    unfilled += _gaps(leaf, found, shape[0] if shape else 1)
-  return Expected(shapes, ordered, known, tuple(unfilled))
+  for leaf, found in by_leaf.items():
+    unfilled += _gaps(leaf, found, (*target[leaf].shape, 1)[0])
+  ordered = {leaf: tuple(found) for leaf, found in by_leaf.items()}
+  return Expected(shapes, ordered, computed, tuple(unfilled))
 
 
 def _gaps(leaf: str, pieces: Sequence[Piece], rows: int) -> list[str]:
-  """Rows that no piece fills, as words; a row filled twice is a fault."""
+  """Rows that no piece fills, as names; a row filled twice is a fault."""
   at, gaps = 0, []
   for piece in pieces:
     if piece.start < at or piece.stop > rows:
@@ -187,37 +184,32 @@ def _gaps(leaf: str, pieces: Sequence[Piece], rows: int) -> list[str]:
   return gaps
 
 
+# ----------------------------------------------------------------------------
+# A file held to it.
+
+
 @dataclasses.dataclass(frozen=True)
 class Match:
   """A file that fits: the file's own key for each expected one."""
 
   expected: Expected
   keys: dict[str, str]
-  skipped: dict[str, str]  # the file's key: why
-
-
-def _names(words: Sequence[str]) -> str:
-  words = [shown(w) for w in words]
-  more = len(words) - _SHOWN
-  tail = f' and {more} more' if more > 0 else ''
-  return ', '.join(words[:_SHOWN]) + tail
+  ignored: dict[str, str]  # the file's key: why
 
 
 def _claim(
   key: str, expected: Expected, table: Table
 ) -> tuple[str, str | None, str]:
-  """(prefix stripped, expected key or None, reason to skip or '')."""
-  skips = [r for r in table.rows if isinstance(r, Skip)]
+  """(prefix stripped, expected key or None, reason to ignore or '')."""
+  rules = [r for r in table.rows if isinstance(r, Ignore)]
   prefix, rest = '', key
   while True:
-    reasons = [s.why for s in skips if re.fullmatch(s.pattern, rest)]
-    wanted = rest in expected.shapes or rest in expected.known
+    reasons = [r.why for r in rules if re.fullmatch(r.pattern, rest)]
+    wanted = rest in expected.shapes or rest in expected.computed
     if len(reasons) + wanted > 1:
       raise ValueError(f'two rows of the table match {rest}')
-    if wanted:
-      return prefix, rest, ''
-    if reasons:
-      return prefix, None, reasons[0]
+    if wanted or reasons:
+      return prefix, rest if wanted else None, ''.join(reasons)
     strip = next((p for p in table.prefixes if rest.startswith(p)), None)
     if strip is None:
       return '', None, ''
@@ -225,7 +217,7 @@ def _claim(
 
 
 def match(
-  source: WeightFile, table: Table, target: Mapping[str, Any], way_out: str = ''
+  source: WeightFile, table: Table, target: Mapping[str, Any], hint: str = ''
 ) -> Match:
   """Holds a file to a table and a model; reads no value.
 
@@ -233,103 +225,75 @@ def match(
     source: the file.
     table: its rows.
     target: {leaf name: has .shape and .dtype}.
-    way_out: what to do about a file that does not fit, for the error.
+    hint: what to do about a file that does not fit, for the error.
 
   Raises:
     UserError: one line with what is missing, unknown or of another shape.
   """
   expected = expand(table, target)
   keys: dict[str, str] = {}
-  skipped: dict[str, str] = {}
+  ignored: dict[str, str] = {}
   prefixes: dict[str, str] = {}
   unknown = []
   for key in source:
     prefix, name, why = _claim(key, expected, table)
     if why:
-      skipped[key] = why
+      ignored[key] = why
     elif name is None:
       unknown.append(key)
     elif name in keys:
       raise UserError(
-        f'{source.name} holds both {shown(keys[name])} and {shown(key)}, '
-        'which are one leaf; save one of them'
+        f'{source.name} holds both {printable(keys[name])} and '
+        f'{printable(key)}, which are one leaf; save one of them'
       )
     else:
       keys[name] = key
       prefixes.setdefault(prefix, key)
   if len(prefixes) > 1:
-    one, other = list(prefixes.values())[:2]
+    mixed = ' beside '.join(map(printable, list(prefixes.values())[:2]))
     raise UserError(
-      f'{source.name} mixes prefixes: {shown(one)} beside {shown(other)}; '
-      'save the weights of one model'
+      f'{source.name} mixes prefixes: {mixed}; save the weights of one model'
     )
-  (prefix,) = prefixes or ('',)
-  missing = [prefix + k for k in expected.shapes if k not in keys]
-  _report(source, expected, keys, target, missing, unknown, way_out)
-  return Match(expected, keys, skipped)
-
-
-def _report(
-  source: WeightFile,
-  expected: Expected,
-  keys: Mapping[str, str],
-  target: Mapping[str, Any],
-  missing: list[str],
-  unknown: list[str],
-  way_out: str,
-) -> None:
-  leaves = {
-    p.key: target[p.leaf] for ps in expected.pieces.values() for p in ps
-  }
-  shapes = []
-  for name, want in expected.shapes.items():
-    if name not in keys:
-      continue
-    have = source[keys[name]]
+  missing = [''.join(prefixes) + k for k in expected.shapes if k not in keys]
+  kinds = {p.key: target[p.leaf] for ps in expected.pieces.values() for p in ps}
+  other = []
+  for name, key in keys.items():
+    have, want = source[key], expected.shapes.get(name, source[key].shape)
     if have.shape != want:
-      shapes.append(
-        f'{shown(keys[name])} is {have.shape}, the model wants {want}'
+      other.append(f'{printable(key)} is {have.shape}, the model wants {want}')
+    elif name in kinds and _is_integer(have) and not _is_integer(kinds[name]):
+      other.append(
+        f'{printable(key)} is {have.dtype}, the model wants {kinds[name].dtype}'
       )
-    elif have.dtype.kind in 'biu' and leaves[name].dtype.kind not in 'biu':
-      shapes.append(
-        f'{shown(keys[name])} is {have.dtype}, the model wants '
-        f'{leaves[name].dtype}'
-      )
-  parts = []
-  if missing:
-    parts.append(f'missing in it: {_names(missing)}')
-  if expected.unfilled:
-    parts.append(f"no row fills the model's {_names(expected.unfilled)}")
-  if unknown:
-    parts.append(f'unknown to the model: {_names(unknown)}')
-  if shapes:
-    more = len(shapes) - _SHOWN
-    shapes = shapes[:_SHOWN] + ([f'and {more} more'] if more > 0 else [])
-    parts.append('; '.join(shapes))
+  parts = [
+    what + _names(names)
+    for what, names in (
+      ('missing in it: ', missing),
+      ("no row fills the model's ", expected.unfilled),
+      ('unknown to the model: ', unknown),
+    )
+    if names
+  ]
+  parts += other[:_LISTED]
+  parts += [f'and {len(other) - _LISTED} more'] if len(other) > _LISTED else []
   if parts:
-    parts += [way_out] if way_out else []
+    parts += [hint] if hint else []
     raise UserError(f'{source.name} does not fit: {"; ".join(parts)}')
+  return Match(expected, keys, ignored)
 
 
-# A block of more than 4 chunks goes to its device a chunk of rows (or one row)
-# after another: reading and copying hold about three times what is on the way.
-CHUNK = 1 << 25
+def _is_integer(leaf: Any) -> bool:
+  return np.dtype(leaf.dtype).kind in 'biu'
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LazyLeaf:
-  """A leaf that reads its file when it is sliced, or made an array."""
+def _names(names: Sequence[str]) -> str:
+  more = len(names) - _LISTED
+  tail = f' and {more} more' if more > 0 else ''
+  return ', '.join(map(printable, names[:_LISTED])) + tail
 
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  read: Callable[[Sequence[slice] | None], np.ndarray]
 
-  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-    return self.read(index)
-
-  def __array__(self, dtype: Any = None, copy: bool | None = None):
-    del copy  # it is always fresh
-    return self.read(None).astype(dtype or self.dtype, copy=False)
+# ----------------------------------------------------------------------------
+# Its values.
 
 
 class Pretrained:
@@ -337,55 +301,48 @@ class Pretrained:
 
   Attributes:
     target: {leaf name: ShapeDtypeStruct}.
-    skipped: {the file's key: why it is not used}.
+    ignored: {the file's key: why it is not used}.
   """
 
   def __init__(
-    self,
-    source: files.WeightFile,
-    table: Table,
-    target: Any,
-    way_out: str = '',
+    self, source: WeightFile, table: Table, target: Any, hint: str = ''
   ):
     """Matches; reads the few arrays that must equal computed ones.
 
     Args:
-      source: an opened file (`readers.open_weights`).
+      source: an opened file (`open_weights`).
       table: the rules for its kind.
       target: a tree of ShapeDtypeStructs (or arrays): all leaves to fill.
-      way_out: what to do about a file that does not fit, for the error.
+      hint: what to do about a file that does not fit, for the error.
 
     Raises:
       UserError: the file does not fit the model; one line shows both sides.
     """
     self.source = source
     self.target = trees.flatten(target)
-    found = match(source, table, self.target, way_out)
-    self.skipped = dict(found.skipped)
+    found = match(source, table, self.target, hint)
+    self.ignored = dict(found.ignored)
     self._table = table
-    self._way_out = f'; {way_out}' if way_out else ''
     self._pieces, self._keys = found.expected.pieces, found.keys
-    for name, row in found.expected.known.items():
+    for name, row in found.expected.computed.items():
       if name in found.keys:
-        self._compare(found.keys[name], row)
-        self.skipped[found.keys[name]] = row.why
+        self._compare(found.keys[name], row, f'; {hint}' if hint else '')
+        self.ignored[found.keys[name]] = row.why
 
-  def _compare(self, key: str, row: Known) -> None:
-    want = row.value()
-    handle = self.source[key]
-    where = f'{self.source.name}: {files.shown(key)}'
+  def _compare(self, key: str, row: Computed, hint: str) -> None:
+    want, handle = row.value(), self.source[key]
+    where = f'{self.source.name}: {printable(key)}'
     if handle.shape != want.shape:
       raise UserError(
         f'{where} is {handle.shape}, the model computes {want.shape} '
-        f'({row.why}){self._way_out}'
+        f'({row.why}){hint}'
       )
     have = _finite(handle.read().astype(np.float32), where)
     off = float(np.max(np.abs(have - want), initial=0))
     if off > row.tolerance:
-      way_out = f'; {row.way_out}' if row.way_out else ''
       raise UserError(
         f'{where} differs by up to {off:.3g} from what the model computes '
-        f'({row.why}){way_out}'
+        f'({row.why}){f"; {row.hint}" if row.hint else ""}'
       )
 
   def read(self, leaf: str, index: Sequence[slice] | None = None) -> np.ndarray:
@@ -397,7 +354,7 @@ class Pretrained:
       UserError: the file is damaged, or a value is NaN or infinite.
     """
     target = self.target[leaf]
-    block = files.bounds(index, target.shape)
+    block = bounds(index, target.shape)
     dtype = np.dtype(target.dtype)
     pieces = self._pieces[leaf]
     if not block:
@@ -411,10 +368,7 @@ class Pretrained:
         continue
       rows = (slice(low - piece.start, high - piece.start),)
       part = self._part(piece, others if piece.single else rows + others, dtype)
-      if piece.single:
-        out[low - first] = part
-      else:
-        out[low - first : high - first] = part
+      out[low - first : high - first] = part
     return out
 
   def _part(
@@ -422,141 +376,96 @@ class Pretrained:
   ) -> np.ndarray:
     """A block of a piece, in the piece's own coordinates."""
     if not piece.key:
-      shape = [b.stop - b.start for b in block]
-      return np.full(shape, piece.value, dtype)
-    key = self._keys[piece.key]
-    transform = piece.transform
-    size = transform.shape(piece.shape)
-    if transform.index is None:
-      inner = tuple(slice(0, n) for n in size)
-    else:
+      return np.full([b.stop - b.start for b in block], piece.value, dtype)
+    transform, ours = piece.transform, piece.shape
+    inner = tuple(slice(0, n) for n in transform.shape(ours))
+    if transform.index is not None:
       inner = transform.index(block)
+      ours = tuple(b.stop - b.start for b in block)
     if piece.cut:
       axis, shift = transform.axis, piece.offset
       moved = slice(inner[axis].start + shift, inner[axis].stop + shift)
       inner = (*inner[:axis], moved, *inner[axis + 1 :])
+    key = self._keys[piece.key]
     values = self.source[key].read(inner)
-    where = f'{self.source.name}: {files.shown(key)}'
     with np.errstate(over='ignore', invalid='ignore'):
-      values = _finite(np.asarray(values.astype(dtype)), where)
-    ours = piece.shape
-    if transform.index is not None:
-      ours = tuple(b.stop - b.start for b in block)
+      values = np.asarray(values.astype(dtype))
+    _finite(values, f'{self.source.name}: {printable(key)}')
     values = transform.forward(values, ours)
     return values if transform.index is not None else values[block]
 
   def load(self) -> dict[str, Any]:
     """{leaf name: array}: all leaves, or none if the file is damaged.
 
-    A leaf whose target has a sharding becomes a `jax.Array` laid out so, each
-    device's block read by itself; any other is a NumPy array.
+    A leaf whose target has a sharding becomes a `jax.Array` laid out so, any
+    other a NumPy array. One leaf at a time is on the host, or its blocks for
+    this process's devices.
     """
-    return {
-      name: self.read(name)
-      if getattr(leaf, 'sharding', None) is None
-      else self._place(name)
-      for name, leaf in self.target.items()
-    }
+    found = {}
+    for name, leaf in self.target.items():
+      sharding = getattr(leaf, 'sharding', None)
+      if sharding is None:
+        found[name] = self.read(name)
+        continue
+      # A compressed or checksummed member is read for each of its blocks: all
+      # at once where all are wanted.
+      if sharding.is_fully_addressable:
+        read = self.read(name).__getitem__
+      else:
+        read = _once_each(self.lazy()[name])
+      found[name] = jax.block_until_ready(
+        jax.make_array_from_callback(tuple(leaf.shape), sharding, read)
+      )
+    return found
 
   def load_on_device(self) -> dict[str, jax.Array]:
     """{leaf name: array} on the default device, uncommitted.
 
-    A chunk of one leaf at a time is on the host.
+    One leaf at a time is on the host.
     """
-    found = {}
-    for name, leaf in self.target.items():
-      whole = [slice(0, n) for n in leaf.shape]
-      (found[name],) = self._copies(name, whole, (None,))
-    return found
-
-  def lazy(self) -> dict[str, LazyLeaf]:
-    """{leaf name: what reads it}: a block at a time, nothing kept."""
     return {
-      name: LazyLeaf(
+      name: jax.block_until_ready(jnp.asarray(self.read(name)))
+      for name in self.target
+    }
+
+  def lazy(self) -> dict[str, LazyArray]:
+    """{leaf name: what reads it}: a block at a time, nothing kept."""
+
+    def fetch(name: str, block: Bounds) -> np.ndarray:
+      return self.read(name, [slice(*pair) for pair in block])
+
+    return {
+      name: LazyArray(
         tuple(leaf.shape),
         np.dtype(leaf.dtype),
-        functools.partial(self.read, name),
+        functools.partial(fetch, name),
       )
       for name, leaf in self.target.items()
     }
 
-  def backwards(self) -> Iterator[tuple[files.LazyArray, np.ndarray]]:
-    """(an array of the file, the same made out of our leaves), of each key.
+  def backwards(self) -> Iterator[tuple[LazyArray, np.ndarray]]:
+    """(an array of the file, the same made out of our leaves), of each key."""
 
-    Leaves are read once, and no more of them at a time than share a key.
-    """
-    for names in self._groups():
-      theirs = export(self._table, {n: self.read(n) for n in names})
-      keys = [p.key for n in names for p in self._pieces[n] if p.key]
-      for key in dict.fromkeys(keys):
-        yield self.source[self._keys[key]], theirs[key]
+    def read(piece: Piece) -> np.ndarray:
+      rows = [slice(piece.start, piece.stop)] if piece.index != () else None
+      block = self.read(piece.leaf, rows)
+      return np.asarray(block[0]) if piece.single else block
 
-  def _groups(self) -> list[list[str]]:
-    """The leaves, those that are cut from one array together."""
-    groups: list[tuple[set[str], list[str]]] = []
-    for leaf, pieces in self._pieces.items():
-      keys, names = {p.key for p in pieces if p.key}, [leaf]
-      apart = []
-      for group in groups:
-        if keys & group[0]:
-          keys, names = keys | group[0], group[1] + names
-        else:
-          apart.append(group)
-      groups = [*apart, (keys, names)]
-    return [names for _, names in groups]
-
-  def _place(self, leaf: str) -> jax.Array:
-    target = self.target[leaf]
-    sharding = target.sharding
-    kind = sharding.memory_kind
-    where: dict[files.Bounds, list[Any]] = {}
-    indices = sharding.addressable_devices_indices_map(tuple(target.shape))
-    for device, index in indices.items():  # replicas share one read
-      where.setdefault(files.bounds(index, target.shape), []).append(
-        jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-      )
-    # Block by block: `jax.make_array_from_callback` would hold the whole leaf
-    # here beside its copy there.
-    placed = []
-    for block, devices in where.items():
-      placed += self._copies(leaf, [slice(*pair) for pair in block], devices)
-    return jax.make_array_from_single_device_arrays(
-      tuple(target.shape), sharding, placed
-    )
-
-  def _copies(
-    self, leaf: str, block: Sequence[slice], devices: Sequence[Any]
-  ) -> list[jax.Array]:
-    """One block on each of `devices`, a chunk of its rows after another."""
-    dtype = self.target[leaf].dtype
-    shape = [b.stop - b.start for b in block]
-    row = np.dtype(dtype).itemsize * math.prod(shape[1:])
-    if not shape or shape[0] * row <= 4 * CHUNK:
-      values = self.read(leaf, block)
-      return jax.block_until_ready([_onto(values, d) for d in devices])
-    step = max(1, CHUNK // row)
-    found = [jnp.zeros(shape, dtype, device=d) for d in devices]
-    first, *rest = block
-    for at in range(first.start, first.stop, step):
-      rows = slice(at, min(at + step, first.stop))
-      part = self.read(leaf, [rows, *rest])
-      found = [
-        _write(whole, _onto(part, d), at - first.start)
-        for whole, d in zip(found, devices, strict=True)
-      ]
-      jax.block_until_ready(found)
-    return found
+    for key, pieces in _by_key(self._pieces).items():
+      yield self.source[self._keys[key]], _gather(pieces, read)
 
 
-def _onto(values: np.ndarray, device: Any) -> jax.Array:
-  return (
-    jnp.asarray(values) if device is None else jax.device_put(values, device)
-  )
+def _once_each(handle: LazyArray) -> Any:
+  """Reads a block once for all devices that hold a replica of it."""
+  blocks: dict[Bounds, np.ndarray] = {}
 
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    block = bounds(index, handle.shape)
+    if block not in blocks:
+      blocks[block] = handle.read(index)
+    return blocks[block]
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(whole: jax.Array, part: jax.Array, at: Any) -> jax.Array:
-  return jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
+  return read
 
 
 def _finite(values: np.ndarray, where: str) -> np.ndarray:
@@ -565,27 +474,12 @@ def _finite(values: np.ndarray, where: str) -> np.ndarray:
   count = int(values.size - np.isfinite(values).sum())
   raise UserError(
     f'{where} holds {count} values that are NaN, infinite or too large for '
-    f'{values.dtype}; the file is no good model, take an earlier one'
+    f'{values.dtype}; take an earlier checkpoint'
   )
 
 
-def _gather(
-  pieces: Iterable[Piece], leaves: Mapping[str, np.ndarray]
-) -> np.ndarray:
-  """One source array out of the pieces that a key becomes."""
-  parts, axis = [], 0
-  for piece in pieces:
-    leaf = leaves[piece.leaf]
-    if leaf.ndim:
-      leaf = leaf[piece.start if piece.single else _rows(piece)]
-    parts.append(piece.transform.backward(leaf))
-    axis = piece.transform.axis
-  whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
-  return np.ascontiguousarray(whole).reshape(whole.shape)
-
-
-def _rows(piece: Piece) -> slice:
-  return slice(piece.start, piece.stop)
+# ----------------------------------------------------------------------------
+# The way back.
 
 
 def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
@@ -596,45 +490,49 @@ def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
     leaves: a tree, or {leaf name: array}, of all that the model has.
 
   Returns:
-    What the file would hold, computed arrays (`known`) included. Views of
-    `leaves` where the layout allows: copy before changing them.
+    What the file would hold, `computed` arrays included. Views of `leaves`
+    where the layout allows: copy before changing them.
 
   Raises:
-    UserError: the table has no place for a leaf, or a constant of the table
-      (`fill`) has been trained away.
+    UserError: the table has no key for a leaf, or a `constant` of the table
+      has been trained away.
   """
   flat = {n: np.asarray(v) for n, v in trees.flatten(leaves).items()}
   expected = expand(table, flat)
   if expected.unfilled:
-    names = ', '.join(expected.unfilled[:4])
     raise UserError(
-      f'this format of weights has no place for {names}; save the model as '
-      'a tokenizer directory instead'
+      f'this format of weights has no place for {_names(expected.unfilled)}; '
+      'save the model as a tokenizer directory instead'
     )
-  _check_fills(table, expected, flat)
-  by_key: dict[str, list[Piece]] = {key: [] for key in expected.shapes}
-  for pieces in expected.pieces.values():
-    for piece in pieces:
-      if piece.key:
-        by_key[piece.key].append(piece)
+  for piece in (p for pieces in expected.pieces.values() for p in pieces):
+    if not piece.key and (flat[piece.leaf][piece.index] != piece.value).any():
+      whys = {r.why for r in table.rows if isinstance(r, Constant)}
+      raise UserError(
+        f'this format of weights keeps {piece.leaf}[{piece.start}:{piece.stop}]'
+        f' at {piece.value} ({"; ".join(whys)}), and training has moved it; '
+        'freeze it to write this format'
+      )
   out = {
-    key: _gather(sorted(pieces, key=lambda p: p.offset), flat)
-    for key, pieces in by_key.items()
+    key: _gather(pieces, lambda p: np.asarray(flat[p.leaf][p.index]))
+    for key, pieces in _by_key(expected.pieces).items()
   }
-  return out | {key: row.value() for key, row in expected.known.items()}
+  return out | {key: row.value() for key, row in expected.computed.items()}
 
 
-def _check_fills(
-  table: Table, expected: Expected, leaves: Mapping[str, np.ndarray]
-) -> None:
-  whys = {r.destination: r.why for r in table.rows if isinstance(r, Fill)}
-  for pieces in expected.pieces.values():
-    for piece in pieces:
-      if piece.key:
-        continue
-      if (leaves[piece.leaf][_rows(piece)] != piece.value).any():
-        raise UserError(
-          f'this format of weights keeps {piece.leaf}[{piece.start}:'
-          f'{piece.stop}] at {piece.value} ({"; ".join(whys.values())}), and '
-          'training has moved it; freeze it to write this format'
-        )
+def _by_key(pieces: Mapping[str, Sequence[Piece]]) -> dict[str, list[Piece]]:
+  found: dict[str, list[Piece]] = {}
+  for piece in (p for of_leaf in pieces.values() for p in of_leaf):
+    if piece.key:
+      found.setdefault(piece.key, []).append(piece)
+  return found
+
+
+def _gather(
+  pieces: Sequence[Piece], read: Callable[[Piece], np.ndarray]
+) -> np.ndarray:
+  """One source array out of the pieces that it becomes."""
+  pieces = sorted(pieces, key=lambda p: p.offset)
+  parts = [p.transform.backward(read(p)) for p in pieces]
+  axis = pieces[0].transform.axis
+  array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+  return np.ascontiguousarray(array).reshape(array.shape)

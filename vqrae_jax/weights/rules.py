@@ -3,13 +3,13 @@
   Rule('layers.{i}.fc1.weight', 'blocks/mlp/fc1/kernel[{i}]', 'linear')
   Rule('layers.{i}.qkv.weight', ('…/query/kernel[{i}]', '…/key/…', …), 'linear')
   Rule('cls_token', 'embed/prefix[0:1]', 'batched')
-  skip(r'head\..*', 'the pooling head: latents are taken before it')
-  known('pos_embed', positions, 'fixed sin-cos, computed here')
-  fill('embed/prefix_positions[1:5]', 0.0, 'registers have no positions')
+  ignore(r'head\..*', 'the pooling head: latents are taken before it')
+  computed('pos_embed', positions, 'fixed sin-cos, computed here')
+  constant('embed/prefix_positions[1:5]', 0.0, 'registers have no positions')
 
 A table is total: every source key is matched by one row, every destination
-leaf, every row of it, is filled by one (`match.py` holds it to that). Rows
-are data; they read nothing.
+leaf, every row of it, is filled by one (`load.py` holds it to that). Rows are
+data; they read nothing.
 """
 
 import dataclasses
@@ -22,11 +22,8 @@ import numpy as np
 from vqrae_jax.errors import choose
 
 # ----------------------------------------------------------------------------
-# How a published array lies beside ours: the words that rules use.
-#
-# A transform says, for one destination block, the shape of its part of the
-# source array, and carries values both ways, bitwise ("zeros" aside). What it
-# does not do: choose keys (`rules.py`) or read files.
+# Transforms: how a published array is laid out beside ours. Values pass both
+# ways bitwise, "zeros" aside.
 
 Shape = tuple[int, ...]
 _CHANNELS = 3
@@ -57,24 +54,14 @@ def _patch_side(ours: Shape) -> int:
   return side
 
 
-def _conv_shape(ours: Shape) -> Shape:
-  side = _patch_side(ours)
-  return (ours[1], _CHANNELS, side, side)
-
-
-def _conv_forward(part: np.ndarray, ours: Shape) -> np.ndarray:
-  return part.transpose(2, 3, 1, 0).reshape(ours)
-
-
-def _conv_backward(ours: np.ndarray) -> np.ndarray:
-  side = _patch_side(ours.shape)
-  cube = ours.reshape(side, side, _CHANNELS, ours.shape[1])
-  return cube.transpose(3, 2, 0, 1)
-
-
-def _flax_backward(ours: np.ndarray) -> np.ndarray:
-  side = _patch_side(ours.shape)
-  return ours.reshape(side, side, _CHANNELS, ours.shape[1])
+def _reshaped(shape: Callable[[Shape], Shape], axis: int = 0) -> Transform:
+  """The same values in the same order, as `shape` of ours."""
+  return Transform(
+    shape=shape,
+    forward=lambda part, ours: part.reshape(ours),
+    backward=lambda ours: ours.reshape(shape(ours.shape)),
+    axis=axis,
+  )
 
 
 def by_heads(heads: int, axis: int) -> Transform:
@@ -87,11 +74,13 @@ def by_heads(heads: int, axis: int) -> Transform:
     at = len(ours) + axis
     return (*ours[:at], heads, ours[at] // heads, *ours[at + 1 :])
 
-  return Transform(
-    shape=split,
-    forward=lambda part, ours: part.reshape(ours),
-    backward=lambda ours: ours.reshape(split(ours.shape)),
-  )
+  return _reshaped(split)
+
+
+def _cube(ours: Shape) -> Shape:
+  """[p*p*3 d] as [p p 3 d]."""
+  side = _patch_side(ours)
+  return (side, side, _CHANNELS, ours[1])
 
 
 def _rows(ours: Shape) -> Shape:
@@ -123,15 +112,13 @@ TRANSFORMS = {
   # A convolution that cuts patches: [d 3 p p] to [p*p*3 d], each patch laid
   # (row, column, channel) as ops.images.patchify lays it.
   'conv_patch': Transform(
-    shape=_conv_shape, forward=_conv_forward, backward=_conv_backward
+    shape=lambda ours: _cube(ours)[:1:-1] + _cube(ours)[:2],
+    forward=lambda part, ours: part.transpose(2, 3, 1, 0).reshape(ours),
+    backward=lambda ours: ours.reshape(_cube(ours.shape)).transpose(3, 2, 0, 1),
   ),
   # The same as flax lays it: [p p 3 d], patches already (row, column,
   # channel).
-  'flax patch': Transform(
-    shape=lambda ours: (_patch_side(ours),) * 2 + (_CHANNELS, ours[1]),
-    forward=lambda part, ours: part.reshape(ours),
-    backward=_flax_backward,
-  ),
+  'flax patch': _reshaped(_cube),
   # A convolution's kernel: [out in h w] to [h w in out].
   'conv': Transform(
     shape=lambda ours: (ours[3], ours[2], ours[0], ours[1]),
@@ -148,29 +135,11 @@ TRANSFORMS = {
   ),
   # A value a channel, over images [c h w] and batches of them: [c 1 1] and
   # [1 c 1 1] to [c].
-  'channels': Transform(
-    shape=lambda ours: (*ours, 1, 1),
-    forward=lambda part, ours: part.reshape(ours),
-    backward=lambda ours: ours[..., None, None],
-  ),
-  'batched channels': Transform(
-    shape=lambda ours: (1, *ours, 1, 1),
-    forward=lambda part, ours: part.reshape(ours),
-    backward=lambda ours: ours[None, ..., None, None],
-    axis=1,
-  ),
+  'channels': _reshaped(lambda ours: (*ours, 1, 1)),
+  'batched channels': _reshaped(lambda ours: (1, *ours, 1, 1), axis=1),
   # Positions: [gh*gw d] to [gh gw d], and the same behind a batch axis.
-  'grid': Transform(
-    shape=_rows,
-    forward=lambda part, ours: part.reshape(ours),
-    backward=lambda ours: ours.reshape(_rows(ours.shape)),
-  ),
-  'batched grid': Transform(
-    shape=lambda ours: (1, *_rows(ours)),
-    forward=lambda part, ours: part.reshape(ours),
-    backward=lambda ours: ours.reshape(1, *_rows(ours.shape)),
-    axis=1,
-  ),
+  'grid': _reshaped(_rows),
+  'batched grid': _reshaped(lambda ours: (1, *_rows(ours)), axis=1),
 }
 
 
@@ -191,7 +160,7 @@ _DESTINATION = re.compile(r'([^\[\]{}]+)(?:\[(?:(\{i\})|(\d+):(\d+))\])?')
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Destination:
   """A destination: a leaf, or one row of it a layer, or a range of rows."""
 
   leaf: str
@@ -199,14 +168,14 @@ class Place:
   rows: tuple[int, int] | None = None
 
 
-def place(word: str) -> Place:
+def parse_destination(text: str) -> Destination:
   """'leaf', 'leaf[{i}]' or 'leaf[a:b]'."""
-  match = _DESTINATION.fullmatch(word)
+  match = _DESTINATION.fullmatch(text)
   if match is None:
-    raise ValueError(f'"{word}" is no leaf, leaf[{{i}}] or leaf[a:b]')
+    raise ValueError(f'"{text}" is no leaf, leaf[{{i}}] or leaf[a:b]')
   leaf, layer, start, stop = match.groups()
   rows = None if start is None else (int(start), int(stop))
-  return Place(leaf, layer is not None, rows)
+  return Destination(leaf, layer is not None, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +183,8 @@ class Rule:
   """One source array to one destination, or cut into several.
 
   `{i}` in `source` is the number of a layer, and then each destination is
-  row i of a stacked leaf. `transform` is a word of `transforms.py` (or one
-  that a function there made), or as many as there are destinations.
+  row i of a stacked leaf. `transform` is a key of `TRANSFORMS` (or one that
+  `by_heads` made), or as many as there are destinations.
   """
 
   source: str
@@ -224,50 +193,58 @@ class Rule:
 
   def __post_init__(self):
     layered = '{i}' in self.source
-    if any(p.stacked != layered for p in self.places):
-      raise ValueError(f'{self}: {{i}} stands on one side only')
-    if len(self.transforms) != len(self.places):
+    if any(p.stacked != layered for p in self.destinations):
+      raise ValueError(
+        f'{self}: {{i}} must appear in the source and each destination'
+      )
+    if len(self.transforms) != len(self.destinations):
       raise ValueError(f'{self}: a transform for each destination, or one')
 
   @property
-  def places(self) -> tuple[Place, ...]:
-    words = self.destination
-    return tuple(map(place, (words,) if isinstance(words, str) else words))
+  def destinations(self) -> tuple[Destination, ...]:
+    names = self.destination
+    return tuple(
+      map(parse_destination, (names,) if isinstance(names, str) else names)
+    )
 
   @property
   def transforms(self) -> tuple[Transform, ...]:
-    words = self.transform
-    if isinstance(words, Transform):
-      return (words,) * len(self.places)
-    if isinstance(words, str):
-      words = (words,) * len(self.places)
-    return tuple(choose(TRANSFORMS, w, 'transform of weights') for w in words)
+    names = self.transform
+    if isinstance(names, Transform):
+      return (names,) * len(self.destinations)
+    if isinstance(names, str):
+      names = (names,) * len(self.destinations)
+    return tuple(choose(TRANSFORMS, n, 'transform of weights') for n in names)
 
   def key(self, layer: int) -> str:
     return self.source.replace('{i}', str(layer))
 
 
 @dataclasses.dataclass(frozen=True)
-class Skip:
-  """Source keys that are not ours, and why."""
+class Ignore:
+  """Source keys that the regex matches in full are not ours, and why."""
 
   pattern: str
   why: str
 
+  def __post_init__(self):
+    re.compile(self.pattern)
+
 
 @dataclasses.dataclass(frozen=True)
-class Known:
-  """A source array that is computed here, and compared when it is met."""
+class Computed:
+  """A source array that is computed here: where it is there it must equal
+  `value()` to `tolerance`."""
 
   source: str
   value: Callable[[], np.ndarray]
   why: str
   tolerance: float = 1e-5
-  way_out: str = ''
+  hint: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
-class Fill:
+class Constant:
   """Rows of a leaf that no file holds: a constant, and why."""
 
   destination: str
@@ -275,39 +252,20 @@ class Fill:
   why: str
 
   def __post_init__(self):
-    if self.place.stacked:
+    if self.parsed.stacked:
       raise ValueError(f'{self}: a constant fills all layers alike')
 
   @property
-  def place(self) -> Place:
-    return place(self.destination)
+  def parsed(self) -> Destination:
+    return parse_destination(self.destination)
 
 
-def skip(pattern: str, why: str) -> Skip:
-  """Leaves out the keys that the regex matches whole, for a reason."""
-  re.compile(pattern)
-  return Skip(pattern, why)
-
-
-def known(
-  source: str,
-  value: Callable[[], np.ndarray],
-  why: str,
-  tolerance: float = 1e-5,
-  way_out: str = '',
-) -> Known:
-  """Leaves out a key whose value must equal `value()` to `tolerance`."""
-  return Known(source, value, why, tolerance, way_out)
-
-
-def fill(destination: str, value: float, why: str) -> Fill:
-  """Fills a leaf, or rows of it, with a constant."""
-  return Fill(destination, value, why)
+ignore, computed, constant = Ignore, Computed, Constant  # as tables write them
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
   """All rows of one kind of file, and the prefixes its keys may bear."""
 
-  rows: tuple[Rule | Skip | Known | Fill, ...]
+  rows: tuple[Rule | Ignore | Computed | Constant, ...]
   prefixes: tuple[str, ...] = PREFIXES

@@ -1,59 +1,65 @@
-"""PyTorch checkpoints (`.pt`, `.pth`, `.bin`) without PyTorch, and without
-running their pickles.
+"""PyTorch checkpoints (`.pt`, `.pth`, `.bin`) without PyTorch.
 
 Since PyTorch 1.6 a checkpoint is a zip of one pickle and one member of raw
-bytes a storage; before, pickles and raw bytes one behind the other
-(`torch_legacy.py`). Tensors become lazy handles over the bytes, so views and
-shared storages are read as saved. Of a training file's sections the average
-is preferred: "ema", else "model", else "state_dict", else the file itself.
+bytes per storage; before, it is five pickles (a magic number, the version, the
+machine, the value, the keys of its storages) and then, for each key, an i64
+count and the elements. The pickle is read by an unpickler that knows inert
+constructors only: a name that `torch.save` does not write for weights is an
+error, so no code of a file runs. Tensors become lazy arrays over the bytes.
+
+Of a training file's sections the average is preferred: "ema", else "model",
+else "state_dict", else the file itself. Not read: the tar archives that came
+before both formats.
 """
 
 import dataclasses
+import io
 import math
 import pathlib
-import pickletools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.weights import files
-from vqrae_jax.weights.files import Archive, shown
+from vqrae_jax.weights.files import (
+  Bounds,
+  LazyArray,
+  WeightFile,
+  as_user_error,
+  printable,
+)
+
+SECTIONS = ('ema', 'model', 'state_dict')
+# Names and shapes take some hundred bytes a tensor. An unpickled byte may cost
+# sixty of memory, which this bounds.
+MAX_PICKLE = 1 << 25
+# An expanded tensor has more elements than its storage; so many are plausible.
+MAX_EXPANDED = 1 << 24
+_MAX_STORAGE = 1 << 38  # bytes
+# Weights hardly compress: a member that grows by more is a bomb. A megabyte
+# of zeros is a plausible bias.
+_MAX_RATIO, _RATIO_FREE = 100, 1 << 20
+
+_DTYPES = {
+  'Float': 'f4', 'Double': 'f8', 'Half': 'f2', 'BFloat16': ml_dtypes.bfloat16,
+  'Long': 'i8', 'Int': 'i4', 'Short': 'i2', 'Char': 'i1', 'Byte': 'u1',
+  'Bool': '?',
+}  # fmt: skip
 
 # ----------------------------------------------------------------------------
-# The pickle inside a PyTorch checkpoint, read as data.
-#
-# A pickle is a program for a small stack machine, and Python's own machine
-# calls whatever the program names. This one has no such instruction: it knows
-# the few opcodes and names that `torch.save` writes for weights, today and in
-# the format before 1.6, from Python 2 too; builds plain values and tensor records
-# out of them, and stops at anything else. No class of Python's `pickle` runs,
-# and nothing is imported by name.
-#
-# What it does not do: read tensors' values (`torch_files.py`, `torch_legacy.py`).
-
-# Of all pickles of a file: names and shapes, some hundred bytes a tensor.
-MAX_PICKLE = 1 << 27
-_MAX_LINE = 1 << 12  # no name of a class is as long
-
-# Storage classes: the type of the elements.
-STORAGES = {
-  'FloatStorage': np.dtype('float32'),
-  'DoubleStorage': np.dtype('float64'),
-  'HalfStorage': np.dtype('float16'),
-  'BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
-  'LongStorage': np.dtype('int64'),
-  'IntStorage': np.dtype('int32'),
-  'ShortStorage': np.dtype('int16'),
-  'CharStorage': np.dtype('int8'),
-  'ByteStorage': np.dtype('uint8'),
-  'BoolStorage': np.dtype('bool'),
-}
+# The pickle: plain values, and records of tensors.
 
 
-@dataclasses.dataclass(frozen=True)
+class _Refused(Exception):
+  """The pickle holds what no weight file needs; the message says what."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
   """Elements [first, stop) of the `count` that the file keeps as `key`."""
 
@@ -64,7 +70,7 @@ class Storage:
   stop: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
   """A strided array over a storage; strides and offset are in elements."""
 
@@ -74,568 +80,366 @@ class Tensor:
   strides: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Name:
-  """A global that the pickle names: inert, and one of the known."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+  """A global that REDUCE may call: one of the functions below."""
 
-  path: str
-
-
-class _Ordered(dict):
-  """What OrderedDict() makes: the one value that BUILD may be applied to."""
+  function: Callable[..., Any]
 
 
-class _Refused(Exception):
-  """The pickle holds what no weight file needs; the words say what."""
-
-
-def _whole(*values: Any) -> bool:
-  return all(type(v) is int and v >= 0 for v in values)
-
-
-def _tensor(*args: Any) -> Tensor:
-  if len(args) not in (6, 7):
-    raise _Refused(f'a tensor of {len(args)} parts')
-  storage, offset, shape, strides = args[:4]
-  if len(args) == 7 and args[6]:
-    raise _Refused('a tensor to be negated or conjugated on reading')
-  good = (
-    isinstance(storage, Storage)
-    and isinstance(shape, tuple)
-    and isinstance(strides, tuple)
-    and len(shape) == len(strides) <= 32
-    and _whole(offset, *shape, *strides)
-  )
-  if not good:
-    raise _Refused('a tensor whose parts are no storage and numbers')
-  return Tensor(storage, offset, shape, strides)
-
-
-def _old_tensor(*args: Any) -> Tensor:
-  """As PyTorch before 0.4 wrote it: without gradient and hooks."""
-  if len(args) != 4:
-    raise _Refused(f'a tensor of {len(args)} parts')
-  return _tensor(*args, False, None)
-
-
-def _parameter(*args: Any) -> Tensor:
-  if len(args) != 3 or not isinstance(args[0], Tensor):
-    raise _Refused('a parameter that is no tensor')
-  return args[0]
-
-
-def _set_items(target: dict, items: Sequence[Any]) -> None:
-  for key, value in zip(items[::2], items[1::2], strict=True):
+class _Dict(dict):
+  def __setitem__(self, key: Any, value: Any) -> None:
     # Other keys could be nested without end, and hashing them would be too.
     if type(key) not in (str, int):
       raise _Refused(f'has a key of type {type(key).__name__}')
-    target[key] = value
+    super().__setitem__(key, value)
 
 
-def _ordered(*args: Any) -> _Ordered:
+class _OrderedDict(_Dict):
+  """The one value that BUILD is for: a state dict has attributes."""
+
+
+def _are_sizes(*values: Any) -> bool:
+  return all(type(v) is int and v >= 0 for v in values)
+
+
+def _tensor(
+  storage: Any, offset: Any, shape: Any, strides: Any, *others: Any
+) -> Tensor:
+  if others[2:] not in ((), ({},), (None,)):
+    raise _Refused('has a tensor to be negated or conjugated on reading')
+  if (
+    type(storage) is not Storage
+    or not type(shape) is type(strides) is tuple
+    or not len(shape) == len(strides) <= 32
+    or not _are_sizes(offset, *shape, *strides)
+  ):
+    raise _Refused('has a tensor whose parts are not a storage and numbers')
+  return Tensor(storage, storage.first + offset, shape, strides)
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
+  if type(data) is not Tensor:
+    raise _Refused('has a parameter that is not a tensor')
+  return data
+
+
+def _ordered_dict(*args: Any) -> _OrderedDict:
   """Empty, or of the pairs that Python 2 gave it: one list of lists."""
   pairs = args[0] if args else []
-  good = len(args) < 2 and type(pairs) is list
-  if not good or any(type(p) is not list or len(p) != 2 for p in pairs):
-    raise _Refused('an OrderedDict of something that is no list of pairs')
-  made = _Ordered()
-  _set_items(made, [part for pair in pairs for part in pair])
-  pairs.clear()  # or a short pickle could ask for copies without end
+  if len(args) > 1 or type(pairs) is not list:
+    raise _Refused('has an OrderedDict of something other than pairs')
+  made = _OrderedDict()
+  for key, value in pairs:
+    made[key] = value
+  pairs.clear()  # else a short pickle could copy one list without end
   return made
 
 
-def _size(*args: Any) -> tuple:
-  good = len(args) == 1 and isinstance(args[0], tuple) and len(args[0]) <= 32
-  if not good or not _whole(*args[0]):
-    raise _Refused('a torch.Size that is no tuple of numbers')
-  return args[0]
+def _size(shape: Any) -> tuple:
+  if type(shape) is not tuple or len(shape) > 32 or not _are_sizes(*shape):
+    raise _Refused('has a torch.Size that is not of numbers')
+  return shape
 
 
-_CALLS: dict[str, Callable[..., Any]] = {
-  'torch._utils._rebuild_tensor': _old_tensor,
-  'torch._utils._rebuild_tensor_v2': _tensor,
-  'torch._utils._rebuild_parameter': _parameter,
-  'collections.OrderedDict': _ordered,
-  'torch.Size': _size,
+_NAMES = {
+  'torch._utils._rebuild_tensor': _Call(_tensor),
+  'torch._utils._rebuild_tensor_v2': _Call(_tensor),
+  'torch._utils._rebuild_parameter': _Call(_parameter),
+  'collections.OrderedDict': _Call(_ordered_dict),
+  'torch.Size': _Call(_size),
+  **{f'torch.{k}Storage': np.dtype(v) for k, v in _DTYPES.items()},
 }
-_TYPES = {f'torch.{name}': dtype for name, dtype in STORAGES.items()}
 
 
-def _named(module: Any, name: Any) -> _Name:
-  path = f'{module}.{name}'
-  if path not in _CALLS and path not in _TYPES:
-    raise _Refused(f'names {shown(path)}, and so could run code')
-  return _Name(path)
+_OPCODES = """
+  PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
+  BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES
+  BINSTRING SHORT_BINSTRING EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+  SETITEM SETITEMS APPEND APPENDS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET
+  GLOBAL STACK_GLOBAL BINPERSID
+"""
 
 
-def _storage(pid: Any, legacy: bool) -> Storage:
-  """What a persistent id refers to.
-
-  It is ('storage', class, key, device, count) and, in the format before 1.6,
-  None or the part that is meant: (its own key, first element, elements).
-  """
-  parts = list(pid) if type(pid) is tuple else []
-  view = parts.pop() if legacy and len(parts) == 6 else None
-  good = (
-    len(parts) == 5
-    and (not legacy or len(pid) == 6)
-    and parts[0] == 'storage'
-    and isinstance(parts[1], _Name)
-    and parts[1].path in _TYPES
-    and type(parts[2]) is str
-    and _whole(parts[4])
-  )
-  if not good:
-    raise _Refused('refers to something that is no storage of numbers')
-  _, kind, key, _, count = parts
-  first, size = 0, count
-  if view is not None:
-    if type(view) is not tuple or len(view) != 3 or not _whole(*view[1:]):
-      raise _Refused('refers to a part of a storage that is no pair of numbers')
-    first, size = view[1:]
-  if first + size > count:
-    raise _Refused('refers to a part of a storage that reaches past it')
-  return Storage(_TYPES[kind.path], key, count, first, first + size)
-
-
-_MARK = object()
-_CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
-_LITERALS = {
-  'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE',
-  'SHORT_BINUNICODE', 'BINUNICODE8', 'BINBYTES', 'SHORT_BINBYTES',
-}  # fmt: skip
-# The text of Python 2: bytes, which `pickletools` shows as Latin-1.
-_OLD_TEXTS = {'SHORT_BINSTRING', 'BINSTRING'}
-_EMPTY = {'EMPTY_DICT': dict, 'EMPTY_LIST': list, 'EMPTY_TUPLE': tuple}
-_TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
-_PUTS = {'BINPUT', 'LONG_BINPUT'}
-_GETS = {'BINGET', 'LONG_BINGET'}
-
-
-class _Machine:
-  """A stack, a memo, and a method for each opcode that is not a literal."""
-
-  def __init__(self, legacy: bool):
+# Python's unpickler in Python, not in C, whose memo has as many slots as a few
+# bytes of the file ask for, and whose dicts hash keys nested so deep that the
+# stack overflows. Here opcodes are those that `torch.save` writes.
+class _Unpickler(pickle._Unpickler):
+  def __init__(self, file: io.BytesIO, legacy: bool):
+    super().__init__(file, encoding='utf-8')  # of the strings of Python 2
     self.legacy = legacy
-    self.stack: list[Any] = []
-    self.memo: dict[int, Any] = {}
     self.storages: list[Storage] = []
 
-  def _items(self) -> list[Any]:
-    """Everything above the last mark, which goes too."""
-    at = max(i for i, v in enumerate(self.stack) if v is _MARK)
-    items = self.stack[at + 1 :]
-    del self.stack[at:]
-    return items
+  def find_class(self, module: str, name: str) -> Any:
+    path = f'{module}.{name}'
+    if path not in _NAMES:
+      raise _Refused(f'names {printable(path)}, and so could run code')
+    return _NAMES[path]
 
-  def _set(self, items: list[Any]) -> None:
-    target = self.stack[-1]
-    if not isinstance(target, dict) or len(items) % 2:
-      raise _Refused('sets items of something that is no dict')
-    _set_items(target, items)
+  def persistent_load(self, pid: Any) -> Storage:
+    """('storage', type, key, device, count) and, in the format before 1.6,
+    None or the part that is meant: (its own key, first element, elements)."""
+    if type(pid) is not tuple or len(pid) != 5 + self.legacy:
+      raise _Refused('refers to something that is not a storage')
+    kind, dtype, key, _, count, *views = pid
+    view = views[0] if views and views[0] is not None else ('', 0, count)
+    if (
+      kind != 'storage'
+      or not isinstance(dtype, np.dtype)
+      or type(key) is not str
+      or type(view) is not tuple
+      or len(view) != 3
+      or not _are_sizes(count, *view[1:])
+      or view[1] + view[2] > count
+    ):
+      raise _Refused('refers to something that is not a storage of numbers')
+    stop = view[1] + view[2]
+    self.storages.append(Storage(dtype, key, count, view[1], stop))
+    return self.storages[-1]
 
-  def _append(self, items: list[Any]) -> None:
-    if type(self.stack[-1]) is not list:
-      raise _Refused('appends to something that is no list')
-    self.stack[-1].extend(items)
+  def _empty_dict(self) -> None:
+    self.append(_Dict())
 
-  def step(self, name: str, arg: Any) -> None:
-    stack = self.stack
-    if name in _LITERALS:
-      stack.append(arg)
-    elif name in _OLD_TEXTS:
-      stack.append(arg.encode('latin-1').decode())
-    elif name in _CONSTANTS:
-      stack.append(_CONSTANTS[name])
-    elif name in _EMPTY:
-      stack.append(_EMPTY[name]())
-    elif name == 'MARK':
-      stack.append(_MARK)
-    elif name in _PUTS:
-      self.memo[arg] = stack[-1]
-    elif name == 'MEMOIZE':
-      self.memo[len(self.memo)] = stack[-1]
-    elif name in _GETS:
-      stack.append(self.memo[arg])
-    elif name == 'TUPLE':
-      stack.append(tuple(self._items()))
-    elif name in _TUPLES:
-      items = stack[-_TUPLES[name] :]
-      del stack[-_TUPLES[name] :]
-      stack.append(tuple(items))
-    elif name == 'SETITEM':
-      value, key = stack.pop(), stack.pop()
-      self._set([key, value])
-    elif name == 'SETITEMS':
-      self._set(self._items())
-    elif name == 'APPEND':
-      self._append([stack.pop()])
-    elif name == 'APPENDS':
-      self._append(self._items())
-    elif name == 'GLOBAL':
-      stack.append(_named(*arg.split(' ', 1)))
-    elif name == 'STACK_GLOBAL':
-      word, module = stack.pop(), stack.pop()
-      stack.append(_named(module, word))
-    elif name == 'BINPERSID':
-      self.storages.append(_storage(stack.pop(), self.legacy))
-      stack.append(self.storages[-1])
-    elif name == 'REDUCE':
-      args, called = stack.pop(), stack.pop()
-      known = isinstance(called, _Name) and called.path in _CALLS
-      if not known or not isinstance(args, tuple):
-        raise _Refused('calls something that is no part of a tensor')
-      stack.append(_CALLS[called.path](*args))
-    elif name == 'BUILD':
-      # A state dict's own attributes (`_metadata`): versions of modules.
-      stack.pop()
-      if type(stack[-1]) is not _Ordered:
-        raise _Refused('sets the state of an object')
-    else:
-      raise _Refused(f'has the opcode {name}')
+  def _reduce(self) -> None:
+    args, call = self.stack.pop(), self.stack[-1]
+    if type(call) is not _Call or type(args) is not tuple:
+      raise _Refused('calls something that is not part of a tensor')
+    self.stack[-1] = call.function(*args)
+
+  def _build(self) -> None:
+    self.stack.pop()  # `_metadata`: versions of modules
+    if type(self.stack[-1]) is not _OrderedDict:
+      raise _Refused('sets the state of an object')
+
+  dispatch = {
+    code: pickle._Unpickler.dispatch[code]
+    for name in _OPCODES.split()
+    for code in getattr(pickle, name)
+  } | {
+    pickle.EMPTY_DICT[0]: _empty_dict,
+    pickle.REDUCE[0]: _reduce,
+    pickle.BUILD[0]: _build,
+  }
 
 
-class Front:
-  """The pickles at the front of a file, read no further than they may go."""
-
-  def __init__(self, file: BinaryIO, where: str, size: int):
-    self._file, self._where, self._size = file, where, size
-    self.at = 0
-
-  def tell(self) -> int:
-    return self.at
-
-  def read(self, count: int) -> bytes:
-    """Fewer bytes only where the file ends; none are asked for beyond it."""
-    last = min(self.at + count, self._size)
-    if last > MAX_PICKLE:
-      raise UserError(
-        f'{self._where}: its pickles have more than {MAX_PICKLE} bytes, more '
-        'than names of weights need; save the weights alone, best as '
-        '.safetensors'
-      )
-    found = self._file.read(last - self.at)
-    self.at += len(found)
-    return found
-
-  def readline(self) -> bytes:
-    found = self._file.readline(_MAX_LINE)
-    self.at += len(found)
-    return found
-
-
-def parse(
-  data: bytes | Front, where: str, legacy: bool = False
+def unpickle(
+  file: io.BytesIO, path: pathlib.Path, legacy: bool = False
 ) -> tuple[Any, list[Storage]]:
-  """The value a pickle describes, tensors as `Tensor`, and its storages.
-
-  Args:
-    data: the pickle, or the front of a file, which is left behind it.
-    where: the file, for the errors.
-    legacy: whether it refers to storages as the format before 1.6 does.
+  """The next value of `file`, tensors as `Tensor`, and its storages.
 
   Raises:
     UserError: a damaged pickle, or one that holds more than weights.
   """
-  machine = _Machine(legacy)
+  unpickler = _Unpickler(file, legacy)
   try:
-    for opcode, arg, _ in pickletools.genops(data):
-      if opcode.name in ('PROTO', 'FRAME'):
-        continue
-      if opcode.name == 'STOP':
-        break
-      machine.step(opcode.name, arg)
-    (value,) = machine.stack
-  except UserError:
-    raise
+    return unpickler.load(), unpickler.storages
   except _Refused as e:
-    raise UserError(
-      f'{where} is not read: its pickle {e}; save the weights alone, with '
-      'torch.save(model.state_dict(), …) or as .safetensors'
-    ) from None
-  except (ValueError, KeyError, IndexError, UnicodeError, TypeError) as e:
-    words = ' '.join(str(e).split())[:100]
-    raise UserError(
-      f'{where} is damaged: its pickle cannot be read ({words}); fetch or '
-      'save it again'
-    ) from None
-  return value, machine.storages
+    reason = str(e)
+  # Bytes that are not a pickle raise a dozen kinds of errors.
+  except Exception as e:
+    reason = f'is damaged ({type(e).__name__})'
+  raise UserError(
+    f'{path} is not read: its pickle {reason}; save the weights alone, with '
+    'torch.save(model.state_dict(), …) or as .safetensors'
+  )
 
 
 # ----------------------------------------------------------------------------
-# PyTorch checkpoints of the format before 1.6: pickles, then raw bytes.
-#
-# A file is five pickles, one behind the other (a magic number, the format's
-# version, a word on the machine, the value itself, the keys of its storages),
-# and for each key, in that order, an i64 count of elements and the elements.
-# Counts and elements are little-endian whatever machine wrote them, as
-# `torch.save` has it. torchvision's older files, LPIPS's heads and DINO's are in
-# this format.
-#
-# Opening reads the pickles and the counts, and holds all sizes to the file's.
-# There is no checksum in it: damage inside a value is not seen here. What it
-# does not do: choose tensors (`torch_files.py`), or read the tar archives that
-# came before it.
+# The bytes of storages: reads a storage's elements, all or mapped.
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-_VERSION = 1001
-_COUNT = 8  # bytes
-
-# Reads bytes [first, last) of a storage.
-Run = Callable[[int, int], bytes]
-
-
-def open_legacy(
-  path: pathlib.Path,
-) -> tuple[Any, Callable[[Storage, str], Run]]:
-  """The value of a file, and what gives each storage's bytes.
-
-  Raises:
-    UserError: no whole checkpoint, or one that holds more than weights.
-  """
-  try:
-    size = path.stat().st_size
-    with path.open('rb') as file:
-      front = Front(file, str(path), size)
-      _check_head(front, path)
-      value, storages = parse(front, str(path), legacy=True)
-      keys, _ = parse(front, str(path), legacy=True)
-      places = _places(file, front.at, size, _listed(keys, storages))
-  except OSError as e:
-    raise UserError(f'{path} cannot be read: {e.strerror}') from None
-  except _Damaged as e:
-    raise UserError(
-      f'{path} is truncated or damaged: {e}; fetch or save it again'
-    ) from None
-
-  def run(storage: Storage, where: str) -> Run:
-    start = places[storage.key]
-    return lambda first, last: _read(path, start + first, last - first, where)
-
-  return value, run
-
-
-class _Damaged(Exception):
-  """Sizes that disagree; the words say which."""
-
-
-def _check_head(front: Front, path: pathlib.Path) -> None:
-  magic, _ = parse(front, str(path), legacy=True)
-  if type(magic) is not int or magic != _MAGIC:
-    raise UserError(
-      f"{path} is a Python pickle and no PyTorch checkpoint (PyTorch's magic "
-      'number is not its first value); save the weights as .safetensors or '
-      'with torch.save'
-    )
-  version, _ = parse(front, str(path), legacy=True)
-  if type(version) is not int or version != _VERSION:
-    raise UserError(
-      f'{path} is of an unknown version of the PyTorch format before 1.6, not '
-      f'{_VERSION}; load it in PyTorch and save it again'
-    )
-  machine, _ = parse(front, str(path), legacy=True)
-  if not isinstance(machine, dict):
-    raise _Damaged('no word on the machine that wrote it')
-
-
-def _listed(keys: Any, storages: list[Storage]) -> dict[str, Storage]:
-  """The storages in the file's order; each is used, and alike everywhere."""
-  used: dict[str, Storage] = {}
-  for storage in storages:
-    first = used.setdefault(storage.key, storage)
-    if (first.dtype, first.count) != (storage.dtype, storage.count):
-      raise _Damaged(f'storage {shown(storage.key)} is of two types or sizes')
-  if type(keys) is not list or not all(type(k) is str for k in keys):
-    raise _Damaged('no list of storages follows its value')
-  if len(set(keys)) != len(keys):
-    raise _Damaged('it lists a storage twice')
-  for key in set(keys) ^ set(used):
-    raise _Damaged(f'its value and its list disagree on storage {shown(key)}')
-  return {key: used[key] for key in keys}
-
-
-def _places(
-  file: BinaryIO, at: int, size: int, storages: Mapping[str, Storage]
-) -> dict[str, int]:
-  """{key: where its elements begin}; they fill the file to its last byte."""
-  places = {}
-  for key, storage in storages.items():
-    file.seek(at)
-    head = file.read(_COUNT)
-    if len(head) < _COUNT:
-      raise _Damaged(f'it ends before storage {shown(key)}')
-    count = int.from_bytes(head, 'little', signed=True)
-    if count != storage.count:
-      raise _Damaged(
-        f'storage {shown(key)} has {count} elements, and its tensors want '
-        f'{storage.count}'
-      )
-    places[key] = at + _COUNT
-    at = places[key] + count * storage.dtype.itemsize
-    if at > size:
-      raise _Damaged(f'it ends inside storage {shown(key)}')
-  if at < size:
-    raise _Damaged(f'{size - at} bytes follow its last storage')
-  return places
-
-
-def _read(path: pathlib.Path, at: int, count: int, where: str) -> bytes:
-  try:
-    with path.open('rb') as file:
-      file.seek(at)
-      found = file.read(count)
-  except OSError as e:
-    raise UserError(f'{path} cannot be read: {e.strerror}') from None
-  if len(found) != count:
-    raise UserError(f'{where} ends early: the file has changed; fetch it again')
-  return found
-
-
-SECTIONS = ('ema', 'model', 'state_dict')
-
+_Read = Callable[[Storage], np.ndarray]
 _MEMBERS = (
-  r'[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version'
+  r'(data\.pkl|data/\d+|version|byteorder|\.format_version'
   r'|\.storage_alignment|\.data/serialization_id)'
 )
-# (storage, where) -> reads bytes [first, last) of it.
-_Runs = Callable[[Storage, str], Run]
 
 
-def open_torch(path: pathlib.Path) -> files.WeightFile:
+def _open_zip(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
+  """A zip's value, its storages, and what reads them.
+
+  Sizes are checked before a member is read; its CRC as it is read.
+  """
+  with as_user_error(path, 'PyTorch checkpoint'):
+    archive = zipfile.ZipFile(path)
+  members = {info.filename: info for info in archive.infolist()}
+  top = next(iter(members), '').split('/')[0]
+  for name in members:
+    if not re.fullmatch(f'{re.escape(top)}/{_MEMBERS}', name):
+      raise UserError(
+        f'{path} holds "{printable(name)}", which no PyTorch checkpoint has; '
+        'save the weights alone, best as .safetensors'
+      )
+  if f'{top}/data.pkl' not in members:
+    raise UserError(f'{path} is not a PyTorch checkpoint: it has no data.pkl')
+  twice = len(archive.infolist()) > len(members)
+  held = sum(info.compress_size for info in members.values())
+  if twice or held > path.stat().st_size:
+    raise UserError(f'{path} is damaged: its members overlap; save it again')
+
+  def read(name: str, most: int) -> bytes:
+    info = members[name]
+    size, kind = info.file_size, info.compress_type
+    if size > min(most, _RATIO_FREE + _MAX_RATIO * info.compress_size):
+      raise UserError(
+        f'{path}: "{name}" would grow to {size} bytes, more than weights need; '
+        'save the weights alone, uncompressed'
+      )
+    # The others cannot be decompressed to a bound.
+    if kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+      raise UserError(f'{path}: "{name}" is compressed; save it uncompressed')
+    with as_user_error(path, 'PyTorch checkpoint'):
+      with archive.open(info) as member:
+        found = member.read(size)
+      if len(found) != size:
+        raise EOFError(f'"{name}" ends early')
+    return found
+
+  order = b'little'  # before PyTorch 2.1 always, and not written
+  if f'{top}/byteorder' in members:
+    order = read(f'{top}/byteorder', 16).strip()
+  if order not in (b'little', b'big'):
+    raise UserError(f'{path} is damaged: byteorder is not little or big')
+  pickled = io.BytesIO(read(f'{top}/data.pkl', MAX_PICKLE))
+  value, storages = unpickle(pickled, path)
+  for storage in storages:
+    name = f'{top}/data/{storage.key}'
+    have = members[name].file_size if name in members else 'no'
+    if have != storage.count * storage.dtype.itemsize:
+      raise UserError(
+        f'{path} is damaged: {printable(name)} has {have} bytes, and its '
+        f'tensors want {storage.count} elements of {storage.dtype}'
+      )
+
+  def values(storage: Storage) -> np.ndarray:
+    data = read(f'{top}/data/{storage.key}', _MAX_STORAGE)
+    raw = np.frombuffer(data, f'u{storage.dtype.itemsize}')
+    return (raw.byteswap() if order == b'big' else raw).view(storage.dtype)
+
+  return value, storages, values
+
+
+_MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+
+def _open_legacy(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
+  """The same of the format before 1.6, which has no checksums.
+
+  Counts and elements are little-endian whatever machine wrote them.
+  """
+  size = path.stat().st_size
+  with path.open('rb') as file:
+    front = io.BytesIO(file.read(min(size, MAX_PICKLE)))
+    magic, version, machine = (unpickle(front, path)[0] for _ in range(3))
+    if magic != _MAGIC or version != _VERSION or not isinstance(machine, dict):
+      raise UserError(
+        f'{path} is a pickle but not a PyTorch checkpoint of version '
+        f'{_VERSION}; save the weights with torch.save or as .safetensors'
+      )
+    value, storages = unpickle(front, path, legacy=True)
+    keys, _ = unpickle(front, path)
+    used = {s.key: (s.dtype, s.count) for s in storages}
+    damage = f'{path} is truncated or damaged'
+    for s in storages:
+      if used[s.key] != (s.dtype, s.count):
+        raise UserError(f'{damage}: storage {printable(s.key)} has two types')
+    good = isinstance(keys, list) and all(isinstance(k, str) for k in keys)
+    if not good or sorted(keys) != sorted(used):
+      raise UserError(f'{damage}: it lists other storages than its tensors use')
+    at, starts = front.tell(), {}
+    for key in keys:
+      dtype, count = used[key]
+      file.seek(at)
+      starts[key] = at + 8
+      at = starts[key] + count * dtype.itemsize
+      if at > size or int.from_bytes(file.read(8), 'little') != count:
+        raise UserError(
+          f'{damage}: storage {printable(key)} does not have {count} elements'
+        )
+  if at != size:
+    raise UserError(f'{damage}: {size - at} bytes follow its last storage')
+
+  def values(storage: Storage) -> np.ndarray:
+    with as_user_error(path, 'PyTorch checkpoint'):
+      return np.memmap(
+        path, storage.dtype, 'r', starts[storage.key], (storage.count,)
+      )
+
+  return value, storages, values
+
+
+# ----------------------------------------------------------------------------
+# Tensors by name.
+
+
+def open_torch(path: pathlib.Path) -> WeightFile:
   """The tensors of one checkpoint, by name; its first byte says the format.
 
   Raises:
-    UserError: no whole checkpoint, or one that holds more than weights.
+    UserError: a file that is damaged or holds more than weights.
   """
   with path.open('rb') as file:
-    pickled = file.read(1) == b'\x80'
-  if pickled:
-    value, runs = open_legacy(path)
-    swap = False
-  else:
-    value, runs, swap = _open_zip(path)
+    legacy = file.read(1) == b'\x80'
+  value, _, read = (_open_legacy if legacy else _open_zip)(path)
   tensors, note = _choose(value, path)
-  found = {
-    key: _handle(f'{path}: "{files.shown(key)}"', tensor, runs, swap)
-    for key, tensor in tensors.items()
-  }
-  return files.WeightFile(str(path), found, note)
-
-
-def _open_zip(path: pathlib.Path) -> tuple[Any, _Runs, bool]:
-  """A zip's value, its storages, and whether their bytes are big-endian."""
-  archive = Archive(path, _MEMBERS, 'PyTorch checkpoint')
-  tops = {name.split('/')[0] for name in archive.names}
-  if len(tops) > 1:
-    raise UserError(
-      f'{path} holds {len(tops)} top folders, which no PyTorch checkpoint '
-      'has; save the weights again'
-    )
-  (top,) = tops
-  pickle = f'{top}/data.pkl'
-  if pickle not in archive.names:
-    raise UserError(f'{path} is no PyTorch checkpoint: it has no data.pkl')
-  if archive.size(pickle) > MAX_PICKLE:
-    raise UserError(
-      f'{path}: data.pkl has {archive.size(pickle)} bytes, more than names of '
-      'weights need; save the weights alone, best as .safetensors'
-    )
-  swap = _is_big_endian(archive, top)
-  value, _ = parse(archive.read(pickle), str(path))
-
-  def run(storage: Storage, where: str) -> Run:
-    member = f'{top}/data/{storage.key[:20]}'
-    if member not in archive.names:
-      raise UserError(
-        f'{where} lies in {member}, which is missing; the file is damaged'
-      )
-    if archive.size(member) != storage.count * storage.dtype.itemsize:
-      raise UserError(
-        f'{where} wants {storage.count} elements of {storage.dtype}, {member} '
-        f'has {archive.size(member)} bytes; the file is damaged'
-      )
-    return lambda first, last: archive.read(member, first, last)
-
-  return value, run, swap
-
-
-def _is_big_endian(archive: Archive, top: str) -> bool:
-  name = f'{top}/byteorder'
-  if name not in archive.names:
-    return False  # older than PyTorch 2.1, which always wrote little
-  if archive.size(name) > 16:
-    order = b'?'
-  else:
-    order = archive.read(name).strip()
-  if order not in (b'little', b'big'):
-    raise UserError(
-      f'{archive.path} is damaged: its byte order is neither little nor big'
-    )
-  return order == b'big'
-
-
-def _tensors(value: Any) -> dict[str, Tensor]:
-  if not isinstance(value, dict):
-    return {}
-  return {
-    k: v
-    for k, v in value.items()
-    if isinstance(k, str) and isinstance(v, Tensor)
-  }
+  found = {key: _lazy(path, key, t, read) for key, t in tensors.items()}
+  return WeightFile(str(path), found, note)
 
 
 def _choose(value: Any, path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
   """The section that holds the weights, and a line on what was taken."""
-  if isinstance(value, Tensor):
-    raise UserError(f'{path} holds one tensor without a name; save a dict')
   if not isinstance(value, dict):
     raise UserError(
       f'{path} holds a {type(value).__name__}; save a dict of named tensors'
     )
-  for name in SECTIONS:
-    section = value.get(name)
-    found = _tensors(section)
+  for name in (*SECTIONS, ''):
+    section = value.get(name) if name else value
+    items = section.items() if isinstance(section, dict) else ()
+    found = {
+      k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)
+    }
     if found:
-      _no_more(section, f'{path} ["{name}"]')
-      left = ', '.join(files.shown(k) for k in value if k != name)
-      return found, f'took "{name}"' + (f', left {left[:120]}' if left else '')
-  found = _tensors(value)
-  if not found:
-    keys = ', '.join(map(files.shown, list(value)[:6])) or 'nothing'
-    raise UserError(
-      f'{path} holds no named tensors (it has {keys}); they are looked for in '
-      f'"ema", "model", "state_dict" and at the top'
-    )
-  _no_more(value, str(path))
-  left = ', '.join(files.shown(k) for k in value if k not in found)
-  return found, f'left {left[:120]}' if left else ''
+      _check_flat(section, f'{path} ["{name}"]' if name else str(path))
+      left = [k for k in value if k not in ((name,) if name else found)]
+      notes = [f'took "{name}"'] if name else []
+      notes += [f'left {printable(", ".join(map(str, left)))}'] if left else []
+      return found, ', '.join(notes)
+  keys = ', '.join(map(printable, list(value)[:6])) or 'nothing'
+  raise UserError(
+    f'{path} holds no named tensors (it has {keys}); they are looked for in '
+    f'{", ".join(SECTIONS)} and at the top'
+  )
 
 
-def _no_more(section: dict, where: str) -> None:
-  """No tensors deeper down, which would be left out unseen."""
+def _check_flat(section: dict, where: str) -> None:
+  """No tensors deeper down, which would be left out unnoticed."""
   for key, value in section.items():
+    if not isinstance(value, dict | list | tuple):
+      continue
     deeper = value.values() if isinstance(value, dict) else value
-    if isinstance(value, dict | list | tuple) and any(
-      isinstance(v, Tensor | dict) for v in deeper
-    ):
+    if any(isinstance(v, Tensor | dict) for v in deeper):
       raise UserError(
-        f'{where} holds tensors and, under "{files.shown(key)}", further '
+        f'{where} holds tensors and, under "{printable(key)}", further '
         'ones; save the weights alone, as one dict of named tensors'
       )
 
 
-def _handle(
-  where: str, tensor: Tensor, runs: _Runs, swap: bool
-) -> files.LazyArray:
-  storage = tensor.storage
-  read = runs(storage, where)
-  offset = storage.first + tensor.offset
-  needed = files.extent(tensor.shape, tensor.strides, offset)
-  if needed > storage.stop or math.prod(tensor.shape) >= 1 << 48:
+def _lazy(path: pathlib.Path, key: str, t: Tensor, read: _Read) -> LazyArray:
+  last = sum((n - 1) * step for n, step in zip(t.shape, t.strides, strict=True))
+  elements = math.prod(max(n, 1) for n in t.shape)
+  reaches = 0 not in t.shape and t.offset + last >= t.storage.stop
+  if reaches or elements > max(t.storage.count, MAX_EXPANDED):
     raise UserError(
-      f'{where} of shape {tensor.shape} reaches past its storage of '
-      f'{storage.stop - storage.first} elements; the file is damaged'
+      f'{path}: "{printable(key)}" of shape {t.shape} reaches past its storage '
+      f'of {t.storage.stop - t.storage.first} elements; the file is damaged'
     )
-  return files.strided(
-    read, tensor.shape, storage.dtype, tensor.strides, offset, swap
-  )
+  dtype = t.storage.dtype
+  strides = [step * dtype.itemsize for step in t.strides]
+
+  def fetch(block: Bounds) -> np.ndarray:
+    flat = read(t.storage)[t.offset :]
+    view = np.lib.stride_tricks.as_strided(
+      flat, t.shape, strides, writeable=False
+    )
+    return np.array(view[tuple(slice(*pair) for pair in block)], order='C')
+
+  return LazyArray(t.shape, dtype, fetch)
