@@ -71,19 +71,14 @@ def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   """{leaf name: array on the host} of a tokenizer, its code table baked."""
   leaves = trees.flatten(variables)
   # A table that is already baked is computed again, from the weights.
-  fresh = dict(variables)
-  if 'params' in variables and 'quantizer' in variables['params']:
-    codebook = dict(variables.get('codebook', {}).get('quantizer', {}))
-    if 'basis' in codebook:
-      codebook.pop('codes', None)
-      fresh['codebook'] = {'quantizer': codebook}
-  baked = jax.jit(lambda v: tokenizer.apply(v, method='baked_codebook'))(fresh)
-  for name, table in baked.items():
+  if 'codebook/quantizer/basis' in leaves:
+    leaves.pop('codebook/quantizer/codes', None)
+  make = jax.jit(lambda v: tokenizer.apply(v, method='baked_codebook'))
+  for name, table in make(trees.unflatten(leaves)).items():
     leaves[f'codebook/quantizer/{name}'] = table
-  host = jax.device_get(leaves)
   return {
     name: np.asarray(leaf)
-    for name, leaf in host.items()
+    for name, leaf in jax.device_get(leaves).items()
     if name not in TRAINING_ONLY
   }
 
@@ -96,13 +91,9 @@ def check_target(path: pathlib.Path) -> None:
   """
   if not (path.exists() or path.is_symlink()):
     return
-  try:
-    foreign = {p.name for p in path.iterdir()} - {CONFIG, WEIGHTS}
-    config = json.loads((path / CONFIG).read_bytes())
-    ours = 'format_version' in config and converted.KEY not in config
-  except (OSError, ValueError, TypeError):
-    ours, foreign = False, set()
-  if foreign or not ours:
+  names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+  foreign = names - {CONFIG, WEIGHTS}
+  if foreign or not is_tokenizer(path):
     what = f'it holds {sorted(foreign)[0]}' if foreign else 'no tokenizer'
     raise UserError(
       f'{path} exists and is not replaced: {what}; name another folder'
@@ -168,7 +159,7 @@ def is_tokenizer(path: pathlib.Path) -> bool:
   """Whether a folder holds a tokenizer, by its config."""
   try:
     config = json.loads((path / CONFIG).read_bytes())
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return False
   return (
     (path / WEIGHTS).is_file()
@@ -192,7 +183,7 @@ def _read_config(path: pathlib.Path) -> dict:
     if not alone:
       version, model = config['format_version'], config['model']
       config['fingerprint'] = str(config['fingerprint'])
-  except (ValueError, KeyError, TypeError) as e:
+  except (ValueError, KeyError, TypeError, RecursionError) as e:
     raise UserError(f'{path / CONFIG} is damaged: {e!r}') from None
   if alone:
     raise UserError(

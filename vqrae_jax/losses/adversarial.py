@@ -52,16 +52,10 @@ def g_softplus(fake: Float[Array, '*f']) -> Float[Array, '']:
 
 
 # By the config's name: what the discriminator and what the decoder minimize.
-D_LOSSES = {
-  'hinge': d_hinge,
-  'non_saturating': d_non_saturating,
-  'vanilla': d_vanilla,
-}
-G_LOSSES = {
-  'hinge': g_hinge,
-  'non_saturating': g_softplus,
-  'vanilla': g_softplus,
-}
+D_LOSSES = dict(
+  hinge=d_hinge, non_saturating=d_non_saturating, vanilla=d_vanilla
+)
+G_LOSSES = dict(hinge=g_hinge, non_saturating=g_softplus, vanilla=g_softplus)
 
 
 def lecam_init() -> LeCamState:
@@ -90,14 +84,8 @@ def lecam_update(
   decay: float = 0.999,
 ) -> LeCamState:
   """The averages after one step, from the means of its global batch."""
-
-  def moved(average, mean):
-    return decay * average + (1 - decay) * mean
-
-  return {
-    'real': moved(state['real'], real_mean),
-    'fake': moved(state['fake'], fake_mean),
-  }
+  means = {'real': real_mean, 'fake': fake_mean}
+  return {n: decay * state[n] + (1 - decay) * means[n] for n in state}
 
 
 def r1_penalty(

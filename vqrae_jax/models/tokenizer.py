@@ -252,9 +252,12 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
   for key in config:
     if key not in known:
       raise UserError(f'unknown key "model.{key}"{did_you_mean(key, known)}')
-  for key in known[:3]:
+  config['latents'] = config.get('latents') or {}
+  for key in known[:4]:
     if not isinstance(config.get(key), Mapping):
-      raise UserError(f'missing section "model.{key}"')
+      raise UserError(
+        f'model.{key}={config.get(key)!r} must be a section, dict(…)'
+      )
   options = {k: config[k] for k in RUN_OPTIONS if k in config}
   encoder = _encoder_spec(config['encoder'], options)
   return Tokenizer(
@@ -263,18 +266,8 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
       config['quantizer'], encoder.vit.width, options.get('dtype', 'float32')
     ),
     decoder_spec=_decoder_spec(config['decoder'], options, encoder),
-    latents_spec=_latents_spec(config.get('latents')),
+    latents_spec=build_spec(LatentsSpec, config['latents'], 'model.latents'),
   )
-
-
-def _latents_spec(section: Any) -> LatentsSpec:
-  if section is None:
-    return LatentsSpec()
-  if not isinstance(section, Mapping):
-    raise UserError(
-      f'model.latents={section!r} must be a section: dict(norm="channel")'
-    )
-  return build_spec(LatentsSpec, section, 'model.latents')
 
 
 def describe(tokenizer: Tokenizer) -> dict:

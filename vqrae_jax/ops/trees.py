@@ -5,44 +5,34 @@ Names join the keys of nested dicts and the fields of struct dataclasses with
 row that matches claims the leaf.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from vqrae_jax.errors import UserError, did_you_mean
 
-
-def _key(entry: Any) -> str:
-  for field in ('key', 'name', 'idx'):
-    if hasattr(entry, field):
-      return str(getattr(entry, field))
-  return str(entry)
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
 
 
 def flatten(tree: Any) -> dict[str, Any]:
   """{leaf name: leaf}, in the tree's own order."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {'/'.join(map(_key, path)): leaf for path, leaf in leaves}
+  return {_name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict:
   """Nested dicts out of {leaf name: leaf}: `flatten`'s inverse for dicts."""
-  tree: dict = {}
-  for name, leaf in leaves.items():
-    *parents, last = name.split('/')
-    node = tree
-    for part in parents:
-      node = node.setdefault(part, {})
-    node[last] = leaf
-  return tree
+  return traverse_util.unflatten_dict(dict(leaves), sep='/')
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
   """`jax.tree.map` with the leaf's name as first argument."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: fn('/'.join(map(_key, path)), leaf), tree
+    lambda path, leaf: fn(_name(path), leaf), tree
   )
 
 

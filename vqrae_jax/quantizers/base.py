@@ -38,6 +38,13 @@ class Quantizer(nn.Module):
     dtype: of `codes_to_latents`; assignment is always f32.
   """
 
+  # q; index shapes have an axis of q when it is above 1.
+  codes_per_token: ClassVar[int] = 1
+  # Codebook tables that `update_codebook` moves; schedules may freeze them.
+  ema_tables: ClassVar[Sequence[str]] = ()
+  # Fields that only training reads: if only these differ, equal leaves give
+  # equal codes.
+  training_fields: ClassVar[Sequence[str]] = ()
   # Checked when built: (field, possible values), and fields above 0 or None.
   choices: ClassVar[Sequence[tuple[str, Sequence[str]]]] = ()
   positive: ClassVar[Sequence[str]] = ()
@@ -68,39 +75,20 @@ class Quantizer(nn.Module):
 
   @property
   def code_width(self) -> int:
-    """c, the channels of a code."""
-    raise NotImplementedError
-
-  @property
-  def codes_per_token(self) -> int:
-    """q; index shapes have an axis of q when it is above 1."""
-    return 1
+    """c, the channels of a code: `code_dim`, or the latents' width."""
+    return self.code_dim or self.latent_dim
 
   @property
   def loss_names(self) -> tuple[str, ...]:
     """The losses that a call returns, for the config to weigh."""
     return ()
 
-  @property
-  def ema_tables(self) -> tuple[str, ...]:
-    """Codebook tables that `update_codebook` moves; schedules may freeze."""
-    return ()
-
-  @property
-  def training_fields(self) -> tuple[str, ...]:
-    """Fields that only training reads: if only these differ, equal leaves give
-    equal codes."""
-    return ()
-
-  def setup_projections(self) -> None:
-    """Makes `project_in` and `project_out`."""
-    self.project_in = self.linear_in()
-    self.project_out = self.linear_out()
-
-  def linear_in(self) -> nn.Module:
+  def make_project_in(self) -> nn.Module:
+    """[... d] -> [... c]."""
     return nn.Dense(self.code_width, precision=HIGHEST)
 
-  def linear_out(self) -> nn.Module:
+  def make_project_out(self) -> nn.Module:
+    """[... c] -> [... d]."""
     return nn.Dense(self.latent_dim, dtype=self.dtype, precision=HIGHEST)
 
   def from_code_space(self, z: Array) -> Array:
@@ -148,7 +136,8 @@ class Quantizer(nn.Module):
   def setup(self):
     c, d = self.code_width, self.latent_dim
     if self.projection:
-      self.setup_projections()
+      self.project_in = self.make_project_in()
+      self.project_out = self.make_project_out()
     elif c != d:
       raise UserError(
         f'quantizer.projection=False needs codes as wide as the latents: '
@@ -278,10 +267,6 @@ class Continuous(Quantizer):
   @property
   def codebook_size(self):
     return 0
-
-  @property
-  def code_width(self):
-    return self.code_dim or self.latent_dim
 
   def __call__(self, latents, *, train=False, rngs=None):
     """Latents f[... d] as `codes` f32[... c]; no indices."""

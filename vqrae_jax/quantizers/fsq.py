@@ -146,15 +146,18 @@ class FSQ(base.Quantizer):
         'quantizer.adapter_in="mlp" ends in a tanh: set quantizer.bound="clip"'
       )
 
-  def setup_projections(self):
+  def make_project_in(self):
     if self.adapter_in == 'mlp':
-      self.project_in = MLPProjection(self.code_width)
-    else:
-      self.project_in = self.linear_in()
-    if self.adapter_out != 'fourier':
-      self.project_out = self.linear_out()
-    else:
-      self.project_out = FourierOut(self.latent_dim, self.dtype)
+      return MLPProjection(self.code_width)
+    return super().make_project_in()
+
+  def make_project_out(self):
+    if self.adapter_out == 'fourier':
+      return FourierOut(self.latent_dim, self.dtype)
+    return super().make_project_out()
+
+  def setup_codes(self):
+    if self.adapter_out == 'fourier':
       shape = (self.code_width, FREQUENCIES)
       init = nn.initializers.normal(FREQUENCY_STD)
       self.frequencies = self.variable(

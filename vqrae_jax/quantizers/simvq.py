@@ -60,6 +60,8 @@ class SimVQ(base.Quantizer):
     ('basis_init', ('tokens', 'normal')),
     ('code_scale', ('rms', 'unit', 'none')),
   )
+  loss_names = ('commit', 'codebook')
+  training_fields = ('basis_std', 'basis_init')
   positive = ('num_codes', 'code_dim', 'basis_std')
 
   num_codes: int = 16384
@@ -82,18 +84,6 @@ class SimVQ(base.Quantizer):
   @property
   def codebook_size(self):
     return self.num_codes
-
-  @property
-  def code_width(self):
-    return self.code_dim
-
-  @property
-  def loss_names(self):
-    return ('commit', 'codebook')
-
-  @property
-  def training_fields(self):
-    return ('basis_std', 'basis_init')
 
   def setup_codes(self):
     c = self.code_dim

@@ -34,6 +34,7 @@ class VQ(base.Quantizer):
   """
 
   choices = (('update', ('ema', 'gradient')),)
+  training_fields = ('decay', 'epsilon', 'data_init')
   positive = ('num_codes', 'code_dim', 'epsilon')
 
   projection: bool = False
@@ -54,20 +55,12 @@ class VQ(base.Quantizer):
     return self.num_codes
 
   @property
-  def code_width(self):
-    return self.code_dim or self.latent_dim
-
-  @property
   def loss_names(self):
     return ('commit',) if self.update == 'ema' else ('commit', 'codebook')
 
   @property
   def ema_tables(self):
     return ('codes',) if self.update == 'ema' else ()
-
-  @property
-  def training_fields(self):
-    return ('decay', 'epsilon', 'data_init')
 
   def setup_codes(self):
     shape = (self.num_codes, self.code_width)
