@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqrae_jax import quantizers
-from vqrae_jax.errors import UserError
 
 CONVENTIONS = ('centered', 'cosmos')
 LEVELS = st.lists(
@@ -27,27 +26,20 @@ def fsq(levels, convention, **fields):
   return quantizers.build(section | fields, len(levels), 'float32')
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(levels=LEVELS, convention=st.sampled_from(CONVENTIONS))
-def test_every_index_is_its_own_code(levels, convention):
+def test_indices_are_their_codes_and_latents_reach_all_values(
+  levels, convention
+):
   quantizer = fsq(levels, convention)
-  size = math.prod(levels)
-  indices = jnp.arange(min(size, 4096))
+  indices = jnp.arange(min(math.prod(levels), 4096))
   codes = quantizer.apply({}, indices, method='indices_to_codes')
   back = quantizer.apply({}, codes, method='codes_to_indices')
   np.testing.assert_array_equal(back, indices)
   assert len(np.unique(np.asarray(codes), axis=0)) == len(indices)
-
-
-@settings(max_examples=25, deadline=None)
-@given(levels=LEVELS, convention=st.sampled_from(CONVENTIONS))
-def test_extreme_latents_reach_every_outer_value_and_no_further(
-  levels, convention
-):
-  quantizer = fsq(levels, convention)
+  # Extreme latents reach every outer value and no further.
   line = jnp.concatenate([jnp.linspace(-4, 4, 40001), jnp.array([-30.0, 30])])
-  z = line[:, None] * jnp.ones(len(levels))
-  out = quantizer.apply({}, z)
+  out = quantizer.apply({}, line[:, None] * jnp.ones(len(levels)))
   codes = np.asarray(out.codes)
   for channel, n in enumerate(levels):
     assert len(np.unique(codes[:, channel])) == n
@@ -93,7 +85,7 @@ def test_cosmos_is_the_papers_formula():
   np.testing.assert_allclose(out.codes, rounded / (levels // 2), atol=1e-7)
 
 
-def test_centered_is_the_requests_formula():
+def test_centered_is_the_original_specification():
   levels = np.array([8, 5, 4])
   z = np.random.default_rng(0).normal(0, 2, (500, 3))
   half = (levels - 1) / 2
@@ -151,34 +143,6 @@ def test_clip_is_the_pytorch_projects_rounding(levels):
   # Both ends of every channel are reached, so the clip is at work.
   np.testing.assert_array_equal(np.asarray(out.codes).max(0), half)
   np.testing.assert_array_equal(np.asarray(out.codes).min(0), -half)
-
-
-def test_width_mismatch_names_both():
-  with pytest.raises(UserError, match=r'codes have 3 channels, latents 32'):
-    section = dict(name='fsq', levels=(8, 8, 8), projection=False)
-    quantizer = quantizers.build(section, 32, 'float32')
-    quantizer.apply({}, jnp.zeros((2, 32)))
-
-
-@pytest.mark.parametrize(
-  'fields, words',
-  [
-    (dict(levels=(8, 1)), 'at least 2'),
-    (dict(levels=()), 'at least 2'),
-    (dict(levels=(64,) * 6), '2147483648'),
-    (dict(levels=(8, 8), convention='center'), 'did you mean "centered"'),
-    (
-      dict(levels=(8, 5), convention='cosmos', epsilon=0.5),
-      r'must lie in \(0, 1/\(L-1\)\)',
-    ),
-    (dict(levels=(2048, 4), convention='cosmos'), 'epsilon=0.001'),
-    (dict(level=(8, 8)), 'did you mean "levels"'),
-    (dict(levels='8,8'), 'must be of type'),
-  ],
-)
-def test_bad_fields_say_what_is_right(fields, words):
-  with pytest.raises(UserError, match=words):
-    quantizers.build(dict(name='fsq') | fields, 6, 'float32')
 
 
 def test_centered_has_no_epsilon_to_outgrow():

@@ -16,6 +16,7 @@ inputs. Latents then do not depend on how a device adds.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 LOW, HIGH = -0.01, 1.01  # images in [0, 1], and what arithmetic may add
 
 
-def value_range(x: ArrayLike) -> tuple[float, float] | None:
+def value_range(x: ArrayLike) -> tuple[Any, Any] | None:
   """(min, max), NaN if any is; None if values are not at hand.
 
   They are not under a trace, in an empty array and on other hosts. numpy arrays
@@ -51,10 +52,10 @@ def _min_and_max(x: Array) -> Array:
 
 def check_range(images: ArrayLike, what: str) -> None:
   """Raises UserError if float images at hand leave [-0.01, 1.01] or are NaN."""
-  found = value_range(images)
-  if found and not (found[0] >= LOW and found[1] <= HIGH):
+  low, high = map(float, value_range(images) or (0, 1))
+  if not (low >= LOW and high <= HIGH):
     raise UserError(
-      f'{what} have values in [{found[0]:.4g}, {found[1]:.4g}]; give images in '
+      f'{what} have values in [{low:.4g}, {high:.4g}]; give images in '
       '[0, 1]: divide [0, 255] by 255, map [-1, 1] by (x + 1) / 2, undo a '
       'pixel normalization, or clip'
     )
