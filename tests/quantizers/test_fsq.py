@@ -71,29 +71,38 @@ def test_index_order(convention, levels, digits, index):
   assert int(found) == index
 
 
+def equal_off_ties(quantizer, z, unrounded, index, codes):
+  """Indices and codes, where f32 and f64 must round to the same digit."""
+  out = quantizer.apply({}, jnp.array(z))
+  sure = (np.abs(unrounded - np.floor(unrounded) - 0.5) > 1e-4).all(-1)
+  assert sure.mean() > 0.99
+  np.testing.assert_array_equal(np.asarray(out.indices)[sure], index[sure])
+  np.testing.assert_allclose(
+    np.asarray(out.codes)[sure], codes[sure], rtol=1e-6
+  )
+
+
 def test_cosmos_is_the_papers_formula():
   levels = np.array([8, 8, 8, 5, 5, 5])
   z = np.random.default_rng(0).normal(0, 2, (500, 6))
   half = (levels - 1) * (1 + 1e-3) / 2
   off = np.where(levels % 2 == 0, 0.5, 0)
-  shift = np.arctanh(off / half)
-  rounded = np.round(np.tanh(z + shift) * half - off)
-  place = np.cumprod([1, *levels[:-1]])
-  index = ((rounded + levels // 2) * place).sum(-1)
-  out = fsq(levels.tolist(), 'cosmos').apply({}, jnp.array(z))
-  np.testing.assert_array_equal(out.indices, index)
-  np.testing.assert_allclose(out.codes, rounded / (levels // 2), atol=1e-7)
+  x = np.tanh(z + np.arctanh(off / half)) * half - off
+  rounded = np.round(x)
+  strides = np.cumprod([1, *levels[:-1]])
+  index = ((rounded + levels // 2) * strides).sum(-1)
+  codes = rounded / (levels // 2)
+  equal_off_ties(fsq(levels.tolist(), 'cosmos'), z, x, index, codes)
 
 
 def test_centered_is_the_original_specification():
   levels = np.array([8, 5, 4])
   z = np.random.default_rng(0).normal(0, 2, (500, 3))
   half = (levels - 1) / 2
-  digits = np.clip(np.round(np.tanh(z) * half + half), 0, levels - 1)
-  place = np.array([20, 4, 1])
-  out = fsq(levels.tolist(), 'centered').apply({}, jnp.array(z))
-  np.testing.assert_array_equal(out.indices, (digits * place).sum(-1))
-  np.testing.assert_allclose(out.codes, digits - half, atol=1e-7)
+  x = np.tanh(z) * half + half
+  digits = np.clip(np.round(x), 0, levels - 1)
+  index = (digits * np.array([20, 4, 1])).sum(-1)
+  equal_off_ties(fsq(levels.tolist(), 'centered'), z, x, index, digits - half)
 
 
 def torch_clip(z, kernel, bias, levels):
