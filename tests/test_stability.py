@@ -2,7 +2,7 @@
 
 The same images at batch 1, 3 and 24, equal parameters, f32: wherever the
 score of the best code beats the second by more than 1e-4 of the score scale,
-the index must be the same; the others are counted and printed.
+the index must be the same. One quantizer per kind of assignment.
 """
 
 import functools
@@ -44,15 +44,12 @@ def margins(tokenizer, variables, images):
   return np.abs(z - np.floor(z) - 0.5).min(-1), step
 
 
-@pytest.mark.parametrize('precision', ('default', 'canonical'))
-@pytest.mark.parametrize('kind', tiny.QUANTIZERS)
-def test_indices_at_any_batch_size(kind, precision, capsys):
-  tokenizer, variables = tiny.built(tiny.model(kind))
+@pytest.mark.parametrize('kind', ('fsq-cosmos', 'vq-ema', 'simvq-cosine'))
+def test_indices_at_any_batch_size(kind):
+  tokenizer, variables = tiny.built(tiny.model(kind, depth=1))
   images = tiny.images(IMAGES)
   encode = jax.jit(
-    functools.partial(
-      vqrae_jax.encode_to_indices, tokenizer, precision=precision
-    ),
+    functools.partial(vqrae_jax.encode_to_indices, tokenizer),
     compiler_options=tiny.AS_USERS,
   )
   found = {
@@ -63,13 +60,6 @@ def test_indices_at_any_batch_size(kind, precision, capsys):
   }
   margin, scale = margins(tokenizer, variables, jnp.asarray(images))
   clear = margin > 1e-4 * scale
-  moved = np.zeros(len(clear), bool)
-  for b in BATCHES[1:]:
-    moved |= found[b] != found[1]
-  with capsys.disabled():
-    print(
-      f'\n{kind} {precision}: {(~clear).sum()} of {len(clear)} indices within '
-      f'the margin, {moved.sum()} moved with the batch size'
-    )
   assert clear.mean() > 0.9, 'the test has too few clear choices'
-  assert not (moved & clear).any()
+  for b in BATCHES[1:]:
+    np.testing.assert_array_equal(found[b][clear], found[1][clear])

@@ -32,6 +32,18 @@ QUANTIZERS = {
   ),
 }
 
+# With what only checkpoints of the PyTorch project have.
+_LEVELS = dict(name='fsq', levels=(8, 5, 4), convention='centered')
+_COSINE = dict(name='simvq', num_codes=96, distance='cosine', code_dim=32)
+FORMS = QUANTIZERS | {
+  'fsq-fourier': _LEVELS
+  | dict(adapter_in='mlp', adapter_out='fourier', bound='clip'),
+  'fsq-clip': _LEVELS | dict(bound='clip'),
+  'simvq-rows': _COSINE | dict(code_scale='none', projection=False),
+  'simvq-unit': _COSINE
+  | dict(code_scale='unit', token_map=True, projection=False),
+}
+
 # Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
 AS_USERS = {
   'xla_backend_optimization_level': 3,
@@ -67,7 +79,7 @@ LOSSES = {
 
 
 def quantizer(kind: str, **fields) -> dict:
-  return (dict(name='none') if kind == 'none' else QUANTIZERS[kind]) | fields
+  return (dict(name='none') if kind == 'none' else FORMS[kind]) | fields
 
 
 def model(kind: str = 'fsq-cosmos', depth: int = 2, **options) -> dict:
@@ -84,7 +96,7 @@ def model(kind: str = 'fsq-cosmos', depth: int = 2, **options) -> dict:
 
 @functools.lru_cache(maxsize=64)
 def images(batch: int, h: int = 16, w: int = 16, seed: int = 0):
-  """uint8 [b h w 3], smooth enough to be photographs of a kind."""
+  """uint8 [b h w 3], smooth as natural images are."""
   rng = np.random.default_rng(seed)
   coarse = rng.random((batch, 4, 4, 3))
   smooth = np.asarray(jax.image.resize(coarse, (batch, h, w, 3), 'linear'))

@@ -1,13 +1,13 @@
 """vqrae_jax: images to discrete tokens and back, in JAX.
 
-The public door. Everything but the two that open files is pure: it jits,
-vmaps, shards over any mesh and exports with a symbolic batch.
+The public API. Everything but the two `load_` is pure: it jits, vmaps, shards
+over any mesh and exports with a symbolic batch.
 """
 
 import importlib
 
-# Where each name of the door lives; imported when first used.
-_DOOR = {
+# The module of each public name, imported on first use.
+_PUBLIC = {
   # build and open
   'build_tokenizer': 'vqrae_jax.models.tokenizer',
   'load_tokenizer': 'vqrae_jax.export',
@@ -23,14 +23,14 @@ _DOOR = {
   'UserError': 'vqrae_jax.errors',
 }
 
-__all__ = sorted(_DOOR)
+__all__ = sorted(_PUBLIC)
 __version__ = '0.1.0'
 
 
 def __getattr__(name: str):
-  if name not in _DOOR:
+  if name not in _PUBLIC:
     raise AttributeError(f'module "vqrae_jax" has no attribute "{name}"')
-  return getattr(importlib.import_module(_DOOR[name]), name)
+  return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__():

@@ -5,13 +5,13 @@
 
 Blocks are stored stacked, whatever `scan` was. The codebook holds the baked
 code table ("codebook/quantizer/codes"), which inference reads and never
-computes; SimVQ's basis and map lie beside it, for later training. Statistics
+computes; SimVQ's basis and map are stored too, for later training. Statistics
 of latents are "codebook/latents/mean" and "…/std".
 
 The fingerprint is the SHA-256 of the canonical JSON of the model config and,
 for each leaf in order of its name, the name, the shape and the values as
-little-endian f32. It is the same for equal tokenizers, however they were run
-or stored, and `load_tokenizer` verifies it.
+little-endian f32. Equal tokenizers have equal fingerprints, whatever their run
+options; `load_tokenizer` verifies it.
 """
 
 import contextlib
@@ -27,13 +27,17 @@ import numpy as np
 
 from vqrae_jax.encoders import converted
 from vqrae_jax.errors import UserError, read_json
-from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
+from vqrae_jax.models.tokenizer import (
+  TRAINING_ONLY,
+  Tokenizer,
+  build_tokenizer,
+  describe,
+  variable_shapes,
+)
 from vqrae_jax.ops import trees
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
-# An average's memory: training state, no part of a tokenizer.
-_TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
 
 def canonical_json(value: Any) -> str:
@@ -53,7 +57,7 @@ def fingerprint(
   Args:
     model: the full model config; {} for a tree of weights alone.
     leaves: {leaf name: array}.
-    read: brings one array to the host; called leaf by leaf.
+    read: copies one array to the host; called leaf by leaf.
   """
   digest = hashlib.sha256(canonical_json(model).encode())
   for name in sorted(leaves):
@@ -66,39 +70,30 @@ def fingerprint(
 def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   """{leaf name: array on the host} of a tokenizer, its code table baked."""
   leaves = trees.flatten(variables)
-  # Whatever table lies there is made anew, from the weights at hand.
-  fresh = dict(variables)
-  if 'params' in variables and 'quantizer' in variables['params']:
-    codebook = dict(variables.get('codebook', {}).get('quantizer', {}))
-    if 'basis' in codebook:
-      codebook.pop('codes', None)
-      fresh['codebook'] = {'quantizer': codebook}
-  baked = jax.jit(lambda v: tokenizer.apply(v, method='baked_codebook'))(fresh)
-  for name, table in baked.items():
+  # A table that is already baked is computed again, from the weights.
+  if 'codebook/quantizer/basis' in leaves:
+    leaves.pop('codebook/quantizer/codes', None)
+  make = jax.jit(lambda v: tokenizer.apply(v, method='baked_codebook'))
+  for name, table in make(trees.unflatten(leaves)).items():
     leaves[f'codebook/quantizer/{name}'] = table
-  host = jax.device_get(leaves)
   return {
     name: np.asarray(leaf)
-    for name, leaf in host.items()
-    if name not in _TRAINING_ONLY
+    for name, leaf in jax.device_get(leaves).items()
+    if name not in TRAINING_ONLY
   }
 
 
 def check_target(path: pathlib.Path) -> None:
-  """A tokenizer may be written to `path`: nothing, or a tokenizer, is there.
+  """Checks that nothing, or a tokenizer, is at `path`.
 
   Raises:
-    UserError: something else is, which replacing would destroy.
+    UserError: something else is there, which a tokenizer would replace.
   """
   if not (path.exists() or path.is_symlink()):
     return
-  try:
-    foreign = {p.name for p in path.iterdir()} - {CONFIG, WEIGHTS}
-    config = read_json(path / CONFIG)
-    ours = 'format_version' in config and converted.KEY not in config
-  except (OSError, UserError):
-    ours, foreign = False, set()
-  if foreign or not ours:
+  names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+  foreign = names - {CONFIG, WEIGHTS}
+  if foreign or not is_tokenizer(path):
     what = f'it holds {sorted(foreign)[0]}' if foreign else 'no tokenizer'
     raise UserError(
       f'{path} exists and is not replaced: {what}; name another folder'
@@ -161,10 +156,10 @@ def save_tokenizer(
 
 
 def is_tokenizer(path: pathlib.Path) -> bool:
-  """Whether a folder says of itself that it is a tokenizer's."""
+  """Whether a folder holds a tokenizer, by its config."""
   try:
     config = read_json(path / CONFIG)
-  except UserError:
+  except (OSError, UserError):
     return False
   return (
     (path / WEIGHTS).is_file()
@@ -215,11 +210,11 @@ def load_tokenizer(
 
   Args:
     source: the directory that training or `save_tokenizer` wrote.
-    **options: how to run it: dtype, scan, remat.
+    **options: run options: dtype, scan, remat.
 
   Returns:
     (tokenizer, variables); the variables are on the default device, and
-    `jax.device_put` lays them on any mesh.
+    `jax.device_put` places them on any mesh.
 
   Raises:
     UserError: no tokenizer there, a damaged or foreign file, or values that
@@ -235,7 +230,7 @@ def load_tokenizer(
   except (SafetensorError, OSError, ValueError) as e:
     raise UserError(f'{path / WEIGHTS} cannot be read: {e}') from None
   tokenizer = build_tokenizer(config['model'] | options)
-  _check_leaves(tokenizer, leaves, path)
+  trees.merge_params(variable_shapes(tokenizer), leaves, str(path))
   found = fingerprint(config['model'], leaves)
   if found != config['fingerprint']:
     raise UserError(
@@ -244,23 +239,3 @@ def load_tokenizer(
     )
   variables = trees.unflatten(leaves)
   return tokenizer, jax.tree.map(jax.numpy.asarray, variables)
-
-
-def _check_leaves(tokenizer, leaves, path) -> None:
-  """Every leaf of the model, and no other, in its shape."""
-  p = tokenizer.patch_size
-  image = jax.ShapeDtypeStruct((1, p, p, 3), np.float32)
-
-  def make(key, image):
-    variables = tokenizer.init(key, image)
-    baked = tokenizer.apply(variables, method='baked_codebook')
-    codebook = variables.get('codebook', {})
-    quantizer = codebook.get('quantizer', {}) | baked
-    return {
-      'params': variables['params'],
-      'codebook': codebook | {'quantizer': quantizer},
-    }
-
-  want = trees.flatten(jax.eval_shape(make, jax.random.key(0), image))
-  want = {n: leaf for n, leaf in want.items() if n not in _TRAINING_ONLY}
-  trees.merge_params(want, leaves, str(path))

@@ -1,54 +1,116 @@
-"""The pure functions of the public door: they jit, vmap, shard and export.
+"""The pure functions of the public API: they jit, vmap, shard and export.
 
 Each takes the tokenizer (static) and its variables. `encode_to_indices` reads
 only the encoder's and quantizer's variables, `decode_from_indices` only the
 quantizer's and decoder's. `precision="canonical"` computes everything in f32
 with the highest matmul precision, for indices that must not move.
+
+Values are checked where they are at hand. Under a trace (jit, vmap, grad, on
+other hosts) they are not: images outside [0, 1] are resized and tokenized as
+they are, clipped only if the size rule resizes them; NaN gives some index in
+[0, K); indices outside [0, K) give some code, the nearest valid index of a
+table (a negative one counts from its end), FSQ's digits modulo the levels.
+Meshes have Auto axes. An empty batch gives an empty answer.
 """
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from vqrae_jax import losses as loss_terms
 from vqrae_jax.errors import UserError, choose
-from vqrae_jax.losses.reconstruction import check_images
-from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.models.tokenizer import Tokenizer, variable_shapes
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
+from vqrae_jax.ops import trees
 from vqrae_jax.types import LossInputs, TokenizerOutput, Tree
 
 PRECISIONS = ('default', 'canonical')
 
 
-def _apply(tokenizer, variables, x, method=None, *, precision, **kwargs):
+_ALL = ('encoder', 'latents', 'quantizer', 'decoder')
+# {method: the parts of the tokenizer that it reads}.
+_PARTS = {
+  'encode': _ALL[:1],
+  'encode_to_indices': _ALL[:3],
+  'decode_from_indices': _ALL[1:],
+  '__call__': _ALL,
+}
+
+
+def _check_variables(tokenizer: Any, variables: Any, method: str) -> None:
+  """Every leaf that `method` reads, in its shape."""
+  if not isinstance(tokenizer, Tokenizer) or not isinstance(variables, Mapping):
+    raise UserError(
+      'the arguments are (tokenizer, variables, array); got '
+      f'({type(tokenizer).__name__}, {type(variables).__name__}, …)'
+    )
+  have = trees.flatten(variables)
+  wanted = {
+    name: leaf
+    for name, leaf in variable_shapes(tokenizer).items()
+    if name.split('/')[1] in _PARTS[method]
+  }
+  # SimVQ reads the baked table or computes it from the basis.
+  tables = {'codebook/quantizer/codes', 'codebook/quantizer/basis'}
+  for name in tables - have.keys() if tables & have.keys() else ():
+    wanted.pop(name, None)
+  found = {name: have[name] for name in wanted if name in have}
+  trees.check_same(wanted, found, 'variables')
+
+
+def _check_images(images: Any) -> None:
+  if images.ndim != 4:
+    raise UserError(
+      f'images must be [b h w 3]; got shape {images.shape}; images[None] adds a '
+      'batch axis, stack([images] * 3, -1) a channel axis to grey images'
+    )
+  if jnp.issubdtype(images.dtype, jnp.floating):
+    image_ops.check_range(images, 'images')
+
+
+def _check_indices(indices: Any, tokenizer: Tokenizer) -> None:
+  if not jnp.issubdtype(indices.dtype, jnp.integer):
+    raise UserError(f'indices must be integers, got {indices.dtype}')
+  want = 3 + (tokenizer.quantizer.codes_per_token > 1)
+  if indices.ndim != want:
+    raise UserError(
+      f'indices must have {want} axes [b gh gw…], got shape {indices.shape}'
+    )
+  size, found = tokenizer.codebook_size, image_ops.value_range(indices)
+  if size and found and not (found[0] >= 0 and found[1] < size):
+    raise UserError(
+      f'indices have values in [{found[0]}, {found[1]}]; this tokenizer has '
+      f'codes 0 to {size - 1} (codebook_size={size})'
+    )
+
+
+def _apply(tokenizer, variables, x, method, precision):
   choose({p: p for p in PRECISIONS}, precision, 'precision')
+  _check_variables(tokenizer, variables, method)
+  if not hasattr(x, 'ndim'):
+    raise UserError(f'an array is needed here, not a {type(x).__name__}')
+  for leaf in (x, *jax.tree.leaves(variables)):
+    if AxisType.Explicit in (jax.typeof(leaf).sharding.mesh.axis_types or ()):
+      raise UserError(
+        'arrays lie on a mesh with Explicit axes; make it with '
+        'jax.make_mesh(…, axis_types=(jax.sharding.AxisType.Auto,) * n)'
+      )
+  if method == 'decode_from_indices':
+    _check_indices(x, tokenizer)
+  else:
+    _check_images(x)
   context = contextlib.nullcontext()
   if precision == 'canonical':
     tokenizer = tokenizer.with_run_options(dtype='float32')
     context = jax.default_matmul_precision('highest')
   with context:
-    return tokenizer.apply(variables, x, method=method, **kwargs)
-
-
-def _array(x: Any) -> Any:
-  """x, which must be an array of jax or numpy, traced or not."""
-  if not hasattr(x, 'ndim'):
-    raise UserError(f'an array is needed here, not a {type(x).__name__}')
-  return x
-
-
-def _batched(images: Any) -> Any:
-  images = _array(images)
-  if images.ndim != 4:
-    raise UserError(
-      f'images must be [b h w 3]; got shape {images.shape}'
-      + ('; add a batch axis: images[None]' if images.ndim == 3 else '')
-    )
-  return images
+    return tokenizer.apply(variables, x, method=method)
 
 
 def encode_to_indices(
@@ -67,18 +129,14 @@ def encode_to_indices(
     precision: "default" (the tokenizer's dtype) or "canonical" (f32 highest).
 
   Returns:
-    i32[b gh gw] in [0, K); the last axes are `tokenizer.index_shape(h, w)`.
+    i32[b gh gw] in [0, K), K = `tokenizer.codebook_size`, the vocabulary size;
+    the last axes are `tokenizer.index_shape(h, w)`.
 
   Raises:
-    UserError: a wrong shape, size, type, or a continuous tokenizer.
+    UserError: a wrong shape, size or type; values at hand outside [-.01, 1.01]
+      or NaN; variables of another tokenizer; a continuous tokenizer.
   """
-  return _apply(
-    tokenizer,
-    variables,
-    _batched(images),
-    'encode_to_indices',
-    precision=precision,
-  )
+  return _apply(tokenizer, variables, images, 'encode_to_indices', precision)
 
 
 def decode_from_indices(
@@ -88,30 +146,22 @@ def decode_from_indices(
   *,
   precision: str = 'default',
 ) -> Array:
-  """Tokens to images: exactly what `reconstruct` paints from them.
+  """Tokens to images: exactly what `reconstruct` decodes them to.
 
   Args:
     tokenizer: from `build_tokenizer` or `load_tokenizer`.
     variables: its variables; those of the quantizer and decoder suffice.
-    indices: integers [b gh gw] in [0, K).
+    indices: integers [b gh gw] in [0, K), K = `tokenizer.codebook_size`.
     precision: "default" or "canonical".
 
   Returns:
     f32[b h w 3], clipped to [0, 1].
 
   Raises:
-    UserError: indices that are no integers or have another shape.
+    UserError: no integers, another shape, or values at hand outside [0, K).
   """
-  indices = _array(indices)
-  if not jnp.issubdtype(indices.dtype, jnp.integer):
-    raise UserError(f'indices must be integers, got {indices.dtype}')
-  want = 3 + (tokenizer.quantizer.codes_per_token > 1)
-  if indices.ndim != want:
-    raise UserError(
-      f'indices must have {want} axes [b gh gw…], got shape {indices.shape}'
-    )
   images = _apply(
-    tokenizer, variables, indices, 'decode_from_indices', precision=precision
+    tokenizer, variables, indices, 'decode_from_indices', precision
   )
   return jnp.clip(images, 0.0, 1.0)
 
@@ -124,9 +174,7 @@ def encode(
   precision: str = 'default',
 ) -> Array:
   """Images f[b h w 3] in [0, 1] to continuous latents f[b gh gw d]."""
-  return _apply(
-    tokenizer, variables, _batched(images), 'encode', precision=precision
-  )
+  return _apply(tokenizer, variables, images, 'encode', precision)
 
 
 def reconstruct(
@@ -150,20 +198,18 @@ def reconstruct(
   Returns:
     A `TokenizerOutput`; its `images` f32[b h w 3] are not clipped.
   """
-  images = _batched(images)
-  out = _apply(tokenizer, variables, images, precision=precision)
+  out = _apply(tokenizer, variables, images, '__call__', precision)
   if not losses:
     return out
   targets = image_ops.to_unit(images)
-  check_images(targets, 'images')
   terms = _pixel_losses(out.images, targets)
   return out.replace(losses=terms | out.quantizer.losses)
 
 
 @jax.jit  # traced: a decoder's output is not clipped, and that is no error
-def _pixel_losses(painted: Array, targets: Array) -> dict[str, Array]:
-  seen = LossInputs(painted, targets)
-  return {name: term(seen) for name, term in loss_terms.IMAGE_TERMS.items()}
+def _pixel_losses(recon: Array, targets: Array) -> dict[str, Array]:
+  inputs = LossInputs(recon, targets)
+  return {name: term(inputs) for name, term in loss_terms.IMAGE_TERMS.items()}
 
 
 def codebook_usage(counts: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Traced nouns: pytrees of arrays that cross a jit boundary.
+"""Traced values: pytrees of arrays that cross a jit boundary.
 
 They hold arrays, dicts of arrays and None; never functions, modules or specs.
 Shapes: b images, h w pixels, gh gw the grid of tokens, d latent channels,
@@ -15,17 +15,17 @@ Tree = Any  # nested dicts of arrays
 
 @struct.dataclass
 class QuantizerOutput:
-  """What a quantizer says of latents f[... d].
+  """What a quantizer returns for latents f[... d].
 
   Attributes:
-    z_q: f[... d], what the decoder reads: the tail applied to `codes`.
+    z_q: f[... d], what the decoder reads: `codes_to_latents(codes)`.
     codes: f32[... c], exactly the looked-up values.
     indices: i32[...] (or i32[... q]); None if the quantizer is continuous.
     losses: {name: f32[]}, unweighted.
     stats: {"counts": i32[q k], ...}, what `update_codebook` and the usage
       window need; {} if the quantizer is continuous.
-    quantized: in training z_q once more, with a gradient that ends at the
-      codes instead of passing straight through to the latents; else None.
+    quantized: in training z_q again, with a gradient that ends at the codes
+      instead of passing straight through to the latents; else None.
   """
 
   z_q: Array
@@ -43,11 +43,11 @@ class TokenizerOutput:
   Attributes:
     images: f32[b h w 3], the reconstruction, not clipped.
     latents: f[b gh gw d], the encoder's continuous features, before they are
-      normalised.
-    quantizer: the quantizer's output; its `z_q` is in the space of `latents`
-      again, its `codes` are of the normalised ones.
+      normalized.
+    quantizer: the quantizer's output; its `z_q` is in the space of `latents`,
+      its `codes` are of the normalized ones.
     features: f[b n d], the decoder's tokens before its head, cls included.
-    losses: {name: f32[]} unweighted, if they were asked for; else None.
+    losses: {name: f32[]} unweighted, if requested; else None.
   """
 
   images: Float[Array, 'b h w 3']
@@ -59,7 +59,7 @@ class TokenizerOutput:
 
 @struct.dataclass
 class LossInputs:
-  """What an image loss sees.
+  """The inputs of an image loss.
 
   Attributes:
     reconstruction: f32[b h w 3], not clipped.
@@ -74,7 +74,7 @@ class LossInputs:
 
 @struct.dataclass
 class LatentInputs:
-  """What a latent loss sees.
+  """The inputs of a latent loss.
 
   Attributes:
     out: one forward pass.
@@ -96,16 +96,16 @@ class NetworkState:
 
 @struct.dataclass
 class TrainState:
-  """All that one train step moves.
+  """Everything that a train step updates.
 
   Attributes:
     step: i32[], completed steps.
     tokenizer: the tokenizer's trainable leaves, keyed by full leaf name.
     codebook: the linen `codebook` collection ({} if there is none).
-    discriminator: the second player, or None.
+    discriminator: its state, or None.
     ema: moving average of `tokenizer.params`, or None.
     usage: i32[w q k], code counts of the last w steps (a ring by step).
-    rng: the run's key; every step folds its number in, none splits it.
+    rng: the run's key; each step folds its number in, none splits it.
   """
 
   step: Int[Array, '']
@@ -119,10 +119,10 @@ class TrainState:
 
 @struct.dataclass
 class MicrobatchResult:
-  """What a step, or an equal part of one, gives before anything moves.
+  """Gradients, losses and statistics of one microbatch, before any update.
 
   Attributes:
-    gradients: {leaf: gradient}, a mean over the part's images.
+    gradients: {leaf: gradient}, a mean over the microbatch.
     metrics: {"loss/NAME", "mse": f32[]}, means too; "mse" is the clipped
       reconstruction's.
     stats: the quantizer's, sums.
@@ -137,7 +137,7 @@ class MicrobatchResult:
 
 @struct.dataclass
 class Frozen:
-  """Arrays that no step moves: an argument, never donated, never saved.
+  """Arrays that no step updates: an argument, never donated, never saved.
 
   Attributes:
     params: the tokenizer's frozen leaves, by full name.

@@ -5,6 +5,8 @@ losses' gradients at the head's kernel through the whole decoder. Ours has one
 forward, two cotangents at the image and a product each, in f32: to 1e-5.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,11 @@ from tests.nn import torch_discriminators
 from tests.weights import torch_rae
 from vqrae_jax.losses import IMAGE_TERMS, adversarial
 from vqrae_jax.models.decoder import Decoder
+from vqrae_jax.nn.patchgan import PatchGAN
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import IMAGENET_NORM, DecoderSpec, ViTSpec
-from vqrae_jax.train import config
-from vqrae_jax.train import gan as adversary
-from vqrae_jax.types import Frozen, LossInputs
+from vqrae_jax.types import LossInputs
 
 SPEC = DecoderSpec(
   ViTSpec(
@@ -67,35 +68,37 @@ def test_it_equals_two_autograd_passes_of_torch(tmp_path):
   target = rng.random((3, 16, 16, 3), np.float32)
   *want, balance = by_torch(state, reference, z, target)
 
-  player = adversary.make_adversary(
-    config.DiscriminatorSpec(name='patch', fields=PATCH, augment=False),
-    config.GanTerm(1.0),
-    SPEC,
-    10,
-    None,
-  )
   leaves = rae.load_rae_decoder(tmp_path / 'decoder.pt', SPEC, LATENT)
-  params = trees.unflatten(leaves)
+  params, disc = map(trees.unflatten, (leaves, reference.leaves()))
+  head_gradient = functools.partial(
+    adversarial.head_gradient, std=IMAGENET_NORM.std, patch=4, prefix=1
+  )
 
   @jax.jit
-  def ours(params, heard, z, target):
+  def ours(params, disc, z, target):
     images, features = Decoder(SPEC).apply({'params': params}, z)
 
     def rec(x):
-      seen = LossInputs(x, target)
-      return sum(w * IMAGE_TERMS[n](seen) for n, w in WEIGHTS.items())
+      inputs = LossInputs(x, target)
+      return sum(w * IMAGE_TERMS[n](inputs) for n, w in WEIGHTS.items())
 
     def gan(x):
-      return adversarial.g_hinge(player.logits(heard, {}, Frozen({}), x))
+      return adversarial.g_hinge(PatchGAN(**PATCH).apply({'params': disc}, x))
 
-    found = [
-      player.head_grad(jax.grad(f)(images), features) for f in (rec, gan)
+    cotangents = [jax.grad(f)(images) for f in (rec, gan)]
+    found = [head_gradient(g, features) for g in cotangents]
+    # Images apart, as microbatches hold them, add.
+    parts = [
+      head_gradient(g[:1], features[:1]) + head_gradient(g[1:], features[1:])
+      for g in cotangents
     ]
-    return *found, player.balance(*found)
+    weight = adversarial.adaptive_weight(*map(jnp.linalg.norm, found))
+    return found, parts, weight
 
   with jax.default_matmul_precision('highest'):
-    *found, weight = ours(params, reference.leaves(), z, jnp.asarray(target))
-  for have, there in zip(found, want, strict=True):
-    off = np.linalg.norm(have - there.numpy().T) / there.norm()
-    assert off < 1e-5, f'{off:.1e}'
+    found, parts, weight = ours(params, disc, z, jnp.asarray(target))
+  for have in (found, parts):
+    for h, there in zip(have, want, strict=True):
+      off = np.linalg.norm(h - there.numpy().T) / there.norm()
+      assert off < 1e-5, f'{off:.1e}'
   assert float(weight) == pytest.approx(balance.item(), rel=1e-5)

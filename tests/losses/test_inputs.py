@@ -1,12 +1,10 @@
-"""Every image loss looks at what it is given: types, shapes, ranges."""
+"""Every image loss checks its inputs: types, shapes, ranges."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tests.tiny
-import vqrae_jax
 from tests.losses.test_perceptual import pair, tiny
 from vqrae_jax.errors import UserError
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS
@@ -20,14 +18,15 @@ def inputs(term, reconstruction, targets):
   return LossInputs(reconstruction, targets, weights)
 
 
-# What is done to an image in [0, 1], and the words of the error.
+# What is done to an image in [0, 1], and what the error names.
 WRONG = {
-  'uint8': (lambda x: (255 * x).astype(np.uint8), 'type uint8'),
-  'int32': (lambda x: (255 * x).astype(np.int32), 'type int32'),
-  'bool': (lambda x: x > 0.5, 'type bool'),
-  '[-1, 1]': (lambda x: 2 * x - 1, r'\[-1, (1|0\.9+\d*)\].*\(x \+ 1\) / 2'),
-  '[0, 255]': (lambda x: 255 * x, r'\[0, 255\].*divide by 255\?'),
-  'normalised': (lambda x: (x - 0.45) / 0.22, 'undo the pixel norm'),
+  'uint8': (lambda x: (255 * x).astype(np.uint8), 'uint8'),
+  'int32': (lambda x: (255 * x).astype(np.int32), 'int32'),
+  'bool': (lambda x: x > 0.5, 'bool'),
+  '[-1, 1]': (lambda x: 2 * x - 1, r'\[-1, (1|0\.9+\d*)\]'),
+  '[0, 255]': (lambda x: 255 * x, r'\[0, 255\]'),
+  'normalized': (lambda x: (x - 0.45) / 0.22, r'\[-2.045, 2.5\]'),
+  'NaN': (lambda x: x * np.nan, r'\[nan, nan\]'),
 }
 
 
@@ -51,20 +50,6 @@ def test_wrong_values_are_refused(term, case, as_array):
     assert f'"{term}"' in str(e.value) and '\n' not in str(e.value)
 
 
-def test_a_decoder_may_leave_the_range():
-  """It is not clipped: in training it is traced, and so is it in
-  `reconstruct`, which still looks at the images it is given."""
-  painted = 4 * images() - 2
-  jax.jit(lambda x: TERMS['l2'](LossInputs(x, images())))(painted)
-  tokenizer, variables = tests.tiny.built(tests.tiny.model('fsq-cosmos'))
-  x = tests.tiny.images(2) / np.float32(255)
-  out = vqrae_jax.reconstruct(tokenizer, variables, x, losses=True)
-  want = np.mean((out.images - x) ** 2)
-  np.testing.assert_allclose(out.losses['l2'], want, rtol=1e-5)
-  with pytest.raises(UserError, match=r'images lie in \[-1, .*give \(x \+ 1'):
-    vqrae_jax.reconstruct(tokenizer, variables, 2 * x - 1, losses=True)
-
-
 @pytest.mark.parametrize('term', TERMS)
 def test_under_a_trace_types_count_and_values_do_not(term):
   x = inputs(term, None, None)
@@ -72,19 +57,19 @@ def test_under_a_trace_types_count_and_values_do_not(term):
   def loss(a, b):
     return TERMS[term](x.replace(reconstruction=a, targets=b))
 
-  wrong = 255 * images()
+  wrong = 255 * images()  # as a decoder, which is not clipped, may leave it
   assert np.isfinite(jax.jit(loss)(images(), wrong))
-  with pytest.raises(UserError, match='type uint8'):
+  with pytest.raises(UserError, match='uint8'):
     jax.jit(loss)(images(), WRONG['uint8'][0](images()))
   # Targets that a traced function closes over are at hand.
   for known in (wrong, jnp.asarray(wrong)):
-    with pytest.raises(UserError, match='divide by 255'):
+    with pytest.raises(UserError, match=r'\[0, 255\]'):
       jax.jit(lambda a, b=known: loss(a, b))(images())
 
 
 @pytest.mark.parametrize('term', TERMS)
 def test_shapes(term):
-  with pytest.raises(UserError, match='give two of one shape'):
+  with pytest.raises(UserError, match=term):
     TERMS[term](inputs(term, images(), images()[:, :16]))
   with pytest.raises(UserError, match=r'must be \[b h w 3\]'):
     TERMS[term](inputs(term, images()[0], images()[0]))

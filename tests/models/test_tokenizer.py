@@ -42,9 +42,11 @@ def test_an_encoder_alone_crops_the_remainder():
   encoder = Encoder(tokenizer.encoder_spec)
   x = tiny.images(1, 19, 22) / np.float32(255)
   variables = encoder.init(jax.random.key(0), x)
-  whole = encoder.apply(variables, x)
-  assert whole.shape == (1, 4, 5, 32)
-  np.testing.assert_array_equal(whole, encoder.apply(variables, x[:, :16, :20]))
+  latents = encoder.apply(variables, x)
+  assert latents.shape == (1, 4, 5, 32)
+  np.testing.assert_array_equal(
+    latents, encoder.apply(variables, x[:, :16, :20])
+  )
 
 
 def test_output_norms():
@@ -70,7 +72,7 @@ def test_a_family_without_a_final_norm():
   assert 'norm' not in variables['params']['encoder']
 
 
-@pytest.mark.parametrize('kind', [*tiny.QUANTIZERS, 'none'])
+@pytest.mark.parametrize('kind', [*tiny.FORMS, 'none'])
 def test_describe_inverts_build(kind):
   config = tiny.model(kind, post_quant=dict(kernel=3, space='latent'))
   tokenizer = build_tokenizer(ml_collections.ConfigDict(config))
@@ -79,14 +81,16 @@ def test_describe_inverts_build(kind):
   assert hash(build_tokenizer(json.loads(text))) == hash(tokenizer)
 
 
-def test_a_named_encoder_with_registers_is_described_whole():
+def test_a_named_encoder_with_registers_is_described_completely():
   """A field younger than the format is written where it says something."""
   config = tiny.model() | dict(encoder=dict(name='dinov2-with-registers-small'))
   tokenizer = build_tokenizer(config)
-  said = describe(tokenizer)
-  assert said['encoder']['vit']['num_registers'] == 4
-  assert 'num_registers' not in said['decoder']['vit']
-  assert build_tokenizer(json.loads(json.dumps(said))) == tokenizer
+  described = describe(tokenizer)
+  assert described['encoder']['vit']['num_registers'] == 4
+  assert 'num_registers' not in described['decoder']['vit']
+  assert build_tokenizer(json.loads(json.dumps(described))) == tokenizer
+  plain = describe(build_tokenizer(tiny.model('simvq-l2')))['quantizer']
+  assert not {'code_scale', 'token_map'} & plain.keys()
 
 
 def test_descriptions_are_pinned():
@@ -142,7 +146,7 @@ def test_decoder_sizes_are_the_published(name):
   'change, words',
   [
     (dict(encodr={}), 'did you mean "encoder"'),
-    (dict(decoder=None), 'missing section "model.decoder"'),
+    (dict(decoder=None), 'model.decoder=None'),
     (dict(encoder=dict(name='siglip-large')), 'unknown encoder'),
     (dict(decoder=dict(name='M')), 'unknown decoder "M"'),
     (dict(quantizer={}), 'unknown quantizer'),

@@ -1,4 +1,6 @@
-"""DiffAug given its draws, against torch; draws are each sample's own."""
+"""DiffAug given its draws, against torch; draws and noise per sample."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from tests.nn.parity import close
+from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import augment
 
@@ -105,3 +108,40 @@ def test_integers_are_refused():
   draws = augment.draw(jax.random.key(0), jnp.arange(1))
   with pytest.raises(UserError, match='type uint8; give floats'):
     augment.apply(jnp.zeros((1, 8, 8, 3), jnp.uint8), draws)
+
+
+KEY = jax.random.key(3)
+SHAPE = (4, 5, 8)
+
+
+def test_a_samples_noise_is_its_own():
+  """Neither other samples nor devices change it."""
+  noise = augment.draw_noise(KEY, jnp.arange(8), SHAPE)
+  assert noise.shape == (8, *SHAPE) and noise.dtype == jnp.float32
+  for ids in ([5], [7, 0, 3], [1, 3, 5, 7]):
+    part = augment.draw_noise(KEY, jnp.array(ids), SHAPE)
+    np.testing.assert_array_equal(part, noise[jnp.array(ids)])
+  assert len({x.tobytes() for x in np.asarray(noise)}) == 8
+  assert (
+    augment.draw_noise(jax.random.key(4), jnp.arange(8), SHAPE) != noise
+  ).all()
+  mesh = sharding.make_mesh()
+  spread = jax.device_put(jnp.arange(8), sharding.batch_sharding(mesh))
+  draw = jax.jit(functools.partial(augment.draw_noise, shape=SHAPE))
+  sharded = draw(KEY, spread)
+  assert len(sharded.sharding.device_set) == 8
+  np.testing.assert_array_equal(sharded, draw(KEY, jnp.arange(8)))
+
+
+def test_levels_are_uniform_and_values_normal():
+  """Over 4000 samples: a sample's spread is its U, whose moments are known."""
+  x = np.asarray(augment.draw_noise(KEY, jnp.arange(4000), (16, 16, 4)))
+  level = x.std((1, 2, 3))  # of 1024 values: U to about 2 %
+  assert level.max() < 1.08
+  np.testing.assert_allclose(level.mean(), 0.5, atol=0.02)
+  np.testing.assert_allclose((level**2).mean(), 1 / 3, atol=0.02)
+  share = np.histogram(level, bins=4, range=(0, 1))[0] / 4000
+  np.testing.assert_allclose(share, 0.25, atol=0.03)
+  unit = x / level[:, None, None, None]
+  np.testing.assert_allclose(unit.mean(), 0, atol=0.01)
+  np.testing.assert_allclose((unit**4).mean(), 3, atol=0.05)

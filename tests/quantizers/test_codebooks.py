@@ -1,4 +1,4 @@
-"""Codebooks that live: EMA usage, updates, data-dependent starts."""
+"""Codebooks in training: EMA usage, updates, initialization from data."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,9 @@ import optax
 import pytest
 
 from vqrae_jax import quantizers
-from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 
-K, D, TOKENS, STEPS = 4096, 768, 3136, 60
+K, D, TOKENS = 4096, 768, 3136
 
 
 def clustered(seed):
@@ -30,8 +29,8 @@ def clustered(seed):
   return batch
 
 
-def usage_after_training(data_init):
-  """Codes used over ten batches after 60 EMA steps."""
+def usage_after_training(data_init, steps):
+  """The share of codes used over ten batches after so many EMA steps."""
   quantizer = quantizers.build(
     dict(name='vq', num_codes=K, data_init=data_init), D, 'float32'
   )
@@ -40,7 +39,7 @@ def usage_after_training(data_init):
   codebook = quantizer.init(jax.random.key(0), z[:8])['codebook']
   if data_init:
     codebook = quantizer.init_codebook(codebook, z, jax.random.key(1))
-  else:  # as it is usually written: random codes, counts of zero
+  else:  # as usual: random codes, counts of zero
     codebook = codebook | {'counts': jnp.zeros(K)}
 
   @jax.jit
@@ -53,22 +52,17 @@ def usage_after_training(data_init):
     out = quantizer.apply({'codebook': codebook}, z)
     return out.stats['counts']
 
-  for _ in range(STEPS):
+  for _ in range(steps):
     codebook = step(codebook, batch())
   counts = sum(count(codebook, batch()) for _ in range(10))
   return float(code_ops.usage(counts)[0])
 
 
-def test_ema_codebook_lives(capsys):
-  """FACTS' clustered data: at least 60 % of 4096 codes after 60 steps."""
-  ours, naive = usage_after_training(True), usage_after_training(False)
-  with capsys.disabled():
-    print(
-      f'\nEMA-VQ usage after {STEPS} steps: {ours:.1%} of {K} '
-      f'(naive initialisation: {naive:.2%})'
-    )
-  assert ours >= 0.60
-  assert naive < 0.05
+def test_ema_codebook_stays_in_use():
+  """Clustered tokens: at least 60 % of 4096 codes after 60 steps; the usual
+  initialization loses them at once."""
+  assert usage_after_training(True, 60) >= 0.60
+  assert usage_after_training(False, 10) < 0.05
 
 
 def test_ema_update_is_the_formula():
@@ -178,21 +172,16 @@ def simvq_usage(basis_init, steps=40):
   return first, usage(params)
 
 
-def test_simvq_codebook_lives(capsys):
-  """All codes at once follow the tokens they began at. (The commitment is left
-  out: alone, it would draw all tokens to one point.)"""
+def test_simvq_codebook_stays_in_use():
+  """All codes at once follow the tokens they started at. (The commitment is
+  left out: alone, it would draw all tokens to one point.)"""
   ours, random = simvq_usage('tokens'), simvq_usage('normal')
-  with capsys.disabled():
-    print(
-      f'\nSimVQ usage at the start and after 40 steps: {ours[0]:.1%}, '
-      f'{ours[1]:.1%} (random basis: {random[0]:.1%}, {random[1]:.1%})'
-    )
   assert min(ours) >= 0.90
   assert random[1] < 0.2
 
 
 @pytest.mark.parametrize('distance', ('l2', 'cosine'))
-def test_simvq_begins_at_tokens(distance):
+def test_simvq_starts_at_tokens(distance):
   """Each token is its own code, whatever its size."""
   quantizer = quantizers.build(
     dict(name='simvq', num_codes=6, code_dim=4, distance=distance), 4, 'float32'
@@ -234,30 +223,3 @@ def test_simvq_reads_the_baked_table_and_never_multiplies():
   np.testing.assert_array_equal(
     quantizer.apply(variables, z).indices, quantizer.apply(inference, z).indices
   )
-
-
-@pytest.mark.parametrize(
-  'section, words',
-  [
-    (dict(name='vq', update='sgd'), 'gradient'),
-    (dict(name='vq', decay=1.0), r'\[0, 1\)'),
-    (dict(name='vq', num_codes=0), 'above 0'),
-    (dict(name='vq', epsilon=-1.0), 'epsilon'),
-    (dict(name='vq', code_dim=-3), 'code_dim=-3'),
-    (dict(name='none', code_dim=-3), 'code_dim=-3'),
-    (dict(name='vq', latent_dim=7), 'follows the encoder'),
-    (dict(name='vq', dtype='foo'), r'follows model\.dtype'),
-    (dict(name='simvq', basis_std=0.0), 'basis_std'),
-    (dict(name='simvq', distance='cos'), 'did you mean "cosine"'),
-    (dict(name='simvq', code_dim=0), 'above 0'),
-    (dict(name='fqs'), 'did you mean "fsq"'),
-    (dict(name='vq', code_dim=5), 'codes have 5 channels, latents 8'),
-    (dict(name='vq', post_quant=dict(kernel=2)), 'odd'),
-    (dict(name='vq', post_quant=dict(kernal=3)), 'did you mean "kernel"'),
-    (dict(name='vq', post_quant=dict(space='pixel')), 'post_quant.space'),
-  ],
-)
-def test_bad_quantizers_say_what_is_right(section, words):
-  with pytest.raises(UserError, match=words):
-    quantizer = quantizers.build(section, 8, 'float32')
-    quantizer.init(jax.random.key(0), jnp.zeros((2, 8)))

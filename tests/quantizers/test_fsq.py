@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqrae_jax import quantizers
-from vqrae_jax.errors import UserError
 
 CONVENTIONS = ('centered', 'cosmos')
 LEVELS = st.lists(
@@ -27,27 +26,20 @@ def fsq(levels, convention, **fields):
   return quantizers.build(section | fields, len(levels), 'float32')
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(levels=LEVELS, convention=st.sampled_from(CONVENTIONS))
-def test_every_index_is_its_own_code(levels, convention):
+def test_indices_are_their_codes_and_latents_reach_all_values(
+  levels, convention
+):
   quantizer = fsq(levels, convention)
-  size = math.prod(levels)
-  indices = jnp.arange(min(size, 4096))
+  indices = jnp.arange(min(math.prod(levels), 4096))
   codes = quantizer.apply({}, indices, method='indices_to_codes')
   back = quantizer.apply({}, codes, method='codes_to_indices')
   np.testing.assert_array_equal(back, indices)
   assert len(np.unique(np.asarray(codes), axis=0)) == len(indices)
-
-
-@settings(max_examples=25, deadline=None)
-@given(levels=LEVELS, convention=st.sampled_from(CONVENTIONS))
-def test_extreme_latents_reach_every_outer_value_and_no_further(
-  levels, convention
-):
-  quantizer = fsq(levels, convention)
+  # Extreme latents reach every outer value and no further.
   line = jnp.concatenate([jnp.linspace(-4, 4, 40001), jnp.array([-30.0, 30])])
-  z = line[:, None] * jnp.ones(len(levels))
-  out = quantizer.apply({}, z)
+  out = quantizer.apply({}, line[:, None] * jnp.ones(len(levels)))
   codes = np.asarray(out.codes)
   for channel, n in enumerate(levels):
     assert len(np.unique(codes[:, channel])) == n
@@ -79,29 +71,38 @@ def test_index_order(convention, levels, digits, index):
   assert int(found) == index
 
 
+def equal_off_ties(quantizer, z, unrounded, index, codes):
+  """Indices and codes, where f32 and f64 must round to the same digit."""
+  out = quantizer.apply({}, jnp.array(z))
+  sure = (np.abs(unrounded - np.floor(unrounded) - 0.5) > 1e-4).all(-1)
+  assert sure.mean() > 0.99
+  np.testing.assert_array_equal(np.asarray(out.indices)[sure], index[sure])
+  np.testing.assert_allclose(
+    np.asarray(out.codes)[sure], codes[sure], rtol=1e-6
+  )
+
+
 def test_cosmos_is_the_papers_formula():
   levels = np.array([8, 8, 8, 5, 5, 5])
   z = np.random.default_rng(0).normal(0, 2, (500, 6))
   half = (levels - 1) * (1 + 1e-3) / 2
   off = np.where(levels % 2 == 0, 0.5, 0)
-  shift = np.arctanh(off / half)
-  rounded = np.round(np.tanh(z + shift) * half - off)
-  place = np.cumprod([1, *levels[:-1]])
-  index = ((rounded + levels // 2) * place).sum(-1)
-  out = fsq(levels.tolist(), 'cosmos').apply({}, jnp.array(z))
-  np.testing.assert_array_equal(out.indices, index)
-  np.testing.assert_allclose(out.codes, rounded / (levels // 2), atol=1e-7)
+  x = np.tanh(z + np.arctanh(off / half)) * half - off
+  rounded = np.round(x)
+  strides = np.cumprod([1, *levels[:-1]])
+  index = ((rounded + levels // 2) * strides).sum(-1)
+  codes = rounded / (levels // 2)
+  equal_off_ties(fsq(levels.tolist(), 'cosmos'), z, x, index, codes)
 
 
-def test_centered_is_the_requests_formula():
+def test_centered_is_the_original_specification():
   levels = np.array([8, 5, 4])
   z = np.random.default_rng(0).normal(0, 2, (500, 3))
   half = (levels - 1) / 2
-  digits = np.clip(np.round(np.tanh(z) * half + half), 0, levels - 1)
-  place = np.array([20, 4, 1])
-  out = fsq(levels.tolist(), 'centered').apply({}, jnp.array(z))
-  np.testing.assert_array_equal(out.indices, (digits * place).sum(-1))
-  np.testing.assert_allclose(out.codes, digits - half, atol=1e-7)
+  x = np.tanh(z) * half + half
+  digits = np.clip(np.round(x), 0, levels - 1)
+  index = (digits * np.array([20, 4, 1])).sum(-1)
+  equal_off_ties(fsq(levels.tolist(), 'centered'), z, x, index, digits - half)
 
 
 def torch_clip(z, kernel, bias, levels):
@@ -151,34 +152,6 @@ def test_clip_is_the_pytorch_projects_rounding(levels):
   # Both ends of every channel are reached, so the clip is at work.
   np.testing.assert_array_equal(np.asarray(out.codes).max(0), half)
   np.testing.assert_array_equal(np.asarray(out.codes).min(0), -half)
-
-
-def test_width_mismatch_names_both():
-  with pytest.raises(UserError, match=r'codes have 3 channels, latents 32'):
-    section = dict(name='fsq', levels=(8, 8, 8), projection=False)
-    quantizer = quantizers.build(section, 32, 'float32')
-    quantizer.apply({}, jnp.zeros((2, 32)))
-
-
-@pytest.mark.parametrize(
-  'fields, words',
-  [
-    (dict(levels=(8, 1)), 'at least 2'),
-    (dict(levels=()), 'at least 2'),
-    (dict(levels=(64,) * 6), '2147483648'),
-    (dict(levels=(8, 8), convention='center'), 'did you mean "centered"'),
-    (
-      dict(levels=(8, 5), convention='cosmos', epsilon=0.5),
-      r'must lie in \(0, 1/\(L-1\)\)',
-    ),
-    (dict(levels=(2048, 4), convention='cosmos'), 'epsilon=0.001'),
-    (dict(level=(8, 8)), 'did you mean "levels"'),
-    (dict(levels='8,8'), 'must be of type'),
-  ],
-)
-def test_bad_fields_say_what_is_right(fields, words):
-  with pytest.raises(UserError, match=words):
-    quantizers.build(dict(name='fsq') | fields, 6, 'float32')
 
 
 def test_centered_has_no_epsilon_to_outgrow():

@@ -2,10 +2,11 @@
 
 An image term maps `LossInputs` to f32[]; its gradient is taken at the
 reconstruction. A frozen term is an image term whose network's arrays the
-inputs carry (`networks.py` loads them). A latent term maps `LatentInputs` to
-f32[]; the forward carries it and the one pullback brings its gradient. The
-name "gan" is the second player's (`adversarial.py`). Each loss takes images in
-[0, 1], keeps one name from config to plot, and is logged unweighted.
+inputs carry (`pretrained/networks.py` loads them). A latent term maps
+`LatentInputs` to f32[]; the forward carries it and the one pullback brings its
+gradient. The name "gan" is the discriminator's (`adversarial.py`). Each loss
+takes images in [0, 1], keeps one name from config to plot, and is logged
+unweighted.
 """
 
 from vqrae_jax.losses.latent import codebook, commit, distill

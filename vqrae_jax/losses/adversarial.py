@@ -51,17 +51,11 @@ def g_softplus(fake: Float[Array, '*f']) -> Float[Array, '']:
   return jax.nn.softplus(-fake).mean()
 
 
-# A config's word: what the discriminator and what the decoder minimise.
-D_LOSSES = {
-  'hinge': d_hinge,
-  'non_saturating': d_non_saturating,
-  'vanilla': d_vanilla,
-}
-G_LOSSES = {
-  'hinge': g_hinge,
-  'non_saturating': g_softplus,
-  'vanilla': g_softplus,
-}
+# By the config's name: what the discriminator and what the decoder minimize.
+D_LOSSES = dict(
+  hinge=d_hinge, non_saturating=d_non_saturating, vanilla=d_vanilla
+)
+G_LOSSES = dict(hinge=g_hinge, non_saturating=g_softplus, vanilla=g_softplus)
 
 
 def lecam_init() -> LeCamState:
@@ -75,9 +69,8 @@ def lecam(
   """LeCam's regulariser of the discriminator (arXiv 2104.03310).
 
   mean relu(real - average of fake)^2 + mean relu(average of real - fake)^2,
-  a mean over logits, so that equal parts of a batch have its mean. TiTok's
-  form is the same with `real.mean()` and `fake.mean()`: that one is of a whole
-  batch only.
+  a mean over logits, so that microbatches average to the batch. TiTok's form
+  has `real.mean()` and `fake.mean()` instead, which microbatches do not.
   """
   above = jax.nn.relu(real - state['fake'])
   below = jax.nn.relu(state['real'] - fake)
@@ -90,15 +83,9 @@ def lecam_update(
   fake_mean: Float[Array, ''],
   decay: float = 0.999,
 ) -> LeCamState:
-  """The averages after one step, from the means of its whole batch."""
-
-  def moved(average, mean):
-    return decay * average + (1 - decay) * mean
-
-  return {
-    'real': moved(state['real'], real_mean),
-    'fake': moved(state['fake'], fake_mean),
-  }
+  """The averages after one step, from the means of its global batch."""
+  means = {'real': real_mean, 'fake': fake_mean}
+  return {n: decay * state[n] + (1 - decay) * means[n] for n in state}
 
 
 def r1_penalty(
@@ -111,7 +98,7 @@ def r1_penalty(
 
   Args:
     logits: images f32[b h w 3] -> f32[b n], each row of its own image alone.
-    images: real ones, in [0, 1], augmented or not.
+    images: real ones in [0, 1], augmented or not.
   """
   gradient = jax.grad(lambda x: logits(x).sum())(images)
   return jnp.mean(jnp.sum(gradient**2, axis=(1, 2, 3)))
@@ -120,8 +107,8 @@ def r1_penalty(
 def to_8_bits(images: Float[Array, 'b h w 3']) -> Float[Array, 'b h w 3']:
   """Clipped to [0, 1] and rounded to a multiple of 1/255, as real images are.
 
-  For reconstructions that the discriminator learns on: rounded real images
-  beside unrounded ones would give it that to tell them by. No gradient passes.
+  For reconstructions that the discriminator learns on: rounding would tell it
+  real images from unrounded reconstructions. No gradient passes.
   """
   return jnp.round(jnp.clip(images, 0.0, 1.0) * 255) / 255
 
@@ -144,10 +131,10 @@ def head_gradient(
     features: the head's inputs, prefix tokens first.
     std: of the decoder's pixel norm.
     patch: pixels of a patch's side.
-    prefix: prefix tokens, which paint nothing.
+    prefix: prefix tokens, which decode to no pixels.
 
   Returns:
-    f32[e patch*patch*3]; those of equal parts of a batch add.
+    f32[e patch*patch*3]; those of microbatches add.
   """
   g = cotangent.astype(jnp.float32) * jnp.asarray(std, jnp.float32)
   g = image_ops.patchify(g, patch)
@@ -166,7 +153,7 @@ def adaptive_weight(
   """clip(norm_rec / (norm_gan + eps), low, high) (arXiv 2012.09841).
 
   Args:
-    norm_rec, norm_gan: norms of `head_gradient` over the whole batch, of the
+    norm_rec, norm_gan: norms of `head_gradient` over the global batch, of the
       weighted reconstruction losses and of the adversarial one.
   """
   return jnp.clip(norm_rec / (norm_gan + eps), low, high)

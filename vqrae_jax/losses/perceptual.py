@@ -6,8 +6,9 @@ There a mix "lpips-convnext_s-1.0-0.1" is a mean, (lpips + 0.1 convnext) / 1.1;
 so its weight of 1.1 is `losses=dict(lpips=1.0, convnext=0.1)` here, and 1.1
 times the sum `dict(lpips=1.1, convnext=0.11)`.
 
-The networks' arrays come with the inputs (`networks.py` makes them); they and
-the targets get no gradient. Networks run in f32 at the highest precision.
+The networks' arrays come with the inputs (`pretrained/networks.py` makes them);
+they and the targets get no gradient. Networks run in f32 at the highest
+precision.
 """
 
 import jax
@@ -57,7 +58,7 @@ def lpips(x: LossInputs) -> Float[Array, '']:
     x: images in [0, 1] of 16 pixels a side at least; `weights["lpips"]`.
 
   Raises:
-    UserError: images that are none of these, or no weights.
+    UserError: other images, or no weights.
   """
   x = checked(x, 'lpips')
   weights = weights_of(x, 'lpips')
@@ -67,13 +68,13 @@ def lpips(x: LossInputs) -> Float[Array, '']:
       f'the loss "lpips" needs images of {MIN_SIDE} pixels a side; got {size}'
     )
   weights, targets = jax.lax.stop_gradient((weights, x.targets))
-  seen = _features(x.reconstruction, weights)
-  wanted = _features(targets, weights)
+  recon = _features(x.reconstruction, weights)
+  target = _features(targets, weights)
   total = jnp.zeros(len(targets), jnp.float32)
-  for n, (a, b) in enumerate(zip(seen, wanted, strict=True), 1):
+  for n, (a, b) in enumerate(zip(recon, target, strict=True), 1):
     head = jnp.asarray(weights['heads'][f'tap{n}'], jnp.float32)
-    place = jnp.einsum('bhwc,c->bhw', (a - b) ** 2, head, precision=HIGHEST)
-    total += place.mean((1, 2))
+    distance = jnp.einsum('bhwc,c->bhw', (a - b) ** 2, head, precision=HIGHEST)
+    total += distance.mean((1, 2))
   return total.mean()
 
 
@@ -96,10 +97,10 @@ def convnext(x: LossInputs) -> Float[Array, '']:
     x: images in [0, 1]; `weights["convnext"]`.
 
   Raises:
-    UserError: images that are none, or no weights.
+    UserError: images out of range, or no weights.
   """
   x = checked(x, 'convnext')
   weights = weights_of(x, 'convnext')
   weights, targets = jax.lax.stop_gradient((weights, x.targets))
-  seen = _logits(x.reconstruction, weights['net'])
-  return jnp.mean((seen - _logits(targets, weights['net'])) ** 2)
+  logits = _logits(x.reconstruction, weights['net'])
+  return jnp.mean((logits - _logits(targets, weights['net'])) ** 2)

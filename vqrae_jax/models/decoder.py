@@ -1,4 +1,4 @@
-"""The ViT decoder: a grid of quantised latents to pixels.
+"""The ViT decoder: a grid of quantized latents to pixels.
 
 The layout of RAE's decoder (arXiv 2510.11690), after MAE's (2111.06377): a
 linear embedding, a trainable cls token that is dropped at the end, fixed
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
       kernel_init=vit.XAVIER,
       name='head',
     )(features)
-    x = x[:, s.num_prefix_tokens :].reshape(b, gh, gw, -1)
+    x = x[:, s.num_prefix_tokens :].reshape(b, gh, gw, x.shape[-1])
     x = image_ops.unpatchify(x.astype('float32'), s.patch_size)
     x = image_ops.denormalize(x, spec.pixel_norm.mean, spec.pixel_norm.std)
     return x, features

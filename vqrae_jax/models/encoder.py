@@ -1,8 +1,8 @@
 """A vision encoder: images in [0, 1] to a grid of continuous latents.
 
-Every family is this module with another spec (`encoders/`). What it does not
-do: resize images to the model's size (the tokenizer does, by its size rule),
-pool, or project.
+Every family is this module with another spec (`encoders/`). It does not resize
+images to the model's size (the tokenizer does, by its size rule), pool or
+project.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
     gh, gw = h // s.patch_size, w // s.patch_size
     if not (gh and gw):
       raise UserError(
-        f'an image of {h}x{w} holds no patch of {s.patch_size} pixels'
+        f'an image of {h}x{w} is smaller than a patch of {s.patch_size} pixels'
       )
     x = images[:, : gh * s.patch_size, : gw * s.patch_size]
     x = image_ops.normalize(x, spec.pixel_norm.mean, spec.pixel_norm.std)

@@ -1,19 +1,19 @@
 """The tokenizer: encoder, quantizer, decoder, and the size rule between them.
 
-Latents may be normalised before the quantizer; what comes out of its tail is
-then brought back, so that `encode` and the decoder know the encoder's own
-latents (`models/latents.py`).
+Latents may be normalized before the quantizer and denormalized after it:
+`encode` and the decoder use the encoder's own latents (`models/latents.py`).
 
 h and w are multiples of the decoder's patch p_d; the encoder, with its patch
 p_e, sees the image resized to (h/p_d) p_e x (w/p_d) p_e, so that both have
 the grid (h/p_d, w/p_d); the output is h x w. Any aspect ratio goes.
 
-Training, `reconstruct` and `decode_from_indices` share one tail from codes to
-pixels. At inference it lies behind an optimization barrier, so that what
-compilers fuse before it cannot change what comes after it.
+Training, `reconstruct` and `decode_from_indices` share one path from codes to
+pixels. At inference it follows an optimization barrier, so that what compilers
+fuse before the barrier cannot change what follows it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +29,7 @@ from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.latents import LatentNorm
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.ops import images as pixels
+from vqrae_jax.ops import trees
 from vqrae_jax.specs import (
   LATER_FIELDS,
   RUN_OPTIONS,
@@ -40,6 +40,9 @@ from vqrae_jax.specs import (
   merge_sections,
 )
 from vqrae_jax.types import TokenizerOutput
+
+# The state of an EMA codebook's average: no part of a tokenizer.
+TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
 
 class Tokenizer(nn.Module):
@@ -58,7 +61,7 @@ class Tokenizer(nn.Module):
 
   @property
   def patch_size(self) -> int:
-    """Pixels a token paints, per side: h and w are multiples of it."""
+    """Pixels of a token, per side: h and w are multiples of it."""
     return self.decoder_spec.vit.patch_size
 
   @property
@@ -68,7 +71,7 @@ class Tokenizer(nn.Module):
 
   @property
   def codebook_size(self) -> int:
-    """K, the number of codes; 0 for a continuous tokenizer."""
+    """K, the vocabulary size: indices lie in [0, K); 0 if continuous."""
     return self.quantizer.codebook_size
 
   def grid(self, h: int, w: int) -> tuple[int, int]:
@@ -97,20 +100,20 @@ class Tokenizer(nn.Module):
     grid = self.grid(*images.shape[1:3])
     p = self.encoder_spec.vit.patch_size
     size = (grid[0] * p, grid[1] * p)
-    images = pixels.resize_exact(images, size, self.encoder_spec.resize)
+    images = image_ops.resize_exact(images, size, self.encoder_spec.resize)
     return self.encoder(images)
 
   def decode(self, z_q: Array) -> tuple[Array, Array]:
     """z_q f[b gh gw d] -> (images f32[b h w 3] not clipped, features)."""
     return self.decoder(z_q)
 
-  def _normalised(self, latents: Array) -> Array:
+  def _normalize(self, latents: Array) -> Array:
     """Latents f[b gh gw d] as the quantizer reads them."""
     if self.latents_spec.norm == 'none':
       return latents
     return self.latents.normalise(latents)
 
-  def _in_latent_space(self, z_q: Array) -> Array:
+  def _denormalize(self, z_q: Array) -> Array:
     """The quantizer's z_q f[b gh gw d] as the decoder reads it."""
     if self.latents_spec.norm == 'none':
       return z_q
@@ -118,22 +121,23 @@ class Tokenizer(nn.Module):
 
   def project_to_code_space(self, images: ArrayLike) -> Array:
     """Images -> f32[n c], the tokens that codes are compared with."""
-    z = self.quantizer.to_code_space(self._normalised(self.encode(images)))
+    z = self.quantizer.to_code_space(self._normalize(self.encode(images)))
     return z.reshape(-1, z.shape[-1])
 
   def encode_to_indices(self, images: ArrayLike) -> Array:
     """Images -> i32[b gh gw]; needs no decoder variables."""
     latents = jax.lax.optimization_barrier(self.encode(images))
-    z = jax.lax.optimization_barrier(self._normalised(latents))
+    z = jax.lax.optimization_barrier(self._normalize(latents))
     return self.quantizer.latents_to_indices(z)
 
   def decode_from_indices(self, indices: ArrayLike) -> Array:
     """i32[b gh gw] -> f32[b h w 3] not clipped; needs no encoder variables."""
-    return self._inference_tail(self.quantizer.indices_to_codes(indices))[0]
+    return self.decode_codes(self.quantizer.indices_to_codes(indices))[0]
 
-  def _inference_tail(self, codes: Array) -> tuple[Array, Array]:
+  def decode_codes(self, codes: Array) -> tuple[Array, Array]:
+    """Codes f32[b gh gw c] -> (images f32[b h w 3] not clipped, features)."""
     codes = jax.lax.optimization_barrier(codes)
-    z_q = self._in_latent_space(self.quantizer.tail(codes))
+    z_q = self._denormalize(self.quantizer.codes_to_latents(codes))
     return jax.lax.optimization_barrier(self.decoder(z_q))
 
   def __call__(
@@ -150,24 +154,24 @@ class Tokenizer(nn.Module):
       images: f[b h w 3] in [0, 1], or uint8.
       train: gradients pass straight through the quantizer.
       rngs: keys for stochastic quantizers, by name.
-      noise: f32[b gh gw d], added to what is quantised, not to the latents
-        that come out.
+      noise: f32[b gh gw d], added to the quantizer's input, not to the
+        returned latents.
     """
     latents = self.encode(images)
     if not train:
       latents = jax.lax.optimization_barrier(latents)
     z = latents if noise is None else latents + noise.astype(latents.dtype)
-    z = self._normalised(z)
+    z = self._normalize(z)
     if not train:
       z = jax.lax.optimization_barrier(z)
     out = self.quantizer(z, train=train, rngs=rngs)
-    out = out.replace(z_q=self._in_latent_space(out.z_q))
+    out = out.replace(z_q=self._denormalize(out.z_q))
     if out.quantized is not None:
-      out = out.replace(quantized=self._in_latent_space(out.quantized))
+      out = out.replace(quantized=self._denormalize(out.quantized))
     if train:
       images, features = self.decode(out.z_q)
     else:
-      images, features = self._inference_tail(out.codes)
+      images, features = self.decode_codes(out.codes)
     return TokenizerOutput(
       images=images, latents=latents, quantizer=out, features=features
     )
@@ -232,24 +236,28 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
       decoder: dict(name="B"|"L"|"XL"|"symmetric") and, or, its fields.
       latents: dict(norm="none"|"channel"|"position"), "none" if absent; with
         "position" also grid=(rows, columns).
-      dtype, scan, remat: how to run; "float32", True, False by default.
+      dtype, scan, remat: run options; "float32", True, False by default.
 
   Returns:
     A linen module. `init(key, images)` makes its variables: the collections
-    "params" and, where the quantizer has tables or latents are normalised,
+    "params" and, if the quantizer has tables or latents are normalized,
     "codebook".
 
   Raises:
     UserError: an unknown or impossible key, with the nearest right one.
   """
-  config = _as_dict(model_config)
+  to_dict = getattr(model_config, 'to_dict', None)
+  config = to_dict() if to_dict else dict(model_config)
   known = ('encoder', 'quantizer', 'decoder', 'latents', *RUN_OPTIONS)
   for key in config:
     if key not in known:
       raise UserError(f'unknown key "model.{key}"{did_you_mean(key, known)}')
-  for key in known[:3]:
+  config['latents'] = config.get('latents') or {}
+  for key in known[:4]:
     if not isinstance(config.get(key), Mapping):
-      raise UserError(f'missing section "model.{key}"')
+      raise UserError(
+        f'model.{key}={config.get(key)!r} must be a section, dict(…)'
+      )
   options = {k: config[k] for k in RUN_OPTIONS if k in config}
   encoder = _encoder_spec(config['encoder'], options)
   return Tokenizer(
@@ -258,24 +266,8 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
       config['quantizer'], encoder.vit.width, options.get('dtype', 'float32')
     ),
     decoder_spec=_decoder_spec(config['decoder'], options, encoder),
-    latents_spec=_latents_spec(config.get('latents')),
+    latents_spec=build_spec(LatentsSpec, config['latents'], 'model.latents'),
   )
-
-
-def _latents_spec(section: Any) -> LatentsSpec:
-  if section is None:
-    return LatentsSpec()
-  if not isinstance(section, Mapping):
-    raise UserError(
-      f'model.latents={section!r} must be a section: dict(norm="channel")'
-    )
-  return build_spec(LatentsSpec, section, 'model.latents')
-
-
-def _as_dict(config: Any) -> dict:
-  """A ConfigDict (or any mapping) as nested plain dicts."""
-  to_dict = getattr(config, 'to_dict', None)
-  return to_dict() if to_dict else dict(config)
 
 
 def describe(tokenizer: Tokenizer) -> dict:
@@ -316,3 +308,19 @@ def describe(tokenizer: Tokenizer) -> dict:
   if tokenizer.latents_spec != LatentsSpec():
     model['latents'] = dataclasses.asdict(tokenizer.latents_spec)
   return model
+
+
+@functools.lru_cache(maxsize=64)
+def variable_shapes(tokenizer: Tokenizer) -> dict[str, jax.ShapeDtypeStruct]:
+  """{leaf name: shape} of a tokenizer's variables, the baked table included."""
+  p = tokenizer.patch_size
+  image = jax.ShapeDtypeStruct((1, p, p, 3), 'float32')
+
+  def make(key, image):
+    variables = tokenizer.init(key, image)
+    baked = tokenizer.apply(variables, method='baked_codebook')
+    return variables, {'codebook': {'quantizer': baked}}
+
+  shapes = jax.eval_shape(make, jax.random.key(0), image)
+  leaves = trees.flatten(shapes[0]) | trees.flatten(shapes[1])
+  return {n: leaf for n, leaf in leaves.items() if n not in TRAINING_ONLY}

@@ -1,6 +1,6 @@
 """The ConvNeXt classifier (arXiv 2201.03545), by default its small size.
 
-Four levels, each of half the resolution of the one before; in a block a 7x7
+Four levels, each at half the resolution of the one before; a block is a 7x7
 depthwise convolution, LayerNorm, two dense layers with gelu and LayerScale.
 The blocks of a level are stacked [depth, ...]. Inference only: no stochastic
 depth.
@@ -52,18 +52,18 @@ class Block(nn.Module):
     )(x)
     y = _dense(4 * self.width, 'fc1')(_norm('norm')(y))
     y = _dense(self.width, 'fc2')(jax.nn.gelu(y, approximate=False))
-    # Training starts at 1e-6, where a random network would be linear.
+    # Training starts at 1e-6, at which a random network would be linear.
     init = nn.initializers.constant(0.1)
     return x + self.param('scale', init, (self.width,)) * y, None
 
 
 class ConvNeXt(nn.Module):
-  """f32[b h w 3], normalised as ImageNet, -> logits f32[b classes].
+  """f32[b h w 3], normalized as ImageNet, -> logits f32[b classes].
 
   Attributes:
     depths: blocks of each level.
     widths: channels of each level.
-    classes: how many logits.
+    classes: number of logits.
   """
 
   depths: tuple[int, ...] = DEPTHS

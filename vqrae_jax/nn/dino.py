@@ -1,11 +1,11 @@
-"""A discriminator that looks through a frozen DINO ViT-S/8.
+"""A discriminator on features of a frozen DINO ViT-S/8.
 
-As RAE trains against it (arXiv 2510.11690), after StyleGAN-T's (2301.09515):
-patch tokens after some of DINO's blocks (2104.14294), and on each such tap a
-small head of spectral-normed convolutions along the tokens. GELU is its tanh
-formula, as in RAE's code: taps lie 2e-4 from those of DINO's own. Only the
-heads learn. The backbone's leaves are the collection "backbone", an argument
-like the others: where they come from is `losses/dino_weights.py`.
+As in RAE (arXiv 2510.11690), after StyleGAN-T's (2301.09515): patch tokens
+after some of DINO's blocks (2104.14294), the taps, and on each tap a small head
+of spectral-normed convolutions along the tokens. GELU is the tanh formula, as
+in RAE's code: taps differ by 2e-4 from those of DINO's own. Only the heads
+learn. The backbone's leaves are the collection "backbone", an argument like the
+others; `pretrained/networks.py` loads them.
 """
 
 import math
@@ -32,7 +32,7 @@ DINO_S8 = ViTSpec(
   num_prefix_tokens=1,
   prefix_has_posemb=True,
 )
-# After which blocks, counted from 0; the last one's logits come first.
+# Outputs of these blocks, counted from 0; the last one's logits come first.
 TAPS = (11, 2, 5, 8, 11)
 
 
@@ -98,7 +98,7 @@ class DinoDiscriminator(nn.Module):
 
   n = taps x patches, 3920 at the defaults, tap by tap. Collections: "params"
   (the heads, 7,386,245 at the defaults), "backbone" (frozen) and "spectral"
-  (`spectral.advance` moves it; calls never do). The heads are f32 (their
+  (moved by `spectral.advance`, never by a call). The heads are f32 (their
   products at the backend's default precision), the backbone has its spec's
   dtype.
   """

@@ -23,8 +23,7 @@ def build(section: Mapping, where: str = 'discriminator') -> Discriminator:
   Args:
     section: dict(name="patch"|"dino", **its fields). Fields of `vit` that are
       not given are DINO ViT-S/8's.
-    where: the section's name in the config, whose `fields` they are there;
-      for the errors.
+    where: the section's name in the config, for the errors.
 
   Raises:
     UserError: an unknown name, field or value.

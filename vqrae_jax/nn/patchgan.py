@@ -1,8 +1,8 @@
 """A discriminator of patches, with blurred pooling (TiTok's, 2406.07550).
 
 Convolutions with "same" zero padding; the grid is halved by the blur
-(1 3 3 1), which keeps it from aliasing (arXiv 1904.11486). Nothing in it is
-published: it starts at random. It sees pixels in [-1, 1]; TiTok's sees them in
+(1 3 3 1), which prevents aliasing (arXiv 1904.11486). No weights of it are
+published: it starts at random. It computes on pixels in [-1, 1]; TiTok's on
 [0, 1], which its first convolution could undo.
 """
 
@@ -37,29 +37,29 @@ def max_pooled(x: Array, size: int, axis: int) -> Array:
   """Maxima over `size` equal parts of `axis`, overlapping where n % size.
 
   By comparing pairs: the gradient of `jnp.max` divides by the number of values
-  that equal the maximum, and is NaN where a compiler that computes them twice
-  rounds the two apart (XLA's CPU backend at optimization level 0, 2026-11).
+  that equal the maximum, and is NaN if a compiler computes them twice and
+  rounds differently (XLA's CPU backend at optimization level 0, 2026-11).
   """
   n = x.shape[axis]
   first = np.arange(size) * n // size
   last = -(-(np.arange(size) + 1) * n // size) - 1
-  found = None
+  result = None
   for i in range((last - first).max() + 1):
     at = np.minimum(first + i, last)
     if n % size == 0:
       value = jax.lax.slice_in_dim(x, i, None, n // size, axis)
     else:
       value = jnp.take(x, at, axis)
-    found = value if i == 0 else jnp.where(value > found, value, found)
-  return found
+    result = value if i == 0 else jnp.where(value > result, value, result)
+  return result
 
 
 class PatchGAN(nn.Module):
   """images f32[b h w 3] in [0, 1] -> logits f32[b n], high for real.
 
   Widths are `hidden` times 1, 1, 2, 4, … After the last halving the grid is
-  max-pooled to `pool` x `pool` (0: left as it is), so n = pool^2. At its
-  defaults 1,909,889 parameters.
+  max-pooled to `pool` x `pool` (0: not pooled), so n = pool^2. The defaults
+  have 1,909,889 parameters.
   """
 
   hidden: int = 128

@@ -1,7 +1,7 @@
 """Spectral norm (arXiv 1802.05957): kernels divided by their largest gain.
 
 The gain sigma = v'Wu comes from two vectors in the collection "spectral". A
-call only reads them; `advance` moves them, once an update, before the
+call only reads them; `advance` moves them, once per update, before the
 discriminator's gradient. Gradients go through W, not through the vectors.
 """
 
@@ -64,7 +64,7 @@ def advance(params: Any, spectral: Any) -> Any:
 
 
 def uniform(fan_in: int) -> nn.initializers.Initializer:
-  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's start of kernels and biases."""
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's initialization."""
   bound = 1 / math.sqrt(fan_in)
 
   def init(key, shape, dtype=jnp.float32):
@@ -91,7 +91,7 @@ class SpectralConv(nn.Module):
 
     first = (None, None)
     if self.is_initializing():
-      # Iterated once: sigma would be as likely negative as not.
+      # One iteration, or sigma could be negative.
       key = self.make_rng('params')
       first = _iterate(kernel, _unit(jax.random.normal(key, shape[-1:])))
     u = self.variable('spectral', 'u', lambda: first[0]).value

@@ -1,8 +1,8 @@
 """VGG16's convolutions (arXiv 1409.1556): features at five depths.
 
 Thirteen 3x3 convolutions in five groups, each followed by a relu, a 2x2 max
-pooling between groups. Out comes the end of each group, which is what LPIPS
-reads. The classifier, and the pooling before it, are not here.
+pooling between groups. The outputs are the ends of the groups, which LPIPS
+reads. The classifier and the pooling before it are left out.
 """
 
 import jax
@@ -22,8 +22,8 @@ def _as_product(
 ) -> Float[Array, 'b h w d']:
   """A 3x3 convolution, padded by one, as one product with nine shifts.
 
-  For grids smaller than the kernel: of those XLA's CPU convolution makes 1
-  GFLOP/s, a fiftieth of this (images of 32 pixels have 2 x 2 at the end).
+  For grids smaller than the kernel, on which XLA's CPU convolution runs at 1
+  GFLOP/s, a fiftieth of this (images of 32 pixels end at 2 x 2).
   """
   h, w = x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -36,9 +36,8 @@ def _as_product(
 class VGG16(nn.Module):
   """f32[b h w 3] -> five features f32[b h/2^k w/2^k width], k = 0 … 4.
 
-  They lie behind the relus 1_2, 2_2, 3_3, 4_3 and 5_3. A side that 2 does not
-  divide loses its last row to the pooling. What range the images have, the
-  weights say.
+  They follow the relus 1_2, 2_2, 3_3, 4_3 and 5_3. Pooling drops the last row
+  of an odd side. The range of the images depends on the weights.
   """
 
   widths: tuple[int, ...] = WIDTHS

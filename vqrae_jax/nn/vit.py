@@ -91,7 +91,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)); a body for `nn.scan`.
 
-  With `emit` the scan's output is each block's, besides the last one's.
+  With `emit` the scan also returns the output of each block.
   """
 
   spec: ViTSpec
@@ -140,21 +140,20 @@ class Transformer(nn.Module):
 
 
 class IntermediateLayers(nn.Module):
-  """A `Transformer`, its leaves the same, that gives blocks' outputs.
+  """A `Transformer` with the same leaves that returns outputs of its blocks.
 
-  [b n d] -> [t b n d], after the blocks `after`, counted from 0, in that
-  order, repeated or not. The scan holds the outputs of all blocks until the
-  chosen ones are taken.
+  [b n d] -> [t b n d]: the outputs of the blocks `layers`, counted from 0, in
+  that order, repeated or not. The scan keeps the outputs of all blocks.
   """
 
   spec: ViTSpec
-  after: tuple[int, ...]
+  layers: tuple[int, ...]
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b n d']) -> Float[Array, 't b n d']:
     s = self.spec
     outputs = _stack(s, emit=True)(x.astype(s.dtype), None)[1]
-    return jnp.stack([outputs[i] for i in self.after])
+    return jnp.stack([outputs[i] for i in self.layers])
 
 
 class PatchEmbed(nn.Module):
@@ -162,7 +161,7 @@ class PatchEmbed(nn.Module):
 
   [b gh gw p] -> [b prefix+gh*gw d]. Positions follow `spec.posemb`: fixed
   sin-cos in the native grid's coordinates, or a learned table resampled (f32)
-  to the grid at hand. Prefix tokens come first, registers last among them.
+  to the given grid. Prefix tokens come first, registers last among them.
   """
 
   spec: ViTSpec
@@ -184,18 +183,18 @@ class PatchEmbed(nn.Module):
         table, tuple(grid), method=self.resize, antialias=self.antialias
       )
     x = x + jnp.asarray(positions, x.dtype)
-    ahead = []
+    prefixes = []
     if others := s.num_prefix_tokens - s.num_registers:
       # Not zeros, as published: a norm with eps 1e-12 over a zero token has
       # a slope of 1e6, and clipping would leave nothing for other leaves.
       prefix = self.param('prefix', small, (others, s.width))
       if s.prefix_has_posemb:
         prefix = prefix + self.param('prefix_positions', small, prefix.shape)
-      ahead.append(prefix)
+      prefixes.append(prefix)
     if s.num_registers:
       shape = (s.num_registers, s.width)
-      ahead.append(self.param('registers', small, shape))
-    ahead = [
-      jnp.broadcast_to(t.astype(x.dtype)[None], (b, *t.shape)) for t in ahead
+      prefixes.append(self.param('registers', small, shape))
+    prefixes = [
+      jnp.broadcast_to(t.astype(x.dtype)[None], (b, *t.shape)) for t in prefixes
     ]
-    return jnp.concatenate([*ahead, x], axis=1) if ahead else x
+    return jnp.concatenate([*prefixes, x], axis=1) if prefixes else x

@@ -1,9 +1,10 @@
-"""Differentiable augmentation of what a discriminator sees, drawn explicitly.
+"""Random perturbations in training: of a discriminator's images, of latents.
 
-DiffAug (arXiv 2006.10738): translation, brightness, saturation, contrast and,
-if asked, cutout. `draw` makes each sample's numbers out of a key and that
-sample's own number, so that they do not depend on which device or which part
-of a step a sample falls to; `apply` is a pure function of images and draws.
+DiffAug (arXiv 2006.10738): translation, brightness, saturation, contrast and
+optional cutout; `apply` is a pure function of images and draws. Noise on
+latents (RAE, arXiv 2510.11690): a decoder trained on noisy latents tolerates a
+generator's. Each sample's draws come from a key and that sample's id, so that
+neither its device nor its microbatch changes them.
 """
 
 from typing import NamedTuple
@@ -14,42 +15,11 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from vqrae_jax.ops.images import need_floats
 
-# ----------------------------------------------------------------------------
-# Noise on latents, drawn explicitly (RAE, arXiv 2510.11690).
-#
-# A decoder that learned on noisy latents forgives a generator's. Each sample's
-# draws come out of a key and that sample's own number, as in `augment.py`, so
-# that neither devices nor the parts of a step change them.
-
-
-def draw_noise(
-  key: Key[Array, ''],
-  sample_indices: Int[Array, ' b'],
-  shape: tuple[int, ...],
-) -> Float[Array, 'b ...']:
-  """U[0, 1) x N(0, 1): one U a sample, one N(0, 1) a value.
-
-  Args:
-    key: of this step and this use.
-    sample_indices: each sample's row in the step's whole batch.
-    shape: of one sample's latents, [gh gw d].
-
-  Returns:
-    f32[b *shape].
-  """
-
-  def one(index):
-    level, values = jax.random.split(jax.random.fold_in(key, index))
-    return jax.random.uniform(level) * jax.random.normal(values, shape)
-
-  return jax.vmap(one)(sample_indices)
-
-
-TRANSLATION = 0.125  # of a side, at most, either way
+TRANSLATION = 0.125  # of a side, at most, in either direction
 
 
 class Draws(NamedTuple):
-  """One sample's numbers a row; those in [0, 1) are scaled by the image.
+  """One row a sample; what lies in [0, 1) is scaled by the image's size.
 
   Attributes:
     shift: f32[b 2] in [0, 1), rows and columns: where in ±.125 of a side.
@@ -66,18 +36,18 @@ class Draws(NamedTuple):
   hole: Array
 
 
-def draw(key: Key[Array, ''], sample_indices: Int[Array, ' b']) -> Draws:
+def draw(key: Key[Array, ''], sample_ids: Int[Array, ' b']) -> Draws:
   """The draws of each sample.
 
   Args:
-    key: of this step and this use: real and reconstructed images want two.
-    sample_indices: each sample's row in the step's whole batch.
+    key: of this step and use: real and reconstructed images need two.
+    sample_ids: each sample's row in the step's full batch.
   """
 
-  def numbers(index):
+  def draw_one(index):
     return jax.random.uniform(jax.random.fold_in(key, index), (7,))
 
-  u = jax.vmap(numbers)(sample_indices)
+  u = jax.vmap(draw_one)(sample_ids)
   return Draws(
     shift=u[:, :2],
     brightness=u[:, 2] - 0.5,
@@ -88,7 +58,7 @@ def draw(key: Key[Array, ''], sample_indices: Int[Array, ' b']) -> Draws:
 
 
 def _translate(x: Array, shift: Array) -> Array:
-  """Moves each image by up to TRANSLATION of a side; what comes in is 0."""
+  """Moves each image by up to TRANSLATION of a side, padded by zeros."""
   h, w = x.shape[1:3]
   most = (round(h * TRANSLATION), round(w * TRANSLATION))
   steps = jnp.asarray([2 * m + 1 for m in most], shift.dtype)
@@ -103,7 +73,7 @@ def _translate(x: Array, shift: Array) -> Array:
 
 
 def _cut_out(x: Array, hole: Array, share: float) -> Array:
-  """Zeroes a rectangle of `share` of each side, partly outside or not."""
+  """Zeroes a rectangle, `share` of each side; it may cross the border."""
 
   def inside(n, u):
     side = round(n * share)
@@ -113,8 +83,8 @@ def _cut_out(x: Array, hole: Array, share: float) -> Array:
     return (at >= first) & (at < first + side)
 
   rows, columns = (inside(x.shape[1 + i], hole[:, i]) for i in range(2))
-  gone = rows[:, :, None] & columns[:, None, :]
-  return jnp.where(gone[..., None], 0.0, x)
+  masked = rows[:, :, None] & columns[:, None, :]
+  return jnp.where(masked[..., None], 0.0, x)
 
 
 def apply(
@@ -122,13 +92,13 @@ def apply(
 ) -> Float[Array, 'b h w 3']:
   """Augmented images, differentiable in `images`.
 
-  The published numbers are for images in [-1, 1]; ours are scaled to it and
-  back. So what is moved in or cut out is grey, and ±.5 of brightness is ±.25
-  here.
+  The published numbers are for images in [-1, 1], so images are scaled to it
+  and back: what is moved in or cut out is grey, and a brightness of ±.5 is ±.25
+  in [0, 1].
 
   Args:
     images: f32 in [0, 1]; values beyond are kept as they are.
-    draws: from `draw`, a row an image.
+    draws: from `draw`, one row an image.
     cutout: the hole's side as a share of the image's; 0 for none.
 
   Returns:
@@ -139,8 +109,8 @@ def apply(
   """
   need_floats(images, 'images to augment')
 
-  def each(numbers):
-    return numbers[:, None, None, None]
+  def each(values):
+    return values[:, None, None, None]
 
   x = 2 * images.astype(jnp.float32) - 1
   x = _translate(x, draws.shift)
@@ -152,3 +122,26 @@ def apply(
   if cutout:
     x = _cut_out(x, draws.hole, cutout)
   return (x + 1) / 2
+
+
+def draw_noise(
+  key: Key[Array, ''],
+  sample_ids: Int[Array, ' b'],
+  shape: tuple[int, ...],
+) -> Float[Array, 'b ...']:
+  """U[0, 1) x N(0, 1): one U a sample, one N(0, 1) a value.
+
+  Args:
+    key: of this step and use.
+    sample_ids: each sample's row in the step's full batch.
+    shape: of one sample's latents, [gh gw d].
+
+  Returns:
+    f32[b *shape].
+  """
+
+  def one(index):
+    level, values = jax.random.split(jax.random.fold_in(key, index))
+    return jax.random.uniform(level) * jax.random.normal(values, shape)
+
+  return jax.vmap(one)(sample_ids)

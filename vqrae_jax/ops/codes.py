@@ -2,7 +2,7 @@
 
 All arithmetic is f32 and every product asks for the highest precision: a dot
 in f32 is TF32 on GPU and bf16 passes on TPU unless it is asked, and either
-picks other codes. Nothing materialises [tokens, K] beyond a chunk.
+picks other codes. Nothing materializes [tokens, K] beyond a chunk.
 """
 
 import math
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BATCH_AXES = ('data', 'fsdp')  # mesh axes that a batch of tokens lies over
-SCORES_PER_CHUNK = 2**24  # f32 scores held at once a device: 64 MiB
+SCORES_PER_CHUNK = 2**24  # f32 scores at once on a device: 64 MiB
 
 
 def straight_through(
@@ -74,7 +74,7 @@ def nearest_code(
   shape = z.shape[:-1]
   flat = z.reshape(math.prod(shape), z.shape[-1])
   mesh = jax.sharding.get_abstract_mesh()
-  # Not inside a caller's own shard_map, nor over axes typed Explicit.
+  # Not inside a caller's own shard_map, whose axes are Manual.
   kinds = dict(zip(mesh.axis_names, mesh.axis_types or (), strict=True))
   axes = tuple(
     a for a in BATCH_AXES if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1
@@ -94,25 +94,25 @@ def nearest_code(
 
 
 def radix_strides(levels: Sequence[int], last_is_least: bool) -> np.ndarray:
-  """i32[len(levels)]: what a step of each digit adds to the index."""
+  """i32[len(levels)]: what one step of each digit adds to the index."""
   order = levels[::-1] if last_is_least else levels
   values = np.cumprod([1, *order[:-1]]).astype(np.int32)
   return values[::-1] if last_is_least else values
 
 
 def digits_to_index(
-  digits: Int[Array, '*s c'], places: np.ndarray
+  digits: Int[Array, '*s c'], strides: np.ndarray
 ) -> Int[Array, '*s']:
   """Mixed-radix digits i32[... c] to i32[...]."""
-  return jnp.sum(digits * places, axis=-1, dtype=jnp.int32)
+  return jnp.sum(digits * strides, axis=-1, dtype=jnp.int32)
 
 
 def index_to_digits(
-  indices: Int[Array, '*s'], places: np.ndarray, levels: Sequence[int]
+  indices: Int[Array, '*s'], strides: np.ndarray, levels: Sequence[int]
 ) -> Int[Array, '*s c']:
   """The inverse of `digits_to_index`."""
   radix = np.asarray(levels, np.int32)
-  return (indices[..., None] // places) % radix
+  return (indices[..., None] // strides) % radix
 
 
 def count_codes(indices: Int[Array, '*s'], size: int) -> Int[Array, ' k']:

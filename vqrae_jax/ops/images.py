@@ -1,13 +1,22 @@
 """Images as arrays: value range, pixel norm, resizing, patches.
 
 Resizing is two small matrix products whose weights are computed on the host,
-so a grid of positions and a batch of photographs share one rule. The kernels
-are those of PIL and torch: bicubic has a=-0.5 with antialias (both) and
-a=-0.75 without (torch); pixel centres lie at half integers.
+so a grid of positions and a batch of images share one rule. The kernels are
+those of PIL and torch: bicubic has a=-0.5 with antialias (both) and a=-0.75
+without (torch); pixel centres lie at half integers.
+
+`resize_exact` reproduces PIL's 8-bit arithmetic bit for bit on any device: the
+published processors of the encoders resize 8-bit images with it. PIL works in
+whole numbers: weights of 22 fractional bits, a pass over the columns and one
+over the rows, each rounded to 8 bits and clipped where bicubic overshoots. Here
+the weights are cut into three digits of 8 bits, so that each matrix product is
+a sum of whole numbers below 2^24: exact in f32 in any order, even from bf16
+inputs. Latents then do not depend on how a device adds.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +26,40 @@ from jaxtyping import Array, Float
 
 from vqrae_jax.errors import UserError, choose
 
+HIGHEST = jax.lax.Precision.HIGHEST
+LOW, HIGH = -0.01, 1.01  # images in [0, 1], and what arithmetic may add
+
+
+def value_range(x: ArrayLike) -> tuple[Any, Any] | None:
+  """(min, max), NaN if any is; None if values are not at hand.
+
+  They are not under a trace, in an empty array and on other hosts. numpy arrays
+  stay on the host, others are reduced where they lie.
+  """
+  if isinstance(x, np.ndarray):
+    return (x.min(), x.max()) if x.size else None
+  if isinstance(x, jax.core.Tracer) or not x.size or not x.is_fully_addressable:
+    return None
+  with jax.ensure_compile_time_eval():  # at hand inside a trace, too
+    low, high = np.asarray(_min_and_max(x))
+  return low, high
+
+
+@jax.jit
+def _min_and_max(x: Array) -> Array:
+  return jnp.stack([x.min(), x.max()])
+
+
+def check_range(images: ArrayLike, what: str) -> None:
+  """Raises UserError if float images at hand leave [-0.01, 1.01] or are NaN."""
+  low, high = map(float, value_range(images) or (0, 1))
+  if not (low >= LOW and high <= HIGH):
+    raise UserError(
+      f'{what} have values in [{low:.4g}, {high:.4g}]; give images in '
+      '[0, 1]: divide [0, 255] by 255, map [-1, 1] by (x + 1) / 2, undo a '
+      'pixel normalization, or clip'
+    )
+
 
 def to_unit(images: ArrayLike) -> Float[Array, '... h w 3']:
   """uint8 images / 255, float images as they are, as f32 in [0, 1].
@@ -25,8 +68,10 @@ def to_unit(images: ArrayLike) -> Float[Array, '... h w 3']:
     UserError: any other integer type, or not three channels last.
   """
   if images.ndim < 3 or images.shape[-1] != 3:
+    grey = images.shape[-1:] == (1,)
     raise UserError(
       f'images must be [b h w 3], channels last; got shape {images.shape}'
+      + ('; repeat the channel of grey images 3 times' if grey else '')
     )
   if images.dtype == jnp.uint8:
     return jnp.asarray(images, jnp.float32) / 255.0
@@ -123,14 +168,10 @@ def resize(
   x = images.astype(jnp.float32)
   if h != size[0]:
     rows = resize_matrix(h, size[0], method, antialias).astype(np.float32)
-    x = jnp.einsum(
-      '...hwc,ih->...iwc', x, rows, precision=jax.lax.Precision.HIGHEST
-    )
+    x = jnp.einsum('...hwc,ih->...iwc', x, rows, precision=HIGHEST)
   if w != size[1]:
     cols = resize_matrix(w, size[1], method, antialias).astype(np.float32)
-    x = jnp.einsum(
-      '...hwc,jw->...hjc', x, cols, precision=jax.lax.Precision.HIGHEST
-    )
+    x = jnp.einsum('...hwc,jw->...hjc', x, cols, precision=HIGHEST)
   return x
 
 
@@ -154,43 +195,32 @@ def unpatchify(
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * patch, gw * patch, c)
 
 
-# ----------------------------------------------------------------------------
-# ImageSource resized bit for bit as PIL resizes them, on any device.
-#
-# The published processors of the encoders resize 8-bit images with PIL, which
-# works in whole numbers: weights of 22 fractional bits, a pass over the columns
-# and one over the rows, each rounded to 8 bits and clipped where bicubic
-# overshoots. Here the weights are cut into three digits of 8 bits, so that each
-# product of matrices is a sum of whole numbers below 2^24: exact in f32 in any
-# order, even from bf16 inputs. Latents then do not depend on how a device adds.
-
 _BITS = 22  # of PIL's weights
 _DIGIT = 8
-_PLACES = (16, 8, 0)
-HIGHEST = jax.lax.Precision.HIGHEST
+_SHIFTS = (16, 8, 0)
 
 
 @functools.lru_cache(maxsize=64)
 def _digits(size: int, new_size: int, method: str) -> np.ndarray:
-  """f32[3 new_size size]: PIL's whole-number weights, by digits.
+  """f32[3 new_size size]: PIL's integer weights, by digits.
 
-  The first digit bears the sign, the others lie in [0, 255].
+  The first digit carries the sign, the others lie in [0, 255].
   """
   weights = resize_matrix(size, new_size, method, True)
   scaled = weights * 2**_BITS
-  whole = np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int64)
+  integers = np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int64)
   low = 2**_DIGIT - 1
-  first, *others = (whole >> place for place in _PLACES)
+  first, *others = (integers >> shift for shift in _SHIFTS)
   digits = np.stack([first, *(digit & low for digit in others)])
   return digits.astype(np.float32)
 
 
 def _round(sums: Float[Array, '3 ...']) -> Float[Array, '...']:
   """Three sums of digits as 8-bit values, rounded and clipped."""
-  whole = sums.astype(jnp.int32)
+  integers = sums.astype(jnp.int32)
   total = jnp.int32(1 << (_BITS - 1))
-  for digit, place in zip(whole, _PLACES, strict=True):
-    total = total + (digit << place)
+  for digit, shift in zip(integers, _SHIFTS, strict=True):
+    total = total + (digit << shift)
   return jnp.clip(total >> _BITS, 0, 255).astype(jnp.float32)
 
 
@@ -210,7 +240,7 @@ def resize_exact(
   """Images in [0, 1] as PIL resizes them in 8 bits; in [0, 1] again.
 
   Values are rounded to 8 bits first: the identity for what was uint8. At equal
-  sizes nothing is touched. Exact while an output pixel is made of at most 258
+  sizes values stay as they are. Exact while an output pixel covers at most 258
   input pixels a side. Gradients are those of the resampling without rounding.
 
   Args:

@@ -12,7 +12,7 @@ from vqrae_jax.ops import images
 
 
 def _coordinates(n: int, native: int) -> np.ndarray:
-  """Where n tokens lie on a line of `native` ones: 0, 1, … when equal."""
+  """Coordinates of n tokens on a line of `native` ones: 0, 1, … if equal."""
   return (np.arange(n) + 0.5) * (native / n) - 0.5
 
 

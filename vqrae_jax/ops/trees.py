@@ -5,55 +5,45 @@ Names join the keys of nested dicts and the fields of struct dataclasses with
 row that matches claims the leaf.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from vqrae_jax.errors import UserError, did_you_mean
 
-
-def _key(entry: Any) -> str:
-  for field in ('key', 'name', 'idx'):
-    if hasattr(entry, field):
-      return str(getattr(entry, field))
-  return str(entry)
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
 
 
 def flatten(tree: Any) -> dict[str, Any]:
   """{leaf name: leaf}, in the tree's own order."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {'/'.join(map(_key, path)): leaf for path, leaf in leaves}
+  return {_name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict:
   """Nested dicts out of {leaf name: leaf}: `flatten`'s inverse for dicts."""
-  tree: dict = {}
-  for name, leaf in leaves.items():
-    *parents, last = name.split('/')
-    node = tree
-    for part in parents:
-      node = node.setdefault(part, {})
-    node[last] = leaf
-  return tree
+  return traverse_util.unflatten_dict(dict(leaves), sep='/')
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
   """`jax.tree.map` with the leaf's name as first argument."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: fn('/'.join(map(_key, path)), leaf), tree
+    lambda path, leaf: fn(_name(path), leaf), tree
   )
 
 
 def first_match(
   rows: Sequence[tuple[str, Any]], names: Sequence[str], what: str
 ) -> dict[str, Any]:
-  """{name: value of the first row whose regex matches it whole}.
+  """{name: value of the first row whose regex matches the full name}.
 
   Raises:
-    UserError: a name no row claims, a row that is no regex, or one that
-      claims nothing: it matches no name, or earlier rows took them all.
+    UserError: a name that no row claims, an invalid regex, or a row that claims
+      nothing: it matches no name, or earlier rows claim them all.
   """
   compiled = []
   for pattern, value in rows:
@@ -61,18 +51,19 @@ def first_match(
       compiled.append((re.compile(pattern), value))
     except re.error as e:
       raise UserError(f'{what}: "{pattern}" is no regex ({e})') from None
-  claimed, lost, used = {}, [], set()
+  claimed, unclaimed, used = {}, [], set()
   for name in names:
     matching = [i for i, (r, _) in enumerate(compiled) if r.fullmatch(name)]
     if matching:
       claimed[name] = compiled[matching[0]][1]
       used.add(matching[0])
     else:
-      lost.append(name)
-  if lost:
+      unclaimed.append(name)
+  if unclaimed:
     raise UserError(
-      f'no row of {what} claims {len(lost)} leaves: {", ".join(lost[:4])}'
-      f'{" …" if len(lost) > 4 else ""}; add a row (".*" claims the rest)'
+      f'no row of {what} claims {len(unclaimed)} leaves: '
+      f'{", ".join(unclaimed[:4])}{" …" if len(unclaimed) > 4 else ""}; '
+      'add a row (".*" claims the rest)'
     )
   for i, (regex, _) in enumerate(compiled):
     if i in used or regex.pattern == '.*':
@@ -92,11 +83,11 @@ def first_match(
 def partition(
   tree: Any, keep: Callable[[str], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """({name: leaf} kept, {name: leaf} left), both flat."""
-  kept, left = {}, {}
+  """({name: leaf} kept, {name: leaf} others), both flat."""
+  kept, others = {}, {}
   for name, leaf in flatten(tree).items():
-    (kept if keep(name) else left)[name] = leaf
-  return kept, left
+    (kept if keep(name) else others)[name] = leaf
+  return kept, others
 
 
 def merge(*parts: Mapping[str, Any]) -> dict:
@@ -114,13 +105,13 @@ def check_same(target: Any, source: Any, what: str) -> None:
   """Both trees have the same leaf names and shapes.
 
   Args:
-    target: a tree of arrays or ShapeDtypeStructs: what is wanted.
-    source: another: what there is.
+    target: the wanted tree, of arrays or ShapeDtypeStructs.
+    source: the tree at hand.
     what: where `source` comes from, for the error.
 
   Raises:
-    UserError: a report of both sides, if a leaf is missing, is left over or
-      has another shape.
+    UserError: both sides of each leaf that is missing, unknown or of another
+      shape.
   """
   want, have = flatten(target), flatten(source)
   report = [f'missing {n} {want[n].shape}' for n in want.keys() - have.keys()]
@@ -137,7 +128,7 @@ def check_same(target: Any, source: Any, what: str) -> None:
 
 
 def merge_params(target: Any, source: Any, what: str) -> Any:
-  """`source`'s leaves in `target`'s form and types, both sides the same.
+  """`source`'s leaves in `target`'s structure and types.
 
   Raises:
     UserError: as `check_same` does.

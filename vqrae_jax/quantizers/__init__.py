@@ -22,7 +22,7 @@ def build(section: Mapping, latent_dim: int, dtype: str) -> Quantizer:
   Args:
     section: dict(name="fsq"|"vq"|"simvq"|"none", **its fields).
     latent_dim: the encoder's width.
-    dtype: what its tail computes in.
+    dtype: of its map from codes to latents.
 
   Raises:
     UserError: an unknown name or field.

@@ -1,24 +1,27 @@
-"""What every quantizer is: the order of operations, the tail and the law.
+"""What every quantizer shares, and the continuous one, which quantizes nothing.
 
-The order inside is: project in, to f32, assign, look up, post_quant, project
-out. A subclass writes `_assign` (latents to surrogate and indices) and
-`_lookup` (indices to codes); the base gives the straight-through value and
-the one tail that training, `reconstruct` and `decode_from_indices` share.
+The order is: project in, to f32, assign, look up, post_quant, project out. A
+subclass writes `_assign` (latents to surrogate and indices) and `_lookup`
+(indices to codes); the base adds the straight-through value and
+`codes_to_latents`, which training, `reconstruct` and `decode_from_indices`
+share.
 
-The law that each one obeys: codes inside the forward equal
-`indices_to_codes(indices)` bitwise, and `codes_to_indices` is its inverse.
-The call never mutates anything: a codebook moves in `update_codebook`, a pure
-function that runs once per optimizer step.
+Round-trip property: codes inside the forward equal `indices_to_codes(indices)`
+bitwise, and `codes_to_indices` is the inverse. The call never mutates anything:
+a codebook moves in `update_codebook`, a pure function that runs once per
+optimizer step.
 """
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import UserError, did_you_mean
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.specs import PostQuantSpec
@@ -31,16 +34,40 @@ class Quantizer(nn.Module):
   Attributes:
     latent_dim: d, the width of the encoder's latents.
     projection: learned linear maps between latents and codes, in and out.
-    post_quant: a convolution in the tail, or None.
-    dtype: what the tail computes in; assignment is always f32.
+    post_quant: a convolution between codes and latents, or None.
+    dtype: of `codes_to_latents`; assignment is always f32.
   """
+
+  # q; index shapes have an axis of q when it is above 1.
+  codes_per_token: ClassVar[int] = 1
+  # Codebook tables that `update_codebook` moves; schedules may freeze them.
+  ema_tables: ClassVar[Sequence[str]] = ()
+  # Fields that only training reads: if only these differ, equal leaves give
+  # equal codes.
+  training_fields: ClassVar[Sequence[str]] = ()
+  # Checked when built: (field, possible values), and fields above 0 or None.
+  choices: ClassVar[Sequence[tuple[str, Sequence[str]]]] = ()
+  positive: ClassVar[Sequence[str]] = ()
 
   latent_dim: int
   projection: bool = True
   post_quant: PostQuantSpec | None = None
   dtype: str = 'float32'
 
-  # -- what a subclass says ------------------------------------------------
+  def __post_init__(self):
+    for field, options in self.choices:
+      value = getattr(self, field)
+      if value not in options:
+        raise UserError(
+          f'quantizer.{field}={value!r}{did_you_mean(value, options)}'
+        )
+    for field in self.positive:
+      value = getattr(self, field)
+      if value is not None and not 0 < value < math.inf:
+        raise UserError(f'quantizer.{field}={value} must be above 0')
+    super().__post_init__()
+
+  # -- what a subclass defines ---------------------------------------------
   @property
   def codebook_size(self) -> int:
     """K, the number of codes; 0 if the quantizer is continuous."""
@@ -48,43 +75,24 @@ class Quantizer(nn.Module):
 
   @property
   def code_width(self) -> int:
-    """c, the channels of a code."""
-    raise NotImplementedError
-
-  @property
-  def codes_per_token(self) -> int:
-    """q; index shapes have an axis of q when it is above 1."""
-    return 1
+    """c, the channels of a code: `code_dim`, or the latents' width."""
+    return self.code_dim or self.latent_dim
 
   @property
   def loss_names(self) -> tuple[str, ...]:
-    """The losses that a call gives, for the config to weigh."""
+    """The losses that a call returns, for the config to weigh."""
     return ()
 
-  @property
-  def ema_tables(self) -> tuple[str, ...]:
-    """Codebook tables that `update_codebook` moves; schedules may freeze."""
-    return ()
-
-  @property
-  def training_fields(self) -> tuple[str, ...]:
-    """Fields that only training reads: where no other differs, equal leaves
-    give equal codes."""
-    return ()
-
-  def setup_projections(self) -> None:
-    """Makes `project_in` and `project_out`."""
-    self.project_in = self.linear_in()
-    self.project_out = self.linear_out()
-
-  def linear_in(self) -> nn.Module:
+  def make_project_in(self) -> nn.Module:
+    """[... d] -> [... c]."""
     return nn.Dense(self.code_width, precision=HIGHEST)
 
-  def linear_out(self) -> nn.Module:
+  def make_project_out(self) -> nn.Module:
+    """[... c] -> [... d]."""
     return nn.Dense(self.latent_dim, dtype=self.dtype, precision=HIGHEST)
 
   def from_code_space(self, z: Array) -> Array:
-    """What `to_code_space` projected, back: [... c] -> [... d]."""
+    """The inverse projection, [... c] -> [... d]."""
     return self.project_out(z)
 
   def setup_codes(self) -> None:
@@ -108,7 +116,7 @@ class Quantizer(nn.Module):
     return {'counts': counts[None]}
 
   def init_codebook(self, codebook: dict, z: Array, rng: Array) -> dict:
-    """The codebook as a run's first tokens f32[n c] suggest it; pure."""
+    """The codebook initialized from a run's first tokens f32[n c]; pure."""
     return codebook
 
   def update_codebook(self, codebook: dict, stats: dict) -> dict:
@@ -116,19 +124,20 @@ class Quantizer(nn.Module):
     return codebook
 
   def baked_codebook(self) -> dict[str, Array]:
-    """What inference reads instead of computing: {} or {"codes": f32[k c]}."""
+    """The table that inference reads: {} or {"codes": f32[k c]}."""
     return {}
 
   def training_codebook(self, tables: dict) -> dict:
-    """The codebook that training needs, out of a tokenizer's tables on disk:
-    without what is baked from weights."""
+    """The codebook of training from a tokenizer's tables on disk: without
+    what is baked from weights."""
     return {n: x for n, x in tables.items() if n != 'codes'}
 
-  # -- what the base does --------------------------------------------------
+  # -- what the base computes ----------------------------------------------
   def setup(self):
     c, d = self.code_width, self.latent_dim
     if self.projection:
-      self.setup_projections()
+      self.project_in = self.make_project_in()
+      self.project_out = self.make_project_out()
     elif c != d:
       raise UserError(
         f'quantizer.projection=False needs codes as wide as the latents: '
@@ -150,7 +159,7 @@ class Quantizer(nn.Module):
     z = latents.astype(jnp.float32)
     return self.project_in(z) if self.projection else z
 
-  def tail(self, codes: Array) -> Array:
+  def codes_to_latents(self, codes: Array) -> Array:
     """Codes f32[... c] -> z_q f[... d]: the one path from codes to decoder."""
     z = codes.astype(self.dtype)
     if self.post_quant is not None and self.post_quant.space == 'code':
@@ -174,12 +183,12 @@ class Quantizer(nn.Module):
   def __call__(
     self, latents: Array, *, train: bool = False, rngs: Any = None
   ) -> QuantizerOutput:
-    """Quantises f[... d].
+    """Quantizes f[... d].
 
     Args:
       latents: any leading shape; a post_quant kernel above 1 needs [b gh gw].
-      train: gradients pass straight through, sums for the codebook's update
-        are taken; else the looked-up codes are used as they are.
+      train: gradients pass straight through, and stats hold what the codebook's
+        update needs; else the looked-up codes are used as they are.
       rngs: keys for stochastic quantizers, by name.
 
     Returns:
@@ -191,10 +200,10 @@ class Quantizer(nn.Module):
     losses = self._losses(surrogate, codes)
     quantized = None
     if train:
-      quantized = self.tail(codes)
+      quantized = self.codes_to_latents(codes)
       codes = code_ops.straight_through(surrogate, codes)
     return QuantizerOutput(
-      z_q=self.tail(codes),
+      z_q=self.codes_to_latents(codes),
       codes=codes,
       indices=indices,
       losses=losses,
@@ -203,7 +212,7 @@ class Quantizer(nn.Module):
     )
 
   def latents_to_indices(self, latents: Array) -> Array:
-    """f[... d] -> i32[...]: the call without its tail."""
+    """f[... d] -> i32[...]: the call up to the indices."""
     return self._assign(self.to_code_space(latents), False, None)[1]
 
   def indices_to_codes(self, indices: Array) -> Array:
@@ -228,8 +237,8 @@ def codebook_loss(surrogate: Array, codes: Array) -> Array:
 def init_codes_from_data(z: Array, num_codes: int, rng: Array) -> Array:
   """Codes f32[num_codes c] at tokens f32[n c] of a batch, drawn by `rng`.
 
-  All are different while there are enough tokens. With fewer they repeat,
-  moved by a hundredth of the tokens' spread so that no two codes tie.
+  All differ while there are enough tokens. With fewer they repeat, moved by a
+  hundredth of the tokens' standard deviation so that no two codes tie.
   """
   n, k = z.shape[0], num_codes
   order_key, noise_key = jax.random.split(rng)
@@ -240,59 +249,40 @@ def init_codes_from_data(z: Array, num_codes: int, rng: Array) -> Array:
   return codes + jnp.where(repeated, noise, 0.0)
 
 
-def nearest_index(codes: Array, table: Array) -> Array:
-  """The row of `table` f32[k c] that equals each code f32[... c]."""
-  return code_ops.nearest_code(codes.astype(jnp.float32), table)
-
-
-# ----------------------------------------------------------------------------
-# No quantisation: the continuous autoencoder (RAE, arXiv 2510.11690).
-#
-# Latents pass through unchanged; there are no indices, codes equal latents. The
-# same config, trainer and decoder then train a continuous tokenizer.
-
-
 class Continuous(Quantizer):
-  """Passes latents on.
+  """The continuous autoencoder (RAE, arXiv 2510.11690): codes equal latents.
+
+  There are no indices. The same config, trainer and decoder then train a
+  continuous tokenizer.
 
   Attributes:
     code_dim: a linear bottleneck's width with `projection`; None for d.
   """
 
+  positive = ('code_dim',)
+
   projection: bool = False
   code_dim: int | None = None
-
-  def __post_init__(self):
-    if self.code_dim is not None and self.code_dim < 1:
-      raise UserError(f'quantizer.code_dim={self.code_dim} must be above 0')
-    super().__post_init__()
 
   @property
   def codebook_size(self):
     return 0
 
-  @property
-  def code_width(self):
-    return self.code_dim or self.latent_dim
-
   def __call__(self, latents, *, train=False, rngs=None):
     """Latents f[... d] as `codes` f32[... c]; no indices."""
     codes = self.to_code_space(latents)
     return QuantizerOutput(
-      z_q=self.tail(codes), codes=codes, indices=None, losses={}, stats={}
+      z_q=self.codes_to_latents(codes),
+      codes=codes,
+      indices=None,
+      losses={},
+      stats={},
     )
 
-  def _no_indices(self):
+  def latents_to_indices(self, latents):
     raise UserError(
       'this tokenizer is continuous (quantizer "none") and has no indices; '
       'use encode for its latents'
     )
 
-  def latents_to_indices(self, latents):
-    self._no_indices()
-
-  def indices_to_codes(self, indices):
-    self._no_indices()
-
-  def codes_to_indices(self, codes):
-    self._no_indices()
+  indices_to_codes = codes_to_indices = latents_to_indices

@@ -1,4 +1,4 @@
-"""Finite scalar quantisation (arXiv 2309.15505): each channel rounds by itself.
+"""Finite scalar quantization (arXiv 2309.15505): each channel is rounded alone.
 
 Two published conventions, which differ in bound, values and index order:
 
@@ -12,8 +12,13 @@ code = digit - h; the last digit is least significant.
 No codebook is learned, so nothing collapses and there is no codebook loss; a
 commitment loss exists for "centered" only.
 
-bound="clip", with "centered", rounds what comes as it is, in units of levels,
-and clips: what the PyTorch project does. Its projections are `adapters.py`'s.
+bound="clip", with "centered", rounds the projected latents without a tanh, in
+units of levels, and clips, as the PyTorch project does. That project trained
+FSQ between a three-layer MLP and a Fourier unprojection; both are here so that
+its checkpoints load. They are not defaults: sin and cos of codes times large
+frequencies turn faster than the codes' steps, so a straight-through gradient
+through them is useless (its correlation with the true one was -.05, against
+.995 of a plain MLP).
 """
 
 import math
@@ -24,21 +29,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.quantizers import base
-
-# ----------------------------------------------------------------------------
-# Maps between latents and FSQ's few channels that are more than linear.
-#
-# The PyTorch project trained FSQ between a three-layer MLP and a Fourier
-# unprojection; these are their shapes, so that its checkpoints load. They are
-# no defaults: sin and cos of codes times large frequencies turn faster than the
-# codes' steps, so a straight-through gradient through them points nowhere (its
-# correlation with the true one was -.05, against .995 of a plain MLP).
-#
-# What it does not do: round, or know an index (`fsq.py`).
 
 MLP_WIDTH = 512
 FREQUENCIES = 128
@@ -89,11 +83,6 @@ class FourierOut(nn.Module):
     return x
 
 
-CONVENTIONS = ('centered', 'cosmos')
-BOUNDS = ('tanh', 'clip')
-INS, OUTS = ('linear', 'mlp'), ('linear', 'fourier')
-
-
 class FSQ(base.Quantizer):
   """Rounds len(levels) bounded channels; K is the product of the levels.
 
@@ -103,9 +92,18 @@ class FSQ(base.Quantizer):
     epsilon: by how much "cosmos" widens the bound, so that the outer values
       can be reached.
     bound: "tanh", or "clip" for latents that are bounded elsewhere or not.
-    adapter_in: "linear", or "mlp", which bounds and so wants "clip".
-    adapter_out: "linear", or "fourier", which lets no useful gradient through.
+    adapter_in: the projection in: "linear", or "mlp", which bounds and so
+      needs "clip".
+    adapter_out: the projection out: "linear", or "fourier", which passes no
+      useful gradient.
   """
+
+  choices = (
+    ('convention', ('centered', 'cosmos')),
+    ('bound', ('tanh', 'clip')),
+    ('adapter_in', ('linear', 'mlp')),
+    ('adapter_out', ('linear', 'fourier')),
+  )
 
   levels: tuple[int, ...] = (8, 8, 8)
   convention: str = 'centered'
@@ -115,8 +113,8 @@ class FSQ(base.Quantizer):
   adapter_out: str = 'linear'
 
   def __post_init__(self):
-    self._check_adapters()
-    levels = tuple(self.levels)
+    super().__post_init__()
+    levels, cosmos = tuple(self.levels), self.convention == 'cosmos'
     if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
       raise UserError(
         f'quantizer.levels={levels} must be whole numbers of at least 2'
@@ -127,52 +125,39 @@ class FSQ(base.Quantizer):
         'index holds fewer than 2147483648'
       )
     widest = 1 / (max(levels) - 1)
-    if self.convention == 'cosmos' and not 0 < self.epsilon < widest:
+    if cosmos and not 0 < self.epsilon < widest:
       raise UserError(
         f'quantizer.epsilon={self.epsilon} must lie in (0, 1/(L-1)), here '
         f'below {widest:.3g}, or a bound would pass its levels'
       )
-    if self.convention not in CONVENTIONS:
+    if cosmos and self.bound != 'tanh':
       raise UserError(
-        f'quantizer.convention={self.convention!r}'
-        f'{did_you_mean(self.convention, CONVENTIONS)}'
+        'quantizer.bound="clip" needs quantizer.convention="centered"; '
+        '"cosmos" has a bound of its own'
       )
-    super().__post_init__()
-
-  def _check_adapters(self):
-    for field, options in (
-      ('bound', BOUNDS), ('adapter_in', INS), ('adapter_out', OUTS)
-    ):  # fmt: skip
-      value = getattr(self, field)
-      if value not in options:
-        raise UserError(
-          f'quantizer.{field}={value!r}{did_you_mean(value, options)}'
-        )
-    adapted = (self.adapter_in, self.adapter_out) != ('linear', 'linear')
-    if adapted and not self.projection:
+    linear = self.adapter_in == self.adapter_out == 'linear'
+    if not (linear or self.projection):
       raise UserError(
         'quantizer.adapter_in and quantizer.adapter_out are projections: set '
         'quantizer.projection=True'
-      )
-    if self.convention == 'cosmos' and self.bound != 'tanh':
-      raise UserError(
-        'quantizer.bound="clip" goes with quantizer.convention="centered"; '
-        '"cosmos" has a bound of its own'
       )
     if self.adapter_in == 'mlp' and self.bound != 'clip':
       raise UserError(
         'quantizer.adapter_in="mlp" ends in a tanh: set quantizer.bound="clip"'
       )
 
-  def setup_projections(self):
+  def make_project_in(self):
     if self.adapter_in == 'mlp':
-      self.project_in = MLPProjection(self.code_width)
-    else:
-      self.project_in = self.linear_in()
-    if self.adapter_out != 'fourier':
-      self.project_out = self.linear_out()
-    else:
-      self.project_out = FourierOut(self.latent_dim, self.dtype)
+      return MLPProjection(self.code_width)
+    return super().make_project_in()
+
+  def make_project_out(self):
+    if self.adapter_out == 'fourier':
+      return FourierOut(self.latent_dim, self.dtype)
+    return super().make_project_out()
+
+  def setup_codes(self):
+    if self.adapter_out == 'fourier':
       shape = (self.code_width, FREQUENCIES)
       init = nn.initializers.normal(FREQUENCY_STD)
       self.frequencies = self.variable(
@@ -205,7 +190,7 @@ class FSQ(base.Quantizer):
     return ('commit',) if self.convention == 'centered' else ()
 
   @property
-  def _places(self):
+  def _strides(self):
     return code_ops.radix_strides(
       self.levels, last_is_least=self.convention == 'centered'
     )
@@ -236,11 +221,11 @@ class FSQ(base.Quantizer):
 
   def _assign(self, z, train, rngs):
     surrogate, digits = self.bounded(z)
-    return surrogate, code_ops.digits_to_index(digits, self._places)
+    return surrogate, code_ops.digits_to_index(digits, self._strides)
 
   def _lookup(self, indices):
     return self._from_digits(
-      code_ops.index_to_digits(indices, self._places, self.levels)
+      code_ops.index_to_digits(indices, self._strides, self.levels)
     )
 
   def _losses(self, surrogate, codes):
@@ -256,4 +241,4 @@ class FSQ(base.Quantizer):
     else:
       x = x * (radix // 2) + radix // 2
     digits = jnp.round(x).astype(jnp.int32)
-    return code_ops.digits_to_index(digits, self._places)
+    return code_ops.digits_to_index(digits, self._strides)

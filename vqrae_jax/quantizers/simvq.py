@@ -1,36 +1,32 @@
 """SimVQ (arXiv 2411.02038): a frozen basis seen through one learned map.
 
-The codes are basis @ W + b. A gradient to W moves every code at once, so none
-is left behind: usage stays high at wide codes. The table is made whole, in
-the highest precision, by one function; inference reads it baked.
+The codes are basis @ W + b. A gradient to W moves every code at once, so usage
+stays high at wide codes. One function computes the full table in the highest
+precision; inference reads it baked.
 
 distance="l2": tokens and codes as they are, after tokens are scaled to an RMS
 of one (`normalize`): a token of width 1536 has a norm near 39, far outside a
-table of norm one, and usage would stay low for long. distance="cosine": both
-sides are unit vectors, scaled by sqrt(c) so that losses averaged over
-channels do not vanish and the decoder reads values of order one
-(`code_scale`; the PyTorch project reads unit vectors, or the rows unscaled).
+table of norm one, and usage would stay low. distance="cosine": both sides are
+unit vectors, scaled by sqrt(c) so that losses averaged over channels do not
+vanish and the decoder reads values of order one (`code_scale`; the PyTorch
+project's decoder reads unit vectors, or the rows unscaled).
 
 The papers' basis is random. A ViT's tokens share a direction and fill few
-dimensions of the code space, so a handful of such rows is nearest to all of
-them, and training makes it worse: on the latents of a frozen autoencoder, 4096
-codes of 64 channels, perplexity 7 after 50 steps and 2 after 150. With tokens
-of the first batch as the basis and the identity as the map it was 908 and 620,
-and the reconstruction 5 dB better (2026-11). So that is the default.
+dimensions of the code space, so a few such rows are nearest to all of them, and
+training makes it worse: on the latents of a frozen autoencoder, 4096 codes of
+64 channels, perplexity was 7 after 50 steps and 2 after 150. With tokens of the
+first batch as the basis and the identity as the map it was 908 and 620, and the
+reconstruction 5 dB better (2026-11). That is the default.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.quantizers import base
-
-DISTANCES = ('l2', 'cosine')
-CODE_SCALES = ('rms', 'unit', 'none')
-BASES = ('tokens', 'normal')
 
 
 def _unit_rms(x):
@@ -51,13 +47,22 @@ class SimVQ(base.Quantizer):
     code_dim: c, 1536 in VQRAE; independent of the latents' width.
     distance: "l2" or "cosine".
     normalize: with "l2", scale tokens to an RMS of one ("cosine" always does).
-    basis_init: "tokens" of a run's first batch, under a map that begins as the
+    basis_init: "tokens" of a run's first batch, under a map that starts as the
       identity, or "normal", random rows under a random map, as the papers.
     basis_std: of the normal basis; 1 gives codes an RMS near one.
     code_scale: with "cosine", the codes that the decoder reads: "rms" an RMS
       of one, "unit" a norm of one, "none" the table's rows.
     token_map: a learned map of tokens, code_dim wide, before they are compared.
   """
+
+  choices = (
+    ('distance', ('l2', 'cosine')),
+    ('basis_init', ('tokens', 'normal')),
+    ('code_scale', ('rms', 'unit', 'none')),
+  )
+  loss_names = ('commit', 'codebook')
+  training_fields = ('basis_std', 'basis_init')
+  positive = ('num_codes', 'code_dim', 'basis_std')
 
   num_codes: int = 16384
   code_dim: int = 1536
@@ -69,50 +74,16 @@ class SimVQ(base.Quantizer):
   basis_init: str = 'tokens'
 
   def __post_init__(self):
-    if self.distance not in DISTANCES:
-      raise UserError(
-        f'quantizer.distance={self.distance!r}'
-        f'{did_you_mean(self.distance, DISTANCES)}'
-      )
-    if self.basis_init not in BASES:
-      raise UserError(
-        f'quantizer.basis_init={self.basis_init!r}'
-        f'{did_you_mean(self.basis_init, BASES)}'
-      )
-    if self.code_scale not in CODE_SCALES:
-      raise UserError(
-        f'quantizer.code_scale={self.code_scale!r}'
-        f'{did_you_mean(self.code_scale, CODE_SCALES)}'
-      )
+    super().__post_init__()
     if self.code_scale != 'rms' and self.distance != 'cosine':
       raise UserError(
-        f'quantizer.code_scale={self.code_scale!r} goes with '
+        f'quantizer.code_scale={self.code_scale!r} needs '
         'quantizer.distance="cosine"'
       )
-    if self.num_codes < 1 or self.code_dim < 1:
-      raise UserError(
-        f'quantizer.num_codes={self.num_codes} and '
-        f'quantizer.code_dim={self.code_dim} must be above 0'
-      )
-    if self.basis_std <= 0:
-      raise UserError(f'quantizer.basis_std={self.basis_std} must be above 0')
-    super().__post_init__()
 
   @property
   def codebook_size(self):
     return self.num_codes
-
-  @property
-  def code_width(self):
-    return self.code_dim
-
-  @property
-  def loss_names(self):
-    return ('commit', 'codebook')
-
-  @property
-  def training_fields(self):
-    return ('basis_std', 'basis_init')
 
   def setup_codes(self):
     c = self.code_dim
@@ -139,7 +110,7 @@ class SimVQ(base.Quantizer):
     return {'basis': base.init_codes_from_data(z, self.num_codes, rng)}
 
   def _table(self):
-    """f32[k c], the codes: baked if they are, else basis @ W + b, whole."""
+    """f32[k c], the codes: the baked ones, else all of basis @ W + b."""
     if self.has_variable('codebook', 'codes'):
       return self.get_variable('codebook', 'codes')
     basis = self.get_variable('codebook', 'basis')
@@ -180,4 +151,4 @@ class SimVQ(base.Quantizer):
     return {'codes': self._table()}
 
   def codes_to_indices(self, codes):
-    return base.nearest_index(codes, self._table())
+    return code_ops.nearest_code(codes.astype(jnp.float32), self._table())

@@ -1,26 +1,24 @@
-"""Vector quantisation (arXiv 1711.00937): the nearest row of a learned table.
+"""Vector quantization (arXiv 1711.00937): the nearest row of a learned table.
 
 update="ema": the table is a moving average of the tokens it attracts. With
 counts n and sums s of a step, N <- g N + (1-g) n, W <- g W + (1-g) s, and the
 codes are W over the Laplace-smoothed N. update="gradient": the table is a
 parameter that the codebook loss moves.
 
-Initialised as usual (N = 0, codes random), the average kills its own codebook
-at the first step: a code that wins nothing is divided by almost nothing and
-leaves for norm 1e6. Here N starts at one a code and the codes start at tokens
-of the first batch, each a real point of the data. A code moves only when it
-wins a token; what revives one that never does is not here yet.
+With the usual initialization (N = 0, random codes) the average destroys its own
+codebook at the first step: a code without tokens is divided by almost zero and
+reaches a norm of 1e6. Here N starts at one per code and the codes start at
+tokens of the first batch. A code moves only when it wins a token; idle codes
+are not revived yet.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.quantizers import base
-
-UPDATES = ('ema', 'gradient')
 
 
 class VQ(base.Quantizer):
@@ -35,6 +33,10 @@ class VQ(base.Quantizer):
     data_init: start the codes at tokens of the first batch.
   """
 
+  choices = (('update', ('ema', 'gradient')),)
+  training_fields = ('decay', 'epsilon', 'data_init')
+  positive = ('num_codes', 'code_dim', 'epsilon')
+
   projection: bool = False
   num_codes: int = 8192
   code_dim: int | None = None
@@ -44,27 +46,13 @@ class VQ(base.Quantizer):
   data_init: bool = True
 
   def __post_init__(self):
-    if self.update not in UPDATES:
-      raise UserError(
-        f'quantizer.update={self.update!r}{did_you_mean(self.update, UPDATES)}'
-      )
-    if self.num_codes < 1:
-      raise UserError(f'quantizer.num_codes={self.num_codes} must be above 0')
+    super().__post_init__()
     if not 0 <= self.decay < 1:
       raise UserError(f'quantizer.decay={self.decay} must lie in [0, 1)')
-    if self.epsilon <= 0:
-      raise UserError(f'quantizer.epsilon={self.epsilon} must be above 0')
-    if self.code_dim is not None and self.code_dim < 1:
-      raise UserError(f'quantizer.code_dim={self.code_dim} must be above 0')
-    super().__post_init__()
 
   @property
   def codebook_size(self):
     return self.num_codes
-
-  @property
-  def code_width(self):
-    return self.code_dim or self.latent_dim
 
   @property
   def loss_names(self):
@@ -73,10 +61,6 @@ class VQ(base.Quantizer):
   @property
   def ema_tables(self):
     return ('codes',) if self.update == 'ema' else ()
-
-  @property
-  def training_fields(self):
-    return ('decay', 'epsilon', 'data_init')
 
   def setup_codes(self):
     shape = (self.num_codes, self.code_width)
@@ -90,7 +74,7 @@ class VQ(base.Quantizer):
       lambda: init(self.make_rng('params'), shape, jnp.float32),
     )
     self.codes = table.value
-    # The average's own memory: absent from a tokenizer on disk.
+    # The state of the average: absent from a tokenizer on disk.
     if self.is_initializing():
       self.variable('codebook', 'counts', jnp.ones, shape[:1], jnp.float32)
       self.variable('codebook', 'sums', lambda: table.value)
@@ -124,11 +108,11 @@ class VQ(base.Quantizer):
 
   def _fresh_average(self, codes):
     counts = jnp.ones(self.num_codes, jnp.float32)
-    # A copy, since each is donated to the step and none may be donated twice.
+    # A copy: both are donated to the step, and no buffer may be twice.
     return {'codes': codes, 'counts': counts, 'sums': jnp.copy(codes)}
 
   def training_codebook(self, tables):
-    """An average that begins at the codes; its own memory is not on disk."""
+    """An average that starts at the codes; its own state is not on disk."""
     if self.update != 'ema':
       return super().training_codebook(tables)
     return self._fresh_average(jnp.asarray(tables['codes']))
@@ -142,8 +126,8 @@ class VQ(base.Quantizer):
     sums = g * codebook['sums'] + (1 - g) * stats['sums'][0]
     total = counts.sum()
     smooth = (counts + self.epsilon) / (total + self.num_codes * self.epsilon)
-    # A code that won nothing stays: its count decays below epsilon in time,
-    # and the quotient would draw it to the origin, beside all other idle ones.
+    # A code without tokens stays: its count decays below epsilon, and the
+    # quotient would draw it to the origin, where all other idle codes are.
     won = (count > 0)[:, None]
     codes = jnp.where(won, sums / (smooth * total)[:, None], codebook['codes'])
     return {'codes': codes, 'counts': counts, 'sums': sums}
@@ -152,4 +136,4 @@ class VQ(base.Quantizer):
     return {'codes': self.codes}
 
   def codes_to_indices(self, codes):
-    return base.nearest_index(codes, self.codes)
+    return code_ops.nearest_code(codes.astype(jnp.float32), self.codes)

@@ -1,0 +1,129 @@
+"""The round-trip property of every quantizer, without encoder and decoder.
+
+Codes inside the forward equal `indices_to_codes(indices)` bitwise, and
+`codes_to_indices` is the inverse: in each form, dtype, grid and post_quant
+kernel, the forward compiled apart from the lookups, as users compile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from vqrae_jax import quantizers
+from vqrae_jax.errors import UserError
+
+D = 32
+# dtype, post_quant kernel, grid of the latents
+CASES = (
+  ('float32', None, (4, 4)),
+  ('float32', 3, (2, 6)),
+  ('bfloat16', None, (4, 4)),
+  ('bfloat16', 1, (8, 4)),
+)
+
+
+def compiled(quantizer, method):
+  apply = functools.partial(quantizer.apply, method=method)
+  return jax.jit(apply, compiler_options=tiny.AS_USERS)
+
+
+@pytest.mark.parametrize('dtype, kernel, grid', CASES)
+@pytest.mark.parametrize('kind', tiny.FORMS)
+def test_round_trip(kind, dtype, kernel, grid):
+  post = None if kernel is None else dict(kernel=kernel)
+  section = tiny.quantizer(kind, post_quant=post)
+  quantizer = quantizers.build(section, D, dtype)
+  z = jax.random.normal(jax.random.key(0), (2, *grid, D), dtype)
+  variables = jax.jit(quantizer.init)(jax.random.key(1), z)
+
+  def forward(q, z):
+    return q(z), q(z, train=True)
+
+  def lookups(q, z, codes):
+    indices = q.latents_to_indices(z)
+    flat = q.latents_to_indices(z.reshape(-1, D))
+    return indices, flat, q.indices_to_codes(indices), q.codes_to_indices(codes)
+
+  out, train = compiled(quantizer, forward)(variables, z)
+  indices, flat, codes, back = compiled(quantizer, lookups)(
+    variables, z, out.codes
+  )
+  assert out.z_q.shape == z.shape and out.z_q.dtype == dtype
+  assert indices.shape == (2, *grid) and indices.dtype == jnp.int32
+  assert indices.min() >= 0 and indices.max() < quantizer.codebook_size
+  assert len(np.unique(indices)) > 4, 'the test saw few codes'
+  for same in (out.indices, train.indices, back, flat.reshape(indices.shape)):
+    np.testing.assert_array_equal(same, indices)
+  assert codes.dtype == jnp.float32
+  for same in (out.codes, train.codes):
+    assert np.asarray(same).tobytes() == np.asarray(codes).tobytes()
+  counts = out.stats['counts']
+  assert counts.shape == (1, quantizer.codebook_size)
+  assert counts.dtype == jnp.int32 and counts.sum() == indices.size
+
+
+def test_every_quantizer_has_a_form():
+  named = {q['name'] for q in tiny.FORMS.values()}
+  assert named | {'none'} == set(quantizers.QUANTIZERS)
+
+
+def test_continuous_passes_latents_and_has_no_indices():
+  quantizer = quantizers.build(dict(name='none'), D, 'float32')
+  z = jnp.ones((2, 3, D))
+  out = quantizer.apply({}, z)
+  np.testing.assert_array_equal(out.codes, z)
+  assert out.indices is None and quantizer.codebook_size == 0
+  for method in ('latents_to_indices', 'indices_to_codes', 'codes_to_indices'):
+    with pytest.raises(UserError, match='continuous'):
+      quantizer.apply({}, z, method=method)
+
+
+@pytest.mark.parametrize(
+  'kind, fields, key',
+  [
+    ('fsq-centered', dict(bound='tan'), '"tanh"'),
+    ('fsq-centered', dict(adapter_in='mlp'), 'quantizer.bound="clip"'),
+    ('fsq-cosmos', dict(bound='clip'), 'convention="centered"'),
+    (
+      'fsq-centered',
+      dict(adapter_out='fourier', projection=False),
+      'quantizer.projection=True',
+    ),
+    ('fsq-centered', dict(levels=(8, 1)), 'levels'),
+    ('fsq-centered', dict(levels=()), 'levels'),
+    ('fsq-centered', dict(levels=(64,) * 6), '2147483648'),
+    ('fsq-centered', dict(levels='8,8'), 'levels'),
+    ('fsq-centered', dict(level=(8, 8)), '"levels"'),
+    ('fsq-centered', dict(convention='center'), '"centered"'),
+    ('fsq-centered', dict(projection=False), '3 channels, latents 32'),
+    ('fsq-cosmos', dict(levels=(8, 5), epsilon=0.5), 'epsilon=0.5'),
+    ('fsq-cosmos', dict(levels=(2048, 4)), 'epsilon=0.001'),
+    ('vq-ema', dict(name='fqs'), '"fsq"'),
+    ('vq-ema', dict(update='sgd'), 'gradient'),
+    ('vq-ema', dict(decay=1.0), 'decay'),
+    ('vq-ema', dict(num_codes=0), 'num_codes'),
+    ('vq-ema', dict(epsilon=-1.0), 'epsilon'),
+    ('vq-ema', dict(epsilon=float('nan')), 'epsilon'),
+    ('vq-ema', dict(code_dim=-3), 'code_dim=-3'),
+    ('vq-ema', dict(code_dim=5), '5 channels, latents 32'),
+    ('vq-ema', dict(latent_dim=7), 'latent_dim'),
+    ('vq-ema', dict(dtype='foo'), 'model.dtype'),
+    ('vq-ema', dict(post_quant=dict(kernel=2)), 'odd'),
+    ('vq-ema', dict(post_quant=dict(kernal=3)), '"kernel"'),
+    ('vq-ema', dict(post_quant=dict(space='pixel')), 'post_quant.space'),
+    ('simvq-l2', dict(basis_std=0.0), 'basis_std'),
+    ('simvq-l2', dict(distance='cos'), '"cosine"'),
+    ('simvq-l2', dict(code_dim=0), 'code_dim'),
+    ('simvq-l2', dict(code_scale='unit'), 'distance="cosine"'),
+    ('simvq-cosine', dict(code_scale='one'), 'code_scale='),
+    ('none', dict(code_dim=-3), 'code_dim=-3'),
+  ],
+)
+def test_errors_name_the_key(kind, fields, key):
+  with pytest.raises(UserError, match=key):
+    quantizer = quantizers.build(tiny.quantizer(kind, **fields), D, 'float32')
+    jax.eval_shape(quantizer.init, jax.random.key(0), jnp.zeros((2, D)))

@@ -1,0 +1,332 @@
+"""The public API: light to import, pure, and clear when misused."""
+
+import functools
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType
+
+import vqrae_jax
+from tests import tiny
+from vqrae_jax import sharding
+
+HEAVY = ('orbax', 'grain', 'optax', 'torch', 'transformers', 'tensorflow')
+
+PROBE = """
+import json, sys, time
+start = time.perf_counter()
+import jax, flax.linen
+base = time.perf_counter()
+import vqrae_jax
+{touch}
+end = time.perf_counter()
+heavy = [m for m in {heavy} if m in sys.modules]
+print(json.dumps([end - base, heavy]))
+"""
+
+
+def probe(touch=''):
+  code = PROBE.format(heavy=HEAVY, touch=touch)
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  return json.loads(done.stdout)
+
+
+def test_import_is_light():
+  """Beyond jax and flax.linen: at most 0.3 s (median of 3), nothing heavy.
+
+  The pure functions count as well: a downstream pipeline touches them.
+  """
+  touch = 'vqrae_jax.encode_to_indices, vqrae_jax.build_tokenizer'
+  runs = [probe(touch) for _ in range(3)]
+  seconds = statistics.median(r[0] for r in runs)
+  assert all(not heavy for _, heavy in runs), runs[0][1]
+  assert seconds <= 0.3
+
+
+@pytest.mark.parametrize('kind', ('fsq-cosmos', 'simvq-cosine'))
+def test_jit_vmap_and_symbolic_export(kind):
+  tokenizer, variables = tiny.built(tiny.model(kind, depth=1))
+  images = jnp.asarray(tiny.images(6)) / 255.0
+  encode = functools.partial(vqrae_jax.encode_to_indices, tokenizer)
+  decode = functools.partial(vqrae_jax.decode_from_indices, tokenizer)
+  indices = jax.jit(encode)(variables, images)
+
+  stacked = images.reshape(2, 3, *images.shape[1:])
+  mapped = jax.jit(jax.vmap(encode, (None, 0)))(variables, stacked)
+  np.testing.assert_array_equal(mapped.reshape(indices.shape), indices)
+
+  (b,) = export.symbolic_shape('b')
+  shapes = jax.tree.map(
+    lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), variables
+  )
+  for fn, x in ((encode, images), (decode, indices)):
+    want = jax.jit(fn)(variables, x)
+    symbolic = jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype)
+    stored = export.export(jax.jit(fn))(shapes, symbolic).serialize()
+    found = export.deserialize(stored).call(variables, x)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+def test_large_batches_of_tokens_export_in_chunks(monkeypatch):
+  """A symbolic count of tokens goes through the padded loop."""
+  from vqrae_jax.ops import codes
+
+  monkeypatch.setattr(codes, 'SCORES_PER_CHUNK', 64 * 10)
+  tokenizer, variables = tiny.built(tiny.model('vq-ema'))
+  images = tiny.images(5)
+  encode = functools.partial(vqrae_jax.encode_to_indices, tokenizer)
+  (b,) = export.symbolic_shape('b')
+  symbolic = jax.ShapeDtypeStruct((b, 16, 16, 3), jnp.uint8)
+  stored = export.export(jax.jit(encode))(variables, symbolic)
+  chunked = jax.jit(encode)(variables, images)
+  monkeypatch.undo()
+  whole = vqrae_jax.encode_to_indices(tokenizer, variables, images)
+  np.testing.assert_array_equal(stored.call(variables, images), whole)
+  np.testing.assert_array_equal(chunked, whole)
+
+
+def bits(x):
+  return np.asarray(x).tobytes()
+
+
+@pytest.mark.parametrize(
+  'kind, norm, options',
+  [
+    ('simvq-cosine', 'channel', dict(post_quant=dict(kernel=3))),
+    (
+      'fsq-cosmos',
+      'position',
+      dict(dtype='bfloat16', post_quant=dict(kernel=3, space='latent')),
+    ),
+  ],
+)
+def test_decoding_indices_is_reconstruct(kind, norm, options):
+  """To the last bit, both jitted, and in f32 both eager."""
+  tokenizer, variables = tiny.normalised(kind, norm, depth=1, **options)
+  images = tiny.images(2)
+  eager = [
+    functools.partial(f, tokenizer)
+    for f in (
+      vqrae_jax.encode_to_indices,
+      vqrae_jax.decode_from_indices,
+      vqrae_jax.reconstruct,
+    )
+  ]
+  jitted = [jax.jit(f, compiler_options=tiny.AS_USERS) for f in eager]
+  for encode, decode, reconstruct in (
+    (jitted, eager) if 'dtype' not in options else (jitted,)
+  ):
+    indices = encode(variables, images)
+    assert len(np.unique(indices)) > 4, 'the test saw few codes'
+    out = reconstruct(variables, images)
+    np.testing.assert_array_equal(indices, out.quantizer.indices)
+    recon = decode(variables, indices)
+    assert recon.dtype == jnp.float32
+    assert bits(recon) == bits(np.clip(out.images, 0, 1))
+
+
+def test_continuous_decodes_its_codes():
+  """`none` has no indices: decoding its codes is the forward."""
+  tokenizer, variables = tiny.normalised('none', 'channel', depth=1)
+  options = dict(compiler_options=tiny.AS_USERS)
+  reconstruct = functools.partial(vqrae_jax.reconstruct, tokenizer)
+  out = jax.jit(reconstruct, **options)(variables, tiny.images(2))
+  decode = functools.partial(tokenizer.apply, method='decode_codes')
+  recon, _ = jax.jit(decode, **options)(variables, out.quantizer.codes)
+  assert bits(recon) == bits(out.images)
+  for function, x in (
+    (vqrae_jax.encode_to_indices, tiny.images(2)),
+    (vqrae_jax.decode_from_indices, np.zeros((2, 4, 4), np.int32)),
+  ):
+    with pytest.raises(vqrae_jax.UserError, match='continuous'):
+      function(tokenizer, variables, x)
+
+
+@pytest.fixture(scope='module')
+def plain():
+  """(tokenizer, variables) of EMA-VQ, eager and small."""
+  return tiny.built(tiny.model('vq-ema', depth=1, projection=True))
+
+
+def test_each_half_needs_only_its_own_variables(plain):
+  tokenizer, variables = plain
+  params, codebook = variables['params'], variables['codebook']
+
+  def only(*names):
+    return {'params': {n: params[n] for n in names}, 'codebook': codebook}
+
+  half = only('encoder', 'quantizer')
+  indices = vqrae_jax.encode_to_indices(tokenizer, half, tiny.images(2))
+  other = only('quantizer', 'decoder')
+  recon = vqrae_jax.decode_from_indices(tokenizer, other, indices)
+  assert recon.shape == (2, 16, 16, 3)
+  with pytest.raises(vqrae_jax.UserError, match='params/decoder/'):
+    vqrae_jax.decode_from_indices(tokenizer, half, indices)
+
+
+def test_an_empty_batch_gives_an_empty_answer(plain):
+  images = tiny.images(2)[:0]
+  latents = vqrae_jax.encode(*plain, images)
+  indices = vqrae_jax.encode_to_indices(*plain, images)
+  recon = vqrae_jax.decode_from_indices(*plain, indices)
+  out = vqrae_jax.reconstruct(*plain, images)
+  assert latents.shape == (0, 4, 4, 32) and indices.shape == (0, 4, 4)
+  assert recon.shape == out.images.shape == (0, 16, 16, 3)
+
+
+def test_variables_of_another_tokenizer_name_the_leaf(plain):
+  tokenizer, variables = plain
+  images = tiny.images(1)
+  _, deeper = tiny.built(tiny.model('vq-ema', depth=2, projection=True))
+  _, larger = tiny.built(
+    tiny.model('vq-ema', depth=1, projection=True, num_codes=65)
+  )
+  for wrong, leaf in (
+    ({}, 'params/encoder/embed/linear/kernel'),
+    (deeper, 'params/encoder/transformer/blocks/attention/key/kernel'),
+    (larger, 'codebook/quantizer/codes'),
+  ):
+    with pytest.raises(vqrae_jax.UserError, match=leaf) as e:
+      vqrae_jax.encode_to_indices(tokenizer, wrong, images)
+    assert '\n' not in str(e.value)
+  for function in (vqrae_jax.encode, vqrae_jax.decode_from_indices):
+    with pytest.raises(vqrae_jax.UserError, match='dict, Tokenizer'):
+      inspect.unwrap(function)(variables, tokenizer, images)  # no import hook
+
+
+def test_explicit_axes_are_refused(plain):
+  """`jax.make_mesh` makes them by default; with Auto axes all is well."""
+  images = tiny.images(8)
+  for kind in (AxisType.Explicit, AxisType.Auto):
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(kind,))
+    placed = jax.device_put(
+      images, jax.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    )
+    if kind == AxisType.Auto:
+      indices = vqrae_jax.encode_to_indices(*plain, placed)
+      assert indices.shape == (8, 4, 4)
+      continue
+    with pytest.raises(vqrae_jax.UserError, match=r'AxisType\.Auto'):
+      vqrae_jax.encode_to_indices(*plain, placed)
+
+
+def test_canonical_is_float32_whatever_the_tokenizer_runs_in():
+  config = tiny.model('simvq-l2')
+  plain, variables = tiny.built(config)
+  half = vqrae_jax.build_tokenizer(config | dict(dtype='bfloat16'))
+  images = tiny.images(4)
+  encode = functools.partial(vqrae_jax.encode_to_indices, precision='canonical')
+  np.testing.assert_array_equal(
+    encode(half, variables, images), encode(plain, variables, images)
+  )
+  with pytest.raises(vqrae_jax.UserError, match='did you mean "canonical"'):
+    vqrae_jax.encode(plain, variables, images, precision='canonic')
+
+
+def test_reconstruct_gives_losses_if_asked():
+  tokenizer, variables = tiny.built(tiny.model('simvq-l2'))
+  images = tiny.images(2)
+  assert vqrae_jax.reconstruct(tokenizer, variables, images).losses is None
+  out = vqrae_jax.reconstruct(tokenizer, variables, images, losses=True)
+  assert set(out.losses) == {'l1', 'l2', 'commit', 'codebook'}
+  error = np.asarray(out.images, np.float64) - images / 255.0
+  np.testing.assert_allclose(out.losses['l1'], np.abs(error).mean(), rtol=1e-5)
+  np.testing.assert_allclose(out.losses['l2'], (error**2).mean(), rtol=1e-5)
+
+
+def test_inside_a_callers_shard_map():
+  """Each device searches alone; no second shard_map is nested."""
+  mesh = sharding.make_mesh()
+  tokenizer, variables = tiny.built(tiny.model('vq-ema'))
+  images = tiny.images(8)
+  encode = functools.partial(vqrae_jax.encode_to_indices, tokenizer)
+  want = jax.jit(encode)(variables, images)
+  spec = jax.sharding.PartitionSpec('data')
+  with jax.set_mesh(mesh):
+    mapped = jax.shard_map(
+      functools.partial(encode, variables), in_specs=spec, out_specs=spec
+    )
+    found = jax.jit(mapped)(images)
+  np.testing.assert_array_equal(found, want)
+
+
+def test_usage():
+  counts = jnp.array([[0, 3, 1, 0], [1, 1, 1, 1]])
+  np.testing.assert_array_equal(vqrae_jax.codebook_usage(counts), [0.5, 1.0])
+
+
+def as_floats(x):
+  return x / np.float32(255)
+
+
+IMAGES = tiny.images(1)
+
+
+@pytest.mark.parametrize(
+  'images, words',
+  [
+    (np.zeros((2, 18, 16, 3), np.uint8), '18x16 is no multiple of .* patch 4'),
+    (np.zeros((2, 0, 16, 3), np.uint8), '0x16'),
+    (np.zeros((2, 16, 16, 3), np.int32), 'int32'),
+    (np.zeros((2, 16, 16, 4), np.uint8), 'channels last'),
+    (np.zeros((2, 3, 16, 16), np.uint8), 'channels last'),
+    (np.zeros((16, 16, 3), np.uint8), r'images\[None\]'),
+    (np.zeros((2, 16, 16), np.uint8), 'channel axis to grey'),
+    (np.zeros((2, 16, 16, 1), np.uint8), 'grey images 3 times'),
+    ([[0.0]], 'list'),
+    (as_floats(IMAGES) * 255, r'\[0, 1\]: divide'),
+    (jnp.asarray(as_floats(IMAGES)) * 2 - 1, r'\(x \+ 1\) / 2'),
+    (as_floats(IMAGES) + np.nan, 'nan'),
+    (jnp.asarray(as_floats(IMAGES)) + jnp.inf, 'inf'),
+    (as_floats(IMAGES).astype(jnp.bfloat16) * 2, r'\[0, 1\]'),
+  ],
+)
+def test_bad_images_say_what_is_right(images, words, plain):
+  for function in (
+    vqrae_jax.encode, vqrae_jax.encode_to_indices, vqrae_jax.reconstruct
+  ):  # fmt: skip
+    with pytest.raises(vqrae_jax.UserError, match=words) as e:
+      function(*plain, images)
+    assert '\n' not in str(e.value)
+
+
+def test_traced_values_are_not_checked(plain):
+  """Inside jit any image gives indices, and any index an image."""
+  tokenizer, variables = plain
+  encode = jax.jit(functools.partial(vqrae_jax.encode_to_indices, tokenizer))
+  decode = jax.jit(functools.partial(vqrae_jax.decode_from_indices, tokenizer))
+  for scale in (300.0, np.nan):
+    indices = encode(variables, as_floats(IMAGES) * np.float32(scale))
+    assert indices.min() >= 0 and indices.max() < tokenizer.codebook_size
+  first, last = (np.full((1, 4, 4), i, np.int32) for i in (0, 63))
+  high, low = (np.full((1, 4, 4), i, np.int32) for i in (99, -99))
+  assert bits(decode(variables, high)) == bits(decode(variables, last))
+  assert bits(decode(variables, low)) == bits(decode(variables, first))
+
+
+@pytest.mark.parametrize(
+  'indices, words',
+  [
+    (np.zeros((2, 4, 4)), 'float64'),
+    (np.zeros((2, 4, 4), bool), 'bool'),
+    (np.zeros((4, 4), np.int32), 'axes'),
+    ([1, 2], 'list'),
+    (np.full((1, 4, 4), -1), r'\[-1, -1\].*codebook_size=64'),
+    (jnp.full((1, 4, 4), 64), r'\[64, 64\].*codes 0 to 63'),
+    (np.full((1, 4, 4), 2**32 + 1), 'codebook_size=64'),
+    (np.full((1, 4, 4), 255, np.uint8), 'codebook_size=64'),
+  ],
+)
+def test_bad_indices_say_what_is_right(indices, words, plain):
+  with pytest.raises(vqrae_jax.UserError, match=words):
+    vqrae_jax.decode_from_indices(*plain, indices)
