@@ -30,15 +30,11 @@ from vqrae_jax.models.tokenizer import build_tokenizer, describe
 from vqrae_jax.ops import trees
 from vqrae_jax.train import checkpoint, initialize
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import config as ranges
-from vqrae_jax.train import config as statistics
 from vqrae_jax.train import initialize as frozen_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.train.checkpoint import Checkpoints, as_leaves
 from vqrae_jax.types import Frozen, TrainState
-
-PLACEHOLDER = 'RUN'  # what configs/ write where a user is to name a run
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
@@ -70,22 +66,6 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
       )
 
 
-def _check_placeholders(spec: config_lib.RunSpec) -> None:
-  """The recipes' own word for a run that none is yet; any other word waits
-  until it is opened, for a run that goes on may no longer need it.
-
-  Raises:
-    UserError: nothing was put in its place.
-  """
-  words = {'init_from': spec.init_from, 'init.encoder': spec.init.encoder}
-  for key, word in words.items():
-    if word == PLACEHOLDER and not pathlib.Path(word).exists():
-      raise UserError(
-        f'{key}={word}: there is no such folder; this recipe goes on from a '
-        f'finished run: name its workdir, --config.{key}=runs/NAME'
-      )
-
-
 def _opened(section: str, spec: Any) -> EncodedImages:
   """A section's photographs; its key is named where there are none."""
   try:
@@ -99,12 +79,12 @@ class Run:
 
   def __init__(self, config: Any, mesh: jax.sharding.Mesh | None = None):
     self.spec = spec = config_lib.read_config(config)
-    _check_placeholders(spec)
+    config_lib.check_placeholders(spec)
     self._hashes: dict[str, str] | None = None
     self._origins: dict[str, tuple[str, str | None]] = {}
     self.tokenizer = build_tokenizer(spec.model)
-    statistics.check(spec, self.tokenizer)
-    if odd := ranges.unusual(spec, self.tokenizer):
+    config_lib.check_latents(spec, self.tokenizer)
+    if odd := config_lib.config_warnings(spec, self.tokenizer):
       logging.warning(odd)
     data = spec.data
     self.source = _opened('data', data)

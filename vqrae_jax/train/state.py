@@ -135,12 +135,22 @@ def make_plan(
   if not trainable:
     raise UserError('schedules freeze every leaf: there is nothing to train')
   total = optim.steps_of(spec.duration, steps_per_epoch, 'duration')
-  if total < 1:
-    epoch = f'; an epoch is {steps_per_epoch:.3g} of them'
-    raise UserError(
-      f'duration={spec.duration!r} is no step at all'
-      f'{epoch if steps_per_epoch else ""}'
+  epoch = ''
+  if steps_per_epoch:
+    epoch = (
+      f'; one epoch is {steps_per_epoch:.3g} steps: batch_size='
+      f'{spec.batch_size}, {steps_per_epoch * spec.batch_size:.0f} images'
     )
+  if total < 1:
+    raise UserError(f'duration={spec.duration!r} is less than one step{epoch}')
+  every = [s for s in schedules.values() if s is not None]
+  for schedule in dict.fromkeys(every):
+    warmup = optim.steps_of(schedule.warmup, steps_per_epoch, 'warmup')
+    if warmup >= total:
+      raise UserError(
+        f'schedules: warmup={schedule.warmup!r} leaves none of the {total} '
+        f'steps of the run{epoch}'
+      )
   for name, term in terms.items():
     if term.start_step(steps_per_epoch) >= total:
       raise UserError(
