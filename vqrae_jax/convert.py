@@ -35,6 +35,7 @@ from vqrae_jax.encoders import ENCODERS, converted, published
 from vqrae_jax.errors import UserError, did_you_mean
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import trees
+from vqrae_jax.paths import check_writable
 from vqrae_jax.pretrained import encoders
 from vqrae_jax.specs import DTYPES, EncoderSpec
 from vqrae_jax.weights import (
@@ -468,9 +469,7 @@ def _target(out: pathlib.Path, ending: str) -> pathlib.Path:
   # A directory, whose parents are made.
   if out.suffix in ('.safetensors', '.npz', '.pt'):
     raise UserError(f'--out={out} must be a directory, with no {out.suffix}')
-  above = next(p for p in out.absolute().parents if p.exists())
-  if not above.is_dir():
-    raise UserError(f'--out={out}: {above} is a file')
+  check_writable(out, '--out')
   return out
 
 

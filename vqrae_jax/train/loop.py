@@ -7,16 +7,16 @@ that a user gets.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,37 +82,75 @@ class StopRequest:
 
 
 # ----------------------------------------------------------------------------
-# One run a workdir: two would interleave their rows and checkpoints.
+# One run in a workdir: two would interleave their rows and checkpoints.
 #
-# The lock is the kernel's, on an open file, so that a killed run leaves none.
-# Process 0 holds it, and all hosts hear what became of it: none waits for one
-# that has stopped.
+# Process 0 holds workdir/lock by `filelock`: the kernel's lock on an open file,
+# so that a killed run leaves none. Who removes the file lets another run start,
+# so the first checks before each checkpoint that the file is still its own, and
+# stops if not. All hosts agree on what process 0 finds.
+
+
+def _lock_path(workdir: pathlib.Path) -> pathlib.Path:
+  path = workdir / 'lock'
+  if path.is_symlink() or (path.exists() and not path.is_file()):
+    raise UserError(
+      f'{path} is no regular file, and a lock goes there; move it'
+    )
+  return path
+
+
+def _locked(path: pathlib.Path) -> filelock.BaseFileLock | None:
+  """The lock, held, or None where another run holds it."""
+  lock = filelock.FileLock(path, timeout=0)
+  try:
+    lock.acquire()
+  except filelock.Timeout:
+    return None
+  return lock
 
 
 def check_no_run_in(workdir: pathlib.Path) -> None:
-  """Raises UserError if a run is going on there; writes nothing."""
-  free, path = True, workdir / 'lock'
+  """Raises UserError if a run is active there; writes nothing."""
+  free, path = True, _lock_path(workdir)
   if not jax.process_index() and path.exists():
-    with path.open('a') as file:
-      free = _taken(file)
+    lock = _locked(path)
+    free = lock is not None
+    if lock:
+      lock.release()
   _check(free, workdir)
 
 
 @contextlib.contextmanager
-def only_run_in(workdir: pathlib.Path) -> Iterator[None]:
+def only_run_in(workdir: pathlib.Path) -> Iterator[Callable[[], None]]:
   """Holds workdir/lock while the body runs; made if absent.
 
+  Yields a check that every host calls before a checkpoint: the file may have
+  been removed, and another run started.
+
   Raises:
-    UserError: another process holds it; on every host.
+    UserError: another process holds it, or that check failed; on every host.
   """
-  with contextlib.ExitStack() as held:
-    free = True
-    if not jax.process_index():
-      workdir.mkdir(parents=True, exist_ok=True)
-      # To append: a look at it touches nothing.
-      free = _taken(held.enter_context((workdir / 'lock').open('a')))
-    _check(free, workdir)
-    yield
+  first, path = not jax.process_index(), _lock_path(workdir)
+  lock = mine = None
+  if first:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if lock := _locked(path):
+      mine = path.stat().st_ino
+  _check(not first or lock is not None, workdir)
+
+  def check() -> None:
+    there = path.stat().st_ino if first and path.exists() else None
+    if not agreed(there == mine):
+      raise UserError(
+        f'{path} was removed while this run was active, so another may have '
+        'started; stop that, and start the command again'
+      )
+
+  try:
+    yield check
+  finally:
+    if lock:
+      lock.release()
 
 
 def agreed(good: bool) -> bool:
@@ -122,22 +160,10 @@ def agreed(good: bool) -> bool:
   return good
 
 
-def _taken(file: IO) -> bool:
-  """Takes the lock of an open file, or is False where another has it."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:  # a file system without locks
-    pass
-  return True
-
-
 def _check(free: bool, workdir: pathlib.Path) -> None:
   if not agreed(free):
     raise UserError(
-      f'another run is going on in {workdir}; stop it, or name another '
-      '--workdir'
+      f'another run is active in {workdir}; stop it, or name another --workdir'
     )
 
 
@@ -292,7 +318,7 @@ def train(
           _warn_of_changes(workdir / 'config.json', config)
           return over
         logging.info('goes on from step %d', position.step)
-      held.enter_context(only_run_in(workdir))
+      check_lock = held.enter_context(only_run_in(workdir))
       if not agreed(kept.steps() == seen):
         raise UserError(
           f'another run has written to {workdir} since this one began to read '
@@ -303,6 +329,7 @@ def train(
       if every:
         kept.begin_from(position.step)
       going = _Going(run, workdir, kept, frozen, position, profile)
+      going.check_lock = check_lock
       with contextlib.closing(going.report), StopRequest() as stop:
         state = going.steps(state, step_fn, stop)
       variables = host_copy(
@@ -493,6 +520,7 @@ class _Going:
     raise finite.NonFinite(words)
 
   def _save(self, state) -> None:
+    self.check_lock()
     position = dataclasses.asdict(self.position)
     self.kept.save(
       self.position.step, state, {**self.says, 'position': position}

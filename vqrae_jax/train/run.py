@@ -28,6 +28,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
 from vqrae_jax.models.tokenizer import build_tokenizer, describe
 from vqrae_jax.ops import trees
+from vqrae_jax.paths import check_writable
 from vqrae_jax.train import checkpoint, initialize
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import initialize as frozen_lib
@@ -39,11 +40,7 @@ from vqrae_jax.types import Frozen, TrainState
 
 def check_workdir(workdir: pathlib.Path) -> None:
   """The workdir can be made, and its tokenizer folder can be replaced."""
-  existing = next(p for p in (workdir, *workdir.parents) if p.exists())
-  if not existing.is_dir():
-    raise UserError(f'--workdir={workdir}: {existing} is a file, not a folder')
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise UserError(f'--workdir={workdir}: {existing} cannot be written')
+  check_writable(workdir, '--workdir')
   folder = workdir / 'checkpoints'
   if os.path.lexists(folder) and not folder.is_dir():
     raise UserError(f'{folder} is no folder, and checkpoints go there; move it')
