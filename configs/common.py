@@ -1,12 +1,17 @@
-"""What configs share. Keys and their defaults are `RunSpec`'s
-(`vqrae_jax/train/config.py`)."""
+"""What configs share: all keys, the parts of a model, and the trainings.
+
+Keys are documented in `vqrae_jax/train/config.py`. `recipe` is a tokenizer on a
+published encoder; `original`, `rae` and `vqrae` add one source's training each,
+and cite it. The original specification is that of the PyTorch project
+hugoycj/RAE, a fork of bytetriper/RAE.
+"""
 
 import ml_collections
 
 
 def base() -> ml_collections.ConfigDict:
   """Every key but `model`, `losses` and `schedules`, so that each can be
-  changed from the command line. Durations are words: "500 steps"."""
+  changed from the command line. Durations are strings: "500 steps"."""
   optional = ml_collections.config_dict.placeholder
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -72,34 +77,195 @@ def encoder_frozen(**schedule) -> tuple:
   return ((r'encoder/.*', None), (r'.*', schedule))
 
 
+def recipe(
+  *,
+  encoder: str,
+  quantizer: dict,
+  decoder: dict,
+  pixels: int = 256,
+  resize: int | None = None,
+  flip: bool = True,
+  remat: bool = True,
+  layout: str = 'fsdp',
+) -> ml_collections.ConfigDict:
+  """A tokenizer on a published encoder; its training is still to be added.
+
+  The latents are the encoder's last norm without its affine part, as RAE's
+  (arXiv 2510.11690). The weights are downloaded at the start
+  (`--config.init.encoder=` for random ones); those of the losses' networks by
+  `fetch_weights` before.
+
+  Args:
+    encoder: a row of the encoder table.
+    quantizer, decoder: their sections.
+    pixels: the side of a training image.
+    resize: the shorter side that it is cropped from; 32 pixels more by default.
+    flip: horizontally, at random.
+    remat: recompute blocks in the backward pass.
+    layout: of the mesh; "fsdp" splits parameters over all devices.
+  """
+  config = base()
+  config.model = dict(
+    encoder=dict(name=encoder, output_norm='plain'),
+    quantizer=quantizer,
+    decoder=decoder,
+    dtype='bfloat16',
+    remat=remat,
+  )
+  config.init.encoder = encoder
+  config.data.update(
+    image_size=pixels, resize=resize or pixels + 32, crop='random', flip=flip
+  )
+  config.mesh.layout = layout
+  return config
+
+
+def original(config, **terms: float) -> dict:
+  """The first stage of the original specification, encoder frozen.
+
+  - The specification: L2, LPIPS and a GAN, AdamW at 1e-3, batch 4096, 30
+    epochs.
+  - The PyTorch project's first-stage configs: LPIPS 1.0 from the start; the
+    GAN's weight .75, adaptive, on the decoder from epoch 8; DINO discriminator
+    from epoch 6, 2e-4 to 2e-5 after an epoch of warm-up (its later SigLIP
+    files: 4e-4 to 1e-4).
+  - VQRAE (arXiv 2511.23386), for what those leave open: betas .9 and .999,
+    decay 1e-4, clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is
+    TiTok's (2406.07550).
+
+  Args:
+    config: from `recipe`, changed in place.
+    **terms: weights of the quantizer's losses.
+
+  Returns:
+    The schedule.
+  """
+  rate = dict(lr=1e-3, end_lr=1e-5, warmup=2000)
+  config.losses = dict(l2=1.0, lpips=1.0, gan=GAN, **terms)
+  config.discriminator = dino_discriminator('6 epochs')
+  config.schedules = encoder_frozen(**rate)
+  config.duration = '30 epochs'
+  config.batch_size = 4096
+  config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
+  config.ema = 0.999
+  return rate
+
+
+def original_second(config) -> dict:
+  """The second stage of the original specification, encoder open.
+
+  - The specification: L2, reduced LPIPS, distillation of the continuous latents
+    into the quantised ones (`distill`, target "self"), no GAN, 1e-5, 10 epochs.
+    Here its gradient ends at the codes (`vqrae_jax/losses/` says why), and
+    nothing holds the encoder itself: the paper's teacher does,
+    `--config.losses.distill.target=teacher --config.teacher=init`.
+  - The PyTorch project's second-stage config: LPIPS .5, distill 2.0, codebook
+    1, commitment .25, cosine to a tenth, 1000 steps of warm-up, AdamW (.9, .95)
+    with decay .05, EMA .9999.
+
+  Returns:
+    The schedule.
+  """
+  second_stage(config, duration='10 epochs')
+  rate = dict(lr=1e-5, end_lr=1e-6, warmup=1000)
+  config.losses = dict(
+    l2=1.0,
+    lpips=0.5,
+    codebook=1.0,
+    commit=0.25,
+    distill=dict(weight=2.0, target='self'),
+  )
+  config.schedules = ((r'.*', rate),)
+  config.batch_size = 4096
+  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0)
+  config.ema = 0.9999
+  return rate
+
+
+def rae(config, **terms: float) -> None:
+  """The training of RAE's decoders (arXiv 2510.11690, its trainer's code),
+  which the PyTorch project's first-stage configs keep; encoder frozen.
+
+  - L1, 1.0 LPIPS from the start, GAN of weight .75, adaptive, on the decoder
+    from epoch 8; DINO discriminator from epoch 6, 2e-4 to 2e-5 after an epoch
+    of warm-up;
+  - AdamW (.9, .95), no decay, 2e-4 to 2e-5 after an epoch of warm-up, batch
+    512, 16 epochs, EMA .9978; clip 1 is the PyTorch project's (VQ DINOv2-B XL);
+  - data, as the recipes have it: crops of 256 from 384 (1.5 times), no flips.
+  """
+  rate = dict(lr=2e-4, end_lr=2e-5, warmup='1 epochs')
+  config.losses = dict(l1=1.0, lpips=1.0, gan=GAN, **terms)
+  config.discriminator = dino_discriminator('6 epochs')
+  config.schedules = encoder_frozen(**rate)
+  config.duration = '16 epochs'
+  config.batch_size = 512
+  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0)
+  config.ema = 0.9978
+
+
+def vqrae(config, stage: int, *, batch: int, steps: tuple[int, int]) -> None:
+  """The training of VQRAE (arXiv 2511.23386, its table of training settings).
+
+  First stage:
+  - VQRAE: L2, perceptual term, the quantizer's terms with .25 of commitment, no
+    GAN; AdamW (.9, .999), decay 1e-4, clip 1, 4e-4 to 1e-4 after 2000 steps of
+    warm-up, crop and flip, the encoder frozen;
+  - TA-TiTok (2501.07730): the perceptual term, the mean of LPIPS and .1
+    ConvNeXt-S with a weight of 1.1, so 1.0 and .1; EMA .999 is TiTok's
+    (2406.07550).
+
+  The second opens the encoder:
+  - VQRAE: the same terms, a GAN of weight .1 from step 50,000, 1.0 times the
+    squared distance to the encoder that it starts with ("teacher"); decoder
+    1e-4 to 1e-5, encoder 1e-5 throughout, discriminator 4e-5;
+  - TiTok: that weight is fixed, the discriminator PatchGAN with hinge and LeCam
+    .001.
+
+  Args:
+    config: from `recipe`, changed in place.
+    stage: 1 or 2.
+    batch: images a step.
+    steps: of the first stage and of the second.
+  """
+  config.losses = dict(
+    l2=1.0, lpips=1.0, convnext=0.1, codebook=1.0, commit=0.25
+  )
+  config.schedules = encoder_frozen(lr=4e-4, end_lr=1e-4, warmup=2000)
+  config.duration = f'{steps[0]} steps'
+  config.batch_size = batch
+  config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
+  config.ema = 0.999
+  if stage == 2:
+    second_stage(config, duration=f'{steps[1]} steps')
+    config.losses.gan = dict(weight=0.1, start=50000, adaptive=False)
+    config.losses.distill = dict(weight=1.0, target='teacher')
+    config.teacher = 'init'
+    config.discriminator = paper_discriminator()
+    config.schedules = (
+      (r'encoder/.*', dict(lr=1e-5, end_lr=1e-5, warmup=2000)),
+      (r'.*', dict(lr=1e-4, end_lr=1e-5, warmup=2000)),
+    )
+
+
 def second_stage(config, *, duration: str) -> None:
-  """Goes on from a finished run, for `duration`; its losses and schedules are
-  the recipe's to say."""
+  """Continues from a finished run, for `duration`; its losses and schedules are
+  the recipe's."""
   config.init_from = 'RUN'  # --config.init_from=runs/NAME
   config.init.encoder = config.init.latents = None  # they come with the run
   config.duration = duration
 
 
-def paper_second_rates() -> tuple:
-  """Schedule rows of VQRAE's second run (arXiv 2511.23386, its table of
-  training settings): encoder 1e-5 throughout, all else 1e-4 to 1e-5."""
-  return (
-    (r'encoder/.*', dict(lr=1e-5, end_lr=1e-5, warmup=2000)),
-    (r'.*', dict(lr=1e-4, end_lr=1e-5, warmup=2000)),
-  )
+GAN = dict(weight=0.75, start=8, unit='epochs')
 
 
-def dino_discriminator(start: str, **schedule) -> ml_collections.ConfigDict:
-  """RAE's second player (arXiv 2510.11690, its trainer's code), which the
-  PyTorch project's first-stage configs keep.
+def dino_discriminator(start: str) -> ml_collections.ConfigDict:
+  """RAE's discriminator (arXiv 2510.11690, its trainer's code), learning from
+  `start` on.
 
   Heads on a frozen DINO ViT-S/8, kernels of 9 with spectral norm, hinge, the
   decoder's loss -mean D(fake); DiffAug on every image, nothing cut out; AdamW
-  (.9, .95) without decay; one update a step. Gradients clipped at 1 are ours.
-
-  Args:
-    start: from when it learns.
-    **schedule: lr, end_lr, warmup.
+  (.9, .95) without decay, 2e-4 to 2e-5 after an epoch of warm-up; one update a
+  step. Gradients clipped at 1 are ours.
   """
   return ml_collections.ConfigDict(
     dict(
@@ -107,7 +273,7 @@ def dino_discriminator(start: str, **schedule) -> ml_collections.ConfigDict:
       loss='hinge',
       start=start,
       updates=1,
-      schedule=schedule,
+      schedule=dict(lr=2e-4, end_lr=2e-5, warmup='1 epochs'),
       optim=dict(b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0),
       augment=True,
       cutout=0.0,
@@ -118,13 +284,13 @@ def dino_discriminator(start: str, **schedule) -> ml_collections.ConfigDict:
 
 
 def paper_discriminator() -> ml_collections.ConfigDict:
-  """VQRAE's second player (arXiv 2511.23386): 4e-5, from step 50,000.
+  """VQRAE's discriminator (arXiv 2511.23386): 4e-5, from step 50,000.
 
   What the paper leaves open is TiTok's (2406.07550), whose losses it takes:
   PatchGAN, hinge, the decoder's loss -mean D(fake), LeCam .001 (there of a
   batch's mean logits, here a mean over logits, which is larger by their
-  variance), no augmentation, both players from the same step with the same
-  AdamW. One rate is named, so it stays.
+  variance), no augmentation, both networks from the same step with the same
+  AdamW. The paper names one rate, so it is constant.
   """
   return ml_collections.ConfigDict(
     dict(

@@ -2,8 +2,8 @@
 
 Both stages of a tokenizer at a size that two CPU cores train in minutes: 32-
 pixel crops, patch 4, two blocks a side, SimVQ with 1024 codes, as many as the
-first batch has tokens for them to begin at. In the place of a published encoder
-is that of a continuous autoencoder, trained before:
+first batch has tokens for them to begin at. A continuous
+autoencoder, trained before, gives the encoder:
 
     …:stage=0                                       continuous, everything open
     …:stage=1 --config.init.encoder=runs/A          its encoder frozen, SimVQ,
@@ -13,14 +13,14 @@ is that of a continuous autoencoder, trained before:
 `benchmarks/two_stages.py` runs each term with and without. Arguments:
 `:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher` ("self",
 "none"), `:frozen=True` (stage 2 with the encoder still frozen, to compare an
-open one with). Photographs whose name matches `HELD_OUT` (ImageNet's names) are
+open one with). Images whose name matches `HELD_OUT` (ImageNet's names) are
 measured on only; of others, `--config.data.exclude="('A*',)"` and
 `--config.eval.include="('A*',)"` hold some out. A is where the run before lies,
 `runs/two_stages_small-stage=0` if no `--workdir` says otherwise.
 
 Weights: L2 1; LPIPS .1, a tenth of the large recipes', since VGG16's features
 are random here (`init.networks`; "published" takes the published file); GAN .3
-of the adaptive weight, for at .75 the small discriminator is beaten within 100
+of the adaptive weight, for at .75 the small discriminator loses within 100
 steps; SimVQ's 1 as in arXiv 2411.02038, but .01 for the tokens' side instead of
 .25, under which they draw together; distillation 1 as in 2511.23386.
 """
