@@ -88,21 +88,14 @@ def recipe(
   remat: bool = True,
   layout: str = 'fsdp',
 ) -> ml_collections.ConfigDict:
-  """A tokenizer on a published encoder; its training is still to be added.
+  """A tokenizer on a published encoder, a row of the table; its training is
+  still to be added.
 
   The latents are the encoder's last norm without its affine part, as RAE's
   (arXiv 2510.11690). The weights are downloaded at the start
   (`--config.init.encoder=` for random ones); those of the losses' networks by
-  `fetch_weights` before.
-
-  Args:
-    encoder: a row of the encoder table.
-    quantizer, decoder: their sections.
-    pixels: the side of a training image.
-    resize: the shorter side that it is cropped from; 32 pixels more by default.
-    flip: horizontally, at random.
-    remat: recompute blocks in the backward pass.
-    layout: of the mesh; "fsdp" splits parameters over all devices.
+  `fetch_weights` before. Training images are crops of `pixels` from images whose
+  shorter side is `resize`, 32 pixels more by default.
   """
   config = base()
   config.model = dict(
@@ -120,8 +113,24 @@ def recipe(
   return config
 
 
+def siglip_l(quantizer: dict) -> ml_collections.ConfigDict:
+  """`recipe` on SigLIP-L/16, the 384-pixel weights at 224 pixels, so 14 x 14
+  tokens, with a ViT-L decoder."""
+  decoder = dict(name='L', vit=dict(grid=(14, 14)))
+  encoder = 'siglip-large-patch16-384'
+  return recipe(
+    encoder=encoder, quantizer=quantizer, decoder=decoder, pixels=224
+  )
+
+
+def simvq(distance: str) -> dict:
+  """SimVQ (arXiv 2411.02038) with 16,384 codes of 1536 channels."""
+  return dict(name='simvq', num_codes=16384, code_dim=1536, distance=distance)
+
+
 def original(config, **terms: float) -> dict:
-  """The first stage of the original specification, encoder frozen.
+  """The first stage of the original specification, encoder frozen; `terms` are
+  weights of the quantizer's losses. Returns the schedule.
 
   - The specification: L2, LPIPS and a GAN, AdamW at 1e-3, batch 4096, 30
     epochs.
@@ -132,13 +141,6 @@ def original(config, **terms: float) -> dict:
   - VQRAE (arXiv 2511.23386), for what those leave open: betas .9 and .999,
     decay 1e-4, clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is
     TiTok's (2406.07550).
-
-  Args:
-    config: from `recipe`, changed in place.
-    **terms: weights of the quantizer's losses.
-
-  Returns:
-    The schedule.
   """
   rate = dict(lr=1e-3, end_lr=1e-5, warmup=2000)
   config.losses = dict(l2=1.0, lpips=1.0, gan=GAN, **terms)
@@ -152,7 +154,8 @@ def original(config, **terms: float) -> dict:
 
 
 def original_second(config) -> dict:
-  """The second stage of the original specification, encoder open.
+  """The second stage of the original specification, encoder open. Returns the
+  schedule.
 
   - The specification: L2, reduced LPIPS, distillation of the continuous latents
     into the quantised ones (`distill`, target "self"), no GAN, 1e-5, 10 epochs.
@@ -162,9 +165,6 @@ def original_second(config) -> dict:
   - The PyTorch project's second-stage config: LPIPS .5, distill 2.0, codebook
     1, commitment .25, cosine to a tenth, 1000 steps of warm-up, AdamW (.9, .95)
     with decay .05, EMA .9999.
-
-  Returns:
-    The schedule.
   """
   second_stage(config, duration='10 epochs')
   rate = dict(lr=1e-5, end_lr=1e-6, warmup=1000)
@@ -220,12 +220,6 @@ def vqrae(config, stage: int, *, batch: int, steps: tuple[int, int]) -> None:
     1e-4 to 1e-5, encoder 1e-5 throughout, discriminator 4e-5;
   - TiTok: that weight is fixed, the discriminator PatchGAN with hinge and LeCam
     .001.
-
-  Args:
-    config: from `recipe`, changed in place.
-    stage: 1 or 2.
-    batch: images a step.
-    steps: of the first stage and of the second.
   """
   config.losses = dict(
     l2=1.0, lpips=1.0, convnext=0.1, codebook=1.0, commit=0.25
@@ -248,8 +242,7 @@ def vqrae(config, stage: int, *, batch: int, steps: tuple[int, int]) -> None:
 
 
 def second_stage(config, *, duration: str) -> None:
-  """Continues from a finished run, for `duration`; its losses and schedules are
-  the recipe's."""
+  """Continues from a finished run; losses and schedules are the recipe's."""
   config.init_from = 'RUN'  # --config.init_from=runs/NAME
   config.init.encoder = config.init.latents = None  # they come with the run
   config.duration = duration
@@ -258,29 +251,23 @@ def second_stage(config, *, duration: str) -> None:
 GAN = dict(weight=0.75, start=8, unit='epochs')
 
 
+def _discriminator(b2, weight_decay, **fields) -> ml_collections.ConfigDict:
+  adam = dict(b1=0.9, b2=b2, weight_decay=weight_decay, clip=1.0)
+  config = dict(loss='hinge', updates=1, optim=adam, lecam=0.0, r1=0.0)
+  return ml_collections.ConfigDict(config | fields)
+
+
 def dino_discriminator(start: str) -> ml_collections.ConfigDict:
-  """RAE's discriminator (arXiv 2510.11690, its trainer's code), learning from
-  `start` on.
+  """RAE's discriminator (arXiv 2510.11690, its trainer's code), from `start` on.
 
   Heads on a frozen DINO ViT-S/8, kernels of 9 with spectral norm, hinge, the
   decoder's loss -mean D(fake); DiffAug on every image, nothing cut out; AdamW
   (.9, .95) without decay, 2e-4 to 2e-5 after an epoch of warm-up; one update a
   step. Gradients clipped at 1 are ours.
   """
-  return ml_collections.ConfigDict(
-    dict(
-      name='dino',
-      loss='hinge',
-      start=start,
-      updates=1,
-      schedule=dict(lr=2e-4, end_lr=2e-5, warmup='1 epochs'),
-      optim=dict(b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0),
-      augment=True,
-      cutout=0.0,
-      lecam=0.0,
-      r1=0.0,
-    )
-  )
+  rate = dict(lr=2e-4, end_lr=2e-5, warmup='1 epochs')
+  fields = dict(schedule=rate, augment=True, cutout=0.0)
+  return _discriminator(0.95, 0.0, name='dino', start=start, **fields)
 
 
 def paper_discriminator() -> ml_collections.ConfigDict:
@@ -292,34 +279,16 @@ def paper_discriminator() -> ml_collections.ConfigDict:
   variance), no augmentation, both networks from the same step with the same
   AdamW. The paper names one rate, so it is constant.
   """
-  return ml_collections.ConfigDict(
-    dict(
-      name='patch',
-      loss='hinge',
-      start='50000 steps',
-      updates=1,
-      schedule=dict(lr=4e-5, warmup='2000 steps', decay='constant'),
-      optim=dict(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0),
-      augment=False,
-      lecam=0.001,
-      r1=0.0,
-    )
-  )
+  rate = dict(lr=4e-5, warmup='2000 steps', decay='constant')
+  fields = dict(schedule=rate, augment=False, lecam=0.001)
+  start = '50000 steps'
+  return _discriminator(0.999, 1e-4, name='patch', start=start, **fields)
 
 
 def layerwise(decay: float, depth: int, last: int | None = None) -> tuple:
   """`Schedule.layers` of `depth` stacked blocks: 1 for the last block, `decay`
-  times less for each below it.
-
-  Args:
-    decay: in (0, 1]; 1 moves all alike.
-    depth: blocks.
-    last: how many blocks move, counted from the end; those below have None,
-      which keeps every bit. By default all.
-
-  Raises:
-    ValueError: a decay or a number of blocks outside its range.
-  """
+  in (0, 1] times less for each below it. Only the `last` blocks move, by default
+  all; those below have None, which keeps every bit."""
   last = depth if last is None else last
   if not 0 < decay <= 1:
     raise ValueError(f'layerwise decay={decay} must lie in (0, 1]')
@@ -331,10 +300,8 @@ def layerwise(decay: float, depth: int, last: int | None = None) -> tuple:
 def encoder_open(*, depth: int, last: int, decay: float, **schedule) -> tuple:
   """Schedule rows: of the encoder the last `last` of `depth` blocks move, each
   `decay` times slower than the one above it, and all else by `schedule`.
-
   What lies before the first block (patches, positions) is one step slower
-  still, and frozen unless all blocks move.
-  """
+  still, and frozen unless all blocks move."""
   if last == depth and decay == 1:
     return ((r'.*', schedule),)
   blocks = schedule | dict(layers=layerwise(decay, depth, last))
@@ -346,42 +313,27 @@ def encoder_open(*, depth: int, last: int, decay: float, **schedule) -> tuple:
   )
 
 
-def _like(default, value: str):
-  if isinstance(default, bool):
-    return {'true': True, 'false': False}[value.lower()]
-  return type(default)(value)
-
-
 def arguments(text: str | None, **defaults):
-  """ "steps=60,lr=1e-3" over the defaults, each of its default's type.
-
-  A default that is a tuple lists the choices, the first of them the default.
-
-  Raises:
-    ValueError: a name that has no default, a value of another type, or none
-      of the choices.
-  """
-  choices = {k: v for k, v in defaults.items() if isinstance(v, tuple)}
-  values = defaults | {k: v[0] for k, v in choices.items()}
+  """ "steps=60,lr=1e-3" over the defaults, each of its default's type; of a
+  tuple, the choices, the first is the default. Others are a ValueError."""
+  values = {k: v[0] if type(v) is tuple else v for k, v in defaults.items()}
   known = ', '.join(f'{k}={v}' for k, v in values.items())
+  known = f'is none of: {known}' if known else 'has no place: there are none'
   for pair in filter(None, (text or '').split(',')):
     name, equals, value = pair.partition('=')
     if not equals or name not in defaults:
-      there_are = (
-        f'is none of: {known}' if known else 'has no place: there are none'
-      )
-      raise ValueError(f'config argument "{pair}" {there_are}')
-    allowed = choices.get(name)
+      raise ValueError(f'config argument "{pair}" {known}')
+    choices = defaults[name] if type(defaults[name]) is tuple else ()
+    right = ' or '.join(f'{name}={v}' for v in choices)
     try:
-      found = _like(values[name], value)
+      if isinstance(values[name], bool):
+        found = {'true': True, 'false': False}[value.lower()]
+      else:
+        found = type(values[name])(value)
+      if choices and found not in choices:
+        raise ValueError
     except (KeyError, ValueError):
-      found = None
-    if allowed and found not in allowed:
-      options = ' or '.join(f'{name}={v}' for v in allowed)
-      raise ValueError(f'config argument "{pair}" must be {options}')
-    if found is None:
-      raise ValueError(
-        f'config argument "{pair}" must be like {name}={values[name]}'
-      )
+      right = right or f'like {name}={values[name]}'
+      raise ValueError(f'config argument "{pair}" must be {right}') from None
     values[name] = found
   return ml_collections.ConfigDict(values)

@@ -21,17 +21,10 @@ import importlib
 from configs import common
 
 RECIPES = (
-  'simvq_siglip_l',
-  'simvq_siglip2_l',
-  'vq_dinov2_b',
-  'vq_dinov2_b_decxl',
-  'vqvae_16k',
-  'fsq_siglip_l',
-  'fsq_cosmos_64k',
-  'internvit_6b',
-  'paper_siglip2_so400m',
-  'paper_internvit_300m',
-)
+  'simvq_siglip_l', 'simvq_siglip2_l', 'vq_dinov2_b', 'vq_dinov2_b_decxl',
+  'vqvae_16k', 'fsq_siglip_l', 'fsq_cosmos_64k', 'internvit_6b',
+  'paper_siglip2_so400m', 'paper_internvit_300m',
+)  # fmt: skip
 
 
 def get_config(arguments=None):

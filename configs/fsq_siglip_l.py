@@ -15,11 +15,8 @@ from configs import common
 
 def get_config(arguments=None):
   common.arguments(arguments)
-  config = common.recipe(
-    encoder='siglip-large-patch16-384',
-    quantizer=dict(name='fsq', levels=(8, 8, 8), convention='centered'),
-    decoder=dict(name='L', vit=dict(grid=(14, 14))),
-    pixels=224,
+  config = common.siglip_l(
+    dict(name='fsq', levels=(8, 8, 8), convention='centered')
   )
   common.original(config, commit=0.25)
   return config

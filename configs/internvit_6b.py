@@ -26,7 +26,7 @@ def get_config(arguments=None):
   )
   config = common.recipe(
     encoder='internvit-6b-448px-v2_5',
-    quantizer=dict(name='simvq', num_codes=16384, code_dim=1536, distance='l2'),
+    quantizer=common.simvq('l2'),
     decoder=dict(name=arg.decoder, vit=dict(patch_size=16, grid=(16, 16))),
   )
   common.vqrae(config, arg.stage, batch=768, steps=(45000, 60000))

@@ -18,7 +18,7 @@ def get_config(arguments=None):
   arg = common.arguments(arguments, stage=(1, 2))
   config = common.recipe(
     encoder='internvit-300m-448px-v2_5',
-    quantizer=dict(name='simvq', num_codes=16384, code_dim=1536, distance='l2'),
+    quantizer=common.simvq('l2'),
     decoder=dict(name='symmetric', vit=dict(patch_size=16, grid=(16, 16))),
   )
   common.vqrae(config, arg.stage, batch=768, steps=(45000, 60000))

@@ -17,7 +17,7 @@ def get_config(arguments=None):
   arg = common.arguments(arguments, stage=(1, 2))
   config = common.recipe(
     encoder='siglip2-so400m-patch16-256',
-    quantizer=dict(name='simvq', num_codes=16384, code_dim=1536, distance='l2'),
+    quantizer=common.simvq('l2'),
     decoder=dict(name='symmetric'),
   )
   common.vqrae(config, arg.stage, batch=1024, steps=(100000, 70000))

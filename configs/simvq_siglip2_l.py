@@ -24,12 +24,7 @@ def get_config(arguments=None):
   paper = arg.preset == 'paper'
   config = common.recipe(
     encoder='siglip2-large-patch16-256',
-    quantizer=dict(
-      name='simvq',
-      num_codes=16384,
-      code_dim=1536,
-      distance='l2' if paper else 'cosine',
-    ),
+    quantizer=common.simvq('l2' if paper else 'cosine'),
     decoder=dict(name='symmetric' if paper else 'L'),
   )
   if paper:

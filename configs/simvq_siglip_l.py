@@ -20,14 +20,7 @@ def get_config(arguments=None):
   arg = common.arguments(
     arguments, stage=(1, 2), frozen=True, open=BLOCKS, decay=1.0
   )
-  config = common.recipe(
-    encoder='siglip-large-patch16-384',
-    quantizer=dict(
-      name='simvq', num_codes=16384, code_dim=1536, distance='cosine'
-    ),
-    decoder=dict(name='L', vit=dict(grid=(14, 14))),
-    pixels=224,
-  )
+  config = common.siglip_l(common.simvq('cosine'))
   if arg.stage == 1:
     rate = common.original(config, codebook=1.0, commit=0.25)
   else:

@@ -15,13 +15,8 @@ from configs import common
 
 def get_config(arguments=None):
   common.arguments(arguments)
-  config = common.recipe(
-    encoder='siglip-large-patch16-384',
-    quantizer=dict(
-      name='vq', num_codes=16384, update='ema', decay=0.99, epsilon=1e-5
-    ),
-    decoder=dict(name='L', vit=dict(grid=(14, 14))),
-    pixels=224,
+  config = common.siglip_l(
+    dict(name='vq', num_codes=16384, update='ema', decay=0.99, epsilon=1e-5)
   )
   common.original(config, commit=0.25)
   return config
