@@ -70,7 +70,7 @@ def place(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def answer(place, monkeypatch, capsys):
-  """(command, argv) -> its error line (`tests/bad.py`)."""
+  """(main, argv) -> its error line (`tests/bad.py`)."""
   from tests import bad
 
   return functools.partial(bad.answer, place, monkeypatch, capsys)

@@ -84,9 +84,15 @@ def same(found, want):
     np.testing.assert_array_equal(found[name], want[name], err_msg=name)
 
 
-def test_training_leaves_the_statistics_as_they_are(parent, files):
+def test_training_and_init_from_leave_the_statistics(parent, photos, files):
+  """In the exported tokenizer, in a run from it and in one from the workdir."""
   norm, workdir = parent
   same(tables(workdir), wanted(files[norm]))
+  for path in (workdir, workdir / 'tokenizer'):
+    run = Run(config(photos, norm, init_from=str(path)))
+    with jax.set_mesh(run.mesh):
+      state, _, _ = run.start()
+    same(state.codebook['latents'], wanted(files[norm]))
 
 
 def test_a_table_still_starts_at_normalised_tokens(photos, files):
@@ -107,75 +113,17 @@ def test_a_table_still_starts_at_normalised_tokens(photos, files):
     assert np.abs(normal - code).max(1).min() < 1e-4
 
 
-@pytest.mark.parametrize('what', ('run', 'tokenizer'))
-def test_init_from_brings_them_along(parent, photos, files, what):
+def test_a_run_resumes_without_the_file(parent, photos, tmp_path):
+  """Its checkpoint holds them; a new run needs the file."""
   norm, workdir = parent
-  path = workdir if what == 'run' else workdir / 'tokenizer'
-  run = Run(config(photos, norm, init_from=str(path)))
-  with jax.set_mesh(run.mesh):
-    state, _, _ = run.start()
-  same(state.codebook['latents'], wanted(files[norm]))
-
-
-def test_a_run_goes_on_without_the_file(photos, files, tmp_path):
-  """They are in the checkpoint; so are those of a run it began from."""
-  path = tmp_path / 'gone.npz'
-  shutil.copy(files['channel'], path)
-  begun = config(photos, init=dict(latents=str(path)), duration=1)
-  loop.train(begun, tmp_path / 'run')
-  path.unlink()
-  with pytest.raises(UserError, match='init.latents=.*gone.npz: no weights'):
-    loop.train(begun, tmp_path / 'new')
-  loop.train(begun | dict(duration=2), tmp_path / 'run')
-  same(tables(tmp_path / 'run'), wanted(files['channel']))
-  child = config(photos, init_from=str(tmp_path / 'run'))
-  run = Run(child)
-  with jax.set_mesh(run.mesh):
-    state, _, _ = run.start()
-  same(state.codebook['latents'], wanted(files['channel']))
-
-
-@pytest.mark.parametrize(
-  'norm, keys, words',
-  [
-    (
-      'channel',
-      {},
-      'needs statistics: python -m vqrae_jax.latent_stats --config=… --data=… '
-      '--out=stats.npz computes them for --config.init.latents=stats.npz',
-    ),
-    ('position', {}, '--out=stats.npz --position computes'),
-    ('none', dict(init=dict(latents='s.npz')), 'init.latents=s.npz has no pl'),
-    (
-      'channel',
-      dict(init=dict(latents='s.npz'), init_from='x'),
-      'init.latents has no place; give one',
-    ),
-    (
-      'position',
-      dict(init=dict(latents='s.npz'), data=dict(image_size=32)),
-      'data.image_size has 8x8 tokens, .* are of 4x4',
-    ),
-    (
-      'position',
-      dict(init=dict(latents='s.npz'), eval=dict(tile=8)),
-      'eval.tile has 2x2 tokens, .* are of 4x4',
-    ),
-    ('channel', dict(init=dict(latents='nowhere.npz')), 'no weights at nowh'),
-  ],
-)
-def test_a_wrong_config_says_what_is_right(photos, norm, keys, words):
-  keys = {
-    name: dict(source=str(photos)) | section
-    if name in ('data', 'eval')
-    else section
-    for name, section in keys.items()
-  }
-  with pytest.raises(UserError, match=words) as error:
-    run = Run(config(photos, norm, **keys))
-    with jax.set_mesh(run.mesh):
-      run.start()
-  assert '\n' not in str(error.value)
+  gone = dict(latents=str(tmp_path / 'gone.npz'))
+  shutil.copytree(workdir, tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'run' / 'tokenizer')
+  longer = config(photos, norm, init=gone, duration=3)
+  with pytest.raises(UserError, match='init.latents=.*gone.npz'):
+    loop.train(longer, tmp_path / 'new')
+  loop.train(longer, tmp_path / 'run')
+  same(tables(tmp_path / 'run'), tables(workdir))
 
 
 def test_distilling_from_itself_is_in_the_encoders_space():
