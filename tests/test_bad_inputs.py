@@ -58,7 +58,7 @@ RECONSTRUCT = [
   ('--images=photos --out=photos', 'photos'),
   ('--images=photos --tile=7', '--tile=7'),
   ('--images=photos --tile=x', '--tile=x'),
-  ('--images=dot.png', 'dot.png'),
+  ('--images=dot.png', '3x3'),
 ]
 
 # What a config names, opened after its checks and before a step is compiled.

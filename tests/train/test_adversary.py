@@ -5,12 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from tests import tiny
 from tests.train import pieces
 from vqrae_jax import optim
-from vqrae_jax.errors import UserError
 from vqrae_jax.losses import adversarial
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
@@ -174,30 +172,6 @@ def test_accumulation_is_one_big_batch():
   a, b = (pieces.host(s.discriminator.stats) for s in (one, four))
   for name in a:
     np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-  'keys, words',
-  [
-    (dict(discriminator=None), 'losses.gan wants a discriminator'),
-    (dict(losses=dict(l2=1.0)), 'has no losses.gan to learn for'),
-    (dict(losses=dict(gan=1.0)), 'no image loss to balance it'),
-    (dict(discriminator=PATCH | dict(loss='hing')), 'did you mean "hinge"'),
-    (dict(discriminator=PATCH | dict(updates=0)), 'updates=0 must be above 0'),
-    (dict(discriminator=PATCH | dict(name='path')), 'did you mean "patch"'),
-    (dict(discriminator=PATCH | dict(fields=dict(hiden=8))), 'hiden'),
-    (dict(discriminator=PATCH | dict(cutout=1.0)), r'must lie in \[0, 1\)'),
-    (dict(discriminator=PATCH | dict(lecam=-1.0)), 'must not be negative'),
-    (
-      dict(losses=dict(l2=1.0, gan=dict(weight=1.0, start=99999))),
-      'losses.gan starts at',
-    ),
-    (dict(init=dict(networks='randm')), 'did you mean "random"'),
-  ],
-)
-def test_what_cannot_play_is_said(keys, words):
-  with pytest.raises(UserError, match=words):
-    planned(**keys)
 
 
 def test_config_sections_build():

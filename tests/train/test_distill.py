@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vqrae_jax.errors import UserError
 from vqrae_jax.losses.latent import distill
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as terms
@@ -159,24 +158,6 @@ def test_self_moves_codes_and_the_way_back_from_them_alone(kind):
   assert not any(n.startswith('quantizer/project_in') for n in moved)
   if kind == 'simvq-l2':
     assert {'quantizer/kernel', 'quantizer/project_out/kernel'} <= moved
-
-
-@pytest.mark.parametrize(
-  'keys, words',
-  [
-    (dict(losses=TAUGHT), 'there is none: set teacher="init"'),
-    (dict(teacher='init'), 'has nothing to teach'),
-    (dict(losses=TAUGHT, teacher='init'), 'would be a random encoder'),
-    (dict(losses=TAUGHT, teacher='siglip-larg'), 'teacher=siglip-larg'),
-    (
-      dict(losses=TERMS | dict(distill=dict(weight=1.0, target='techer'))),
-      'did you mean "teacher"',
-    ),
-  ],
-)
-def test_what_cannot_teach_is_said(keys, words, photos):
-  with pytest.raises(UserError, match=words):
-    Run(config(photos, **keys))._bring()
 
 
 def test_a_ramp_is_linear_from_the_start():

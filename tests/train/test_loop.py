@@ -173,7 +173,7 @@ def test_a_second_run_is_refused_at_once(ran, photos, monkeypatch):
   monkeypatch.setattr(loop, 'Run', lambda _: pytest.fail('it went on'))
   with (
     lock.only_run_in(workdir),
-    pytest.raises(vqrae_jax.UserError, match='another run is going on in'),
+    pytest.raises(vqrae_jax.UserError, match='another run is active in'),
   ):
     loop.train(config(photos, duration=6), workdir)
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
@@ -205,7 +205,7 @@ def test_a_second_run_may_come_late(ran, photos, monkeypatch):
   monkeypatch.setattr(loop, 'check_no_run_in', lambda _: None)
   with (
     lock.only_run_in(workdir),
-    pytest.raises(vqrae_jax.UserError, match='another run is going on in'),
+    pytest.raises(vqrae_jax.UserError, match='another run is active in'),
   ):
     loop.train(config(photos, duration=6), workdir)
   assert (workdir / 'metrics.jsonl').read_bytes() == before

@@ -265,7 +265,7 @@ def test_a_published_encoder(photos, tmp_path):
     (dict(init=dict(encoder='{photos}')), 'init.encoder=.*: no weights in'),
     (
       dict(init_from='{run}', init=dict(encoder='dinov2-base')),
-      'init.encoder has no place',
+      'init.encoder',
     ),
     (
       dict(init_from='{run}', init=dict(decoder='rae:x.pt')),

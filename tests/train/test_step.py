@@ -219,48 +219,6 @@ def test_vector_schedules_reach_the_step():
       assert (before[name][1] != now[name][1]).any(), name
 
 
-@pytest.mark.parametrize(
-  'keys, words',
-  [
-    (dict(losses=dict(l3=1.0)), 'unknown loss "l3"; did you mean "l2"'),
-    (dict(losses={}), 'losses is empty'),
-    (dict(losses=dict(l2=1.0, commit=0.1)), 'FSQ as configured has no such'),
-    (dict(losses=dict(l2=dict(wieght=1.0))), 'did you mean "weight"'),
-    (dict(losses=dict(l2=dict(weight=1.0, unit='days'))), 'losses.l2.unit'),
-    (dict(schedules=(('.*', None),)), 'nothing to train'),
-    (dict(schedules=(('.*', dict(rl=1.0)),)), 'did you mean "lr"'),
-    (dict(schedules=(('.*', 1.0),)), r'must be None or dict\(lr='),
-    (dict(schedules=('.*',)), r'must be \(regex, schedule\)'),
-    (dict(schedules=(('decoder/.*', None),)), 'no row of schedules claims'),
-    (dict(schedules=((None, None),)), 'is no regex'),
-    (dict(losses=dict(l2=0.0)), 'trains nothing'),
-    (dict(losses=dict(l2=-1.0)), 'trains nothing'),
-    (dict(losses=dict(l2=dict(weight=1.0, start=4))), 'after the 4 steps'),
-    (dict(duration=0), 'no step at all'),
-    (dict(seed=-1), 'seed=-1'),
-    (dict(optim=dict(clip=-1.0)), 'optim.clip=-1.0'),
-    (dict(optim=dict(b1=2.0)), 'optim.b1=2.0'),
-    (dict(data=dict(source='x', image_size=(16, 0))), 'image_size'),
-    (dict(data=dict(source='x', image_size=16, resize=-3)), 'data.resize'),
-    (dict(eval=dict(source='x', tile=-16)), 'eval.tile=-16'),
-    (dict(eval=dict(source='x', tile=16, batch_size=0)), 'batch_size=0'),
-    (dict(log=dict(usage_window=10**7)), 'shorten the window'),
-    (dict(batch_sise=4), 'unknown key "config.batch_sise"; did you mean'),
-    (dict(batch_size=0), 'batch_size=0'),
-    (dict(ema=1.0), r'ema=1.0 must lie in \[0, 1\)'),
-    (dict(duration='soon'), "duration='soon'"),
-    (dict(data=dict(source='x', image_size=18)), '18x18 is no multiple'),
-    (dict(data=dict(source='x', image_size=16, crop='c')), 'data.crop'),
-    (dict(data=dict(source='x')), 'missing key "config.data.image_size"'),
-    (dict(log=dict(evry=5)), 'did you mean "every"'),
-    (dict(optim=dict(b1='x')), 'must be of type float'),
-  ],
-)
-def test_a_wrong_config_says_what_is_right(keys, words):
-  with pytest.raises(UserError, match=words):
-    planned(**keys)
-
-
 @pytest.mark.parametrize('kind', ('vq-ema', 'simvq-l2'))
 def test_accumulation_is_one_big_batch(kind):
   """Four parts give the step of the whole: weights, codebook, figures."""
