@@ -1,5 +1,7 @@
 """A value outside its usual range is logged once, in one line, and used."""
 
+import re
+
 import pytest
 
 from tests import tiny
@@ -23,7 +25,7 @@ def warned(kind, commit=0.25, noise_tau=0.0, **fields):
   spec = config_lib.read_config(config)
   line = config_lib.config_warnings(spec, build_tokenizer(spec.model)) or ''
   assert '\n' not in line
-  return [w.split('.')[-1].split('=')[0] for w in line.split() if '=' in w]
+  return re.findall(r'(\w+)=', line)
 
 
 @pytest.mark.parametrize(
