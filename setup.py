@@ -21,11 +21,13 @@ setup(
   # `configs` is installed beside the package, so that
   # --config=configs/NAME.py is found without a checkout.
   packages=find_packages(include=['vqrae_jax', 'vqrae_jax.*', 'configs']),
+  entry_points={'console_scripts': ['vqrae=vqrae_jax.cli:vqrae']},
   install_requires=[
     'absl-py',
     'array_record',  # data in ArrayRecord files
     'flatbuffers',  # jax.export's serialisation
     'dm-pix',  # PSNR and SSIM
+    'filelock',  # one run a workdir
     'flax>=0.12',
     'grain>=0.2.18',
     'huggingface_hub',

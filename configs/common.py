@@ -1,12 +1,17 @@
-"""What configs share. Keys and their defaults are `RunSpec`'s
-(`vqrae_jax/train/config.py`)."""
+"""What configs share: all keys, the parts of a model, and the trainings.
+
+Keys are documented in `vqrae_jax/train/config.py`. `recipe` is a tokenizer on a
+published encoder; `original`, `rae` and `vqrae` add one source's training each,
+and cite it. The original specification is that of the PyTorch project
+hugoycj/RAE, a fork of bytetriper/RAE.
+"""
 
 import ml_collections
 
 
 def base() -> ml_collections.ConfigDict:
   """Every key but `model`, `losses` and `schedules`, so that each can be
-  changed from the command line. Durations are words: "500 steps"."""
+  changed from the command line. Durations are strings: "500 steps"."""
   optional = ml_collections.config_dict.placeholder
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -72,88 +77,218 @@ def encoder_frozen(**schedule) -> tuple:
   return ((r'encoder/.*', None), (r'.*', schedule))
 
 
+def recipe(
+  *,
+  encoder: str,
+  quantizer: dict,
+  decoder: dict,
+  pixels: int = 256,
+  resize: int | None = None,
+  flip: bool = True,
+  remat: bool = True,
+  layout: str = 'fsdp',
+) -> ml_collections.ConfigDict:
+  """A tokenizer on a published encoder, a row of the table; its training is
+  still to be added.
+
+  The latents are the encoder's last norm without its affine part, as RAE's
+  (arXiv 2510.11690). The weights are downloaded at the start
+  (`--config.init.encoder=` for random ones); those of the losses' networks by
+  `fetch_weights` before. Training images are crops of `pixels` from images whose
+  shorter side is `resize`, 32 pixels more by default.
+  """
+  config = base()
+  config.model = dict(
+    encoder=dict(name=encoder, output_norm='plain'),
+    quantizer=quantizer,
+    decoder=decoder,
+    dtype='bfloat16',
+    remat=remat,
+  )
+  config.init.encoder = encoder
+  config.data.update(
+    image_size=pixels, resize=resize or pixels + 32, crop='random', flip=flip
+  )
+  config.mesh.layout = layout
+  return config
+
+
+def siglip_l(quantizer: dict) -> ml_collections.ConfigDict:
+  """`recipe` on SigLIP-L/16, the 384-pixel weights at 224 pixels, so 14 x 14
+  tokens, with a ViT-L decoder."""
+  decoder = dict(name='L', vit=dict(grid=(14, 14)))
+  encoder = 'siglip-large-patch16-384'
+  return recipe(
+    encoder=encoder, quantizer=quantizer, decoder=decoder, pixels=224
+  )
+
+
+def simvq(distance: str) -> dict:
+  """SimVQ (arXiv 2411.02038) with 16,384 codes of 1536 channels."""
+  return dict(name='simvq', num_codes=16384, code_dim=1536, distance=distance)
+
+
+def original(config, **terms: float) -> dict:
+  """The first stage of the original specification, encoder frozen; `terms` are
+  weights of the quantizer's losses. Returns the schedule.
+
+  - The specification: L2, LPIPS and a GAN, AdamW at 1e-3, batch 4096, 30
+    epochs.
+  - The PyTorch project's first-stage configs: LPIPS 1.0 from the start; the
+    GAN's weight .75, adaptive, on the decoder from epoch 8; DINO discriminator
+    from epoch 6, 2e-4 to 2e-5 after an epoch of warm-up (its later SigLIP
+    files: 4e-4 to 1e-4).
+  - VQRAE (arXiv 2511.23386), for what those leave open: betas .9 and .999,
+    decay 1e-4, clip 1, 2000 steps of warm-up, crop and flip; EMA .999 is
+    TiTok's (2406.07550).
+  """
+  rate = dict(lr=1e-3, end_lr=1e-5, warmup=2000)
+  config.losses = dict(l2=1.0, lpips=1.0, gan=GAN, **terms)
+  config.discriminator = dino_discriminator('6 epochs')
+  config.schedules = encoder_frozen(**rate)
+  config.duration = '30 epochs'
+  config.batch_size = 4096
+  config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
+  config.ema = 0.999
+  return rate
+
+
+def original_second(config) -> dict:
+  """The second stage of the original specification, encoder open. Returns the
+  schedule.
+
+  - The specification: L2, reduced LPIPS, distillation of the continuous latents
+    into the quantised ones (`distill`, target "self"), no GAN, 1e-5, 10 epochs.
+    Here its gradient ends at the codes (`vqrae_jax/losses/` says why), and
+    nothing holds the encoder itself: the paper's teacher does,
+    `--config.losses.distill.target=teacher --config.teacher=init`.
+  - The PyTorch project's second-stage config: LPIPS .5, distill 2.0, codebook
+    1, commitment .25, cosine to a tenth, 1000 steps of warm-up, AdamW (.9, .95)
+    with decay .05, EMA .9999.
+  """
+  second_stage(config, duration='10 epochs')
+  rate = dict(lr=1e-5, end_lr=1e-6, warmup=1000)
+  config.losses = dict(
+    l2=1.0,
+    lpips=0.5,
+    codebook=1.0,
+    commit=0.25,
+    distill=dict(weight=2.0, target='self'),
+  )
+  config.schedules = ((r'.*', rate),)
+  config.batch_size = 4096
+  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0)
+  config.ema = 0.9999
+  return rate
+
+
+def rae(config, **terms: float) -> None:
+  """The training of RAE's decoders (arXiv 2510.11690, its trainer's code),
+  which the PyTorch project's first-stage configs keep; encoder frozen.
+
+  - L1, 1.0 LPIPS from the start, GAN of weight .75, adaptive, on the decoder
+    from epoch 8; DINO discriminator from epoch 6, 2e-4 to 2e-5 after an epoch
+    of warm-up;
+  - AdamW (.9, .95), no decay, 2e-4 to 2e-5 after an epoch of warm-up, batch
+    512, 16 epochs, EMA .9978; clip 1 is the PyTorch project's (VQ DINOv2-B XL);
+  - data, as the recipes have it: crops of 256 from 384 (1.5 times), no flips.
+  """
+  rate = dict(lr=2e-4, end_lr=2e-5, warmup='1 epochs')
+  config.losses = dict(l1=1.0, lpips=1.0, gan=GAN, **terms)
+  config.discriminator = dino_discriminator('6 epochs')
+  config.schedules = encoder_frozen(**rate)
+  config.duration = '16 epochs'
+  config.batch_size = 512
+  config.optim.update(b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0)
+  config.ema = 0.9978
+
+
+def vqrae(config, stage: int, *, batch: int, steps: tuple[int, int]) -> None:
+  """The training of VQRAE (arXiv 2511.23386, its table of training settings).
+
+  First stage:
+  - VQRAE: L2, perceptual term, the quantizer's terms with .25 of commitment, no
+    GAN; AdamW (.9, .999), decay 1e-4, clip 1, 4e-4 to 1e-4 after 2000 steps of
+    warm-up, crop and flip, the encoder frozen;
+  - TA-TiTok (2501.07730): the perceptual term, the mean of LPIPS and .1
+    ConvNeXt-S with a weight of 1.1, so 1.0 and .1; EMA .999 is TiTok's
+    (2406.07550).
+
+  The second opens the encoder:
+  - VQRAE: the same terms, a GAN of weight .1 from step 50,000, 1.0 times the
+    squared distance to the encoder that it starts with ("teacher"); decoder
+    1e-4 to 1e-5, encoder 1e-5 throughout, discriminator 4e-5;
+  - TiTok: that weight is fixed, the discriminator PatchGAN with hinge and LeCam
+    .001.
+  """
+  config.losses = dict(
+    l2=1.0, lpips=1.0, convnext=0.1, codebook=1.0, commit=0.25
+  )
+  config.schedules = encoder_frozen(lr=4e-4, end_lr=1e-4, warmup=2000)
+  config.duration = f'{steps[0]} steps'
+  config.batch_size = batch
+  config.optim.update(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
+  config.ema = 0.999
+  if stage == 2:
+    second_stage(config, duration=f'{steps[1]} steps')
+    config.losses.gan = dict(weight=0.1, start=50000, adaptive=False)
+    config.losses.distill = dict(weight=1.0, target='teacher')
+    config.teacher = 'init'
+    config.discriminator = paper_discriminator()
+    config.schedules = (
+      (r'encoder/.*', dict(lr=1e-5, end_lr=1e-5, warmup=2000)),
+      (r'.*', dict(lr=1e-4, end_lr=1e-5, warmup=2000)),
+    )
+
+
 def second_stage(config, *, duration: str) -> None:
-  """Goes on from a finished run, for `duration`; its losses and schedules are
-  the recipe's to say."""
+  """Continues from a finished run; losses and schedules are the recipe's."""
   config.init_from = 'RUN'  # --config.init_from=runs/NAME
   config.init.encoder = config.init.latents = None  # they come with the run
   config.duration = duration
 
 
-def paper_second_rates() -> tuple:
-  """Schedule rows of VQRAE's second run (arXiv 2511.23386, its table of
-  training settings): encoder 1e-5 throughout, all else 1e-4 to 1e-5."""
-  return (
-    (r'encoder/.*', dict(lr=1e-5, end_lr=1e-5, warmup=2000)),
-    (r'.*', dict(lr=1e-4, end_lr=1e-5, warmup=2000)),
-  )
+GAN = dict(weight=0.75, start=8, unit='epochs')
 
 
-def dino_discriminator(start: str, **schedule) -> ml_collections.ConfigDict:
-  """RAE's second player (arXiv 2510.11690, its trainer's code), which the
-  PyTorch project's first-stage configs keep.
+def _discriminator(b2, weight_decay, **fields) -> ml_collections.ConfigDict:
+  adam = dict(b1=0.9, b2=b2, weight_decay=weight_decay, clip=1.0)
+  config = dict(loss='hinge', updates=1, optim=adam, lecam=0.0, r1=0.0)
+  return ml_collections.ConfigDict(config | fields)
+
+
+def dino_discriminator(start: str) -> ml_collections.ConfigDict:
+  """RAE's discriminator (arXiv 2510.11690, its trainer's code), from `start` on.
 
   Heads on a frozen DINO ViT-S/8, kernels of 9 with spectral norm, hinge, the
   decoder's loss -mean D(fake); DiffAug on every image, nothing cut out; AdamW
-  (.9, .95) without decay; one update a step. Gradients clipped at 1 are ours.
-
-  Args:
-    start: from when it learns.
-    **schedule: lr, end_lr, warmup.
+  (.9, .95) without decay, 2e-4 to 2e-5 after an epoch of warm-up; one update a
+  step. Gradients clipped at 1 are ours.
   """
-  return ml_collections.ConfigDict(
-    dict(
-      name='dino',
-      loss='hinge',
-      start=start,
-      updates=1,
-      schedule=schedule,
-      optim=dict(b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0),
-      augment=True,
-      cutout=0.0,
-      lecam=0.0,
-      r1=0.0,
-    )
-  )
+  rate = dict(lr=2e-4, end_lr=2e-5, warmup='1 epochs')
+  fields = dict(schedule=rate, augment=True, cutout=0.0)
+  return _discriminator(0.95, 0.0, name='dino', start=start, **fields)
 
 
 def paper_discriminator() -> ml_collections.ConfigDict:
-  """VQRAE's second player (arXiv 2511.23386): 4e-5, from step 50,000.
+  """VQRAE's discriminator (arXiv 2511.23386): 4e-5, from step 50,000.
 
   What the paper leaves open is TiTok's (2406.07550), whose losses it takes:
   PatchGAN, hinge, the decoder's loss -mean D(fake), LeCam .001 (there of a
   batch's mean logits, here a mean over logits, which is larger by their
-  variance), no augmentation, both players from the same step with the same
-  AdamW. One rate is named, so it stays.
+  variance), no augmentation, both networks from the same step with the same
+  AdamW. The paper names one rate, so it is constant.
   """
-  return ml_collections.ConfigDict(
-    dict(
-      name='patch',
-      loss='hinge',
-      start='50000 steps',
-      updates=1,
-      schedule=dict(lr=4e-5, warmup='2000 steps', decay='constant'),
-      optim=dict(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0),
-      augment=False,
-      lecam=0.001,
-      r1=0.0,
-    )
-  )
+  rate = dict(lr=4e-5, warmup='2000 steps', decay='constant')
+  fields = dict(schedule=rate, augment=False, lecam=0.001)
+  start = '50000 steps'
+  return _discriminator(0.999, 1e-4, name='patch', start=start, **fields)
 
 
 def layerwise(decay: float, depth: int, last: int | None = None) -> tuple:
   """`Schedule.layers` of `depth` stacked blocks: 1 for the last block, `decay`
-  times less for each below it.
-
-  Args:
-    decay: in (0, 1]; 1 moves all alike.
-    depth: blocks.
-    last: how many blocks move, counted from the end; those below have None,
-      which keeps every bit. By default all.
-
-  Raises:
-    ValueError: a decay or a number of blocks outside its range.
-  """
+  in (0, 1] times less for each below it. Only the `last` blocks move, by default
+  all; those below have None, which keeps every bit."""
   last = depth if last is None else last
   if not 0 < decay <= 1:
     raise ValueError(f'layerwise decay={decay} must lie in (0, 1]')
@@ -165,10 +300,8 @@ def layerwise(decay: float, depth: int, last: int | None = None) -> tuple:
 def encoder_open(*, depth: int, last: int, decay: float, **schedule) -> tuple:
   """Schedule rows: of the encoder the last `last` of `depth` blocks move, each
   `decay` times slower than the one above it, and all else by `schedule`.
-
   What lies before the first block (patches, positions) is one step slower
-  still, and frozen unless all blocks move.
-  """
+  still, and frozen unless all blocks move."""
   if last == depth and decay == 1:
     return ((r'.*', schedule),)
   blocks = schedule | dict(layers=layerwise(decay, depth, last))
@@ -180,42 +313,27 @@ def encoder_open(*, depth: int, last: int, decay: float, **schedule) -> tuple:
   )
 
 
-def _like(default, value: str):
-  if isinstance(default, bool):
-    return {'true': True, 'false': False}[value.lower()]
-  return type(default)(value)
-
-
 def arguments(text: str | None, **defaults):
-  """ "steps=60,lr=1e-3" over the defaults, each of its default's type.
-
-  A default that is a tuple lists the choices, the first of them the default.
-
-  Raises:
-    ValueError: a name that has no default, a value of another type, or none
-      of the choices.
-  """
-  choices = {k: v for k, v in defaults.items() if isinstance(v, tuple)}
-  values = defaults | {k: v[0] for k, v in choices.items()}
+  """ "steps=60,lr=1e-3" over the defaults, each of its default's type; of a
+  tuple, the choices, the first is the default. Others are a ValueError."""
+  values = {k: v[0] if type(v) is tuple else v for k, v in defaults.items()}
   known = ', '.join(f'{k}={v}' for k, v in values.items())
+  known = f'is none of: {known}' if known else 'has no place: there are none'
   for pair in filter(None, (text or '').split(',')):
     name, equals, value = pair.partition('=')
     if not equals or name not in defaults:
-      there_are = (
-        f'is none of: {known}' if known else 'has no place: there are none'
-      )
-      raise ValueError(f'config argument "{pair}" {there_are}')
-    allowed = choices.get(name)
+      raise ValueError(f'config argument "{pair}" {known}')
+    choices = defaults[name] if type(defaults[name]) is tuple else ()
+    right = ' or '.join(f'{name}={v}' for v in choices)
     try:
-      found = _like(values[name], value)
+      if isinstance(values[name], bool):
+        found = {'true': True, 'false': False}[value.lower()]
+      else:
+        found = type(values[name])(value)
+      if choices and found not in choices:
+        raise ValueError
     except (KeyError, ValueError):
-      found = None
-    if allowed and found not in allowed:
-      options = ' or '.join(f'{name}={v}' for v in allowed)
-      raise ValueError(f'config argument "{pair}" must be {options}')
-    if found is None:
-      raise ValueError(
-        f'config argument "{pair}" must be like {name}={values[name]}'
-      )
+      right = right or f'like {name}={values[name]}'
+      raise ValueError(f'config argument "{pair}" must be {right}') from None
     values[name] = found
   return ml_collections.ConfigDict(values)

@@ -2,25 +2,22 @@
 
 Both stages of a tokenizer at a size that two CPU cores train in minutes: 32-
 pixel crops, patch 4, two blocks a side, SimVQ with 1024 codes, as many as the
-first batch has tokens for them to begin at. In the place of a published encoder
-is that of a continuous autoencoder, trained before:
+first batch has tokens. The encoder is that of a continuous autoencoder:
 
-    …:stage=0                                       continuous, everything open
-    …:stage=1 --config.init.encoder=runs/A          its encoder frozen, SimVQ,
-                                                    a new decoder, LPIPS, GAN
-    …:stage=2 --config.init_from=runs/B             open, with distillation
+    …:stage=0                                continuous, everything open
+    …:stage=1 --config.init.encoder=runs/A   frozen encoder, SimVQ, LPIPS, GAN
+    …:stage=2 --config.init_from=runs/B      open, with distillation
 
-`benchmarks/two_stages.py` runs each term with and without. Arguments:
-`:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher` ("self",
-"none"), `:frozen=True` (stage 2 with the encoder still frozen, to compare an
-open one with). Photographs whose name matches `HELD_OUT` (ImageNet's names) are
-measured on only; of others, `--config.data.exclude="('A*',)"` and
-`--config.eval.include="('A*',)"` hold some out. A is where the run before lies,
-`runs/two_stages_small-stage=0` if no `--workdir` says otherwise.
+A and B are the workdirs before, A `runs/two_stages_small-stage=0` without
+`--workdir`. Arguments: `:steps=1000`, `:lpips=False`, `:gan=False`,
+`:distill=teacher` ("self", "none"), `:frozen=True` (stage 2 with the encoder
+still frozen); `benchmarks/two_stages.py` compares them. Images whose name
+matches `HELD_OUT` (ImageNet's names) are only measured on; other sets have
+`--config.data.exclude="('A*',)"` and `--config.eval.include="('A*',)"`.
 
 Weights: L2 1; LPIPS .1, a tenth of the large recipes', since VGG16's features
 are random here (`init.networks`; "published" takes the published file); GAN .3
-of the adaptive weight, for at .75 the small discriminator is beaten within 100
+of the adaptive weight, for at .75 the small discriminator loses within 100
 steps; SimVQ's 1 as in arXiv 2411.02038, but .01 for the tokens' side instead of
 .25, under which they draw together; distillation 1 as in 2511.23386.
 """
@@ -59,10 +56,7 @@ def get_config(arguments=None):
   config.log.update(every=50, images_every=max(arg.steps // 4, 1))
   config.eval.source = config.data.get_oneway_ref('source')
   config.eval.update(
-    include=HELD_OUT,
-    tile=32,
-    batch_size=64,
-    every=max(arg.steps // 10, 1),
+    include=HELD_OUT, tile=32, batch_size=64, every=max(arg.steps // 10, 1)
   )
   rate = dict(lr=1.5e-3, warmup=arg.steps // 12)
   if arg.stage == 0:
@@ -73,7 +67,7 @@ def get_config(arguments=None):
   if arg.lpips:
     config.losses.lpips = 0.1
   if arg.gan:
-    # From the first step, which is much faster on CPUs (train/adversary.py).
+    # From the first step, which is much faster on CPUs.
     config.losses.gan = dict(weight=0.3, ramp=arg.steps // 2)
     config.discriminator = dict(
       name='patch',

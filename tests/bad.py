@@ -1,5 +1,4 @@
-"""A folder of everything that a command may be pointed at by mistake, and the
-one answer that it must give."""
+"""A folder of what a command may be pointed at by mistake."""
 
 import io
 import json
@@ -8,7 +7,6 @@ import re
 import shutil
 import struct
 import sys
-import tarfile
 import zlib
 
 import numpy as np
@@ -18,15 +16,9 @@ from PIL import Image
 from tests import tiny
 from tests.data import makers
 from tests.train import pieces
-from vqrae_jax import cli, export, latent_stats, reconstruct_images
-from vqrae_jax.train import __main__ as train_main
+from vqrae_jax import cli, export
 from vqrae_jax.train import loop
 
-MAINS = {
-  'train': train_main.main,
-  'reconstruct_images': reconstruct_images.main,
-  'latent_stats': latent_stats.main,
-}
 # A key made of a seed, an array laid on a device: single operations, and the
 # first of a process compiles them.
 SINGLE = {f'jit({n})' for n in (
@@ -37,7 +29,7 @@ FROZEN = (('encoder/embed/.*', None), ('.*', dict(lr=1e-3)))
 
 
 def config():
-  """Two steps on three photographs."""
+  """Two steps on three images."""
   return tiny.run(
     model=tiny.model(depth=1),
     data=dict(source='photos', image_size=16),
@@ -48,24 +40,6 @@ def config():
     ema=0.9,
     seed=0,
   )
-
-
-def _config_file(path):
-  """mine.py:KEY=VALUE,… is `config()` with those keys."""
-  path.write_text(
-    'import ml_collections\n'
-    f'CONFIG = {config()!r}\n'
-    'MODEL, DATA = CONFIG["model"], CONFIG["data"]\n'
-    'def get_config(keys=""):\n'
-    '  over = eval(f"dict({keys})")\n'
-    '  return ml_collections.ConfigDict(CONFIG | over)\n'
-  )
-
-
-def truncated_jpeg():
-  out = io.BytesIO()
-  Image.fromarray(makers.photo(0, 64, 64)).save(out, 'JPEG')
-  return out.getvalue()[:-1500]
 
 
 def huge_png():
@@ -80,6 +54,12 @@ def huge_png():
     b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
     + chunk(b'IDAT', zlib.compress(b'0')) + chunk(b'IEND', b'')
   )  # fmt: skip
+
+
+def truncated_jpeg():
+  out = io.BytesIO()
+  Image.fromarray(makers.photo(0, 64, 64)).save(out, 'JPEG')
+  return out.getvalue()[:-1500]
 
 
 def flipped_png():
@@ -103,7 +83,7 @@ BROKEN = {
 
 
 def good(folder: pathlib.Path) -> list[str]:
-  """ImageSource of every mode that is converted, all below `folder`."""
+  """Images of every mode that is converted, all below `folder`."""
   rgb = Image.fromarray(makers.photo(1, 24, 30))
   deep = np.arange(24 * 30, dtype=np.uint16).reshape(24, 30) * 90
   exif = Image.Exif()
@@ -132,29 +112,36 @@ def good(folder: pathlib.Path) -> list[str]:
 
 
 def _tokenizers(root, good):
-  def copy(name):
+  def copy(name, file, change):
     shutil.copytree(good, root / name)
-    return root / name / export.CONFIG, root / name / export.WEIGHTS
+    path = root / name / file
+    path.write_bytes(change(path.read_bytes()))
 
   def edited(name, **keys):
-    path, _ = copy(name)
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    copy(
+      name, export.CONFIG, lambda b: json.dumps(json.loads(b) | keys).encode()
+    )
 
-  copy('no-config')[0].unlink()
-  copy('no-weights')[1].unlink()
-  copy('empty-config')[0].write_text('')
-  copy('list-config')[0].write_text('[1, 2]')
-  copy('binary-config')[0].write_bytes(b'\xff\xfe\0\x80')
+  for name, file in (
+    ('no-config', export.CONFIG), ('no-weights', export.WEIGHTS),
+  ):  # fmt: skip
+    copy(name, file, bytes)
+    (root / name / file).unlink()
+  for name, data in (
+    ('empty', b''), ('list', b'[1, 2]'), ('binary', b'\xff\xfe\0\x80'),
+  ):  # fmt: skip
+    copy(f'{name}-config', export.CONFIG, lambda _, data=data: data)
   edited('no-model', model=3)
   edited('odd-model', model={'encodr': {}})
   edited('newer', format_version=9)
   edited('encoder', encoder={})
   edited('edited', fingerprint=64 * '0')
   edited('another-model', model=tiny.model('vq-ema'))
-  weights = copy('cut-weights')[1]
-  weights.write_bytes(weights.read_bytes()[:-500])
-  copy('noise-weights')[1].write_bytes(b'\x07' * 999)
-  copy('empty-weights')[1].write_bytes(b'')
+  vit = tiny.VIT | dict(norm_eps=float('nan'))
+  edited('nan', model=tiny.model() | dict(encoder=dict(vit=vit)))
+  copy('cut-weights', export.WEIGHTS, lambda b: b[:-500])
+  copy('noise-weights', export.WEIGHTS, lambda _: b'\x07' * 999)
+  copy('empty-weights', export.WEIGHTS, lambda _: b'')
 
 
 def _runs(root):
@@ -182,26 +169,28 @@ def _runs(root):
   (root / 'blocked' / 'checkpoints').write_text('a file')
   (root / 'foreign' / 'tokenizer').mkdir(parents=True)
   (root / 'foreign' / 'tokenizer' / 'tokenizer.json').write_text('{}')
-  other = tiny.built(tiny.model('vq-ema'))
-  export.save_tokenizer(*other, root / 'other')
+  export.save_tokenizer(*tiny.built(tiny.model('vq-ema')), root / 'other')
 
 
 def make(root: pathlib.Path) -> pathlib.Path:
   """Fills `root`; returns it."""
-  for folder in ('photos', 'hollow', 'docs/deep', 'mixed', 'bad', 'tok'):
+  for folder in ('photos', 'hollow', 'bad', 'tok'):
     (root / folder).mkdir(parents=True)
   for i in range(3):
     (root / 'photos' / f'{i}.png').write_bytes(makers.png(i))
   (root / 'notes.txt').write_text('words\n')
   (root / 'dot.png').write_bytes(makers.png(0, 3, 3))
-  for name in ('docs/a.md', 'docs/deep/b.md', 'docs/c.txt'):
-    (root / name).write_text('words')
-  (root / 'mixed' / 'a.png').write_bytes(makers.png(0))
-  makers.tar(root / 'mixed' / 'b.tar', [('a.png', makers.png(0))])
   for name, data in BROKEN.items():
     (root / 'bad' / name).write_bytes(data())
-  _archives(root)
-  _config_file(root / 'mine.py')
+  makers.tar(root / 'bad.tar', [(n, data()) for n, data in BROKEN.items()])
+  foreign = [b'a pickle, or what else', makers.example(label=3)]
+  makers.array_record(root / 'foreign.array_record', foreign)
+  (root / 'mine.py').write_text(
+    'import ml_collections\n'
+    f'def get_config(keys=""):\n'
+    f'  over = eval(f"dict({{keys}})")\n'
+    f'  return ml_collections.ConfigDict({config()!r} | over)\n'
+  )
   (root / 'broken.py').write_text('def get_config(:\n')
   (root / 'fails.py').write_text('def get_config():\n  return 1 / 0\n')
   (root / 'none.py').write_text('config = {}\n')
@@ -210,45 +199,18 @@ def make(root: pathlib.Path) -> pathlib.Path:
   return root
 
 
-def _archives(root):
-  one = [('a.png', makers.png(0))]
-  makers.tar(root / 's-000.tar', one)
-  makers.tar(root / 's-001.tar', one)
-  makers.tar(root / 'empty.tar', [])
-  makers.tar(root / 'texts.tar', [('a.txt', b'a'), ('a.cls', b'1')])
-  makers.tar(root / 'bad.tar', [(n, data()) for n, data in BROKEN.items()])
-  (root / 'noise.tar').write_bytes(b'\x07' * 5000)
-  whole = (root / 's-000.tar').read_bytes()
-  (root / 'cut.tar').write_bytes(whole[:900])
-  with tarfile.open(root / 'packed.tar.gz', 'w:gz') as file:
-    file.add(root / 'notes.txt', 'a.txt')
-  foreign = [b'a pickle, or what else', makers.example(label=3)]
-  makers.array_record(root / 'foreign.array_record', foreign)
-  makers.array_record(root / 'none.array_record', [])
-  (root / 'noise.array_record').write_bytes(b'\x07' * 999)
-
-
-def tree(folder: pathlib.Path) -> dict[str, int]:
-  """{what lies in it: when it changed}."""
-  return {
-    str(p.relative_to(folder)): p.lstat().st_mtime_ns if p.is_file() else 0
-    for p in folder.rglob('*')
-  }
-
-
-def answer(place, monkeypatch, capsys, name: str, argv: list[str]) -> str:
+def answer(place, monkeypatch, capsys, main, argv: list[str]) -> str:
   """The error line of a command that must fail cleanly, and write nothing."""
   monkeypatch.chdir(place)
-  monkeypatch.setattr(sys, 'argv', [name, *argv])
-  before = tree(place)
+  monkeypatch.setattr(sys, 'argv', ['', *argv])
+  before = {p: p.lstat().st_mtime_ns for p in place.rglob('*') if p.is_file()}
   with pytest.raises(SystemExit) as stop:
-    cli.run(MAINS[name])
+    cli.run(main)
   err = capsys.readouterr().err
   *others, last = err.splitlines()
-  print(last)
   assert stop.value.code == 2
   assert last.startswith('error: ') and err.endswith('\n')
   assert all(re.match(r'[IW]\d{4} ', line) for line in others), err
-  assert 'Traceback' not in err
-  assert tree(place) == before
+  after = {p: p.lstat().st_mtime_ns for p in place.rglob('*') if p.is_file()}
+  assert after == before
   return last

@@ -81,7 +81,7 @@ def trained_gan_run(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def answer(place, monkeypatch, capsys):
-  """(command, argv) -> its error line (`tests/bad.py`)."""
+  """(main, argv) -> its error line (`tests/bad.py`)."""
   from tests import bad
 
   return functools.partial(bad.answer, place, monkeypatch, capsys)

@@ -1,84 +1,130 @@
-"""Command lines as a user types them: help, one-line errors, exit code 2."""
+"""Command lines as a user types them: help, flags, the config, exit codes."""
 
+import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from tests import tiny
 from vqrae_jax import cli, export, reconstruct_images
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.train import __main__ as train_main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = '--config=configs/quickstart.py'
 
 
-def typed(*argv, cwd=ROOT):
-  """A real process: (exit code, stdout, stderr)."""
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_help_has_an_example(name, monkeypatch, capsys):
+  """By `vqrae NAME --help`, which finds each command."""
+  monkeypatch.setattr(sys, 'argv', ['vqrae', name, '--help'])
+  with pytest.raises(SystemExit) as stop:
+    cli.vqrae()
+  assert stop.value.code == 0
+  out = capsys.readouterr().out
+  assert f'example:\n  python -m vqrae_jax.{name} --' in out
+
+
+def test_vqrae_lists_the_commands(monkeypatch, capsys):
+  """All that have a main: files at the top of the package, and train."""
+  files = [*(ROOT / 'vqrae_jax').glob('*.py'), ROOT / 'vqrae_jax/train/']
+  names = {f.stem for f in files if f.is_dir() or 'def main(' in f.read_text()}
+  assert names == {*cli.COMMANDS}
+  monkeypatch.setattr(sys, 'argv', ['vqrae', '--help'])
+  cli.vqrae()
+  listed = capsys.readouterr().out
+  assert all(f'  {name} ' in listed for name in names)
+  monkeypatch.setattr(sys, 'argv', ['vqrae', 'trian'])
+  with pytest.raises(SystemExit, match='"train"'):
+    cli.vqrae()
+
+
+def test_a_process_ends_with_one_line_and_exit_code_2(tmp_path):
   done = subprocess.run(
-    [sys.executable, '-m', *argv], capture_output=True, text=True, cwd=cwd
+    [sys.executable, '-m', 'vqrae_jax.train', '--confg=x'],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
   )
-  return done.returncode, done.stdout, done.stderr
-
-
-@pytest.mark.parametrize(
-  'module',
-  ('train', 'reconstruct_images', 'fetch_weights', 'convert', 'latent_stats'),
-)
-def test_help_has_an_example(module):
-  code, out, _ = typed(f'vqrae_jax.{module}', '--help')
-  assert code == 0
-  assert f'example:\n  python -m vqrae_jax.{module} --' in out
-
-
-def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-  code, out, err = typed('vqrae_jax.train', '--confg=x', cwd=tmp_path)
-  assert (code, out) == (2, '')
-  assert err == 'error: unknown flag --confg; did you mean "config"?\n'
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr == 'error: unknown flag --confg; did you mean "config"?\n'
   assert not list(tmp_path.iterdir())
 
 
-def test_the_installed_configs_are_found_from_anywhere(tmp_path):
-  path = cli.find_config('configs/simvq_siglip_l.py')
-  assert pathlib.Path(path).is_file()
-  code, _, err = typed(
-    'vqrae_jax.train', '--config=configs/simvq_siglip_l.py', cwd=tmp_path
-  )
-  assert code == 2
-  assert 'data "FOLDER" is no folder' in err.splitlines()[-1]
+def raising(error):
+  def main(_):
+    raise error
+
+  return main
+
+
+@pytest.mark.parametrize(
+  'error, code, line',
+  [
+    (UserError('what was\nwrong'), 2, 'error: what was wrong\n'),
+    (FileNotFoundError(2, 'No such file', 'a/b'), 2, 'error: a/b: No such fi'),
+    (OSError(28, 'No space left on device'), 2, 'error: No space left'),
+    (Stopped('by SIGTERM'), 143, 'stopped: by SIGTERM\n'),
+  ],
+)
+def test_exit_codes(error, code, line, capsys):
+  with pytest.raises(SystemExit) as stop:
+    cli.run(raising(error))
+  assert stop.value.code == code
+  assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize('error', (ZeroDivisionError(), ConnectionError('x')))
+def test_other_errors_keep_their_traceback(error):
+  with pytest.raises(type(error)):
+    cli.run(raising(error))
+
+
+def test_the_installed_configs_are_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=r'--config\.data\.source'):
+    train_main.main(['--config=configs/simvq_siglip_l.py'])
 
 
 @pytest.mark.parametrize(
   'argv, words',
   [
-    ([], 'flag --config is missing'),
-    (['--config=configs/quickstrt.py'], 'did you mean "configs/quickstart.py"'),
-    ([CONFIG, '--config.batch_sise=3'], 'did you mean .batch_size'),
-    ([CONFIG, '--config.optim.b3=3'], 'config.optim.b3"; did you mean "b2"'),
-    ([CONFIG, '--config.mesh.foo=3'], 'there are: layout, tensor'),
-    ([CONFIG, '--config.seed.x=3'], '"config.seed" has no keys'),
+    ([], '--config'),
+    (['--config'], '--config'),
+    (['--config=configs/quickstrt.py'], '"configs/quickstart.py"'),
+    (['--config', 'configs/quickstrt.py'], '"configs/quickstart.py"'),
+    ([CONFIG, '--config.batch_sise=3'], '"batch_size"'),
+    ([CONFIG, '--config.optim.b3=3'], 'config.optim.b3"; .*"b2"'),
+    ([CONFIG, '--config.mesh.foo=3'], 'layout, tensor'),
+    ([CONFIG, '--config.seed.x=3'], 'config.seed'),
+    ([CONFIG, '--config.batch_size=many'], 'config.batch_size=many'),
+    ([CONFIG, '--config.batch_size=2.5'], 'config.batch_size=2.5'),
+    ([CONFIG, '--config.optim=3'], 'config.optim=3'),
+    ([CONFIG, '--config.data.source'], 'config.data.source'),
+    ([CONFIG, '--config.data.include=3'], 'data.include'),
     ([CONFIG, '--config.data.image_size=(64,30)', '--dry_run'], '64x30'),
-    (['--config', 'configs/quickstrt.py'], 'no config at'),
-    ([CONFIG, '--profile=1:2', '--dry_run'], 'no --profile'),
-    ([CONFIG + ':steps=3', '--profile=2:9'], 'after the 3 steps'),
-    ([CONFIG, '--config.eval.tile=4096'], 'smaller than eval.tile=4096'),
-    ([CONFIG, '--workdir=/dev/null/x'], '/dev/null is a file'),
-    ([CONFIG, '--config.batch_size=many'], 'batch_size'),
     ([CONFIG + ':stepz=3'], 'stepz=3'),
-    ([CONFIG, '--workdri=x'], 'did you mean "workdir"'),
-    ([CONFIG, 'words'], 'unexpected argument "words"'),
-    ([CONFIG, '--profile=3'], 'FIRST:LAST'),
-    ([CONFIG, '--profile=5:3'], 'FIRST:LAST'),
-    ([CONFIG, '--config.mesh.layout=ddp', '--dry_run'], 'mesh layout "ddp"'),
-    ([CONFIG, '--config.data.source=nowhere'], 'data "nowhere"'),
-    ([CONFIG, '--config.ema=2.0', '--dry_run'], r'ema=2.0'),
+    ([CONFIG + ':steps=3', '--profile=2:9'], '--profile=2:9'),
+    ([CONFIG, '--profile=1:2', '--dry_run'], '--profile'),
+    ([CONFIG, '--profile=3'], '--profile=3'),
+    ([CONFIG, '--profile=5:3'], '--profile=5:3'),
+    ([CONFIG, '--dry_run=maybe'], 'dry_run=maybe'),
+    ([CONFIG, '--workdri=x'], '"workdir"'),
+    ([CONFIG, '--workdir='], '--workdir'),
+    ([CONFIG, '--workdir=/dev/null/x'], '/dev/null'),
+    ([CONFIG, 'words'], '"words"'),
+    (['--config=configs/simvq_siglip_l.py:stage=3'], 'stage=2'),
+    (['--config=configs/simvq_siglip_l.py:stage=2'], '--config.init_from'),
+    (['--config=configs/simvq_siglip2_l.py:preset=papr'], 'preset=paper'),
   ],
 )
-def test_train_says_what_is_right(argv, words, monkeypatch, tmp_path):
+def test_train_names_what_is_wrong(argv, words, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match=words) as error:
     train_main.main(argv)
@@ -86,20 +132,41 @@ def test_train_says_what_is_right(argv, words, monkeypatch, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_host_that_finds_no_others_is_told_the_flags(monkeypatch):
+  """On one machine `jax.distributed` has nobody to ask."""
+  values = flags.FlagValues()
+  cli.define_hosts(values)
+  values(['', '--num_processes=2'])
+  given = {}
+
+  def initialize(**keys):
+    given.update(keys)
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr('jax.distributed.initialize', initialize)
+  with pytest.raises(UserError) as error:
+    cli.join_hosts(values)
+  assert given == dict(num_processes=2)
+  text = str(error.value)
+  assert '--coordinator_address' in text and '--process_id' in text
+  assert '--num_processes' not in text
+
+
 @pytest.mark.parametrize(
-  'words, workdir',
+  'source, workdir',
   [
     ('configs/quickstart.py', 'runs/quickstart'),
     ('a/b.py:stage=2,decay=0.8', 'runs/b-stage=2,decay=0.8'),
     ('a/b.py:data=x/y', 'runs/b-data=x_y'),
   ],
 )
-def test_each_argument_has_a_workdir_of_its_own(words, workdir):
-  assert train_main.default_workdir(words) == workdir
+def test_each_argument_has_a_workdir_of_its_own(source, workdir):
+  assert train_main.default_workdir(source) == workdir
 
 
 def test_a_config_of_ones_own(tmp_path, monkeypatch, capsys):
-  """Any file with get_config() will do, with overrides and arguments."""
+  """Any file with get_config() will do, with overrides, arguments, flags in a
+  file; a dry run says that it passed, and writes nothing."""
   (tmp_path / 'mine.py').write_text(
     'import ml_collections\n'
     'def get_config(arg):\n'
@@ -107,17 +174,36 @@ def test_a_config_of_ones_own(tmp_path, monkeypatch, capsys):
     '  config.batch_size = int(arg)\n'
     '  return config\n'
   )
+  (tmp_path / 'flags').write_text('--config=mine.py:16\n--dry_run\n')
   monkeypatch.chdir(tmp_path)
-  train_main.main(
-    ['--config=mine.py:16', '--dry_run', '--config.losses.l2=0.5']
+  train_main.main(['--flagfile=flags', '--config.losses.l2=0.5'])
+  out = capsys.readouterr().out
+  assert 'loss/l2' in out and 'passed' in out
+  assert {p.name for p in tmp_path.iterdir()} == {'mine.py', 'flags'}
+
+
+def test_overrides_reach_the_config(monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+    'vqrae_jax.train.loop.dry_run', lambda config: seen.append(config) or {}
   )
-  assert 'loss/l2' in capsys.readouterr().out
+  train_main.main(
+    ['--config.log.every=7', '--config', 'configs/quickstart.py:steps=60',
+     '--config.data.include', "('a*', 'b')", '--noconfig.data.flip',
+     '--config.data.image_size=(64, 32)', '--config.init.encoder=x',
+     '--dry_run']
+  )  # fmt: skip
+  [config] = seen
+  assert (config.log.every, config.duration) == (7, '60 steps')
+  assert config.data.include == ('a*', 'b') and not config.data.flip
+  assert config.data.image_size == (64, 32) and config.init.encoder == 'x'
 
 
-@pytest.fixture
-def tokenizer_dir(tmp_path):
-  export.save_tokenizer(*tiny.built(tiny.model()), tmp_path / 'tokenizer')
-  return tmp_path / 'tokenizer'
+@pytest.fixture(scope='module')
+def tokenizer_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('run') / 'tokenizer'
+  export.save_tokenizer(*tiny.built(tiny.model()), folder)
+  return folder
 
 
 @pytest.mark.parametrize('tile', ([], ['--tile=0'], ['--tile=8']))
@@ -127,22 +213,16 @@ def test_reconstruct_images(tile, tokenizer_dir, tmp_path, capsys):
   for i, (h, w) in enumerate(((30, 41), (16, 16), (64, 20))):
     Image.fromarray(tiny.images(1, h, w)[0]).save(photos / f'p{i}.png')
   out = tmp_path / 'out'
-  reconstruct_images.main(
-    [
-      f'--tokenizer={tokenizer_dir}',
-      f'--images={photos}',
-      f'--out={out}',
-      *tile,
-    ]
-  )
+  flags = [f'--tokenizer={tokenizer_dir}', f'--images={photos}', f'--out={out}']
+  reconstruct_images.main([*flags, *tile])
   assert {p.name for p in out.iterdir()} == {
     'comparison.png', 'p0.png', 'p1.png', 'p2.png'
   }  # fmt: skip
   side = {(): 16, ('--tile=0',): 4, ('--tile=8',): 8}[tuple(tile)]
   with Image.open(out / 'p0.png') as image:
     assert image.size == (41 // side * side, 30 // side * side)
-  said = capsys.readouterr().out
-  assert said.count(' dB ') == 3 and 'comparison.png' in said
+  printed = capsys.readouterr().out
+  assert printed.count(' dB ') == 3 and 'comparison.png' in printed
 
 
 def test_tiles_have_the_grid_that_statistics_are_of(tmp_path):
@@ -154,34 +234,8 @@ def test_tiles_have_the_grid_that_statistics_are_of(tmp_path):
   reconstruct_images.main([*flags, f'--out={tmp_path}/out'])
   with Image.open(tmp_path / 'out' / 'p.png') as image:
     assert image.size == (24, 16)
-  with pytest.raises(UserError, match='4x4 tokens, .* are of 2x2'):
+  with pytest.raises(UserError, match='4x4'):
     reconstruct_images.main([*flags, f'--out={tmp_path}/x', '--tile=16'])
-
-
-@pytest.mark.parametrize(
-  'change, words',
-  [
-    ({'tokenizer': None}, 'flag --tokenizer is missing'),
-    ({'tokenizer': 'nowhere'}, 'no tokenizer at nowhere'),
-    ({'images': 'nowhere'}, 'data "nowhere"'),
-    ({'tile': '7'}, '--tile=7 must be 0 or a multiple'),
-    ({'tile': '-4'}, '--tile=-4 must be'),
-    ({'tile': 'big'}, 'tile'),
-    ({'out': None}, 'flag --out is missing'),
-  ],
-)
-def test_reconstruct_images_says_what_is_right(
-  change, words, tokenizer_dir, tmp_path
-):
-  photo = tmp_path / 'p.png'
-  Image.fromarray(tiny.images(1)[0]).save(photo)
-  flags = {
-    'tokenizer': tokenizer_dir, 'images': photo, 'out': tmp_path / 'out'
-  } | change  # fmt: skip
-  argv = [f'--{k}={v}' for k, v in flags.items() if v is not None]
-  with pytest.raises(UserError, match=words):
-    reconstruct_images.main(argv)
-  assert not (tmp_path / 'out').exists()
 
 
 def test_originals_are_never_overwritten(tokenizer_dir, tmp_path):
@@ -191,39 +245,20 @@ def test_originals_are_never_overwritten(tokenizer_dir, tmp_path):
     Image.fromarray(tiny.images(1)[0]).save(photos / name)
   before = (photos / 'a.png').read_bytes()
   flags = [f'--tokenizer={tokenizer_dir}']
-  for argv, words in (
-    ([f'--images={photos}', f'--out={tmp_path}/out'], 'would both be'),
-    ([f'--images={photos}/a.png', f'--out={photos}'], 'would overwrite'),
+  for argv in (
+    [f'--images={photos}', f'--out={tmp_path}/out'],
+    [f'--images={photos}/a.png', f'--out={photos}'],
   ):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match='a.png'):
       reconstruct_images.main(flags + argv)
   assert (photos / 'a.png').read_bytes() == before
   assert not (tmp_path / 'out').exists()
 
 
-def test_a_broken_config_file_is_named(tmp_path, monkeypatch):
-  (tmp_path / 'mine.py').write_text('def get_config(:\n')
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match=r'mine\.py:1: '):
-    train_main.main(['--config=mine.py'])
-
-
 def test_an_image_smaller_than_a_tile_is_named(tokenizer_dir, tmp_path):
   Image.fromarray(np.zeros((3, 9, 3), np.uint8)).save(tmp_path / 'p.png')
-  with pytest.raises(UserError, match='3x9 is smaller than'):
+  with pytest.raises(UserError, match='3x9'):
     reconstruct_images.main(
       [f'--tokenizer={tokenizer_dir}', f'--images={tmp_path / "p.png"}',
        f'--out={tmp_path / "out"}']
     )  # fmt: skip
-
-
-def test_run_turns_user_errors_into_exit_code_2(capsys, monkeypatch):
-  def main(_):
-    raise UserError('what was wrong; what would be right')
-
-  with pytest.raises(SystemExit) as stop:
-    cli.run(main)
-  assert stop.value.code == 2
-  assert capsys.readouterr().err.endswith(
-    'error: what was wrong; what would be right\n'
-  )

@@ -28,20 +28,6 @@ def test_layerwise():
   assert common.layerwise(0.5, 4, last=1) == (None, None, None, 1.0)
 
 
-@pytest.mark.parametrize(
-  'arguments, words',
-  [
-    ((0.0, 4), r'decay=0.0 must lie in \(0, 1\]'),
-    ((1.1, 4), r'decay=1.1 must lie in \(0, 1\]'),
-    ((0.5, 4, 0), 'last=0 must be 1 to 4 blocks'),
-    ((0.5, 4, 5), 'last=5 must be 1 to 4 blocks'),
-  ],
-)
-def test_layerwise_says_what_is_right(arguments, words):
-  with pytest.raises(ValueError, match=words):
-    common.layerwise(*arguments)
-
-
 @pytest.fixture(scope='module')
 def shapes():
   """{leaf name: shape} of the recipe's model."""

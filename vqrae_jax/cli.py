@@ -1,18 +1,17 @@
-"""What every command line shares: its flags, its errors, its exit codes.
+"""What the command lines share: flags, the config, errors and exit codes.
 
-Flags belong to one call, not to the process, so nothing is defined at import
-and tests may call a `main` many times. A `UserError` becomes one line on
-stderr and exit code 2; a run that a signal stopped, and that saved itself, one
-line and 143, as the shell has it for SIGTERM. A disk that is full or
-read-only is a line too. Any other error keeps its traceback.
+Flags belong to one call, not to the process, so tests may call a `main` many
+times. A `UserError`, or an error of a file or disk, is one line on stderr and
+exit code 2; a run that was stopped and saved itself exits with 143, as the
+shell reports SIGTERM. Any other error keeps its traceback.
 """
 
-import errno
+import importlib
 import io
 import logging as std_logging
 import os
 import pathlib
-import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,18 +20,27 @@ from typing import Any
 from absl import flags, logging
 
 from vqrae_jax.errors import Stopped, UserError, did_you_mean
+from vqrae_jax.paths import check_writable
 
-# How absl says that a value is of another type, and what it should say.
-_TYPES = (
-  (r'invalid literal for int\(\) .*', 'it must be a whole number'),
-  (r'could not convert string to float.*', 'it must be a number'),
-  (r"\('Non-boolean .*\)", 'it must be true or false'),
-)
-# A disk or a path that does not let a run write, read or go on.
-_DISK = (
-  errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
-  errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO,
-)  # fmt: skip
+COMMANDS = {
+  'train': 'train a tokenizer as a config says',
+  'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
+  'latent_stats': "mean and variance of an encoder's latents",
+  'fetch_weights': 'download the published weights that a config needs',
+  'convert': 'PyTorch and diffusers checkpoints in and out',
+}
+
+
+def _parse(values: flags.FlagValues, argv: list[str], **options) -> list[str]:
+  """Parses argv into `values`; what is left of it."""
+  values.set_gnu_getopt()
+  try:
+    return values(['', *argv], **options)[1:]
+  except flags.UnrecognizedFlagError as e:
+    near = did_you_mean(e.flagname, values)
+    raise UserError(f'unknown flag --{e.flagname}{near}') from None
+  except (flags.Error, ValueError, TypeError) as e:
+    raise UserError(str(e)) from None
 
 
 def parse(
@@ -42,22 +50,11 @@ def parse(
   exits.
 
   Raises:
-    UserError: an unknown flag, a bad value, or words that are no flags.
+    UserError: an unknown flag, a bad value, or arguments that are no flags.
   """
-  flags.DEFINE_bool(
-    'help', False, 'show this help', short_name='h', flag_values=values
-  )
-  try:
-    rest = values([module, *argv])
-  except flags.UnrecognizedFlagError as e:
-    raise UserError(
-      f'unknown flag --{e.flagname}{did_you_mean(e.flagname, values)}'
-    ) from None
-  except SyntaxError as e:
-    raise UserError(f'{e.filename}:{e.lineno}: {e.msg}') from None
-  # Config files are code: what one raises is its writer's to mend.
-  except Exception as e:
-    raise UserError(_one_line(e)) from None
+  about = 'show this help'
+  flags.DEFINE_bool('help', False, about, values, short_name='h')
+  rest = _parse(values, argv)
   if values.help:
     print(f'python -m {module}\n\nexample:\n  {example}\n\nflags:')
     for name in sorted(values):
@@ -66,29 +63,8 @@ def parse(
         default = '' if flag.default is None else f' (default: {flag.default})'
         print(f'  --{name}: {flag.help}{default}')
     sys.exit(0)
-  if rest[1:]:
-    raise UserError(f'unexpected argument "{rest[1]}"; flags start with --')
-
-
-def _one_line(error: Exception) -> str:
-  """What a flag, config file or override failed with, in one line."""
-  text = str(error.args[0] if error.args else error)
-  lines = [line.strip() for line in text.split('\n') if line.strip()]
-  if 'Traceback' in text:  # the config file itself failed: its last line
-    kind, _, words = lines[-1].partition(': ')
-    where = re.findall(r'File "(.*)", line (\d+)', text)[-1:]
-    at = ':'.join(*where) if where else 'config file'
-    return words if kind == 'ValueError' else f'{at}: {lines[-1]}'
-  text = ' '.join(lines)
-  at = traceback.extract_tb(error.__traceback__)[-1]
-  library = any(
-    f'/{name}/' in at.filename for name in ('absl', 'ml_collections')
-  )
-  if library or isinstance(error, flags.Error | ValueError | OSError):
-    for pattern, words in _TYPES:
-      text = re.sub(pattern, words, text)
-    return text
-  return f'{at.filename}:{at.lineno}: {type(error).__name__}: {text}'
+  if rest:
+    raise UserError(f'unexpected argument "{rest[0]}"; flags start with --')
 
 
 def required(values: flags.FlagValues, *names: str) -> None:
@@ -99,10 +75,10 @@ def required(values: flags.FlagValues, *names: str) -> None:
 
 
 def new_file(path: str, ending: str) -> pathlib.Path:
-  """What --out names: not there yet, in a folder that is.
+  """What --out names: a file to be made, in a folder that exists.
 
   Raises:
-    UserError: another ending, no folder, or something is there.
+    UserError: another ending, no such folder, or something is there.
   """
   out = pathlib.Path(path).expanduser()
   if out.suffix != ending:
@@ -111,24 +87,151 @@ def new_file(path: str, ending: str) -> pathlib.Path:
     raise UserError(f'--out={path} exists and is not replaced; name another')
   if not out.parent.is_dir():
     raise UserError(f'--out={path}: there is no folder {out.parent}')
+  check_writable(out.parent, '--out')
   return out
 
 
-def join_hosts() -> None:
-  """Joins the other hosts of a `--distributed` command.
+HOSTS = ('coordinator_address', 'num_processes', 'process_id')
+
+
+def define_hosts(values: flags.FlagValues) -> None:
+  """Flags of a command that many hosts run together."""
+  flags.DEFINE_bool(
+    'distributed',
+    'JAX_COORDINATOR_ADDRESS' in os.environ,
+    'join the other hosts by jax.distributed.initialize(), which finds them '
+    'itself on TPU pods and under Slurm; elsewhere the three flags name them',
+    values,
+  )
+  flags.DEFINE_string(HOSTS[0], None, 'HOST:PORT of process 0', values)
+  for name, about in (
+    ('num_processes', 'how many processes there are'),
+    ('process_id', "this process's number, from 0"),
+  ):
+    flags.DEFINE_integer(name, None, about, flag_values=values)
+
+
+def join_hosts(values: flags.FlagValues) -> None:
+  """Joins the other hosts, if the flags of `define_hosts` ask for it.
 
   Raises:
-    UserError: there is nothing to join, or no way to it.
+    UserError: what `jax.distributed` could not find is missing, or a host
+      could not be reached.
   """
   import jax
 
+  given = {n: values[n].value for n in HOSTS if values[n].value is not None}
+  if not (values.distributed or given):
+    return
   try:
-    jax.distributed.initialize()
-  except (RuntimeError, ValueError) as e:
-    raise UserError(f'--distributed: {" ".join(str(e).split())}') from None
+    jax.distributed.initialize(**given)
+  except (RuntimeError, ValueError, IndexError) as e:
+    missing = ', '.join(f'--{name}' for name in HOSTS if name not in given)
+    hint = f'; give {missing}' if missing else ''
+    raise UserError(f'--distributed: {e}{hint}') from None
 
 
-def _worth_saying(record: std_logging.LogRecord) -> bool:
+# ----------------------------------------------------------------------------
+# The flag `--config=F.py:args --config.a.b=v` of the commands that take a run.
+
+
+def find_config(path: str) -> str:
+  """The config file that `path` names: as given, or as installed.
+
+  Its folder's parent goes first on `sys.path`, so that a config's
+  `from configs import common` finds the `configs` it lies in.
+  """
+  file = pathlib.Path(path).expanduser()
+  if not file.is_file():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    known = [f'configs/{p.name}' for p in (root / 'configs').glob('[!_]*.py')]
+    if path not in known:
+      raise UserError(f'no config at "{path}"{did_you_mean(path, known)}')
+    file = root / file
+  home = str(file.resolve().parents[1])
+  if home not in sys.path[:1]:
+    sys.path.insert(0, home)
+    sys.modules.pop('configs', None)
+  return str(file)
+
+
+def load_config(source: str) -> Any:
+  """What get_config(args) returns, of the file in "F.py:args".
+
+  Raises:
+    UserError: no such file, or the file raises: its author has to mend it.
+  """
+  path, colon, args = source.partition(':')
+  file = find_config(path)
+  try:
+    return runpy.run_path(file)['get_config'](*[args] * len(colon))
+  except ValueError as e:  # of its arguments
+    raise UserError(str(e)) from None
+  except Exception as e:
+    frames = traceback.extract_tb(e.__traceback__)
+    at = ''.join([f':{f.lineno}' for f in frames if f.filename == file][-1:])
+    raise UserError(f'{path}{at}: {type(e).__name__}: {e}') from None
+
+
+def parse_config_flag(
+  argv: list[str],
+  module: str,
+  example: str,
+  about: str,
+  define: Callable[[flags.FlagValues], None],
+) -> flags.FlagValues:
+  """The parsed flags of `python -m module`: `config` is the ConfigDict with
+  its overrides, or None; the `default_as_str` of that flag is "F.py:args".
+
+  Args:
+    argv: without the program.
+    about: what --help says of --config.
+    define: adds the command's other flags.
+
+  Raises:
+    UserError: an unknown flag or key, or a bad value.
+  """
+  from ml_collections import ConfigDict, config_flags
+
+  first, values = flags.FlagValues(), flags.FlagValues()
+  flags.DEFINE_string('config', None, about, first)
+  argv = _parse(first, argv, known_only=True)
+  define(values)
+  if first.config is None:
+    flags.DEFINE_string('config', None, about, values)
+  else:
+    config = ConfigDict(load_config(first.config))
+    _check_overrides(config, argv)
+    config_flags.DEFINE_config_dict(
+      'config', config, about, values, sys_argv=['', *argv]
+    )
+    values['config'].default_as_str = first.config
+  parse(values, argv, module, example)
+  return values
+
+
+def _check_overrides(config: Any, argv: list[str]) -> None:
+  """Every --config.a.b=v names a key that the config has."""
+  for word in argv:
+    dotted = word.lstrip('-').partition('=')[0].removeprefix('no')
+    if not (word.startswith('-') and dotted.startswith('config.')):
+      continue
+    node, path = config, 'config'
+    for key in dotted.split('.')[1:]:
+      keys = list(node.keys()) if hasattr(node, 'keys') else []
+      if key not in keys:
+        near = did_you_mean(key, keys) if keys else f'; {path} is no section'
+        raise UserError(
+          f'unknown key "{path}.{key}"{near} (more keys go into the file)'
+        )
+      node, path = node[key], f'{path}.{key}'
+
+
+# ----------------------------------------------------------------------------
+# A command as a process.
+
+
+def _is_ours(record: std_logging.LogRecord) -> bool:
   """Orbax and grain log each of their steps, under absl's own name."""
   theirs = f'{os.sep}orbax{os.sep}', f'{os.sep}grain{os.sep}'
   noise = record.levelno < std_logging.WARNING
@@ -142,10 +245,10 @@ def run(main: Callable[[list[str]], None]) -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold('info')
-  # A file's name may hold bytes that are no text of any terminal.
+  # A file's name may hold bytes that no terminal can show.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')
-  logging.get_absl_handler().addFilter(_worth_saying)
+  logging.get_absl_handler().addFilter(_is_ours)
   for noisy in ('jax', 'tensorboardX', 'PIL'):
     std_logging.getLogger(noisy).setLevel(std_logging.WARNING)
   try:
@@ -154,7 +257,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
     sys.exit(2)
   except OSError as e:
-    if e.errno not in _DISK:
+    if e.strerror is None or isinstance(e, ConnectionError | TimeoutError):
       raise
     where = f'{e.filename}: ' if e.filename else ''
     print(f'error: {where}{e.strerror}', file=sys.stderr)
@@ -170,104 +273,15 @@ def run(main: Callable[[list[str]], None]) -> None:
     os._exit(130)
 
 
-# ----------------------------------------------------------------------------
-# The flag `--config=F.py:args --config.a.b=v` of the commands that take a run.
-#
-# A file is found as given or as installed, and an override names a key that is
-# there, else the nearest one is named.
-
-
-def find_config(path: str) -> str:
-  """The config file that `path` names: as given, or as installed.
-
-  Its folder's parent goes first on `sys.path`, so that a config's
-  `from configs import common` finds the `configs` it lies in.
-  """
-  file = pathlib.Path(path).expanduser()
-  if not file.is_file():
-    root = pathlib.Path(__file__).resolve().parents[1]
-    installed = root / file
-    if not installed.is_file():
-      known = [f'configs/{p.name}' for p in (root / 'configs').glob('[!_]*.py')]
-      raise UserError(f'no config at "{path}"{did_you_mean(path, known)}')
-    file = installed
-  home = str(file.resolve().parents[1])
-  if home not in sys.path[:1]:
-    sys.path.insert(0, home)
-    sys.modules.pop('configs', None)
-  return str(file)
-
-
-def resolved(argv: list[str]) -> list[str]:
-  """argv with the config's path resolved, its `:args` kept."""
-  out, words = [], iter(argv)
-  for word in words:
-    if word in ('--config', '-config'):  # the value is the next word
-      word = f'{word}={next(words, "")}'
-    if word.startswith(('--config=', '-config=')):
-      path, colon, args = word.split('=', 1)[1].partition(':')
-      word = f'--config={find_config(path)}{colon}{args}'
-    out.append(word)
-  return out
-
-
-def parse_config_flag(
-  argv: list[str],
-  module: str,
-  example: str,
-  about: str,
-  define: Callable[[flags.FlagValues], None],
-) -> flags.FlagValues:
-  """The parsed flags of `python -m module`, --config among them.
-
-  Args:
-    argv: without the program.
-    about: what --help says of --config.
-    define: adds the command's other flags.
-
-  Raises:
-    UserError: an unknown flag or key, or a bad value.
-  """
-  from ml_collections import config_flags
-
-  def values_of(words):
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-      'config',
-      None,
-      about,
-      flag_values=values,
-      # Or it would look for --config.a.b=v in the process's own arguments.
-      sys_argv=[module, *words],
-    )
-    define(values)
-    parse(values, words, module, example)
-    return values
-
-  argv = resolved(argv)
-  own = [w for w in argv if not w.lstrip('-').startswith('config.')]
-  values = values_of(own)
-  if values.config is None:
-    return values
-  # As its file says first, to see that each override has its key.
-  _check_overrides(values.config, argv)
-  return values_of(argv)
-
-
-def _check_overrides(config: Any, argv: list[str]) -> None:
-  """Every --config.a.b=v names a key that the config has."""
-  for word in argv:
-    dotted = word.lstrip('-').split('=')[0]
-    if not (word.startswith('-') and dotted.startswith('config.')):
-      continue
-    node, path = config, 'config'
-    for key in dotted.split('.')[1:]:
-      keys = list(node.keys()) if hasattr(node, 'keys') else []
-      if key not in keys:
-        raise UserError(
-          f'unknown key "{path}.{key}"{did_you_mean(key, keys)} (others are '
-          "set in the config's file)"
-          if keys
-          else f'"{path}" has no keys, so no "{path}.{key}"'
-        )
-      node, path = node[key], f'{path}.{key}'
+def vqrae() -> None:
+  """The console entry point: `vqrae NAME …` is `python -m vqrae_jax.NAME …`."""
+  name = sys.argv.pop(1) if sys.argv[1:] else '--help'
+  if name in COMMANDS:
+    end = '.__main__' if name == 'train' else ''
+    return run(importlib.import_module(f'vqrae_jax.{name}{end}').main)
+  if name not in ('-h', '--help'):
+    near = did_you_mean(name, COMMANDS)
+    sys.exit(f'error: unknown command "{name}"{near}')
+  print('vqrae COMMAND --help shows the flags of a command:\n')
+  for command, about in COMMANDS.items():
+    print(f'  {command:20}{about}')

@@ -247,8 +247,7 @@ def main(argv: list[str]) -> None:
   for name in ('images', 'batch_size'):
     if values[name].value is not None and values[name].value < 1:
       raise UserError(f'--{name}={values[name].value} must be above 0')
-  if values.distributed:
-    cli.join_hosts()
+  cli.join_hosts(values)
   measure(
     values.config,
     out,
@@ -286,12 +285,7 @@ def _flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     'batch_size', 32, 'images at once on each host', flag_values=values
   )
-  flags.DEFINE_bool(
-    'distributed',
-    'JAX_COORDINATOR_ADDRESS' in os.environ,
-    'join the other hosts, as in training; each reads its share',
-    flag_values=values,
-  )
+  cli.define_hosts(values)
 
 
 def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:

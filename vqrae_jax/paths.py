@@ -1,7 +1,11 @@
-"""Where this package keeps files between runs, for every room that does."""
+"""Folders: where this package keeps files between runs, and whether one can be
+written."""
 
 import os
 import pathlib
+import tempfile
+
+from vqrae_jax.errors import UserError
 
 
 def cache_folder() -> pathlib.Path:
@@ -12,3 +16,23 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(own).expanduser()
   base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   return pathlib.Path(base) / 'vqrae_jax'
+
+
+def check_writable(folder: pathlib.Path, flag: str) -> None:
+  """A file can be made in `folder`, or in the nearest parent that exists;
+  tried, since permissions do not tell (root, /proc, a full disk).
+
+  Raises:
+    UserError: naming `flag`.
+  """
+  folder = folder.absolute()
+  existing = next(p for p in (folder, *folder.parents) if p.exists())
+  if not existing.is_dir():
+    raise UserError(f'{flag}={folder}: {existing} is a file, not a folder')
+  try:
+    with tempfile.TemporaryFile(dir=existing):
+      pass
+  except OSError as e:
+    raise UserError(
+      f'{flag}={folder}: cannot write in {existing}: {e.strerror}'
+    ) from None

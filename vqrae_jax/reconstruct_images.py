@@ -10,6 +10,7 @@ from absl import flags
 
 from vqrae_jax import cli
 from vqrae_jax.errors import UserError
+from vqrae_jax.paths import check_writable
 
 MODULE = 'vqrae_jax.reconstruct_images'
 EXAMPLE = (
@@ -69,9 +70,7 @@ def reconstruct_folder(
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, visualize
 
-  existing = next(p for p in (out, *out.resolve().parents) if p.exists())
-  if not existing.is_dir():
-    raise UserError(f'--out={out}: {existing} is a file, not a folder')
+  check_writable(out, '--out')
   source = open_source(images)
   _check_outputs(source, out)
   tokenizer, variables = export.load_tokenizer(tokenizer_dir)

@@ -1,22 +1,24 @@
-"""Static nouns: what a network looks like, as frozen and hashable dataclasses.
+"""What a network looks like, as frozen and hashable dataclasses.
 
-A spec holds numbers and words, never arrays, modules or functions, so it may
+A spec holds numbers and strings, never arrays, modules or functions, so it may
 be a static argument of `jax.jit` and be written to JSON as it is. `scan`,
 `remat` and `dtype` say how to run, not what is computed: they stay out of a
 tokenizer's `config.json` and of its fingerprint.
 """
 
 import dataclasses
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vqrae_jax.errors import UserError, did_you_mean
 
 RUN_OPTIONS = ('scan', 'remat', 'dtype')
-# Younger than format 1: absent from a `config.json` where they say nothing,
-# so that the fingerprint of what came before them stays.
+# Added after format 1. At these values they are left out of `config.json`, so
+# that older tokenizers keep their fingerprints.
 LATER_FIELDS = {
   'num_registers': 0,
   'bound': 'tanh',
@@ -29,19 +31,28 @@ LATER_FIELDS = {
 DTYPES = ('float32', 'bfloat16')
 RESIZES = ('bicubic', 'bilinear')
 LATENT_NORMS = ('none', 'channel', 'position')
+INT_BOUND = 2**31  # of whole numbers in a config: JAX counts in 32 bits
 
 Spec = TypeVar('Spec')
 
 
-def _one_of(where: str, value: Any, options: tuple) -> None:
+def one_of(key: str, value: Any, options: Collection) -> None:
+  """Raises a UserError unless `value`, a config's `key`, is an option."""
   if value not in options:
-    raise UserError(f'{where}={value!r}{did_you_mean(value, options)}')
+    raise UserError(f'{key}={value!r}{did_you_mean(value, options)}')
 
 
-def _positive(where: str, **numbers: float) -> None:
-  for name, value in numbers.items():
-    if value <= 0:
-      raise UserError(f'{where}.{name}={value} must be above 0')
+def at_least(least: int, where: str, spec: Any, *names: str) -> None:
+  """Raises a UserError if a field is below `least`; None counts as absent."""
+  for name in names:
+    value = getattr(spec, name)
+    if value is not None and value < least:
+      raise UserError(f'{where}{name}={value} must be at least {least}')
+
+
+def _grid(where: str, grid: Any) -> None:
+  if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+    raise UserError(f'{where}.grid={grid} must be (rows, columns)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,31 +105,20 @@ class ViTSpec:
   dtype: str = 'float32'
 
   def __post_init__(self):
-    _positive(
-      'vit',
-      width=self.width,
-      depth=self.depth,
-      mlp_dim=self.mlp_dim,
-      num_heads=self.num_heads,
-      patch_size=self.patch_size,
-      norm_eps=self.norm_eps,
-    )
-    _one_of('vit.norm', self.norm, ('layer', 'rms'))
-    _one_of('vit.act', self.act, ('gelu', 'gelu_tanh', 'swiglu'))
-    _one_of('vit.posemb', self.posemb, ('learned', 'sincos2d'))
-    _one_of('vit.dtype', self.dtype, DTYPES)
-    whole = all(isinstance(n, int) and n > 0 for n in self.grid)
-    if len(self.grid) != 2 or not whole:
-      raise UserError(f'vit.grid={self.grid} must be (rows, columns)')
-    if self.num_prefix_tokens < 0:
-      raise UserError(
-        f'vit.num_prefix_tokens={self.num_prefix_tokens} must not be negative'
-      )
+    at_least(1, 'vit.', self, 'width', 'depth', 'mlp_dim', 'num_heads')
+    at_least(1, 'vit.', self, 'patch_size')
+    if self.norm_eps <= 0:
+      raise UserError(f'vit.norm_eps={self.norm_eps} must be above 0')
+    one_of('vit.norm', self.norm, ('layer', 'rms'))
+    one_of('vit.act', self.act, ('gelu', 'gelu_tanh', 'swiglu'))
+    one_of('vit.posemb', self.posemb, ('learned', 'sincos2d'))
+    one_of('vit.dtype', self.dtype, DTYPES)
+    _grid('vit', self.grid)
     if not 0 <= self.num_registers <= self.num_prefix_tokens:
       raise UserError(
-        f'vit.num_registers={self.num_registers} must lie in '
-        f'[0, {self.num_prefix_tokens}]: registers are some of the '
-        'vit.num_prefix_tokens'
+        f'vit.num_registers={self.num_registers} must lie in [0, vit.'
+        f'num_prefix_tokens={self.num_prefix_tokens}]: registers are some of '
+        'the prefix tokens'
       )
     if self.width % self.num_heads:
       raise UserError(
@@ -151,16 +151,14 @@ class EncoderSpec:
   posemb_antialias: bool = False
 
   def __post_init__(self):
-    _one_of(
-      'encoder.output_norm', self.output_norm, ('affine', 'plain', 'none')
-    )
-    _one_of('encoder.resize', self.resize, RESIZES)
-    _one_of('encoder.posemb_resize', self.posemb_resize, RESIZES)
+    one_of('encoder.output_norm', self.output_norm, ('affine', 'plain', 'none'))
+    one_of('encoder.resize', self.resize, RESIZES)
+    one_of('encoder.posemb_resize', self.posemb_resize, RESIZES)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-  """A ViT decoder that paints `patch_size` pixels a token, de-normalised."""
+  """A ViT decoder: each token gives `patch_size` pixels a side."""
 
   vit: ViTSpec
   pixel_norm: PixelNorm = PixelNorm()
@@ -179,7 +177,7 @@ class LatentsSpec:
   grid: tuple[int, int] | None = None
 
   def __post_init__(self):
-    _one_of('latents.norm', self.norm, LATENT_NORMS)
+    one_of('latents.norm', self.norm, LATENT_NORMS)
     if (self.norm == 'position') != (self.grid is not None):
       raise UserError(
         f'latents.norm="{self.norm}" with latents.grid={self.grid}: the grid '
@@ -187,9 +185,7 @@ class LatentsSpec:
         'no other'
       )
     if self.grid is not None:
-      whole = all(isinstance(n, int) and n > 0 for n in self.grid)
-      if len(self.grid) != 2 or not whole:
-        raise UserError(f'latents.grid={self.grid} must be (rows, columns)')
+      _grid('latents', self.grid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +197,7 @@ class PostQuantSpec:
   space: str = 'code'
 
   def __post_init__(self):
-    _one_of('post_quant.space', self.space, ('code', 'latent'))
+    one_of('post_quant.space', self.space, ('code', 'latent'))
     if self.kernel < 1 or self.kernel % 2 == 0:
       raise UserError(
         f'post_quant.kernel={self.kernel} must be an odd number (1, 3, 5, …)'
@@ -216,39 +212,73 @@ def _plain(value: Any) -> Any:
 
 
 def _accepts(kind: Any, value: Any) -> bool:
-  """Whether a field annotated `kind` may hold `value` (top level only)."""
+  """Whether a field annotated `kind` may hold `value`, elements included."""
+  args = typing.get_args(kind)
   if kind is Any:
     return True
   if typing.get_origin(kind) in (types.UnionType, typing.Union):
-    return any(_accepts(k, value) for k in typing.get_args(kind))
+    return any(_accepts(k, value) for k in args)
+  if typing.get_origin(kind) is tuple and isinstance(value, tuple):
+    if args[-1] is ...:
+      args = args[:1] * len(value)
+    return len(args) == len(value) and all(map(_accepts, args, value))
+  if kind in (int, float):
+    if isinstance(value, bool) or not isinstance(value, int | kind):
+      return False
+    # NaN is below nothing.
+    return abs(value) < (INT_BOUND if isinstance(value, int) else math.inf)
   kind = typing.get_origin(kind) or kind
-  if kind is type(None):
-    return value is None
-  if kind is float:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-  if kind is int:
-    return isinstance(value, int) and not isinstance(value, bool)
-  return isinstance(value, kind)
+  return isinstance(value, kind or type(None))
 
 
 def _nested(kind: Any) -> type | None:
   """The dataclass that a field annotated `X` or `X | None` holds, if any."""
-  for k in (kind, *typing.get_args(kind)):
-    if dataclasses.is_dataclass(k):
-      return k
-  return None
+  kinds = (kind, *typing.get_args(kind))
+  return next((k for k in kinds if dataclasses.is_dataclass(k)), None)
 
 
-def _placed(message: str, where: str) -> str:
-  """A spec's own error, which cannot know where in a config it stands, with
-  that place ahead of it: "optim.b1=…" of "discriminator.optim"."""
+def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
+  """{field: (its type, whether it must be given)} of a spec or a module."""
+  hints, missing = typing.get_type_hints(cls), dataclasses.MISSING
+  module = 'parent' in hints  # a linen module's own field, as its name is
+  return {
+    f.name: (hints[f.name], f.default is f.default_factory is missing)
+    for f in dataclasses.fields(cls)
+    if f.init and not (module and f.name in ('parent', 'name'))
+  }
+
+
+def missing_keys(cls: type, section: Mapping, where: str) -> list[str]:
+  """The dotted names of all keys that `section` must have and has not,
+  nested sections included."""
+  found = []
+  for name, (kind, required) in _fields(cls).items():
+    inner, value = _nested(kind), section.get(name, {} if required else None)
+    if inner and isinstance(value, Mapping):
+      found += missing_keys(inner, value, f'{where}.{name}')
+    elif required and name not in section:
+      found.append(f'{where}.{name}')
+  return found
+
+
+def check_missing(names: Sequence[str]) -> None:
+  """Raises a UserError that names all of them, if there are any."""
+  if names:
+    listed = ', '.join(f'"{name}"' for name in names)
+    raise UserError(f'missing key{"s"[: len(names) > 1]} {listed}')
+
+
+def _at(message: str, where: str) -> str:
+  """A spec's own error with its place in the config, which a spec cannot know:
+  "optim.b1=…" or "b1=…" of "discriminator.optim"."""
   where = where.removeprefix('config.')
   parent, dot, section = where.rpartition('.')
   if where == 'config' or message.startswith(where):
     return message
   if message.startswith(f'{section}.'):
     return f'{parent}{dot}{message}'
-  return f'{where}: {message}'
+  bare = re.match(r'\w+=', message)
+  return f'{where}{"." if bare else ": "}{message}'
 
 
 def build_spec(cls: type[Spec], section: Mapping[str, Any], where: str) -> Spec:
@@ -260,39 +290,32 @@ def build_spec(cls: type[Spec], section: Mapping[str, Any], where: str) -> Spec:
     where: the section's name in the config, for the errors.
 
   Raises:
-    UserError: an unknown, missing or mistyped key.
+    UserError: an unknown or mistyped key, a number that is not finite, or
+      missing keys: all of them at once.
   """
-  hints = typing.get_type_hints(cls)
-  fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-  if fields.pop('parent', None):  # a linen module's own, and so is its name
-    del fields['name']
-  values = {}
-  for key, value in section.items():
+  fields, values = _fields(cls), {}
+  for key in section:
     if key not in fields:
       raise UserError(f'unknown key "{where}.{key}"{did_you_mean(key, fields)}')
-    kind = hints[key]
+  check_missing(missing_keys(cls, section, where))
+  for key, value in section.items():
+    kind, _ = fields[key]
     inner = _nested(kind)
-    if inner is not None and isinstance(value, Mapping):
+    if inner and isinstance(value, Mapping):
       value = build_spec(inner, value, f'{where}.{key}')
-    value = _plain(value)
+    value = values[key] = _plain(value)
     if not _accepts(kind, value):
-      shown = f'of type {getattr(kind, "__name__", kind)}'
-      if inner is not None:
+      wanted = f'of type {kind if typing.get_args(kind) else kind.__name__}'
+      if {int, float} & {kind, *typing.get_args(kind)}:
+        wanted += f' (finite; integers below {INT_BOUND})'
+      if inner:
         names = ', '.join(f.name for f in dataclasses.fields(inner))
-        shown = f'a section, dict(…) of: {names}'
-      raise UserError(f'{where}.{key}={value!r} must be {shown}')
-    values[key] = value
-  for key, field in fields.items():
-    needed = (
-      field.default is dataclasses.MISSING
-      and field.default_factory is dataclasses.MISSING
-    )
-    if needed and key not in values:
-      raise UserError(f'missing key "{where}.{key}"')
+        wanted = f'a section, dict(…) of: {names}'
+      raise UserError(f'{where}.{key}={value!r} must be {wanted}')
   try:
     return cls(**values)
   except UserError as e:
-    raise UserError(_placed(str(e), where)) from None
+    raise UserError(_at(str(e), where)) from None
 
 
 def merge_sections(base: Mapping, over: Mapping) -> dict:

@@ -3,7 +3,6 @@
 Flags and `jax.distributed` only; the run is in `loop.py`.
 """
 
-import os
 import pathlib
 
 from absl import flags
@@ -15,7 +14,7 @@ MODULE = 'vqrae_jax.train'
 EXAMPLE = f'python -m {MODULE} --config=configs/quickstart.py'
 ABOUT = (
   'the run: a file with get_config(), :args after it; --config.a.b=v changes '
-  'a key that it has'
+  'one of its keys'
 )
 
 
@@ -31,9 +30,9 @@ def _steps(profile: str | None) -> tuple[int, int] | None:
   return first, last
 
 
-def default_workdir(words: str) -> str:
-  """runs/CONFIG, or runs/CONFIG-ARGS: each argument has a run of its own."""
-  path, _, args = words.partition(':')
+def default_workdir(source: str) -> str:
+  """runs/CONFIG, or runs/CONFIG-ARGS: each argument has its own run."""
+  path, _, args = source.partition(':')
   name = pathlib.Path(path).stem
   return f'runs/{name}-{args.replace("/", "_")}' if args else f'runs/{name}'
 
@@ -42,31 +41,21 @@ def _flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     'workdir',
     None,
-    'where the run is left; runs/CONFIG or runs/CONFIG-ARGS if left out',
-    flag_values=values,
+    "the run's folder; runs/CONFIG or runs/CONFIG-ARGS if left out",
+    values,
   )
-  flags.DEFINE_bool(
-    'dry_run', False, 'one step, nothing written', flag_values=values
-  )
+  flags.DEFINE_bool('dry_run', False, 'one step, nothing written', values)
   flags.DEFINE_string(
     'profile',
     None,
     'FIRST:LAST, steps of a jax.profiler trace in workdir/profile',
-    flag_values=values,
+    values,
   )
-  flags.DEFINE_bool(
-    'distributed',
-    'JAX_COORDINATOR_ADDRESS' in os.environ,
-    'join the other hosts by jax.distributed.initialize(), which finds them '
-    'itself on TPU pods and under Slurm',
-    flag_values=values,
-  )
+  cli.define_hosts(values)
 
 
 def main(argv: list[str]) -> None:
   """Parses flags, joins the other hosts, trains."""
-  from ml_collections import config_flags
-
   values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
   cli.required(values, 'config')
   if values.workdir == '':
@@ -74,8 +63,7 @@ def main(argv: list[str]) -> None:
   profile = _steps(values.profile)
   if values.dry_run and profile:
     raise UserError('--dry_run has one step and no --profile')
-  if values.distributed:
-    cli.join_hosts()
+  cli.join_hosts(values)
   from vqrae_jax import sharding
   from vqrae_jax.train import loop, reporting
 
@@ -83,9 +71,13 @@ def main(argv: list[str]) -> None:
   if values.dry_run:
     for name, value in loop.dry_run(values.config).items():
       print(f'{name} {value:.6g}')
+    print(
+      'dry run passed: config, data, weights and one step are in order; '
+      'nothing was written'
+    )
     return
-  words = config_flags.get_config_filename(values['config'])
-  workdir = pathlib.Path(values.workdir or default_workdir(words)).expanduser()
+  source = values['config'].default_as_str
+  workdir = pathlib.Path(values.workdir or default_workdir(source)).expanduser()
   figures = loop.train(values.config, workdir, profile)
   print(f'\n{workdir}\n{reporting.table(figures)}\n\n{_next_steps(workdir)}')
 

@@ -1,11 +1,11 @@
 """A run's config as frozen dataclasses: every key known, checked before use.
 
 `read_config` turns the `ml_collections` config of a file in `configs/` into a
-`RunSpec`; an unknown key fails with the nearest right name.
+`RunSpec`. It opens no file; all errors that need none are raised here.
 """
 
 import dataclasses
-import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,28 +17,43 @@ from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.models import latents
-from vqrae_jax.models import latents as latent_files
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.optim import UNITS, AdamWConfig, Schedule, steps_of
-from vqrae_jax.specs import build_spec
-
-# ----------------------------------------------------------------------------
-# A config's losses and its discriminator as frozen dataclasses.
-#
-# A loss is a weight and when it counts; two have more to say. The second player
-# is a section of its own, since a run that has none builds none.
+from vqrae_jax.specs import (
+  at_least,
+  build_spec,
+  check_missing,
+  missing_keys,
+  one_of,
+)
 
 Duration = int | str
 DISTILL_TARGETS = ('teacher', 'self')
+NETWORKS = ('published', 'random')
+INIT_PARTS = ('encoder', 'decoder', 'latents')  # from files of their own
+INIT = 'init'  # the teacher is the encoder that the run starts with
+# What recipes write where a user is to name something.
+PLACEHOLDERS = {
+  'init_from': ('RUN', 'runs/NAME, the workdir of a finished run'),
+  'init.encoder': ('RUN', 'runs/NAME, the workdir of a finished run'),
+  'data.source': ('FOLDER', 'the images to train on'),
+}
+
+
+def _empty_as_none(spec: Any, *names: str) -> None:
+  """Sets fields that a command line cleared (--config.teacher=) to None."""
+  for name in names:
+    if getattr(spec, name) == '':
+      object.__setattr__(spec, name, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class LossTerm:
-  """A weight, and when it counts.
+  """A loss's weight, and when it is applied.
 
   Attributes:
     weight: of the loss, from the ramp's end on.
-    start: the step or epoch from which it counts.
+    start: the step or epoch from which it is applied.
     unit: "steps" or "epochs", of `start` and `ramp`.
     ramp: how long the weight rises, linearly, from zero.
   """
@@ -48,39 +63,27 @@ class LossTerm:
   unit: str = 'steps'
   ramp: int | float = 0
 
-  def check(self, where: str) -> 'LossTerm':
-    """Itself, if a run can have it.
-
-    Args:
-      where: its section of the config, for the errors.
-
-    Raises:
-      UserError: a weight that trains nothing, or no time to start.
-    """
-    if not 0 < self.weight < float('inf'):
+  def __post_init__(self):
+    if self.weight <= 0:
       raise UserError(
-        f'{where}.weight={self.weight} trains nothing; give a number above 0, '
-        'or leave the term out'
+        f'weight={self.weight} trains nothing; give a number above 0, or leave '
+        'the term out'
       )
-    if self.unit not in UNITS:
-      raise UserError(
-        f'{where}.unit={self.unit!r}{did_you_mean(self.unit, UNITS)}'
-      )
+    one_of('unit', self.unit, UNITS)
     for name in ('start', 'ramp'):  # an epoch's length does not matter here
-      steps_of(f'{getattr(self, name)} {self.unit}', 1, f'{where}.{name}')
-    return self
+      steps_of(f'{getattr(self, name)} {self.unit}', 1, name)
 
   def start_step(self, steps_per_epoch: float | None) -> int:
-    """The first step that counts."""
+    """The first step at which it is applied."""
     return steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
 
   def end_step(self, steps_per_epoch: float | None) -> int:
-    """The step from which the weight is whole."""
+    """The step from which the weight is at its full value."""
     ramp = steps_of(f'{self.ramp} {self.unit}', steps_per_epoch, 'losses')
     return self.start_step(steps_per_epoch) + ramp
 
   def weight_at(self, steps_per_epoch: float | None):
-    """step -> f32[]: zero before the start, whole when the ramp is over."""
+    """step -> f32[]: zero before the start, `weight` after the ramp."""
     start = self.start_step(steps_per_epoch)
     ramp = self.end_step(steps_per_epoch) - start
 
@@ -95,15 +98,13 @@ class LossTerm:
 @dataclasses.dataclass(frozen=True)
 class DistillTerm(LossTerm):
   """`target`: "teacher", the latents of a frozen encoder (the config's
-  `teacher` says which), or "self", those of the encoder as it is."""
+  `teacher` names it), or "self", those of the encoder as it is."""
 
   target: str = 'teacher'
 
-  def check(self, where: str) -> LossTerm:
-    if self.target not in DISTILL_TARGETS:
-      near = did_you_mean(self.target, DISTILL_TARGETS)
-      raise UserError(f'{where}.target={self.target!r}{near}')
-    return super().check(where)
+  def __post_init__(self):
+    one_of('target', self.target, DISTILL_TARGETS)
+    super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,21 +115,22 @@ class GanTerm(LossTerm):
   adaptive: bool = True
 
 
-# Losses with more to say than a weight and a start.
+# Losses with more fields than a weight and a start.
 TERMS = {'distill': DistillTerm, 'gan': GanTerm}
 
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorSpec:
-  """The second player.
+  """The discriminator of `losses.gan`; a section of its own, since a run
+  without one builds none.
 
   Attributes:
     name: "patch" or "dino" (`nn/discriminators.py`).
     fields: of that module.
-    loss: "hinge", "non_saturating" or "vanilla", of both players.
+    loss: "hinge", "non_saturating" or "vanilla", of both networks.
     schedule: its learning rate, from its start to the run's end.
     optim: its own AdamW.
-    start: a duration; before it the discriminator rests.
+    start: a duration; before it the discriminator is not updated.
     updates: its updates in one step.
     augment: whether it sees images augmented at random (DiffAug).
     cutout: the share of each side that is cut out then; 0 for none.
@@ -150,41 +152,29 @@ class DiscriminatorSpec:
 
   def __post_init__(self):
     choose(D_LOSSES, self.loss, 'discriminator.loss')
-    if self.updates < 1:
-      raise UserError(f'discriminator.updates={self.updates} must be above 0')
-    if not (0 <= self.lecam < float('inf') and 0 <= self.r1 < float('inf')):
-      raise UserError(
-        f'discriminator.lecam={self.lecam} and discriminator.r1={self.r1} '
-        'must be finite and must not be negative'
-      )
+    at_least(1, 'discriminator.', self, 'updates')
+    at_least(0, 'discriminator.', self, 'lecam', 'r1')
     if not 0 <= self.cutout < 1:
       raise UserError(f'discriminator.cutout={self.cutout} must lie in [0, 1)')
-
-
-NETWORKS = ('published', 'random')
-INIT_PARTS = ('encoder', 'decoder', 'latents')  # from files of their own
-INIT = 'init'  # the teacher that a run begins with
 
 
 def _sides(value, length: int) -> bool:
   """Whether `value` is a positive whole number, or a tuple of `length`."""
   numbers = value if isinstance(value, tuple) else (value,) * length
-  return len(numbers) == length and all(
-    isinstance(n, int) and n > 0 for n in numbers
-  )
+  return len(numbers) == length and min(numbers) > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-  """What is trained on.
+  """The training images.
 
   Attributes:
-    source: a DATA word (`data.sources.open_source`).
+    source: a DATA source (`data.sources.open_source`).
     image_size: pixels, or (h, w).
-    include, exclude: globs of photographs' names.
+    include, exclude: globs of images' names.
     resize, crop, flip: as in `data.pipeline.Augment`.
     examples: the length of a source without one.
-    max_skipped: the share of photographs that may be unreadable and are then
+    max_skipped: the share of images that may be unreadable and are then
       replaced; more stop the run.
   """
 
@@ -195,7 +185,7 @@ class DataSpec:
   resize: int | tuple[int, int] | None = None
   crop: str = 'random'
   flip: bool = True
-  examples: int | None = None
+  examples: int | float | None = None  # as 5e9 if an int is too large
   max_skipped: float = 0.01
 
   def __post_init__(self):
@@ -203,24 +193,20 @@ class DataSpec:
       raise UserError(
         f'data.max_skipped={self.max_skipped} must be a share in [0, 1]'
       )
-    if self.crop not in CROPS:
-      raise UserError(
-        f'data.crop={self.crop!r}{did_you_mean(self.crop, CROPS)}'
-      )
+    one_of('data.crop', self.crop, CROPS)
     if not _sides(self.image_size, 2):
       raise UserError(
         f'data.image_size={self.image_size} must be pixels, or (h, w)'
       )
-    if self.resize is not None and not (
-      _sides(self.resize, 2)
-      and (isinstance(self.resize, int) or self.resize[0] <= self.resize[1])
+    r = self.resize
+    if r is not None and (
+      not _sides(r, 2) or (isinstance(r, tuple) and r[0] > r[1])
     ):
       raise UserError(
-        f'data.resize={self.resize} must be pixels of the shorter side, or '
-        '(lowest, highest)'
+        f'data.resize={r} must be pixels of the shorter side, or (lowest, '
+        'highest)'
       )
-    if self.examples is not None and self.examples < 1:
-      raise UserError(f'data.examples={self.examples} must be above 0')
+    at_least(1, 'data.', self, 'examples')
 
   @property
   def size(self) -> tuple[int, int]:
@@ -235,7 +221,7 @@ class DataSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-  """The layout's word, and the devices that share a block's width."""
+  """The layout's name, and the devices that share a block's width."""
 
   layout: str = 'dp'
   tensor: int = 1
@@ -258,6 +244,10 @@ class LogSpec:
   usage_window: int = 100
   tensorboard: bool = True
 
+  def __post_init__(self):
+    at_least(1, 'log.', self, 'every', 'usage_window')
+    at_least(0, 'log.', self, 'images_every')
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec:
@@ -273,11 +263,8 @@ class CheckpointSpec:
   keep: int = 3
 
   def __post_init__(self):
-    if self.every < 0 or self.keep < 1:
-      raise UserError(
-        f'checkpoint.every={self.every} must not be negative and '
-        f'checkpoint.keep={self.keep} must be above 0'
-      )
+    at_least(0, 'checkpoint.', self, 'every')
+    at_least(1, 'checkpoint.', self, 'keep')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +276,9 @@ class InitSpec:
       folder or a file; or that of a tokenizer's directory or a run.
     decoder: "rae:FILE", a published RAE decoder.
     latents: a file of latents' mean and var, where `model.latents` has a norm.
-    networks: "published" or "random": the frozen networks that losses and the
-      discriminator look through. Random features still tell images apart, but
-      worse, and a run on them says so.
+    networks: "published" or "random": the frozen networks of losses and of the
+      discriminator. Random features still separate images, but worse, and a
+      run on them logs that.
   """
 
   encoder: str | None = None
@@ -300,24 +287,20 @@ class InitSpec:
   networks: str = 'published'
 
   def __post_init__(self):
-    for part in INIT_PARTS:  # cleared on a command line
-      if getattr(self, part) == '':
-        object.__setattr__(self, part, None)
-    if self.networks not in NETWORKS:
-      near = did_you_mean(self.networks, NETWORKS)
-      raise UserError(f'init.networks={self.networks!r}{near}')
+    _empty_as_none(self, *INIT_PARTS)
+    one_of('init.networks', self.networks, NETWORKS)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-  """The evaluation: held-out photographs cut into square tiles.
+  """The evaluation: held-out images cut into square tiles.
 
   Attributes:
-    source: a DATA word; None or "": no evaluation, and pictures on the way are
-      of training images. Tiles of all its photographs are held in memory.
+    source: a DATA source; None or "": no evaluation, and the grids of
+      reconstructions are of training images.
     tile: pixels of a tile's side; None for the shorter one of
       `data.image_size`.
-    include, exclude: globs of photographs' names.
+    include, exclude: globs of images' names.
     batch_size: tiles at once.
     every: steps between evaluations of the averaged weights; 0: at the end
       only, where it is the exported tokenizer that is measured.
@@ -331,20 +314,18 @@ class EvalSpec:
   every: int = 0
 
   def __post_init__(self):
-    if self.every < 0:
+    at_least(0, 'eval.', self, 'every')
+    at_least(1, 'eval.', self, 'tile', 'batch_size')
+    if self.every and not self.source:
       raise UserError(
-        f'eval.every={self.every} must not be negative; 0 for the end only'
-      )
-    if (self.tile is not None and self.tile < 1) or self.batch_size < 1:
-      raise UserError(
-        f'eval.tile={self.tile} and eval.batch_size={self.batch_size} must be '
-        'above 0'
+        f'eval.every={self.every} has nothing to measure: name held-out images '
+        'in eval.source, or set eval.every=0'
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-  """A whole run.
+  """A full run.
 
   Attributes:
     model: `build_tokenizer`'s mapping.
@@ -352,21 +333,21 @@ class RunSpec:
     schedules: rows (regex, None or Schedule fields).
     duration: "30 epochs", "2000 steps" or a number of steps.
     batch_size: B, images of one optimizer step over all hosts.
-    accumulate: micro-batches that a step's batch is computed in, one after
-      another; the result is that of the whole batch.
+    accumulate: microbatches that a step's batch is computed in, one after
+      another; the result is that of the full batch.
     ema: decay of the weights' moving average; 0 for none.
     noise_tau: noise on latents in training, U[0, tau) x N(0, 1), one U a
       sample, before they are normalised and quantised; .8 for RAE, 0 for
       discrete tokens.
     init_from: a run's workdir or a tokenizer's directory whose weights the
-      run begins with; its optimizer and step count begin anew.
+      run starts with; optimizer and step count are re-initialized.
     init: parts of the weights from elsewhere.
-    teacher: the frozen encoder that losses.distill keeps to: "init", the one
-      that this run begins with (from `init_from` or `init.encoder`), or a
+    teacher: the frozen encoder of losses.distill: "init", the one that this
+      run starts with (from `init_from` or `init.encoder`), or a
       published encoder as in `init.encoder`.
-    discriminator: the second player, where losses.gan asks for one.
-    max_nonfinite: steps in a row that are left out, their losses or gradients
-      being no number, before the run stops.
+    discriminator: of losses.gan, where there is one.
+    max_nonfinite: how many consecutive steps may be skipped because a loss or
+      a gradient is not finite; one more stops the run.
   """
 
   model: Mapping
@@ -391,53 +372,23 @@ class RunSpec:
   max_nonfinite: int = 10
 
   def __post_init__(self):
-    if self.accumulate < 1:
-      raise UserError(f'accumulate={self.accumulate} must be above 0')
-    if self.max_nonfinite < 0:
-      raise UserError(
-        f'max_nonfinite={self.max_nonfinite} must not be negative; 0 stops at '
-        'the first'
-      )
-    for word in ('init_from', 'teacher'):  # cleared on a command line
-      if getattr(self, word) == '':
-        object.__setattr__(self, word, None)
+    _empty_as_none(self, 'init_from', 'teacher')
+    at_least(1, '', self, 'accumulate', 'batch_size')
+    at_least(0, '', self, 'max_nonfinite', 'noise_tau', 'seed')
+    if not 0 <= self.ema < 1:
+      raise UserError(f'ema={self.ema} must lie in [0, 1)')
     for part in INIT_PARTS:
       if self.init_from is not None and getattr(self.init, part) is not None:
         raise UserError(
-          f'init_from brings a whole tokenizer, so init.{part} has no place; '
+          f'init_from brings a full tokenizer, so init.{part} does not apply; '
           f'give one of the two (--config.init.{part}= clears it)'
         )
-    if self.eval is not None:
-      object.__setattr__(self, 'eval', self._evaluation(self.eval))
-    if self.batch_size < 1:
-      raise UserError(f'batch_size={self.batch_size} must be above 0')
-    if not 0 <= self.seed < 2**31:
-      raise UserError(f'seed={self.seed} must lie in [0, 2147483648)')
-    if not 0 <= self.ema < 1:
-      raise UserError(f'ema={self.ema} must lie in [0, 1)')
-    if not 0 <= self.noise_tau < math.inf:
-      raise UserError(
-        f'noise_tau={self.noise_tau} must be finite and not negative; 0 for '
-        'none'
-      )
-    if self.log.every < 1 or self.log.usage_window < 1:
-      raise UserError('log.every and log.usage_window must be above 0')
-    if self.log.images_every < 0:
-      raise UserError(
-        f'log.images_every={self.log.images_every} must not be negative; 0 '
-        'for no pictures'
-      )
-
-  def _evaluation(self, given: EvalSpec) -> EvalSpec | None:
-    if not given.source:
-      if given.every:
-        raise UserError(
-          f'eval.every={given.every} has nothing to measure: name held-out '
-          'photographs in eval.source, or set eval.every=0'
-        )
-      return None
-    tile = given.tile or min(self.data.size)
-    return dataclasses.replace(given, tile=tile)
+    given = self.eval
+    if given is not None and not given.source:
+      object.__setattr__(self, 'eval', None)
+    elif given is not None:
+      tile = given.tile or min(self.data.size)
+      object.__setattr__(self, 'eval', dataclasses.replace(given, tile=tile))
 
   def terms(self) -> dict[str, LossTerm]:
     """{name: LossTerm}, names checked against the loss tables."""
@@ -445,12 +396,13 @@ class RunSpec:
     terms: dict[str, LossTerm] = {}
     for name, value in self.losses.items():
       if name not in known:
-        raise UserError(f'unknown loss "{name}"{did_you_mean(name, known)}')
+        raise UserError(
+          f'unknown loss "losses.{name}"{did_you_mean(name, known)}'
+        )
       if not isinstance(value, Mapping):
         value = {'weight': value}
       kind = TERMS.get(name, LossTerm)
-      where = f'losses.{name}'
-      terms[name] = build_spec(kind, value, where).check(where)
+      terms[name] = build_spec(kind, value, f'losses.{name}')
     if not terms:
       raise UserError(f'losses is empty; there are: {", ".join(known)}')
     self._check_teacher(terms.get('distill'))
@@ -461,10 +413,10 @@ class RunSpec:
     gan = terms.get('gan')
     if (gan is None) != (self.discriminator is None):
       raise UserError(
-        'losses.gan wants a discriminator: add discriminator=dict(name="patch")'
+        'losses.gan needs a discriminator: add discriminator=dict(name="patch")'
         if gan
-        else f'discriminator={self.discriminator.name} has no losses.gan to '
-        'learn for; add that, or set discriminator=None'
+        else f'discriminator={self.discriminator.name} has no losses.gan; add '
+        'that, or set discriminator=None'
       )
     image = [*IMAGE_TERMS, *FROZEN_TERMS]
     if gan and gan.adaptive and not any(n in image for n in terms):
@@ -479,13 +431,13 @@ class RunSpec:
     if wanted and not self.teacher:
       raise UserError(
         'losses.distill has the target "teacher", and there is none: set '
-        'teacher="init" (the encoder that this run begins with), to a '
+        'teacher="init" (the encoder that this run starts with), to a '
         'published encoder, or losses.distill.target="self"'
       )
     if self.teacher and not wanted:
       raise UserError(
-        f'teacher={self.teacher} has nothing to teach: add losses.distill with '
-        'the target "teacher", or remove it'
+        f'teacher={self.teacher} is not used: add losses.distill with the '
+        'target "teacher", or remove it'
       )
     if self.teacher == INIT and not (self.init_from or self.init.encoder):
       raise UserError(
@@ -497,17 +449,16 @@ class RunSpec:
     """The rows of `schedules`, checked."""
     rows = []
     for row in self.schedules:
-      if not isinstance(row, tuple) or len(row) != 2:
+      if not (
+        isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str)
+      ):
         raise UserError(f'schedules row {row!r} must be (regex, schedule)')
       pattern, fields = row
-      if not isinstance(pattern, str):
-        raise UserError(f'schedules row {row!r}: {pattern!r} is no regex')
+      where = f'schedules["{pattern}"]'
       if fields is not None and not isinstance(fields, Mapping):
-        raise UserError(
-          f'schedules["{pattern}"]={fields!r} must be None or dict(lr=…)'
-        )
+        raise UserError(f'{where}={fields!r} must be None or dict(lr=…)')
       if fields is not None:
-        fields = build_spec(Schedule, fields, f'schedules["{pattern}"]')
+        fields = build_spec(Schedule, fields, where)
       rows.append((pattern, fields))
     return rows
 
@@ -524,26 +475,79 @@ def plain(config: Any) -> Any:
 
 
 def read_config(config: Any) -> RunSpec:
-  """A ConfigDict (or mapping) as a `RunSpec`.
+  """A ConfigDict (or mapping) as a `RunSpec`; opens no file.
 
   Raises:
-    UserError: an unknown, missing, mistyped or impossible key.
+    UserError: an unknown, mistyped or impossible key, or missing keys: those
+      of all sections at once.
   """
-  spec = build_spec(RunSpec, plain(config), 'config')
+  config = plain(config)
+  missing = missing_keys(RunSpec, config, 'config')
+  sections = config.get('model', {})
+  if isinstance(sections, Mapping):
+    names = ('encoder', 'quantizer', 'decoder')
+    missing += [f'config.model.{n}' for n in names if n not in sections]
+  check_missing([name for name in missing if name != 'config.model'])
+  spec = build_spec(RunSpec, config, 'config')
   spec.terms(), spec.schedule_rows()
   return spec
 
 
-# ----------------------------------------------------------------------------
-# Values that are usual, so that an unusual one is noticed once, not refused.
+def check_placeholders(spec: RunSpec) -> None:
+  """Nothing is left to be filled in. Any other name is checked where it is
+  opened, for a resumed run may no longer need it.
+
+  Raises:
+    UserError: a recipe's placeholder is still there.
+  """
+  for key, (word, wanted) in PLACEHOLDERS.items():
+    value: Any = spec
+    for name in key.split('.'):
+      value = getattr(value, name)
+    if value == word and not pathlib.Path(word).exists():
+      raise UserError(
+        f"{key}={word} is the recipe's placeholder: set --config.{key} to "
+        f'{wanted}'
+      )
+
+
+def check_latents(spec: RunSpec, tokenizer: Tokenizer) -> None:
+  """Model, data and `init.latents` agree; opens no file.
+
+  Statistics go with `model.latents` or not at all; a run that starts from
+  another tokenizer (`init_from`) has them from there.
+
+  Raises:
+    UserError: a norm without statistics, statistics without a norm, or a
+      grid of tokens that they are not of.
+  """
+  given, norm = spec.init.latents, tokenizer.latents_spec
+  if norm.norm == 'none' and given is not None:
+    raise UserError(
+      f'init.latents={given} does not apply: set model.latents='
+      'dict(norm="channel") or "position", or remove it'
+    )
+  if norm.norm != 'none' and given is None and spec.init_from is None:
+    flag = ' --position' if norm.grid else ''
+    raise UserError(
+      f'init.latents: model.latents.norm="{norm.norm}" needs statistics: '
+      f'python -m vqrae_jax.latent_stats --config=… --data=… --out=stats.npz'
+      f'{flag} computes them for --config.init.latents=stats.npz; or set '
+      'init_from'
+    )
+  latents.check_grid(norm, tokenizer.grid(*spec.data.size), 'data.image_size')
+  if spec.eval is not None:
+    tile = spec.eval.tile
+    latents.check_grid(norm, tokenizer.grid(tile, tile), 'eval.tile')
+
+
+# Usual values by quantizer. A value outside is used, and logged once.
 #
 # The ranges are those that the tokenizers' own documentation gives (decay,
 # commitment) or that papers tried (codes, up to 65,536); around an epsilon two
-# powers of ten, and below commitment's .1 two for SimVQ, which may want it while
-# the encoder is frozen (`docs/results.md`). `docs/from_pytorch.md` shows the same
-# table, and a test holds the two equal. What cannot work at all is an error where
-# it is built.
-
+# powers of ten, and below commitment's .1 two for SimVQ, which may want it
+# while the encoder is frozen (`docs/results.md`). `docs/from_pytorch.md` shows
+# the same table, and a test holds the two equal.
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
   'vq': {
     'num_codes': (512, 65536),
@@ -554,22 +558,20 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
   'fsq': {'epsilon': (1e-5, 1e-1)},
   'losses': {'commit': (0.1, 0.5)},
 }
-LOWER = {'simvq': {'commit': 0.001}}
+SIMVQ_COMMIT = (0.001, 0.5)
 
 
-def unusual(spec: RunSpec, tokenizer: Tokenizer) -> str | None:
+def config_warnings(spec: RunSpec, tokenizer: Tokenizer) -> str | None:
   """One line that names every value outside its usual range, or None."""
-  name = quantizers.name_of(tokenizer.quantizer)
+  name, terms = quantizers.name_of(tokenizer.quantizer), spec.terms()
   found = [
     (f'model.quantizer.{field}', getattr(tokenizer.quantizer, field), usual)
     for field, usual in RANGES.get(name, {}).items()
   ]
-  found += [
-    (f'losses.{term}', value.weight, (LOWER.get(name, {}).get(term, low), high))
-    for term, value in spec.terms().items()
-    for low, high in [RANGES['losses'].get(term, (0, math.inf))]
-  ]
-  if tokenizer.codebook_size:  # noise teaches continuous decoders to forgive
+  if 'commit' in terms:
+    usual = SIMVQ_COMMIT if name == 'simvq' else RANGES['losses']['commit']
+    found.append(('losses.commit', terms['commit'].weight, usual))
+  if tokenizer.codebook_size:  # noise is for continuous decoders
     found.append(('noise_tau', spec.noise_tau, (0, 0)))
   odd = [
     f'{key}={value:g} (usually {low:g}{f" to {high:g}" if high > low else ""})'
@@ -577,40 +579,3 @@ def unusual(spec: RunSpec, tokenizer: Tokenizer) -> str | None:
     if not low <= value <= high
   ]
   return f'unusual: {", ".join(odd)}' if odd else None
-
-
-# ----------------------------------------------------------------------------
-# Statistics of latents as a run's config names them: `init.latents`.
-#
-# They go with `model.latents` or not at all, and a run that begins from another
-# tokenizer (`init_from`) has them from there. What they do is in
-# `models/latents.py`, how a file of them is read in `models/latent_files.py`.
-
-
-def check(spec: RunSpec, tokenizer: Tokenizer) -> None:
-  """Model, data and `init.latents` agree; opens no file.
-
-  Raises:
-    UserError: a norm without statistics, statistics without a norm, or a
-      grid of tokens that they are not of.
-  """
-  given, norm = spec.init.latents, tokenizer.latents_spec
-  if norm.norm == 'none':
-    if given is not None:
-      raise UserError(
-        f'init.latents={given} has no place: set model.latents='
-        'dict(norm="channel") or "position", or remove it'
-      )
-    return
-  if given is None and spec.init_from is None:
-    flag = ' --position' if norm.grid else ''
-    raise UserError(
-      f'model.latents.norm="{norm.norm}" needs statistics: '
-      f'{latent_files.COMMAND} --config=… --data=… --out=stats.npz{flag} '
-      'computes them for --config.init.latents=stats.npz; or begin with '
-      'init_from'
-    )
-  latents.check_grid(norm, tokenizer.grid(*spec.data.size), 'data.image_size')
-  if spec.eval is not None:
-    tile = spec.eval.tile
-    latents.check_grid(norm, tokenizer.grid(tile, tile), 'eval.tile')

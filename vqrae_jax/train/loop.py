@@ -8,17 +8,17 @@ gets.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
+import filelock
 import jax
 import numpy as np
 from absl import logging
@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from vqrae_jax import export, hosts, sharding
 from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.ops import trees
+from vqrae_jax.paths import check_writable
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
@@ -97,37 +98,75 @@ class StopRequest:
 
 
 # ----------------------------------------------------------------------------
-# One run a workdir: two would interleave their rows and checkpoints.
+# One run in a workdir: two would interleave their rows and checkpoints.
 #
-# The lock is the kernel's, on an open file, so that a killed run leaves none.
-# Process 0 holds it, and all hosts hear what became of it: none waits for one
-# that has stopped.
+# Process 0 holds workdir/lock by `filelock`: the kernel's lock on an open file,
+# so that a killed run leaves none. Who removes the file lets another run start,
+# so the first checks before each checkpoint that the file is still its own, and
+# stops if not. All hosts agree on what process 0 finds.
 
 
-def check_no_run_in(workdir: pathlib.Path) -> None:
-  """Raises UserError if a run is going on there; writes nothing."""
-  free, path = True, workdir / 'lock'
+def _lock_path(workdir: epath.Path) -> epath.Path:
+  path = workdir / 'lock'
+  if path.is_symlink() or (path.exists() and not path.is_file()):
+    raise UserError(
+      f'{path} is no regular file, and a lock goes there; move it'
+    )
+  return path
+
+
+def _locked(path: epath.Path) -> filelock.BaseFileLock | None:
+  """The lock, held, or None where another run holds it."""
+  lock = filelock.FileLock(path, timeout=0)
+  try:
+    lock.acquire()
+  except filelock.Timeout:
+    return None
+  return lock
+
+
+def check_no_run_in(workdir: epath.Path) -> None:
+  """Raises UserError if a run is active there; writes nothing."""
+  free, path = True, _lock_path(workdir)
   if not jax.process_index() and path.exists():
-    with path.open('a') as file:
-      free = _taken(file)
+    lock = _locked(path)
+    free = lock is not None
+    if lock:
+      lock.release()
   _check(free, workdir)
 
 
 @contextlib.contextmanager
-def only_run_in(workdir: pathlib.Path) -> Iterator[None]:
+def only_run_in(workdir: epath.Path) -> Iterator[Callable[[], None]]:
   """Holds workdir/lock while the body runs; made if absent.
 
+  Yields a check that every host calls before a checkpoint: the file may have
+  been removed, and another run started.
+
   Raises:
-    UserError: another process holds it; on every host.
+    UserError: another process holds it, or that check failed; on every host.
   """
-  with contextlib.ExitStack() as held:
-    free = True
-    if not jax.process_index():
-      workdir.mkdir(parents=True, exist_ok=True)
-      # To append: a look at it touches nothing.
-      free = _taken(held.enter_context((workdir / 'lock').open('a')))
-    _check(free, workdir)
-    yield
+  first, path = not jax.process_index(), _lock_path(workdir)
+  lock = mine = None
+  if first:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if lock := _locked(path):
+      mine = path.stat().st_ino
+  _check(not first or lock is not None, workdir)
+
+  def check() -> None:
+    there = path.stat().st_ino if first and path.exists() else None
+    if not agreed(there == mine):
+      raise UserError(
+        f'{path} was removed while this run was active, so another may have '
+        'started; stop that, and start the command again'
+      )
+
+  try:
+    yield check
+  finally:
+    if lock:
+      lock.release()
 
 
 def agreed(good: bool) -> bool:
@@ -137,22 +176,10 @@ def agreed(good: bool) -> bool:
   return good
 
 
-def _taken(file: IO) -> bool:
-  """Takes the lock of an open file, or is False where another has it."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:  # a file system without locks
-    pass
-  return True
-
-
-def _check(free: bool, workdir: pathlib.Path) -> None:
+def _check(free: bool, workdir: epath.Path) -> None:
   if not agreed(free):
     raise UserError(
-      f'another run is going on in {workdir}; stop it, or name another '
-      '--workdir'
+      f'another run is active in {workdir}; stop it, or name another --workdir'
     )
 
 
@@ -216,7 +243,7 @@ def train(
           _warn_of_changes(workdir / 'config.json', config)
           return figures
         logging.info('resumed from step %d', position.step)
-      lock.enter_context(only_run_in(workdir))
+      check_lock = lock.enter_context(only_run_in(workdir))
       if not agreed(checkpoints.steps() == seen):
         raise UserError(
           f'another run has written to {workdir} since this one began to read '
@@ -227,7 +254,7 @@ def train(
       if spec.every:
         checkpoints.begin_from(position.step)
       state, figures = run(
-        setup, started, workdir, checkpoints, position, profile
+        setup, started, workdir, checkpoints, position, check_lock, profile
       )
       variables = sharding.host_copy(
         state_lib.variables_of(state, started.frozen, ema=True),
@@ -258,6 +285,7 @@ def run(
   workdir: epath.Path,
   checkpoints: Checkpoints,
   position: Position,
+  check_lock: Callable[[], None] = lambda: None,
   profile: tuple[int, int] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
   """(the last state, the run's figures): all steps that are left.
@@ -268,6 +296,7 @@ def run(
     workdir: where rows, pictures and checkpoints go.
     checkpoints: where the state is saved.
     position: of `started.state`.
+    check_lock: is called before each checkpoint.
     profile: steps of a trace.
   """
   loop = _Loop(setup, started, workdir, checkpoints, position)
@@ -298,6 +327,7 @@ def run(
         # While steps are skipped the checkpoint before them stays the newest:
         # a state that only later steps show to be bad replaces no good one.
         if last or not loop.position.nonfinite_in_a_row:
+          check_lock()
           loop.save(state)
       if stopping:
         loop.stop(stop.name)
@@ -498,11 +528,7 @@ def check_workdir(workdir: epath.Path) -> None:
         'etils[epath-s3] for s3://) and sign in, or name a mounted folder'
       ) from None
     return
-  existing = next(p for p in (workdir, *workdir.parents) if p.exists())
-  if not existing.is_dir():
-    raise UserError(f'--workdir={workdir}: {existing} is a file, not a folder')
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise UserError(f'--workdir={workdir}: {existing} cannot be written')
+  check_writable(pathlib.Path(workdir), '--workdir')
   folder = workdir / 'checkpoints'
   if os.path.lexists(folder) and not folder.is_dir():
     raise UserError(

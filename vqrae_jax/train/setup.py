@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +24,6 @@ from vqrae_jax.data.pipeline import TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
-from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.nn import discriminators
 from vqrae_jax.ops import trees
@@ -34,8 +32,6 @@ from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.train.gan import Gan
 from vqrae_jax.train.state import StepSpec
-
-RUN_TO_NAME = 'RUN'  # what configs/ write where a user names a finished run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,18 +180,10 @@ def setup(
       fit one another, a batch that does not divide over the devices, a leaf
       that no schedule claims or no loss reaches.
   """
-  for key, value in (
-    ('init_from', config.init_from),
-    ('init.encoder', config.init.encoder),
-  ):
-    if value == RUN_TO_NAME and not pathlib.Path(value).exists():
-      raise UserError(
-        f'{key}={value}: this recipe starts from a finished run; name its '
-        f'workdir, --config.{key}=runs/NAME'
-      )
+  config_lib.check_placeholders(config)
   tokenizer = build_tokenizer(config.model)
-  _check_latents(config, tokenizer)
-  if warning := config_lib.unusual(config, tokenizer):
+  config_lib.check_latents(config, tokenizer)
+  if warning := config_lib.config_warnings(config, tokenizer):
     logging.warning(warning)
   source, held_out = _open_data(config, tokenizer)
   mesh = mesh or sharding.make_mesh(
@@ -251,29 +239,6 @@ def _open_data(
   return source, held_out
 
 
-def _check_latents(config: config_lib.RunSpec, tokenizer: Tokenizer) -> None:
-  """model.latents, data and init.latents agree; opens no file."""
-  given, spec = config.init.latents, tokenizer.latents_spec
-  if spec.norm == 'none':
-    if given is not None:
-      raise UserError(
-        f'init.latents={given} needs model.latents=dict(norm="channel") or '
-        '"position"; set it, or remove init.latents'
-      )
-    return
-  if given is None and config.init_from is None:
-    flag = ' --position' if spec.grid else ''
-    raise UserError(
-      f'model.latents.norm="{spec.norm}" needs statistics: '
-      f'{latents.COMMAND} --config=… --data=… --out=stats.npz{flag} computes '
-      'them for --config.init.latents=stats.npz; or start from init_from'
-    )
-  latents.check_grid(spec, tokenizer.grid(*config.data.size), 'data.image_size')
-  if config.eval is not None:
-    grid = tokenizer.grid(config.eval.tile, config.eval.tile)
-    latents.check_grid(spec, grid, 'eval.tile')
-
-
 def plan_step(
   config: config_lib.RunSpec,
   tokenizer: Tokenizer,
@@ -299,10 +264,15 @@ def plan_step(
     raise UserError('schedules freeze every leaf: there is nothing to train')
   total = optim.steps_of(config.duration, steps_per_epoch, 'duration')
   if total < 1:
-    epoch = f' (one epoch is {steps_per_epoch:.3g} steps)'
+    epoch = ''
+    if steps_per_epoch:
+      images = steps_per_epoch * config.batch_size
+      epoch = (
+        f' (one epoch is {steps_per_epoch:.3g} steps: batch_size='
+        f'{config.batch_size}, {images:.0f} images)'
+      )
     raise UserError(
-      f'duration={config.duration!r} is less than one step'
-      f'{epoch if steps_per_epoch else ""}'
+      f'duration={config.duration!r} is less than one step{epoch}'
     )
   terms = config.terms()
   _check_terms(terms, tokenizer, trainable)

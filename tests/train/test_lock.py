@@ -1,0 +1,40 @@
+"""One run in a workdir, whatever is done to its lock file."""
+
+import contextlib
+import os
+
+import pytest
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.train import loop
+
+
+def test_a_second_run_is_refused(tmp_path):
+  with loop.only_run_in(tmp_path) as check:
+    check()
+    for start in (loop.check_no_run_in, loop.only_run_in):
+      with pytest.raises(UserError, match='another run'):
+        with start(tmp_path) or contextlib.nullcontext():
+          pass
+  loop.check_no_run_in(tmp_path)
+
+
+def test_a_run_whose_lock_was_removed_stops_at_its_next_checkpoint(tmp_path):
+  with loop.only_run_in(tmp_path) as check:
+    (tmp_path / 'lock').unlink()
+    with pytest.raises(UserError, match='lock was removed'):
+      check()
+    with loop.only_run_in(tmp_path):  # another file of that name
+      with pytest.raises(UserError, match='lock was removed'):
+        check()
+
+
+@pytest.mark.parametrize(
+  'make', (os.mkfifo, os.mkdir, lambda path: path.symlink_to('/nowhere'))
+)
+def test_a_lock_that_is_no_file_is_an_error_at_once(make, tmp_path):
+  make(tmp_path / 'lock')
+  for start in (loop.check_no_run_in, loop.only_run_in):
+    with pytest.raises(UserError, match='lock is no regular file'):
+      with start(tmp_path):
+        pass
