@@ -17,7 +17,6 @@ from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 

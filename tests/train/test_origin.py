@@ -1,7 +1,5 @@
 """A run begins with another's weights, all of them, or says why not."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
