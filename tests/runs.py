@@ -83,7 +83,7 @@ def started(config, workdir, devices, address='', count=1, rank=0):
 
 def finished(process) -> str:
   """What it says on stderr; it must succeed."""
-  said = process.communicate(timeout=300)[1]
+  said = process.communicate(timeout=900)[1]
   assert process.returncode == 0, said
   return said
 
@@ -116,4 +116,4 @@ def signalled(process, workdir, when, number=signal.SIGKILL) -> str:
   while process.poll() is None and not when(workdir):
     time.sleep(0.001)
   process.send_signal(number)
-  return process.communicate(timeout=300)[1]
+  return process.communicate(timeout=900)[1]

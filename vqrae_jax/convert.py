@@ -43,6 +43,7 @@ from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.latents import read_statistics
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
+from vqrae_jax.paths import check_writable
 from vqrae_jax.pretrained import encoders, rae, vqrae_torch
 from vqrae_jax.specs import DTYPES, EncoderSpec
 from vqrae_jax.weights import (
@@ -121,9 +122,9 @@ def main(argv: list[str]) -> None:
     tokenizer, variables = export.load_tokenizer(source.value)
     _write_arrays(out, vqrae_torch.to_torch(tokenizer, variables))
   elif is_encoder:
-    above = (out.is_symlink(), *(p.is_file() for p in out.parents))
-    if out.exists() or any(above) or out.suffix in _FILES:
+    if out.exists() or out.is_symlink() or out.suffix in _FILES:
       raise UserError(f'--out={out} must be a directory that is not there yet')
+    check_writable(out, '--out')
     convert_encoder(values.source, out, values.row, values.dtype)
   else:
     file = open_weights(source.value)

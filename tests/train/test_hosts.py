@@ -3,11 +3,13 @@
 import signal
 import socket
 
+import jax
 import numpy as np
 import pytest
 
 import vqrae_jax
 from tests import runs
+from vqrae_jax import sharding
 from vqrae_jax.train.checkpoint import Checkpoints
 
 
@@ -28,7 +30,7 @@ def finished(processes):
 
 
 def last_lines(processes):
-  return [p.communicate(timeout=300)[1].splitlines()[-1] for p in processes]
+  return [p.communicate(timeout=900)[1].splitlines()[-1] for p in processes]
 
 
 @pytest.fixture
@@ -73,6 +75,18 @@ def test_two_hosts_train_as_one(config, tmp_path, caplog):
   # What two hosts saved at step 1, one goes on with.
   runs.finished(runs.started(config, two, 4))
   check_same(two, one)
+
+
+def test_no_device_holds_more_than_one_gathered_leaf(monkeypatch):
+  mesh = sharding.make_mesh('fsdp')
+  place = sharding.NamedSharding(mesh, sharding.PartitionSpec('fsdp'))
+  tree = [jax.device_put(np.full((64, 8), i, 'f4'), place) for i in range(4)]
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  before = set(map(id, jax.live_arrays()))
+  for i, leaf in enumerate(sharding.host_leaves(tree, mesh)):
+    np.testing.assert_array_equal(leaf, np.full((64, 8), i))
+    made = [x for x in jax.live_arrays() if id(x) not in before]
+    assert sum(x.nbytes for x in made) <= leaf.nbytes
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def _sha256(path: epath.Path) -> str:
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
   """{relative path: file} of what Orbax wrote of a step, in order."""
   found = {}
-  for path in sorted(folder.iterdir()):
+  for path in sorted(folder.iterdir()):  # epath has no `**`
     if path.is_dir():
       found |= {f'{path.name}/{n}': p for n, p in _files(path).items()}
     elif not path.name.startswith('sha256.'):
@@ -222,8 +222,15 @@ def _manifest(folder: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def _line(error: Exception) -> str:
-  return str(error).split('\n')[0][:1000] or type(error).__name__
+def _options() -> ocp.CheckpointManagerOptions:
+  # Folders made by a thread of its own wait 5 minutes for one that failed.
+  now = ocp.AsyncOptions(create_directories_asynchronously=False)
+  return ocp.CheckpointManagerOptions(
+    step_format_fixed_length=8,
+    save_root_metadata=False,
+    lightweight_initialize=True,
+    async_options=now,
+  )
 
 
 def _not_of_orbax(record: std_logging.LogRecord) -> bool:
@@ -356,14 +363,8 @@ class Checkpoints:
       restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
       partial_restore=part,
     )
-    try:
-      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        found = reader.restore(folder / 'state', args=options)
-    except (ValueError, OSError, KeyError) as e:
-      raise UserError(
-        f'checkpoint {folder} cannot be read: {_line(e)}; remove that folder '
-        'to go back to the one before it'
-      ) from None
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      found = reader.restore(folder / 'state', args=options)
     return from_leaves(target, trees.flatten(found))
 
   # -- writing ---------------------------------------------------------------
@@ -393,37 +394,25 @@ class Checkpoints:
       UserError: this save or the one before cannot be written.
     """
     self.wait()
-    leaves = as_leaves(state)
+    leaves, path = as_leaves(state), self._path(step)
     table = {n: [list(x.shape), str(x.dtype)] for n, x in leaves.items()}
-    manifest = {'vqrae_jax': MANIFEST_VERSION, 'step': step}
-    path = self._path(step)
+    manifest = {'vqrae_jax': MANIFEST_VERSION, 'step': step, **extra}
+    arrays = ocp.args.PyTreeSave(trees.unflatten(leaves))
     try:
       if path.exists():
         raise FileExistsError(f'{path} is in the way; move it')
       if self._manager is None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-          self._folder,
-          options=ocp.CheckpointManagerOptions(
-            step_format_fixed_length=8,
-            save_root_metadata=False,
-            lightweight_initialize=True,
-            # Else its threads wait 5 minutes for a folder that failed.
-            async_options=ocp.AsyncOptions(
-              create_directories_asynchronously=False
-            ),
-          ),
-        )
+        self._manager = ocp.CheckpointManager(self._folder, options=_options())
       self._manager.save(
         step,
-        args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(trees.unflatten(leaves))
-        ),
-        custom_metadata={**manifest, **extra, 'leaves': table},
-        force=True,  # whether to save is the loop's to say
+        args=ocp.args.Composite(state=arrays),
+        custom_metadata=manifest | {'leaves': table},
+        force=True,  # when to save is the loop's decision
       )
     except Exception as e:
-      raise self._not_written(e) from e
+      self._failure = e
+      self.wait()
     self._thread = threading.Thread(
       target=self._finish, args=(path,), name=f'checkpoint {step}'
     )
@@ -449,11 +438,6 @@ class Checkpoints:
     except Exception as e:
       self._failure = e
 
-  def _not_written(self, failure: Exception) -> UserError:
-    return UserError(
-      f'a checkpoint could not be written to {self._folder}: {_line(failure)}'
-    )
-
   def wait(self) -> None:
     """Returns when what was saved lies on disk.
 
@@ -465,7 +449,10 @@ class Checkpoints:
       self._thread = None
     if self._failure is not None:
       failure, self._failure = self._failure, None
-      raise self._not_written(failure) from failure
+      words = str(failure).split('\n')[0] or type(failure).__name__
+      raise UserError(
+        f'a checkpoint could not be written to {self._folder}: {words}'
+      ) from failure
 
   def close(self) -> None:
     """Waits, and lets Orbax go."""
