@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(vqrae_jax.__file__).parent
 
 # A package or module imports those of a lower row only (and row 0 itself).
 ORDER = (
-  {'errors', 'paths', 'specs', 'types', 'ops'},
+  {'errors', 'files', 'paths', 'specs', 'types', 'ops'},
   {'nn', 'weights'},
   {'quantizers', 'encoders'},
   {'models', 'losses', 'optim', 'sharding', 'data'},
@@ -23,6 +23,7 @@ RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 # Narrower than their row: all of the package that these may import.
 ONLY = {
   'errors': set(),
+  'files': set(),
   'paths': set(),
   'types': set(),
   'specs': {'errors'},
@@ -32,7 +33,7 @@ ONLY = {
   'losses': {'nn', 'weights', 'types', 'ops', 'specs', 'errors'},
   'optim': {'ops', 'specs', 'types', 'errors'},
   'sharding': {'ops', 'specs', 'types', 'errors'},
-  'data': {'specs', 'paths', 'errors'},
+  'data': {'specs', 'files', 'paths', 'errors'},
 }
 
 

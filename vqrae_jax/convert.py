@@ -20,7 +20,6 @@ An encoder's folder is what `load_encoder` and `init.encoder` open.
 import ast
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -33,6 +32,7 @@ from absl import flags
 from vqrae_jax import cli, export
 from vqrae_jax.encoders import ENCODERS, converted, published
 from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.files import atomic_write
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders
@@ -475,22 +475,17 @@ def _target(out: pathlib.Path, ending: str) -> pathlib.Path:
 
 
 def _write(out: pathlib.Path, arrays: dict) -> None:
-  """The whole file under another name first."""
   import numpy as np
-  from safetensors.numpy import save_file
+  from safetensors.numpy import save
 
   arrays = {
     k: np.ascontiguousarray(v).reshape(v.shape) for k, v in arrays.items()
   }
-  temporary = out.with_name(out.stem + '.writing' + out.suffix)
-  try:
+  with atomic_write(out) as file:
     if out.suffix == '.npz':
-      np.savez(temporary, **arrays)
+      np.savez(file, **arrays)
     else:
-      save_file(arrays, temporary)
-    os.replace(temporary, out)
-  finally:
-    temporary.unlink(missing_ok=True)
+      file.write(save(arrays))
   print(f'wrote {out}: {len(arrays)} arrays')
 
 

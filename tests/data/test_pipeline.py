@@ -145,7 +145,7 @@ def test_too_many_unreadable_draws_in_a_row_stop_the_run(read):
 
 
 def test_an_empty_source_is_an_error():
-  with pytest.raises(UserError, match='holds no photograph'):
+  with pytest.raises(UserError, match='holds no image'):
     flawed(n=0, bad=())
 
 

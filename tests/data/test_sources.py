@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.data import makers
-from vqrae_jax.data import sources, tree
+from vqrae_jax.data import sources, listing as tree
 from vqrae_jax.errors import UserError
 
 

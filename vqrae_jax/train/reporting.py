@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vqrae_jax import export, sharding
 from vqrae_jax.evaluate import evaluator, visualize
+from vqrae_jax.files import atomic_write
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.run import Run, host_copy
 
@@ -59,10 +60,6 @@ class Shown:
     tiles = evaluator.tiles_of(photographs, run.spec.eval.tile)
     self.images = tiles[visualize.spread(len(tiles), SHOWN)]
 
-  @functools.cached_property
-  def _tiles(self) -> np.ndarray:
-    return evaluator.tiles_of(self._run.held_out, self._run.spec.eval.tile)
-
   def _variables(self, state: Any) -> Any:
     return state_lib.variables_of(state, self._frozen, ema=True)
 
@@ -87,8 +84,7 @@ class Shown:
     measured, _ = evaluator.measure(
       self._run.tokenizer,
       self._variables(state),
-      self._tiles,
-      batch,
+      evaluator.tile_batches(self._run.held_out, spec.tile, batch),
       place=place,
       read=lambda x: host_copy(x, mesh),
     )
@@ -253,9 +249,8 @@ def keep_rows(path: pathlib.Path, last: int) -> None:
           kept.append(line + b'\n')
       except (ValueError, KeyError, TypeError):
         continue
-  temporary = path.with_name(path.name + '.writing')
-  temporary.write_bytes(b''.join(kept))
-  temporary.replace(path)
+  with atomic_write(path) as file:
+    file.write(b''.join(kept))
 
 
 def _names_in(path: pathlib.Path) -> set[str]:
@@ -271,10 +266,9 @@ def _names_in(path: pathlib.Path) -> set[str]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """JSON, written beside and renamed."""
-  temporary = path.with_name(path.name + '.writing')
-  temporary.write_text(json.dumps(value, indent=2, default=str) + '\n')
-  temporary.replace(path)
+  """JSON, all of it or nothing."""
+  with atomic_write(path) as file:
+    file.write(json.dumps(value, indent=2, default=str).encode() + b'\n')
 
 
 # ----------------------------------------------------------------------------
