@@ -161,21 +161,21 @@ CONFIGS = [
 # What all commands say of DATA; what only training says is below.
 DATA = [
   ('nowhere', 'data "nowhere" is no folder, file, glob'),
-  ('hollow', '"hollow" holds no image .* it holds nothing'),
-  ('docs', 'it holds 2 .md, 1 .txt'),
-  ('notes.txt', 'it holds 1 .txt'),
+  ('hollow', '"hollow" holds no image'),
+  ('docs', '2 .md, 1 .txt'),
+  ('notes.txt', '1 .txt'),
   ('*.xyz', r'"\*.xyz"'),
   ('mixed', '1 .tar shards; name one kind by a glob, .*[*].png'),
-  ('empty.tar', 'holds no image|no image inside'),
-  ('texts.tar', 'no image inside; wanted are members such as KEY.jpg'),
-  ('noise.tar', 'noise.tar holds no image: '),
-  ('cut.tar', 'cut.tar holds no image: it ends inside a member'),
-  ('packed.tar.gz', 'compressed tars .* decompress them to .tar'),
+  ('empty.tar', 'empty.tar .*no image'),
+  ('texts.tar', 'texts.tar .*no image'),
+  ('noise.tar', 'noise.tar .*no image'),
+  ('cut.tar', 'cut.tar .*no image'),
+  ('packed.tar.gz', 'compressed tars'),
   ('s-{000..002}.tar', 'there is no s-002.tar'),
-  ('s-{000..9999999}.tar', 'data with .* names over 1,000,000 files'),
+  ('s-{000..9999999}.tar', '1,000,000 files'),
   ('noise.array_record', 'cannot read the ArrayRecord file'),
   ('none.array_record', 'holds no record'),
-  ('gs://bucket/x.tar', 'is a URL; name files of this machine'),
+  ('gs://bucket/x.tar', 'is a URL.* mount'),
   ('bundled:cats', 'did you mean "bundled:photos"'),
 ]
 
@@ -183,7 +183,7 @@ BROKEN = [
   ('train', 'bad', 'cannot be read|unreadable'),
   ('train', 'bad.tar', 'cannot be read|unreadable'),
   ('train', 'foreign.array_record', 'unreadable|could not be read'),
-  ('reconstruct_images', 'bad/zero.png', 'zero.png: an empty file of 0 bytes'),
+  ('reconstruct_images', 'bad/zero.png', 'zero.png: .*0 bytes'),
   ('reconstruct_images', 'bad/huge.png', 'above the 100,000,000 pixels'),
   ('reconstruct_images', 'foreign.array_record', 'none of the bytes features'),
 ]
@@ -263,8 +263,12 @@ def test_configs(keys, words, answer, programs):
   assert not programs()
 
 
-@pytest.mark.parametrize('name', bad.MAINS)
-@pytest.mark.parametrize('data, words', DATA)
+# One function opens the data of all commands: each is asked once.
+@pytest.mark.parametrize(
+  'name, data, words',
+  [('reconstruct_images', *row) for row in DATA]
+  + [(name, *DATA[0]) for name in ('train', 'latent_stats')],
+)
 def test_data(name, data, words, answer):
   argv = {
     'train': ['--config=mine.py', f'--config.data.source={data}'],
