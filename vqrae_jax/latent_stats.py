@@ -106,9 +106,8 @@ def over_hosts(mine: RunningStats, skipped: int) -> tuple[RunningStats, int]:
     return mine, skipped
   from jax.experimental import multihost_utils
 
-  row = np.concatenate(
-    [[skipped, mine.count], mine.mean.ravel(), mine.m2.ravel()]
-  )
+  sums = mine.mean.ravel(), mine.m2.ravel()
+  row = np.concatenate([[skipped, mine.count], *sums])
   # As halves of f64s: JAX would make f32 of them.
   halves = multihost_utils.process_allgather(row.view(np.uint32))
   total, lost = RunningStats.of(np.zeros((0, *mine.mean.shape))), 0
@@ -129,48 +128,27 @@ def main(argv: list[str]) -> None:
       raise UserError(f'--{name}={values[name].value} must be above 0')
   if values.distributed:
     cli.join_hosts()
-  measure(
-    values.config,
-    out,
-    data=values.data,
-    position=values.position,
-    images=values.images,
-    batch_size=values.batch_size,
-  )
+  about = (values.data, values.position, values.images, values.batch_size)
+  measure(values.config, out, *about)
 
 
 def _flags(values: flags.FlagValues) -> None:
-  for define, name, default, text in (
-    (
-      flags.DEFINE_string,
-      'data',
-      None,
-      "images: a folder, a glob, tar shards, …; the config's data.source if "
-      'left out',
-    ),
-    (flags.DEFINE_string, 'out', None, 'the file to write, F.npz'),
-    (
-      flags.DEFINE_bool,
-      'position',
-      False,
-      "of each position's channels, not of channels over all positions; so too "
-      'where the config has model.latents.norm="position"',
-    ),
-    (
-      flags.DEFINE_integer,
-      'images',
-      None,
-      'so many images, evenly spaced in the listing; all if left out',
-    ),
-    (flags.DEFINE_integer, 'batch_size', 32, 'images at once on each host'),
-    (
-      flags.DEFINE_bool,
-      'distributed',
-      'JAX_COORDINATOR_ADDRESS' in os.environ,
-      'join the other hosts, as in training; each reads its share',
-    ),
-  ):
-    define(name, default, text, flag_values=values)
+  keys = dict(flag_values=values)
+  text = "images: a folder, a glob, …; the config's data.source if left out"
+  flags.DEFINE_string('data', None, text, **keys)
+  flags.DEFINE_string('out', None, 'the file to write, F.npz', **keys)
+  text = (
+    "of each position's channels, not of channels over all positions; so too "
+    'where the config has model.latents.norm="position"'
+  )
+  flags.DEFINE_bool('position', False, text, **keys)
+  text = 'so many images, evenly spaced in the listing; all if left out'
+  flags.DEFINE_integer('images', None, text, **keys)
+  text = 'images at once on each host'
+  flags.DEFINE_integer('batch_size', 32, text, **keys)
+  joined = 'JAX_COORDINATOR_ADDRESS' in os.environ
+  text = 'join the other hosts, as in training; each reads its share'
+  flags.DEFINE_bool('distributed', joined, text, **keys)
 
 
 def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
@@ -188,22 +166,17 @@ def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
   def fresh():
     return initialize.from_seed(tokenizer, spec.seed)['params']['encoder']
 
-  shapes = jax.eval_shape(fresh)
-  places = sharding.shardings_for(shapes, mesh)
+  places = sharding.shardings_for(jax.eval_shape(fresh), mesh)
   if given.says:
     logging.info('measures %s', given.says)
-    where = trees.flatten(places)
+    shapes, places = trees.flatten(jax.eval_shape(fresh)), trees.flatten(places)
 
     def load(name, leaf):
       source = given.leaves[f'params/encoder/{name}']
-      return jax.make_array_from_callback(
-        leaf.shape,
-        where[name],
-        lambda index: np.asarray(source[index], leaf.dtype),
-      )
+      read = lambda index: np.asarray(source[index], leaf.dtype)  # noqa: E731
+      return jax.make_array_from_callback(leaf.shape, places[name], read)
 
-    leaves = trees.flatten(shapes).items()
-    params = trees.unflatten({name: load(name, leaf) for name, leaf in leaves})
+    params = trees.unflatten({n: load(n, leaf) for n, leaf in shapes.items()})
   else:
     logging.warning(
       'the encoder is random: the config has no init.encoder and no init_from'
@@ -257,17 +230,12 @@ def measure(
   norms.check_grid(tokenizer.latents_spec, grid, 'data.image_size')
   by_position = position or tokenizer.latents_spec.norm == 'position'
   shape = (*(grid if by_position else ()), tokenizer.latent_dim)
-  if data is not None:
-    source = open_source(data)
-  else:
-    source = open_source(section.source, section.include, section.exclude)
-  count = len(source)
-  if images is not None and images > count:
-    raise UserError(
-      f'--images={images}, and "{data or section.source}" holds {count}'
-    )
+  own = section.source, section.include, section.exclude
+  source = open_source(*own) if data is None else open_source(data)
+  wanted, count = images or len(source), len(source)
+  if wanted > count:
+    raise UserError(f'--images={images}, and "{data or own[0]}" holds {count}')
   # Evenly spaced, for listings go class by class.
-  wanted = images or count
   chosen = [i * count // wanted for i in range(wanted)]
   mine = chosen[jax.process_index() :: jax.process_count()]
   mesh = sharding.make_mesh(
@@ -281,11 +249,14 @@ def measure(
   )
   rng, skipped = np.random.default_rng(0), []  # nothing is drawn
 
+  def cut(image):
+    return pipeline.augment_image(image, augment, rng)[None]
+
   def check(skipped, seen):
     if skipped > section.max_skipped * seen or skipped == seen:
       raise UserError(
-        f'{skipped} of {seen} images cannot be read; at most '
-        f'data.max_skipped={section.max_skipped:g} of them may be, and not all'
+        f'{skipped} of {seen} images cannot be read; data.max_skipped='
+        f'{section.max_skipped:g} of them may be, and never all'
       )
 
   def skip(index, error):
@@ -294,36 +265,28 @@ def measure(
     check(len(skipped), wanted)  # no need to read the rest
 
   first = jax.process_index() == 0
-  with (
-    jax.set_mesh(mesh),
-    tqdm(total=len(mine), unit='img', disable=not first) as bar,
-  ):
-    batches = pipeline.eval_batches(
-      source,
-      lambda image: pipeline.augment_image(image, augment, rng)[None],
-      batch_size,
-      mine,
-      skip,
+  bar = tqdm(total=len(mine), unit='img', disable=not first)
+  with jax.set_mesh(mesh), bar:
+    stats = sum_latents(
+      _encoder(spec, tokenizer, mesh),
+      pipeline.eval_batches(source, cut, batch_size, mine, skip),
+      shape,
+      bar.update,
     )
-    encode = _encoder(spec, tokenizer, mesh)
-    stats = sum_latents(encode, batches, shape, bar.update)
   stats, lost = over_hosts(stats, len(skipped))
   check(lost, wanted)
-  if not np.isfinite(stats.mean).all():
-    raise UserError('the latents hold NaN or infinity; compute in float32')
-  if first:
-    _write(out, stats, wanted - lost, lost, grid)
-
-
-def _write(out, stats, images, skipped, grid) -> None:
   mean, var, std = stats.mean, stats.variance, np.sqrt(stats.variance)
+  if not np.isfinite(mean).all():
+    raise UserError('the latents hold NaN or infinity; compute in float32')
+  if not first:
+    return
   with atomic_write(out) as file:
     np.savez(file, mean=mean, var=var)
-  lost = f' ({skipped} skipped)' if skipped else ''
+  count = f'{wanted - lost} images' + f' ({lost} skipped)' * bool(lost)
   print(
-    f'wrote {out}: {images} images{lost}, {images * grid[0] * grid[1]} tokens, '
-    f'mean and var of shape {mean.shape}; mean of means {mean.mean():.4g}, '
-    f'stds {std.min():.4g} to {std.max():.4g}'
+    f'wrote {out}: {count}, {(wanted - lost) * grid[0] * grid[1]} tokens, mean '
+    f'and var of shape {mean.shape}; mean of means {mean.mean():.4g}, stds '
+    f'{std.min():.4g} to {std.max():.4g}'
   )
 
 

@@ -22,30 +22,23 @@ _SHOWN = 8  # images on the page
 def main(argv: list[str]) -> None:
   """Parses flags, reconstructs, prints a line an image."""
   values = flags.FlagValues()
-  for define, name, text in (
-    (flags.DEFINE_string, 'tokenizer', 'a tokenizer directory'),
-    (
-      flags.DEFINE_string,
-      'images',
-      'an image, a folder, a glob, tar shards or bundled:photos',
-    ),
-    (flags.DEFINE_string, 'out', 'the folder for the PNGs, made if absent'),
-    (
-      flags.DEFINE_integer,
-      'tile',
-      'pixels of the square tiles that are tokenized one by one; 0 takes each '
-      'image whole; the size the tokenizer was made for by default',
-    ),
-  ):
-    define(name, None, text, flag_values=values)
+  keys = dict(flag_values=values)
+  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
+  text = 'an image, a folder, a glob, tar shards or bundled:photos'
+  flags.DEFINE_string('images', None, text, **keys)
+  text = 'the folder for the PNGs, made if absent'
+  flags.DEFINE_string('out', None, text, **keys)
+  text = (
+    'pixels of the square tiles that are tokenized one by one; 0 takes each '
+    'image whole; the size the tokenizer was made for by default'
+  )
+  flags.DEFINE_integer('tile', None, text, **keys)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'images', 'out')
-  reconstruct_folder(
-    values.tokenizer,
-    values.images,
-    pathlib.Path(values.out).expanduser(),
-    values.tile,
-  )
+  if '://' in values.out:
+    raise UserError(f'--out={values.out} is a URL; name a local folder')
+  out = pathlib.Path(values.out).expanduser()
+  reconstruct_folder(values.tokenizer, values.images, out, values.tile)
 
 
 def reconstruct_folder(
@@ -109,10 +102,11 @@ def reconstruct_folder(
   )
   visualize.save_png(page, out / 'comparison.png')
   count = len(source) - len(skipped)
-  many = f'{count} images' if count > 1 else '1 image'
-  if skipped:
-    many += f' ({len(skipped)} skipped)'
-  print(f'{many} in {out}, side by side in {out}/comparison.png')
+  lost = f' ({len(skipped)} skipped)' if skipped else ''
+  print(
+    f'{count} image{"s" * (count > 1)}{lost} in {out}, side by side in '
+    f'{out}/comparison.png'
+  )
 
 
 def _check_outputs(source, out: pathlib.Path) -> None:

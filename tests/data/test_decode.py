@@ -157,7 +157,7 @@ BAD = {
   'huge': (png_of(10_001, 10_000), '10001x10000 .* 100,000,000'),
   'vast': (png_of(60_000, 60_000), '100,000,000'),
   # Pillow has no memory for a row of 2^31 bits.
-  'wide': (png_of(1, 89_478_485), ''),
+  'wide': (png_of(1, 89_478_485), 'too large'),
   'another format': (encoded(colours(), 'PPM'), 'none of JPEG'),
   'a script': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'none of'),
 }  # fmt: skip

@@ -29,6 +29,7 @@ from vqrae_jax.errors import UserError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 MAX_PIXELS = 100_000_000
+_TOO_MANY = f'are above the {MAX_PIXELS:,} that are decoded'
 
 # Pillow warns at 89 million pixels and stops at 179; the cap here is ours. It
 # warns of damaged EXIF at each read, though the pixels can be decoded.
@@ -98,25 +99,22 @@ def _attempt(file, where, read):
     with Image.open(file, formats=FORMATS) as image:
       w, h = image.size
       if w * h > MAX_PIXELS:
-        raise ImageDecodeError(where, _too_large(f'{h}x{w}'))
+        raise ImageDecodeError(where, f'{h}x{w} pixels {_TOO_MANY}')
       return read(image)
   except ImageDecodeError:
     raise
   except UnidentifiedImageError:
-    kinds = ', '.join(FORMATS)
-    raise ImageDecodeError(where, f'its content is none of {kinds}') from None
+    reason = f'its content is none of {", ".join(FORMATS)}'
+    raise ImageDecodeError(where, reason) from None
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    raise ImageDecodeError(where, _too_large('its size')) from None
-  # Damaged bytes raise anything in Pillow: struct.error, KeyError, zlib's; and
-  # MemoryError where a row has over 2^31 bits.
+    raise ImageDecodeError(where, f'its pixels {_TOO_MANY}') from None
+  except MemoryError:  # Pillow's, for a row of over 2^31 bits
+    raise ImageDecodeError(where, 'too large for Pillow to decode') from None
+  # Damaged bytes raise anything in Pillow: struct.error, KeyError, zlib's.
   except Exception as e:
     if isinstance(e, OSError):
       refuse_if_ours(e)
     raise ImageDecodeError(where, str(e) or type(e).__name__) from None
-
-
-def _too_large(what: str) -> str:
-  return f'{what} is above the {MAX_PIXELS:,} pixels that are decoded'
 
 
 def _orientation(image: Image.Image) -> int:

@@ -195,22 +195,19 @@ class TarShards(EncodedImages):
     shard, _ = self._place(row)
     path, parts = self._listing.root / self._listing.names[shard], []
     try:
-      fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+      with open(path, 'rb', buffering=0) as file:
+        if _stamp(os.fstat(file.fileno())) != self._stamps[shard]:
+          raise UserError(
+            f'the shard {path} has changed since it was indexed; start again'
+          )
+        # Some file systems give less than asked.
+        while size and (part := os.pread(file.fileno(), size, offset)):
+          parts.append(part)
+          offset, size = offset + len(part), size - len(part)
     except FileNotFoundError:
       raise UserError(
         f'the shard {path} is gone since it was indexed'
       ) from None
-    try:
-      if _stamp(os.fstat(fd)) != self._stamps[shard]:
-        raise UserError(
-          f'the shard {path} has changed since it was indexed; start again'
-        )
-      # Some file systems give less than asked.
-      while size and (part := os.pread(fd, size, offset)):
-        parts.append(part)
-        offset, size = offset + len(part), size - len(part)
-    finally:
-      os.close(fd)
     if size:
       raise ImageDecodeError(self._where(row), f'{size:,} bytes are missing')
     return io.BytesIO(b''.join(parts))
