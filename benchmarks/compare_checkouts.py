@@ -6,7 +6,7 @@ meets both alike. Prints b / a of each: a step costs no more than before while
 the first two are at most 1.005 and the third 1.05.
 
 Each tree runs in a process of its own on one CPU device: SimVQ between ViTs of
-192 channels, 64 pixels, all losses that need no weights from elsewhere (l2,
+128 channels, 64 pixels, all losses that need no weights from elsewhere (l2,
 gan with the adaptive weight, codebook, commit), the encoder frozen.
 """
 
@@ -20,12 +20,12 @@ import sys
 import time
 
 VIT = dict(
-  width=192, depth=4, mlp_dim=768, num_heads=3, patch_size=8, grid=(8, 8)
+  width=128, depth=2, mlp_dim=512, num_heads=2, patch_size=8, grid=(8, 8)
 )
 CONFIG = dict(
   model=dict(
     encoder=dict(vit=VIT),
-    quantizer=dict(name='simvq', num_codes=1024, code_dim=192),
+    quantizer=dict(name='simvq', num_codes=1024, code_dim=128),
     decoder=dict(
       vit=VIT
       | dict(
