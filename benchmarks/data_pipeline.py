@@ -1,7 +1,7 @@
 """python benchmarks/data_pipeline.py --data=DATA [--size=224] [--batches=40]
 
 Images a second of the training pipeline alone, no device: reading, decoding,
-cropping, batching. Beside it, from the same run, the same photographs and as
+cropping, batching. Beside it, from the same run, the same images and as
 many threads, two ceilings of Pillow alone on bytes already in memory: a bare
 loop that decodes, and one that also resizes to the size of the crop. On a
 shared machine believe the CPU time.
@@ -43,7 +43,9 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--data', required=True, help='a DATA word')
+  parser.add_argument(
+    '--data', required=True, help='images: a folder, a glob, tar shards, …'
+  )
   parser.add_argument('--size', type=int, default=224)
   parser.add_argument(
     '--resize', type=int, help='shorter side; --size if unset'
@@ -63,16 +65,14 @@ def main():
     source, augment, batch_size=flags.batch_size, seed=0
   )
   threads = pipeline.reading_threads()
-  print(
-    f'{len(source)} photographs, opened in {opened:.2f} s; {threads} threads'
-  )
+  print(f'{len(source)} images, opened in {opened:.2f} s; {threads} threads')
 
   def read(steps):
     iterator = batches.iterate(steps.start)
     for _ in steps:
       next(iterator)
 
-  # Another stretch of the order each round; the best round is told, for the
+  # Another stretch of the order each round; the best one is printed, for the
   # machine may be shared. The first, unmeasured, warms the disk's cache.
   read(range(2))
   best = {}

@@ -7,7 +7,7 @@ rate with the encoder still frozen. `--only=open,l2` trains those and what they
 begin with. Runs that are finished are not run again; `--report` runs none, and
 reports of those. Writes OUT/table.md, OUT/curves.svg
 (held-out PSNR and the losses over steps) and OUT/reconstructions.png (two
-photographs of the scikit-image wheel, which no run has seen, by each run).
+images of the scikit-image wheel, which no run has seen, by each run).
 """
 
 import argparse
@@ -207,7 +207,7 @@ def curves(options):
 
 
 def page(options):
-  """A crop of two photographs by each run, three times as large."""
+  """A crop of two images by each run, three times as large."""
   import numpy as np
   from PIL import Image, ImageDraw, ImageFont
 
@@ -228,13 +228,13 @@ def page(options):
   columns, labels = [large(crops)], ['original']
   for name in finished(options):
     tokenizer, variables = opened(name, options)
-    painted = [
+    recon = [
       visualize.to_uint8(
         evaluator.reconstruct_tiled(tokenizer, variables, x, 32)[1]
       )
       for x in crops
     ]
-    columns.append(large(painted))
+    columns.append(large(recon))
     labels.append(name)
   sheet = np.concatenate(columns, axis=1)
   image = Image.new('RGB', (sheet.shape[1], sheet.shape[0] + 22), 'white')

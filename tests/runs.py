@@ -8,6 +8,7 @@ copy, never to write to. The images lie beside them.
 import json
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,13 @@ def main(argv):
   loop.train(config, workdir)
 cli.run(main)
 """
+
+
+def free_address() -> str:
+  """Of a port that no one listens at."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{s.getsockname()[1]}'
 
 
 def plain(folder: pathlib.Path, **keys) -> dict:

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(vqrae_jax.__file__).parent
 
 # A package or module imports those of a lower row only (and row 0 itself).
 ORDER = (
-  {'errors', 'paths', 'specs', 'types', 'ops'},
+  {'errors', 'files', 'paths', 'specs', 'types', 'ops'},
   {'nn', 'weights'},
   {'quantizers', 'encoders'},
   {'models', 'losses', 'optim', 'sharding', 'data', 'hosts'},
@@ -24,6 +24,7 @@ RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 ONLY = {
   'errors': set(),
   'paths': {'errors'},
+  'files': set(),
   'types': set(),
   'specs': {'errors'},
   'ops': {'errors'},
@@ -32,7 +33,7 @@ ONLY = {
   'losses': {'nn', 'weights', 'types', 'ops', 'specs', 'errors'},
   'optim': {'ops', 'specs', 'types', 'errors'},
   'sharding': {'ops', 'specs', 'types', 'errors'},
-  'data': {'specs', 'paths', 'errors'},
+  'data': {'specs', 'files', 'paths', 'errors'},
 }
 
 

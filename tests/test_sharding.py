@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import tiny
 from tests.golden import make_shardings as golden
+from tests.train import pieces
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.losses import adversarial
@@ -21,7 +22,7 @@ from vqrae_jax.models.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.nn import discriminators
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import run as run_lib
+from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.types import NetworkState
 
@@ -42,10 +43,7 @@ def test_layouts(layout, tensor, shape):
 @pytest.mark.parametrize('kind', ('fsq-cosmos', 'vq-ema', 'simvq-l2', 'none'))
 def test_every_leaf_of_a_state_is_claimed(kind):
   """Optimizer state and averages lie where their parameter lies."""
-  spec = config_lib.read_config(tiny.run(kind))
-  plan = state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
-  fresh = functools.partial(state_lib.fresh_state, plan, 0)
-  state, frozen = jax.eval_shape(fresh)
+  state, frozen, _ = pieces.planned(kind).abstract()
   mesh = sharding.make_mesh('fsdp+tp', tensor=2)
   places = trees.flatten(sharding.shardings_for((state, frozen), mesh))
   assert all(p.mesh == mesh for p in places.values())
@@ -118,11 +116,13 @@ def test_bad_meshes_say_what_is_right():
 
 def test_activations_get_their_axes():
   """The rules reach the step: blocks' activations lie over the batch axes."""
-  started = run_lib.Run(tiny.run('fsq-cosmos', mesh=dict(layout='fsdp')))
-  with jax.set_mesh(started.mesh):
-    state, frozen, step = started.start()
-    batch = started.place(started.batches.batch(0))
-    text = step.lower(state, frozen, batch).as_text()
+  config = tiny.run('fsq-cosmos', mesh=dict(layout='fsdp'))
+  made = setup_lib.setup(config_lib.read_config(config))
+  with jax.set_mesh(made.mesh):
+    shapes = state_lib.state_shapes(made.step, made.mesh)
+    batch = made.place(made.batches.batch(0))
+    step = made.train_step()
+    text = step.lower(*shapes, setup_lib.f32(made.hparams), batch).as_text()
   lines = [x for x in text.split('\n') if 'sharding_constraint' in x]
   assert any('"data", "fsdp"' in x and '8x16x32' in x for x in lines), lines
 

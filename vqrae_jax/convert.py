@@ -26,7 +26,6 @@ beside the weights never runs.
 
 import ast
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -39,6 +38,7 @@ from absl import flags
 from vqrae_jax import cli, export
 from vqrae_jax.encoders import ENCODERS, PUBLISHED, converted
 from vqrae_jax.errors import UserError, did_you_mean, read_json
+from vqrae_jax.files import atomic_write
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.latents import read_statistics
 from vqrae_jax.models.tokenizer import build_tokenizer
@@ -155,21 +155,17 @@ def _quantizer_fields(text: str) -> dict[str, Any]:
 
 
 def _write_arrays(out: pathlib.Path, arrays: dict) -> None:
-  """Writes a single file, under a temporary name first."""
-  from safetensors.numpy import save_file
+  """Writes a single file."""
+  from safetensors.numpy import save
 
   arrays = {
     k: np.ascontiguousarray(v).reshape(v.shape) for k, v in arrays.items()
   }
-  temporary = out.with_name(out.stem + '.writing' + out.suffix)
-  try:
+  with atomic_write(out) as file:
     if out.suffix == '.npz':
-      np.savez(temporary, **arrays)
+      np.savez(file, **arrays)
     else:
-      save_file(arrays, temporary)
-    os.replace(temporary, out)
-  finally:
-    temporary.unlink(missing_ok=True)
+      file.write(save(arrays))
   print(f'wrote {out}: {len(arrays)} arrays')
 
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -106,16 +107,15 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
   What was there before stays until then, and for good if filling fails.
   """
-  temporary = path.with_name(path.name + '.writing')
-  shutil.rmtree(temporary, ignore_errors=True)
+  # A unique name: two writers never share a folder, and no link is followed.
+  temporary = path.with_name(f'.{uuid.uuid4().hex}.writing')
   temporary.mkdir(parents=True)
   try:
     yield temporary
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
-  old = path.with_name(path.name + '.replaced')
-  shutil.rmtree(old, ignore_errors=True)
+  old = temporary.with_suffix('.replaced')
   if path.exists():
     path.rename(old)
   temporary.rename(path)
@@ -147,11 +147,13 @@ def save_tokenizer(
     'model': model,
   }
   with written_whole(path) as folder:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
     save_file(
       {n: np.ascontiguousarray(leaves[n]) for n in sorted(leaves)},
       folder / WEIGHTS,
     )
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+    # The library writes 0600, whatever the umask (safetensors 0.8, 2026-11).
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)
   return config['fingerprint']
 
 

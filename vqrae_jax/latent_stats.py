@@ -3,18 +3,19 @@
 Mean and variance of the latents of a run's encoder, as `init.latents` takes
 them: of each channel over all tokens, or with --position of each position's
 channels. The encoder is the one that a run of the config begins with
-(`init.encoder`, `init_from`, or the seed's); photographs are brought to
+(`init.encoder`, `init_from`, or the seed's); images are brought to
 `data.image_size` by their shorter side and cropped at the centre, each once.
 
 The file holds "mean" and "var" (of the population), f64 [d] or [gh gw d].
+
+The host sums in f64: accelerators have no f64 of any speed, and f32 sums would
+depend on how tokens are cut into batches. A core takes 2.5 ms for an image of
+256 tokens of 1024 channels (2026-11), while the device encodes the next batch.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
-import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,27 +23,25 @@ import numpy as np
 from absl import flags, logging
 
 from vqrae_jax import cli
-from vqrae_jax.data.decode import ImageDecodeError
-from vqrae_jax.data.pipeline import Augment, augment_image, reading_threads
-from vqrae_jax.data.sources import ImageSource
+from vqrae_jax.data import pipeline
 from vqrae_jax.errors import UserError
+from vqrae_jax.files import atomic_write
 
-# ----------------------------------------------------------------------------
-# Mean and variance of many arrays, exact in f64 and in any order.
-#
-# Chan, Golub and LeVeque's merge of (count, mean, sum of squares about it): two
-# halves merged are the whole, whatever the halves. Sums of squares about zero
-# would lose what this keeps where a mean is far from zero.
-#
-# The host computes in f64, since accelerators have no f64 of any speed and f32
-# sums would depend on how tokens were cut into batches. A core takes 2.5 ms for
-# an image of 256 tokens of 1024 channels (2026-11), beside the device and about
-# as long as decoding its photograph.
+MODULE = 'vqrae_jax.latent_stats'
+EXAMPLE = (
+  f'python -m {MODULE} --config=configs/simvq_siglip_l.py --data=IMAGES '
+  '--out=stats.npz'
+)
+ABOUT = 'the run whose latents are measured; --config.a.b=v changes a key'
 
 
 @dataclasses.dataclass(frozen=True)
 class RunningStats:
-  """Of `count` values each: f64 `mean`, and `m2`, squares about it."""
+  """Of `count` rows: f64 `mean`, and `m2`, the squares about it, summed.
+
+  Merging is Chan, Golub and LeVeque's, for sums of squares about zero lose
+  digits where a mean is far from zero.
+  """
 
   count: int
   mean: np.ndarray
@@ -50,193 +49,72 @@ class RunningStats:
 
   @classmethod
   def of(cls, rows: np.ndarray) -> 'RunningStats':
-    """Of f[n …]: over its first axis, n above 0."""
+    """Of f[n …] over its first axis; n may be 0."""
     rows = np.asarray(rows, np.float64)
-    mean = rows.mean(0)
+    mean = rows.sum(0) / max(len(rows), 1)
     return cls(len(rows), mean, ((rows - mean) ** 2).sum(0))
 
   def merge(self, other: 'RunningStats') -> 'RunningStats':
     """Of both together."""
-    n = self.count + other.count
-    if not n:
-      return self
-    delta = other.mean - self.mean
-    share = other.count / n
+    n = max(self.count + other.count, 1)
+    delta, share = other.mean - self.mean, other.count / n
     return RunningStats(
-      n,
+      self.count + other.count,
       self.mean + delta * share,
       self.m2 + other.m2 + delta**2 * (self.count * share),
     )
 
   @property
   def variance(self) -> np.ndarray:
-    """f64 m2 / count, the population's."""
+    """The population's."""
     return self.m2 / max(self.count, 1)
 
-  @classmethod
-  def none(cls, shape: tuple[int, ...]) -> 'RunningStats':
-    """Of nothing: what a merge leaves as it is."""
-    return cls(0, np.zeros(shape), np.zeros(shape))
 
-  def packed(self) -> np.ndarray:
-    """f64[1 + 2 n], from which `unpacked` makes it again, bit for bit."""
-    parts = [self.count], self.mean.ravel(), self.m2.ravel()
-    return np.concatenate(parts).astype(np.float64)
-
-  @classmethod
-  def unpacked(cls, row: np.ndarray, shape: tuple[int, ...]) -> 'RunningStats':
-    """`packed` backwards."""
-    mean, m2 = row[1:].reshape(2, *shape)
-    return cls(int(row[0]), mean, m2)
-
-
-# ----------------------------------------------------------------------------
-# RunningStats of an encoder's latents over photographs, each taken once.
-#
-# Threads read and crop ahead, the device encodes, and the host sums in f64 what
-# the batch before gave. Sums of tokens do not know batches, so neither their
-# size nor the number of hosts moves the result beyond f64's last digits.
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-  """What some photographs gave.
-
-  Attributes:
-    moments: of latents f64[d], over tokens, or f64[gh gw d], over images.
-    images: photographs that were encoded.
-    skipped: photographs that could not be read.
-  """
-
-  moments: RunningStats
-  images: int
-  skipped: int
-
-
-def spread(count: int, wanted: int | None) -> range | list[int]:
-  """`wanted` of `count` indices, evenly spaced: listings go class by class."""
-  if wanted is None:
-    return range(count)
-  return [i * count // wanted for i in range(wanted)]
-
-
-def crops(
-  source: ImageSource,
-  indices: Sequence[int],
-  size: tuple[int, int],
-  skip: Callable[[str, str], None],
-) -> Iterator[np.ndarray]:
-  """uint8 [*size 3]: the centre of each photograph that can be read, in order.
-
-  Args:
-    source: the photographs.
-    indices: which of them.
-    size: (h, w); the photograph is resized until it just covers that.
-    skip: is told (name, reason) of each that cannot be read.
-  """
-  # The shortest side that any photograph may have and cover the crop.
-  augment = Augment(size, resize=min(size), crop='center', flip=False)
-  rng = np.random.default_rng(0)  # asked for nothing
-
-  def read(index):
-    return augment_image(source[index], augment, rng)
-
-  threads = reading_threads()
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    waiting: collections.deque = collections.deque()
-    ahead = iter(indices)
-    while True:
-      while len(waiting) < 4 * threads:
-        index = next(ahead, None)
-        if index is None:
-          break
-        waiting.append((index, pool.submit(read, index)))
-      if not waiting:
-        return
-      index, image = waiting.popleft()
-      try:
-        yield image.result()
-      except ImageDecodeError as e:
-        skip(source.name(index), e.reason)
-
-
-def batches(
-  images: Iterable[np.ndarray], batch_size: int
-) -> Iterator[tuple[np.ndarray, int]]:
-  """(uint8 [b h w 3], how many of its rows count): the last is padded."""
-  rows = []
-  for image in images:
-    rows.append(image)
-    if len(rows) == batch_size:
-      yield np.stack(rows), batch_size
-      rows = []
-  if rows:
-    short = batch_size - len(rows)
-    yield np.stack(rows + [np.zeros_like(rows[0])] * short), len(rows)
-
-
-def moments_of(
-  encode: Callable[[np.ndarray], jax.Array],
-  images: Iterable[np.ndarray],
+def sum_latents(
+  encode: Callable[[np.ndarray], Any],
+  batches: Iterable[tuple[np.ndarray, int]],
   shape: tuple[int, ...],
-  batch_size: int,
   progress: Callable[[int], Any],
-) -> tuple[RunningStats, int]:
-  """(moments, number of images) of the latents of `images`.
+) -> RunningStats:
+  """Of the latents of all images.
 
   Args:
     encode: uint8 [b h w 3] -> f[b gh gw d].
-    images: uint8 [h w 3] each.
-    shape: (d,) for moments over tokens, (gh, gw, d) over images.
-    batch_size: b.
-    progress: is told how many images more were summed.
+    batches: (uint8 [b h w 3], how many of its rows count).
+    shape: (d,) for statistics over tokens, (gh, gw, d) over images.
+    progress: is called with the number of images summed.
   """
-  total, count = RunningStats.none(shape), 0
+  total, pending = RunningStats.of(np.zeros((0, *shape))), None
 
-  def add(pending):
-    nonlocal total, count
-    latents, n = pending
-    rows = np.asarray(latents, np.float32)[:n].reshape(-1, *shape)
-    total, count = total.merge(RunningStats.of(rows)), count + n
+  def add(latents, n):
     progress(n)
+    rows = np.asarray(latents, np.float32)[:n].reshape(-1, *shape)
+    return total.merge(RunningStats.of(rows))
 
-  pending = None
-  for batch, n in batches(images, batch_size):
-    now = encode(batch), n  # dispatched, and not waited for
+  for images, n in batches:
+    encoded = encode(images), n  # dispatched, and not waited for
     if pending is not None:
-      add(pending)
-    pending = now
-  if pending is not None:
-    add(pending)
-  return total, count
+      total = add(*pending)
+    pending = encoded
+  return total if pending is None else add(*pending)
 
 
-def over_hosts(mine: Measured) -> Measured:
+def over_hosts(mine: RunningStats, skipped: int) -> tuple[RunningStats, int]:
   """All hosts' together, the same on each of them; all must call."""
   if jax.process_count() == 1:
-    return mine
+    return mine, skipped
   from jax.experimental import multihost_utils
 
-  shape = mine.moments.mean.shape
-  row = np.concatenate([[mine.images, mine.skipped], mine.moments.packed()])
+  sums = mine.mean.ravel(), mine.m2.ravel()
+  row = np.concatenate([[skipped, mine.count], *sums])
   # As halves of f64s: JAX would make f32 of them.
   halves = multihost_utils.process_allgather(row.view(np.uint32))
-  total = Measured(RunningStats.none(shape), 0, 0)
+  total, lost = RunningStats.of(np.zeros((0, *mine.mean.shape))), 0
   for row in np.ascontiguousarray(halves).view(np.float64):
-    total = Measured(
-      total.moments.merge(RunningStats.unpacked(row[2:], shape)),
-      total.images + int(row[0]),
-      total.skipped + int(row[1]),
-    )
-  return total
-
-
-MODULE = 'vqrae_jax.latent_stats'
-EXAMPLE = (
-  f'python -m {MODULE} --config=configs/simvq_siglip_l.py --data=PHOTOS '
-  '--out=stats.npz'
-)
-ABOUT = 'the run whose latents are measured; --config.a.b=v changes a key'
+    mean, m2 = row[2:].reshape(2, *mine.mean.shape)
+    total = total.merge(RunningStats(int(row[1]), mean, m2))
+    lost += int(row[0])
+  return total, lost
 
 
 def main(argv: list[str]) -> None:
@@ -248,52 +126,29 @@ def main(argv: list[str]) -> None:
     if values[name].value is not None and values[name].value < 1:
       raise UserError(f'--{name}={values[name].value} must be above 0')
   cli.join_hosts(values)
-  measure(
-    values.config,
-    out,
-    data=values.data,
-    position=values.position,
-    images=values.images,
-    batch_size=values.batch_size,
-  )
+  about = (values.data, values.position, values.images, values.batch_size)
+  measure(values.config, out, *about)
 
 
 def _flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_string(
-    'data',
-    None,
-    "photographs: a folder, a glob, tar shards, …; the config's data.source if "
-    'left out',
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    'out', None, 'the file to write, F.npz', flag_values=values
-  )
-  flags.DEFINE_bool(
-    'position',
-    False,
+  keys = dict(flag_values=values)
+  text = "images: a folder, a glob, …; the config's data.source if left out"
+  flags.DEFINE_string('data', None, text, **keys)
+  flags.DEFINE_string('out', None, 'the file to write, F.npz', **keys)
+  text = (
     "of each position's channels, not of channels over all positions; so too "
-    'where the config has model.latents.norm="position"',
-    flag_values=values,
+    'where the config has model.latents.norm="position"'
   )
-  flags.DEFINE_integer(
-    'images',
-    None,
-    'so many photographs, evenly spaced in the listing; all if left out',
-    flag_values=values,
-  )
-  flags.DEFINE_integer(
-    'batch_size', 32, 'images at once on each host', flag_values=values
-  )
+  flags.DEFINE_bool('position', False, text, **keys)
+  text = 'so many images, evenly spaced in the listing; all if left out'
+  flags.DEFINE_integer('images', None, text, **keys)
+  text = 'images at once on each host'
+  flags.DEFINE_integer('batch_size', 32, text, **keys)
   cli.define_hosts(values)
 
 
 def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
   """uint8 [b h w 3] -> f[b gh gw d], by the encoder that a run begins with."""
-  import dataclasses
-
-  import jax
-  import numpy as np
   from flax import linen as nn
 
   from vqrae_jax import sharding
@@ -309,21 +164,17 @@ def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
       'encoder'
     ]
 
-  shapes = jax.eval_shape(fresh)
-  places = sharding.shardings_for(shapes, mesh)
+  places = sharding.shardings_for(jax.eval_shape(fresh), mesh)
   if given.summary:
     logging.info('measures %s', given.summary)
-    leaves, where = trees.flatten(shapes), trees.flatten(places)
+    shapes, places = trees.flatten(jax.eval_shape(fresh)), trees.flatten(places)
 
-    def laid(name, leaf):
+    def load(name, leaf):
       source = given.leaves[f'params/encoder/{name}']
-      return jax.make_array_from_callback(
-        leaf.shape,
-        where[name],
-        lambda index: np.asarray(source[index], leaf.dtype),
-      )
+      read = lambda index: np.asarray(source[index], leaf.dtype)  # noqa: E731
+      return jax.make_array_from_callback(leaf.shape, places[name], read)
 
-    params = trees.unflatten({n: laid(n, x) for n, x in leaves.items()})
+    params = trees.unflatten({n: load(n, leaf) for n, leaf in shapes.items()})
   else:
     logging.warning(
       'the encoder is random: the config has no init.encoder and no init_from'
@@ -353,16 +204,15 @@ def measure(
   Args:
     config: the run's.
     out: a file that is not there yet.
-    data: photographs, the config's if None.
+    data: images, the config's if None.
     position: by position; the model's section may say so too.
     images: how many, all if None.
     batch_size: images at once on a host, brought up to its devices.
 
   Raises:
-    UserError: a config that cannot run, fewer photographs than asked for, or
-      none that can be read.
+    UserError: a config that cannot run, fewer images than asked for, or too
+      many that cannot be read.
   """
-  import jax
   from tqdm import tqdm
 
   from vqrae_jax import sharding
@@ -373,82 +223,67 @@ def measure(
 
   sharding.compile_afresh_on_cpu()
   spec = config_lib.read_config(config)
-  tokenizer = build_tokenizer(spec.model)
-  grid = tokenizer.grid(*spec.data.size)
+  tokenizer, section = build_tokenizer(spec.model), spec.data
+  grid = tokenizer.grid(*section.size)
   norms.check_grid(tokenizer.latents_spec, grid, 'data.image_size')
   by_position = position or tokenizer.latents_spec.norm == 'position'
   shape = (*(grid if by_position else ()), tokenizer.latent_dim)
-  section = spec.data
-  if data is not None:
-    source = open_source(data)
-  else:
-    source = open_source(section.source, section.include, section.exclude)
-  if images is not None and images > len(source):
-    raise UserError(
-      f'--images={images}, and "{data or section.source}" holds {len(source)}'
-    )
+  own = section.source, section.include, section.exclude
+  source = open_source(*own) if data is None else open_source(data)
+  wanted, count = images or len(source), len(source)
+  if wanted > count:
+    raise UserError(f'--images={images}, and "{data or own[0]}" holds {count}')
+  # Evenly spaced, for listings go class by class.
+  chosen = [i * count // wanted for i in range(wanted)]
+  mine = chosen[jax.process_index() :: jax.process_count()]
   mesh = sharding.make_mesh(
     spec.mesh.layout, jax.local_devices(), spec.mesh.tensor
   )
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   batch_size = -(-batch_size // shards) * shards
-  chosen = spread(len(source), images)
-  mine = chosen[jax.process_index() :: jax.process_count()]
-  skipped = []
+  # The shortest side that an image may have and cover the crop.
+  augment = pipeline.Augment(
+    section.size, resize=min(section.size), crop='center', flip=False
+  )
+  rng, skipped = np.random.default_rng(0), []  # nothing is drawn
 
-  def check(misses, seen):
-    if misses > section.max_skipped * seen:
+  def cut(image):
+    return pipeline.augment_image(image, augment, rng)[None]
+
+  def check(skipped, seen):
+    if skipped > section.max_skipped * seen or skipped == seen:
       raise UserError(
-        f'{misses} of {seen} photographs could not be read, more than '
-        f'data.max_skipped={section.max_skipped:g} of them; mend the data, or '
-        'raise it'
+        f'{skipped} of {seen} images cannot be read; data.max_skipped='
+        f'{section.max_skipped:g} of them may be, and never all'
       )
 
-  def skip(name, reason):
-    skipped.append(name)
-    tqdm.write(f'{name}  skipped: {reason}')
-    check(len(skipped), len(chosen))  # too many already: no need to go on
+  def skip(index, error):
+    skipped.append(index)
+    tqdm.write(f'{source.name(index)}  skipped: {error.reason}')
+    check(len(skipped), wanted)  # no need to read the rest
 
-  with jax.set_mesh(mesh):
-    encode = _encoder(spec, tokenizer, mesh)
-    first = jax.process_index() == 0
-    with tqdm(total=len(mine), unit='img', disable=not first) as bar:
-      moments, count = moments_of(
-        encode,
-        crops(source, mine, section.size, skip),
-        shape,
-        batch_size,
-        bar.update,
-      )
-  found = over_hosts(Measured(moments, count, len(skipped)))
-  if not found.images:
-    raise UserError(
-      f'none of the {found.skipped} photographs could be read; the last was '
-      f'{skipped[-1] if skipped else "read by another host"}'
+  first = jax.process_index() == 0
+  bar = tqdm(total=len(mine), unit='img', disable=not first)
+  with jax.set_mesh(mesh), bar:
+    stats = sum_latents(
+      _encoder(spec, tokenizer, mesh),
+      pipeline.eval_batches(source, cut, batch_size, mine, skip),
+      shape,
+      bar.update,
     )
-  check(found.skipped, found.images + found.skipped)
-  if first:
-    _write(out, found, found.images * grid[0] * grid[1])
-
-
-def _write(out: pathlib.Path, found: Any, tokens: int) -> None:
-  """The whole file under another name first; then a line of what it holds."""
-  import numpy as np
-
-  mean, var = found.moments.mean, found.moments.variance
+  stats, lost = over_hosts(stats, len(skipped))
+  check(lost, wanted)
+  mean, var, std = stats.mean, stats.variance, np.sqrt(stats.variance)
   if not np.isfinite(mean).all():
     raise UserError('the latents hold NaN or infinity; compute in float32')
-  temporary = out.with_name(out.stem + '.writing.npz')
-  try:
-    np.savez(temporary, mean=mean, var=var)
-    os.replace(temporary, out)
-  finally:
-    temporary.unlink(missing_ok=True)
-  lost = f' ({found.skipped} skipped)' if found.skipped else ''
-  std = np.sqrt(var)
+  if not first:
+    return
+  with atomic_write(out) as file:
+    np.savez(file, mean=mean, var=var)
+  count = f'{wanted - lost} images' + f' ({lost} skipped)' * bool(lost)
   print(
-    f'wrote {out}: {found.images} images{lost}, {tokens} tokens, mean and var '
-    f'of shape {mean.shape}; mean of means {mean.mean():.4g}, stds '
+    f'wrote {out}: {count}, {(wanted - lost) * grid[0] * grid[1]} tokens, mean '
+    f'and var of shape {mean.shape}; mean of means {mean.mean():.4g}, stds '
     f'{std.min():.4g} to {std.max():.4g}'
   )
 

@@ -1,7 +1,7 @@
 """python -m vqrae_jax.reconstruct_images --tokenizer=DIR --images=X --out=DIR
 
-ImageSource through tokens and back: a PNG each, a side-by-side page, and the
-PSNR of each. An image's remainder modulo the patch (or the tile) is cropped.
+Images through tokens and back: a PNG each, a side-by-side page, and the PSNR
+of each. An image's remainder modulo the patch (or the tile) is cropped.
 """
 
 import pathlib
@@ -17,38 +17,29 @@ EXAMPLE = (
   f'python -m {MODULE} --tokenizer=runs/quickstart/tokenizer '
   '--images=photos/ --out=out'
 )
+_SHOWN = 8  # images on the page
 
 
 def main(argv: list[str]) -> None:
-  """Parses flags, reconstructs, prints a line a photograph."""
+  """Parses flags, reconstructs, prints a line an image."""
   values = flags.FlagValues()
-  flags.DEFINE_string(
-    'tokenizer', None, 'a tokenizer directory', flag_values=values
-  )
-  flags.DEFINE_string(
-    'images',
-    None,
-    'an image, a folder, a glob, tar shards or bundled:photos',
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    'out', None, 'the folder for the PNGs, made if absent', flag_values=values
-  )
-  flags.DEFINE_integer(
-    'tile',
-    None,
+  keys = dict(flag_values=values)
+  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
+  text = 'an image, a folder, a glob, tar shards or bundled:photos'
+  flags.DEFINE_string('images', None, text, **keys)
+  text = 'the folder for the PNGs, made if absent'
+  flags.DEFINE_string('out', None, text, **keys)
+  text = (
     'pixels of the square tiles that are tokenized one by one; 0 takes each '
-    'image whole; the size the tokenizer was made for by default',
-    flag_values=values,
+    'image whole; the size the tokenizer was made for by default'
   )
+  flags.DEFINE_integer('tile', None, text, **keys)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'images', 'out')
-  reconstruct_folder(
-    values.tokenizer,
-    values.images,
-    pathlib.Path(values.out).expanduser(),
-    values.tile,
-  )
+  if '://' in values.out:
+    raise UserError(f'--out={values.out} is a URL; name a local folder')
+  out = pathlib.Path(values.out).expanduser()
+  reconstruct_folder(values.tokenizer, values.images, out, values.tile)
 
 
 def reconstruct_folder(
@@ -67,6 +58,7 @@ def reconstruct_folder(
 
   from vqrae_jax import export
   from vqrae_jax.data.decode import ImageDecodeError
+  from vqrae_jax.data.pipeline import each_image
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, visualize
 
@@ -83,39 +75,41 @@ def reconstruct_folder(
     raise UserError(
       f'--tile={tile} must be 0 or a multiple of the decoder patch {p}'
     )
-  shown, lost = [], None
-  count = len(source)
-  for i, name in enumerate(
-    tqdm(source.names, unit='img', disable=len(source) < 4)
+  names, columns, skipped = source.names, [], []
+  for i, image in tqdm(
+    each_image(source), total=len(source), unit='img', disable=len(source) < 4
   ):
-    try:
-      image = source[i]
-    except ImageDecodeError as e:
-      tqdm.write(f'{name}  skipped: {e.reason}')
-      lost, count = e, count - 1
+    name = names[i]
+    if isinstance(image, ImageDecodeError):
+      tqdm.write(f'{name}  skipped: {image.reason}')
+      skipped.append(image)
       continue
-    original, painted = evaluator.reconstruct_tiled(
+    original, recon = evaluator.reconstruct_tiled(
       tokenizer, variables, image, tile or p, whole=tile == 0
     )
-    picture = visualize.to_uint8(painted)
-    db = evaluator.psnr(original, painted)
+    picture = visualize.to_uint8(recon)
+    db = evaluator.psnr(original, recon)
     visualize.save_png(Image.fromarray(picture), out / f'{name}.png')
     tqdm.write(f'{name}  {db:.2f} dB  {picture.shape[1]}x{picture.shape[0]}')
-    if len(shown) < 8:
-      shown.append((original, picture, f'{name}  {db:.1f} dB'))
-  if not count:
-    raise lost
+    if len(columns) < _SHOWN:
+      columns.append((original, picture, f'{name}  {db:.1f} dB'))
+  if not columns:
+    raise skipped[-1]
   how = f'in tiles of {tile} px' if tile else 'whole'
-  page = visualize.comparison(*zip(*shown, strict=True), title=f'images {how}')
+  page = visualize.comparison(
+    *zip(*columns, strict=True), title=f'images {how}'
+  )
   visualize.save_png(page, out / 'comparison.png')
-  many = f'{count} images' if count > 1 else '1 image'
-  if lost:
-    many += f' ({len(source) - count} skipped)'
-  print(f'{many} in {out}, side by side in {out}/comparison.png')
+  count = len(source) - len(skipped)
+  lost = f' ({len(skipped)} skipped)' if skipped else ''
+  print(
+    f'{count} image{"s" * (count > 1)}{lost} in {out}, side by side in '
+    f'{out}/comparison.png'
+  )
 
 
 def _check_outputs(source, out: pathlib.Path) -> None:
-  """No picture is written over an original, nor two to one name."""
+  """No file replaces an original, and no two images share a name."""
   taken = {'comparison': out / 'comparison.png'}
   originals = {p.resolve() for p in source.paths}
   for i, name in enumerate(source.names):

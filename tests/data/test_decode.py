@@ -1,11 +1,9 @@
 """Every kind of image becomes RGB, or is refused with a reason of one line."""
 
 import io
-import os
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 
 import numpy as np
@@ -52,6 +50,7 @@ def png_of(h, w):
   return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*p) for p in parts)
 
 
+DEEP = Image.fromarray(np.full((9, 8), 40000, np.uint16))
 GOOD = {
   'jpeg': encoded(colours(), 'JPEG'),
   'grey jpeg': encoded(colours('L'), 'JPEG'),
@@ -63,14 +62,12 @@ GOOD = {
   'palette with alpha': encoded(colours('P'), transparency=0),
   'grey with alpha': encoded(colours('LA')),
   'alpha': encoded(colours('RGBA')),
-  '16 bits': encoded(Image.fromarray(np.full((9, 8), 40000, np.uint16))),
-  '16-bit tiff': encoded(
-    Image.fromarray(np.full((9, 8), 40000, np.uint16)), 'TIFF'
-  ),
-  '16-bit tiff of the other order': encoded(
+  '16 bits': encoded(DEEP),
+  '16-bit tiff': encoded(DEEP, 'TIFF'),
+  'big-endian tiff': encoded(
     Image.fromarray(np.full((9, 8), 40000, '>u2')), 'TIFF'
   ),
-  'two photographs in one': encoded(
+  'two images in one': encoded(
     colours(), 'MPO', save_all=True, append_images=[colours()]
   ),
   'lzw tiff': encoded(colours(), 'TIFF', compression='tiff_lzw'),
@@ -104,7 +101,7 @@ def test_of_an_animation_the_first_frame_is_taken(form):
 
 @pytest.mark.parametrize('form', ('JPEG', 'PNG', 'WEBP', 'TIFF'))
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_photographs_stand_upright_by_their_exif(form, orientation):
+def test_images_stand_upright_by_their_exif(form, orientation):
   data = turned(form, orientation)
   image = decode.decode(data, 'x').astype(int)
   assert image.shape == ((8, 9, 3) if orientation > 4 else (9, 8, 3))
@@ -141,25 +138,27 @@ def noise(form):
   return data[: len(data) * 2 // 3]
 
 
+# Without a reason: any, in one line.
 BAD = {
-  'no bytes': (b'', 'an empty file of 0 bytes'),
-  'one byte': (b'\xff', 'content is none of JPEG'),
+  'no bytes': (b'', '0 bytes'),
+  'one byte': (b'\xff', 'none of JPEG'),
   'a web page': (b'<!doctype html><title>404</title>', 'none of JPEG, PNG'),
-  'start alone': (b'\xff\xd8 no jpeg', 'content is none of'),
-  'half a header': (GOOD['alpha'][:20], '.'),
+  'start alone': (b'\xff\xd8 no jpeg', 'none of JPEG'),
+  'half a header': (GOOD['alpha'][:20], ''),
   'short jpeg': (noise('JPEG'), 'truncated'),
   'short png': (noise('PNG'), 'truncated'),
-  'short webp': (noise('WEBP'), '.'),
+  'short webp': (noise('WEBP'), ''),
   'short gif': (noise('GIF'), 'truncated'),
-  'short tiff': (noise('TIFF'), '.'),
+  'short tiff': (noise('TIFF'), ''),
   'short bmp': (noise('BMP'), 'truncated'),
   'floats': (
-    encoded(Image.fromarray(np.ones((2, 2), np.float32)), 'TIFF'),
-    'mode F have no known range',
+    encoded(Image.fromarray(np.ones((2, 2), np.float32)), 'TIFF'), 'mode F',
   ),
-  'huge': (png_of(10_001, 10_000), r'10001x10000 is above the 100,000,000'),
-  'vast': (png_of(60_000, 60_000), 'above the 100,000,000 pixels'),
-  'another format': (encoded(colours(), 'PPM'), 'content is none of'),
+  'huge': (png_of(10_001, 10_000), '10001x10000 .* 100,000,000'),
+  'vast': (png_of(60_000, 60_000), '100,000,000'),
+  # Pillow has no memory for a row of 2^31 bits.
+  'wide': (png_of(1, 89_478_485), 'too large'),
+  'another format': (encoded(colours(), 'PPM'), 'none of JPEG'),
   'a script': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'none of'),
 }  # fmt: skip
 
@@ -179,7 +178,7 @@ def test_what_cannot_be_decoded_says_why_in_one_line(kind):
 def test_damage_raises_nothing_else(kind):
   """Bytes changed, and cut, at places drawn at random."""
   rng = np.random.default_rng(0)
-  for _ in range(60):
+  for _ in range(40):
     data = bytearray(GOOD[kind])
     for at in rng.integers(0, len(data), 3):
       data[at] = rng.integers(256)
@@ -219,22 +218,14 @@ def test_a_huge_image_is_refused_before_its_pixels_take_memory(monkeypatch):
     decode.decode(BAD['huge'][0], 'x')
 
 
-def test_no_warning_of_pillow_leaks(monkeypatch):
+def test_no_warning_of_pillow_leaks():
   code = (
     'from vqrae_jax.data import decode; import sys\n'
     'try: decode.decode(sys.stdin.buffer.read(), "x")\n'
     'except decode.ImageDecodeError as e: print(e.reason)'
   )
-  for data in (png_of(10_001, 10_000), png_of(60_000, 60_000)):
-    done = subprocess.run(
-      [sys.executable, '-c', code],
-      input=data,
-      capture_output=True,
-      check=True,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    )
-    assert b'pixels' in done.stdout and not done.stderr
-  with warnings.catch_warnings():
-    warnings.simplefilter('error')
-    with pytest.raises(decode.ImageDecodeError, match='pixels'):
-      decode.decode(png_of(10_001, 10_000), 'x')
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    input=BAD['huge'][0], capture_output=True, check=True,
+  )  # fmt: skip
+  assert b'pixels' in done.stdout and not done.stderr

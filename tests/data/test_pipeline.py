@@ -8,56 +8,65 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from tests.data import makers
 from vqrae_jax.data import pipeline, sources
 from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.errors import UserError
 
 
-@pytest.fixture
-def folder(tmp_path):
-  rng = np.random.default_rng(0)
-  for i in range(7):
-    size = (40 + 3 * i, 50)
-    pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-    where = tmp_path / ('deep' if i % 2 else '.')
-    where.mkdir(exist_ok=True)
-    Image.fromarray(pixels).save(where / f'photo{i}.png')
-  (tmp_path / 'notes.txt').write_text('no image')
-  return tmp_path
+class Flawed:
+  """n images of noise or of their own grey; those in `bad` are unreadable."""
+
+  def __init__(self, n, bad=(), noise=False):
+    self.n, self.bad, self.noise, self.seen = n, set(bad), noise, []
+
+  def __len__(self):
+    return self.n
+
+  def __getitem__(self, i):
+    self.seen.append(i)
+    if i in self.bad:
+      raise ImageDecodeError(f'/data/{self.name(i)}', 'torn')
+    if self.noise:
+      return makers.photo(i, 40 + 3 * i, 50)
+    return np.full((8, 8, 3), i % 256, np.uint8)
+
+  def name(self, i):
+    return f'photo{i}'
 
 
-def batches(folder, **keys):
+def batches(**keys):
   keys = dict(batch_size=4, seed=3) | keys
-  source = sources.open_source(str(folder))
+  source = Flawed(7, noise=True)
   return pipeline.TrainBatches(source, pipeline.Augment((16, 16)), **keys)
 
 
-def test_the_position_is_the_step(folder):
-  whole = batches(folder).iterate(0)
-  steps = [next(whole) for _ in range(9)]
+def test_the_position_is_the_step():
+  stream, direct = batches().iterate(0), batches()
+  steps = [next(stream) for _ in range(9)]
   assert steps[2]['images'].dtype == np.uint8
   assert steps[2]['images'].shape == (4, 16, 16, 3)
   np.testing.assert_array_equal(steps[2]['index'], [8, 9, 10, 11])
   for start in (0, 1, 5):
-    resumed = batches(folder).iterate(start)
+    resumed = batches().iterate(start)
     for step in range(start, 9):
       found = next(resumed)
       for key in found:
         np.testing.assert_array_equal(found[key], steps[step][key])
       np.testing.assert_array_equal(
-        batches(folder).batch(step)['images'], steps[step]['images']
+        direct.batch(step)['images'], steps[step]['images']
       )
 
 
 @pytest.mark.parametrize('hosts', (2, 4))
-def test_hosts_take_slices_of_one_global_batch(folder, hosts):
-  whole = batches(folder).iterate(2)
+def test_hosts_take_slices_of_one_global_batch(hosts):
+  stream = batches().iterate(2)
   parts = [
-    batches(folder, process_index=p, process_count=hosts).iterate(2)
+    batches(process_index=p, process_count=hosts).iterate(2)
     for p in range(hosts)
   ]
   for _ in range(4):
-    want = next(whole)
+    want = next(stream)
     rows = [next(part) for part in parts]
     for key in want:
       np.testing.assert_array_equal(
@@ -65,32 +74,14 @@ def test_hosts_take_slices_of_one_global_batch(folder, hosts):
       )
 
 
-class Flawed:
-  """n photographs of their own grey; those in `bad` cannot be read."""
-
-  def __init__(self, n, bad):
-    self.n, self.bad = n, set(bad)
-
-  def __len__(self):
-    return self.n
-
-  def __getitem__(self, i):
-    if i in self.bad:
-      raise ImageDecodeError(f'/data/{self.name(i)}', 'torn')
-    return np.full((8, 8, 3), i % 256, np.uint8)
-
-  def name(self, i):
-    return f'photo{i}'
-
-
 def flawed(n=50, bad=range(0, 50, 3), **keys):
   keys = dict(batch_size=8, seed=5) | keys
   return pipeline.TrainBatches(Flawed(n, bad), pipeline.Augment((8, 8)), **keys)
 
 
-def test_unreadable_photographs_are_replaced_alike_everywhere():
-  whole = flawed()
-  steps = [whole.batch(step) for step in range(12)]
+def test_unreadable_images_are_replaced_alike_everywhere():
+  loader = flawed()
+  steps = [loader.batch(step) for step in range(12)]
   for step in steps:
     np.testing.assert_array_equal(step['images'][:, 0, 0, 0], step['photo'])
     assert (step['photo'] % 3 != 0).all()
@@ -99,22 +90,21 @@ def test_unreadable_photographs_are_replaced_alike_everywhere():
   assert 20 < (skipped > 0).sum() < 50 and skipped.max() > 1
   # Those of one epoch that are skipped are those that cannot be read.
   assert (skipped[:50] > 0).sum() == 17
-  assert set(whole.unreadable) == {f'photo{i}' for i in range(0, 50, 3)}
-  assert set(whole.unreadable.values()) == {'torn'}
-  for hosts in (1, 2, 4):
-    for start in (0, 5):
-      parts = [
-        flawed(process_index=p, process_count=hosts).iterate(start)
-        for p in range(hosts)
-      ]
-      for step in range(start, 12):
-        rows = [next(part) for part in parts]
-        for key, want in steps[step].items():
-          found = np.concatenate([r[key] for r in rows])
-          np.testing.assert_array_equal(found, want)
+  assert set(loader.unreadable) == {f'photo{i}' for i in range(0, 50, 3)}
+  assert set(loader.unreadable.values()) == {'torn'}
+  for hosts, start in ((1, 5), (2, 0), (4, 5)):
+    parts = [
+      flawed(process_index=p, process_count=hosts).iterate(start)
+      for p in range(hosts)
+    ]
+    for step in range(start, 12):
+      rows = [next(part) for part in parts]
+      for key, want in steps[step].items():
+        found = np.concatenate([r[key] for r in rows])
+        np.testing.assert_array_equal(found, want)
 
 
-def test_a_bad_photograph_changes_no_sample_but_its_own():
+def test_a_bad_image_changes_no_sample_but_its_own():
   good, bad = flawed(bad=()), flawed(bad=(7,))
   for step in range(12):
     a, b = good.batch(step), bad.batch(step)
@@ -145,15 +135,15 @@ def test_too_many_unreadable_draws_in_a_row_stop_the_run(read):
 
 
 def test_an_empty_source_is_an_error():
-  with pytest.raises(UserError, match='holds no photograph'):
+  with pytest.raises(UserError, match='holds no image'):
     flawed(n=0, bad=())
 
 
 def test_the_order_is_pinned():
   """A run goes on where it stopped also after an upgrade of grain or numpy.
 
-  Renew these when the order is changed on purpose: no run that was begun
-  before can then be continued.
+  Renew these when the order is changed on purpose: no older run can then be
+  continued.
   """
   orders = {
     50: ([21, 17, 35, 11, 9, 23, 49, 27], [4, 0, 1, 1, 0, 0, 1, 2]),
@@ -176,44 +166,21 @@ def test_the_order_is_pinned():
 
 
 def test_a_far_step_of_a_huge_source_costs_no_walk_to_it():
-  calls = []
-
-  class Huge(Flawed):
-    def __getitem__(self, i):
-      calls.append(i)
-      return np.zeros((8, 8, 3), np.uint8)
-
+  source = Flawed(10_000_000)
   loader = pipeline.TrainBatches(
-    Huge(10_000_000, ()), pipeline.Augment((8, 8)), batch_size=8, seed=0
+    source, pipeline.Augment((8, 8)), batch_size=8, seed=0
   )
   far = 5 * 10_000_000 // 8
   want = loader.batch(far)['photo']
-  assert len(calls) == 8
+  assert len(source.seen) == 8
   np.testing.assert_array_equal(next(loader.iterate(far))['photo'], want)
-  assert len(calls) < 500, 'the iterator reads what lies before its start'
-
-
-class Spy:
-  """n photographs that note which were asked for."""
-
-  def __init__(self, n):
-    self.n, self.seen = n, []
-
-  def __len__(self):
-    return self.n
-
-  def __getitem__(self, i):
-    self.seen.append(i)
-    return np.zeros((8, 8, 3), np.uint8)
-
-  def name(self, i):
-    return f'photo{i}'
+  assert len(source.seen) < 500, 'the iterator reads what lies before its start'
 
 
 @pytest.mark.parametrize('n', (7, 4096))
-def test_each_epoch_sees_every_photograph_once_in_a_new_order(n):
+def test_each_epoch_sees_every_image_once_in_a_new_order(n):
   """Both for a small source and for one of grain's own shuffle."""
-  spy = Spy(n)
+  spy = Flawed(n)
   loader = pipeline.TrainBatches(
     spy, pipeline.Augment((8, 8)), batch_size=n, seed=0
   )
@@ -226,14 +193,14 @@ def test_each_epoch_sees_every_photograph_once_in_a_new_order(n):
   assert len(epochs) == 3
 
 
-def test_seeds_differ(folder):
-  a, b = batches(folder, seed=0).batch(0), batches(folder, seed=1).batch(0)
+def test_seeds_differ():
+  a, b = batches(seed=0).batch(0), batches(seed=1).batch(0)
   assert (a['images'] != b['images']).any()
 
 
-def test_a_batch_must_divide_over_hosts(folder):
-  with pytest.raises(UserError, match='multiple of the 3 hosts'):
-    batches(folder, process_count=3)
+def test_a_batch_must_divide_over_hosts():
+  with pytest.raises(UserError, match='batch_size=4 .* 3 hosts'):
+    batches(process_count=3)
 
 
 @pytest.mark.parametrize('resize', (None, 20, (20, 30)))
@@ -261,7 +228,7 @@ def test_slivers_take_no_memory(shape, resize):
   assert peak < 10e6
 
 
-def test_crops_are_parts_of_the_photograph_flipped_or_not():
+def test_crops_are_parts_of_the_image_flipped_or_not():
   image = np.arange(20 * 30 * 3, dtype=np.uint32).reshape(20, 30, 3) % 251
   image = image.astype(np.uint8)
   rng = np.random.default_rng(0)
@@ -278,7 +245,7 @@ def test_crops_are_parts_of_the_photograph_flipped_or_not():
 
 
 @pytest.mark.parametrize('side', (20, 33, 60, 200))
-def test_a_crop_is_a_window_of_the_resized_photograph(side):
+def test_a_crop_is_a_window_of_the_resized_image(side):
   """One pass gives what resizing all and cropping would, but for borders."""
   image = tiny.images(1, 90, 130)[0]
   augment = pipeline.Augment((16, 16), resize=side, crop='center', flip=False)
@@ -298,7 +265,39 @@ def test_tiles_cover_from_the_top_left():
   np.testing.assert_array_equal(cut[3], image[8:16, 16:32])
 
 
-def test_real_photographs(shared_data):
+def pieces(image):
+  """As many rows of one pixel as the image's number, modulo 4."""
+  return np.repeat(image[:1, :1], image[0, 0, 0] % 4, 0)[:, None]
+
+
+@pytest.mark.parametrize('batch_size', (1, 3, 8, 100))
+def test_evaluation_takes_every_image_once_in_order(batch_size):
+  met = []
+  found = list(
+    pipeline.eval_batches(
+      Flawed(20, bad=(3, 6)),
+      pieces,
+      batch_size,
+      range(1, 20, 2),
+      lambda i, e: met.append((i, e.reason)),
+    )
+  )
+  assert met == [(3, 'torn')]
+  want = [i for i in range(1, 20, 2) if i != 3 for _ in range(i % 4)]
+  assert [len(rows) for rows, _ in found] == [batch_size] * len(found)
+  rows = np.concatenate([rows[:n] for rows, n in found])
+  assert rows[:, 0, 0, 0].tolist() == want
+  assert all(n == batch_size for _, n in found[:-1])
+  assert not found[-1][0][found[-1][1] :].any()
+
+
+def test_an_unreadable_image_stops_an_evaluation():
+  with pytest.raises(ImageDecodeError, match='photo6'):
+    list(pipeline.eval_batches(Flawed(20, bad=(6,)), pieces, 4))
+  assert list(pipeline.eval_batches(Flawed(0), pieces, 4)) == []
+
+
+def test_real_images(shared_data):
   source = sources.open_source(str(shared_data / 'kodak'))
   loader = pipeline.TrainBatches(
     source, pipeline.Augment((64, 64), resize=96), batch_size=4, seed=0

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tests.data import makers
-from vqrae_jax.data import records as example
-from vqrae_jax.data import sources
+from vqrae_jax.data import records, sources
 from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.errors import UserError
 
@@ -14,13 +13,13 @@ def test_both_kinds_of_records(tmp_path):
   makers.array_record(
     tmp_path / 'a.array_record', [makers.png(i) for i in range(3)]
   )
-  records = [
+  examples = [
     makers.example(label=3, image=makers.png(3), note=b'x' * 300),
     makers.example(image__encoded=makers.png(4), image__format=b'png'),
     makers.example(jpg=makers.png(5)),
     makers.example(webp=makers.png(6), cls=1),
   ]
-  makers.array_record(tmp_path / 'b.arrayrecord', records)
+  makers.array_record(tmp_path / 'b.arrayrecord', examples)
   source = sources.open_source(str(tmp_path))
   assert len(source) == 7
   for i in range(7):
@@ -94,7 +93,7 @@ def test_examples_are_those_of_protobuf():
     entry = made.f1.f1.add(f1=key)
     part = {'scores': entry.f2.f2, 'ids': entry.f2.f3}.get(key, entry.f2.f1)
     part.f1.extend(values)
-  assert example.image_bytes(made.SerializeToString()) == b'i' * 70_000
+  assert records.image_bytes(made.SerializeToString()) == b'i' * 70_000
 
 
 def test_files_that_are_no_array_record(tmp_path):

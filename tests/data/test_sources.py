@@ -1,10 +1,15 @@
-"""The DATA word: what it opens, and what it says when it cannot."""
+"""DATA: what it opens, in which order, and what it says when it cannot."""
+
+import errno
+import os
 
 import numpy as np
 import pytest
 
 from tests.data import makers
-from vqrae_jax.data import sources, tree
+from vqrae_jax import paths
+from vqrae_jax.data import listing, sources
+from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.errors import UserError
 
 
@@ -35,31 +40,31 @@ def test_folders_are_searched_in_depth_and_sorted(folder):
   assert [p.stem for p in kept.paths] == kept.names
   np.testing.assert_array_equal(kept[1], makers.photo(2))
   assert kept.name(1) == 'photo2.png' and kept.size(1) == (20, 24)
-
-
-def test_globs_and_files_are_named_below_their_folder(folder):
-  source = sources.open_source(str(folder / '*.png'))
-  assert [source.name(i) for i in range(4)] == [
-    f'photo{i}.png' for i in (0, 2, 4, 6)
-  ]
-  source = sources.open_source(str(folder / '**' / 'photo[01].*'))
-  assert [source.name(i) for i in range(2)] == ['deep/photo1.png', 'photo0.png']
-  source = sources.open_source(str(folder / 'photo4.png'))
-  assert len(source) == 1 and source.name(0) == 'photo4.png'
-  np.testing.assert_array_equal(source[0], makers.photo(4))
-  source = sources.open_source(str(folder / '{deep/photo5,photo2}.png'))
-  assert source.names == ['photo5', 'photo2']
-
-
-def test_relative_words(folder, monkeypatch):
-  monkeypatch.chdir(folder)
-  for word in ('.', './/', '*.png', './*.png', 'deep', 'deep/../photo0.png'):
-    source = sources.open_source(word)
-    assert source[0].shape == (20, 24, 3) and source.paths[0].is_file()
+  assert kept.shared_with(source) == 2 == source.shared_with(kept)
 
 
 @pytest.mark.parametrize(
-  'pattern, words',
+  'pattern, names',
+  [
+    ('*.png', [f'photo{i}.png' for i in (0, 2, 4, 6)]),
+    ('**/photo[01].*', ['deep/photo1.png', 'photo0.png']),
+    ('photo4.png', ['photo4.png']),
+    ('{deep/photo5,photo2}.png', ['deep/photo5.png', 'photo2.png']),
+    ('.//', ['deep/photo1.png', 'deep/photo3.png', 'deep/photo5.png']
+     + [f'photo{i}.png' for i in (0, 2, 4, 6)]),
+    ('deep/../photo0.png', ['photo0.png']),
+  ],
+)  # fmt: skip
+def test_globs_and_relative_paths(folder, monkeypatch, pattern, names):
+  monkeypatch.chdir(folder)
+  for data in (pattern, str(folder / pattern)):
+    source = sources.open_source(data)
+    assert [source.name(i) for i in range(len(source))] == names
+    assert source.paths[0].is_file() and source[0].shape == (20, 24, 3)
+
+
+@pytest.mark.parametrize(
+  'pattern, want',
   [
     ('x-{000..002}.tar', ['x-000.tar', 'x-001.tar', 'x-002.tar']),
     ('x-{8..11}', ['x-8', 'x-9', 'x-10', 'x-11']),
@@ -70,48 +75,45 @@ def test_relative_words(folder, monkeypatch):
     ('plain{x}.tar', ['plain{x}.tar']),
   ],
 )
-def test_braces(pattern, words):
-  assert sorted(tree.braces(pattern)) == sorted(words)
-  assert next(tree.braces(pattern)) == words[0]
+def test_braces(pattern, want):
+  assert sorted(listing.braces(pattern)) == sorted(want)
+  assert next(listing.braces(pattern)) == want[0]
 
 
 @pytest.mark.parametrize(
-  'files, word, words',
+  'files, data, words',
   [
-    ([], '', 'holds no image .* it holds nothing'),
-    (['a.txt', 'b.txt', 'c'], '', 'it holds 2 .txt, 1 without extension'),
-    (['a.txt'], '/a.txt', 'it holds 1 .txt'),
-    (
-      ['a.jpg', 'b.tar'],
-      '',
-      r'1 image files and 1 \.tar shards; name one kind',
-    ),
+    ([], '', 'no image'),
+    (['a.txt', 'b.txt', 'c'], '', r'no image .* 2 \.txt, 1 '),
+    (['a.txt'], '/a.txt', r'1 \.txt'),
+    (['a.jpg', 'b.tar'], '', r'1 image files and 1 \.tar'),
     (['a.tar', 'b.array_record'], '/*', r'ArrayRecord files and 1 \.tar'),
-    (['a.tar.gz'], '', r'compressed tars \(1\).* decompress'),
-    (['a.tgz', 'b.tgz'], '/*.tgz', r'compressed tars \(2\).* decompress'),
-    (['a.jpg'], '/*.jpeg', 'is no folder, file, glob'),
-    (['d/a.jpg'], '/*', 'it holds 1 folders'),
-    (['x-0.tar'], '/x-{0..1}.tar', r'there is no .*x-1\.tar'),
-    (['a.jpg'], '/{0..9999999}.tar', 'names over 1,000,000 files'),
+    (['a.tar.gz', 'b.tgz'], '', r'compressed tars \(2\)'),
+    (['a.jpg'], '/*.jpeg', r'\*\.jpeg'),
+    (['d/a.jpg'], '/*', 'no image'),
+    (['x-0.tar'], '/x-{0..1}.tar', r'x-1\.tar'),
+    (['a.jpg'], '/{0..9999999}.tar', '1,000,000 files'),
   ],
 )
-def test_what_a_word_does_not_name(tmp_path, files, word, words):
+def test_what_data_does_not_name(tmp_path, files, data, words):
   for name in files:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b'x')
   with pytest.raises(UserError, match=words) as caught:
-    sources.open_source(f'{tmp_path}{word}')
+    sources.open_source(f'{tmp_path}{data}')
   assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize(
   'data, keys, words',
   [
-    ('nowhere', {}, 'no folder, file, glob or "bundled:photos"'),
-    ('bundled:cats', {}, 'did you mean "bundled:photos"'),
-    ('bundled:photos', dict(include=('chelsee',)), 'did you mean "chelsea"'),
+    ('nowhere', {}, 'nowhere'),
+    ('bundled:cats', {}, 'bundled:photos'),
+    ('bundled:photos', dict(include=('chelsee',)), '"chelsea"'),
     ('bundled:photos', dict(exclude=('*',)), 'holds no image'),
-    ('gs://bucket/x-{0..9}.tar', {}, 'is a URL; name files of this machine'),
+    ('gs://bucket/x-{0..9}.tar', {}, 'gs://bucket.* URL.*mount.* copy'),
+    ('s3://bucket/x.tar', {}, 'URL.*mount'),
+    ('https://a.b/c.tar', {}, 'URL.*mount'),
   ],
 )
 def test_bad_sources_say_what_is_right(data, keys, words):
@@ -119,17 +121,94 @@ def test_bad_sources_say_what_is_right(data, keys, words):
     sources.open_source(data, **keys)
 
 
-def test_an_empty_folder_and_a_broken_file_are_named(tmp_path):
-  with pytest.raises(UserError, match='holds no image'):
-    sources.open_source(str(tmp_path))
-  (tmp_path / 'broken.jpg').write_bytes(b'\xff\xd8 no jpeg')
-  with pytest.raises(UserError, match=r'cannot read the image .*broken\.jpg'):
-    sources.open_source(str(tmp_path))[0]
-
-
-def test_bundled_photographs_are_in_colour():
+def test_bundled_images_are_in_colour():
   source = sources.open_source('bundled:photos')
   assert len(source) == 11
   image = source[source.names.index('chelsea')]
   assert image.shape == (300, 451, 3)
   assert (image[..., 0] != image[..., 2]).any()
+  assert source[source.names.index('chelsea')] is image
+
+
+def test_a_broken_and_a_lost_file_are_named(folder, monkeypatch):
+  source = sources.open_source(str(folder / '*.png'))
+  (folder / 'photo0.png').write_bytes(b'\x89PNG no png')
+  (folder / 'photo2.png').unlink()
+  with pytest.raises(ImageDecodeError, match=r'photo0\.png: '):
+    source[0]
+  for read in (source.__getitem__, source.size):
+    with pytest.raises(ImageDecodeError, match=r'photo2\.png: No such file'):
+      read(1)
+  np.testing.assert_array_equal(source[-1], makers.photo(6))
+
+  def full(*_):
+    raise OSError(errno.EMFILE, 'Too many open files')
+
+  # No fault of an image.
+  monkeypatch.setattr(sources, 'open', full, raising=False)
+  with pytest.raises(OSError, match='Too many open files'):
+    source[2]
+
+
+def names(root):
+  return listing.list_data(str(root)).names
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+  outside = tmp_path / 'outside'
+  outside.mkdir()
+  (outside / 'x.jpg').touch()
+  root = tmp_path / 'root'
+  (root / 'a' / 'deep').mkdir(parents=True)
+  (root / 'a' / 'one.jpg').touch()
+  (root / 'a' / 'loop').symlink_to(root)
+  (root / 'a' / 'deep' / 'self').symlink_to('.')
+  (root / 'A-link').symlink_to('a')  # Before "a", and yet "a" has the name.
+  (root / 'two.jpg').symlink_to(outside / 'x.jpg')
+  (root / 'z').symlink_to(outside)
+  (root / 'y').symlink_to(outside)
+  (root / 'broken.jpg').symlink_to('nowhere')
+  (root / 'folder.jpg').mkdir()
+  (root / '._two.jpg').touch()
+  assert names(root) == ['a/one.jpg', 'two.jpg', 'y/x.jpg']
+
+
+def test_a_link_to_itself_is_skipped_and_named(tmp_path, monkeypatch):
+  warned = []
+  monkeypatch.setattr(listing.logging, 'warning', lambda *x: warned.append(x))
+  (tmp_path / 'x.jpg').symlink_to('x.jpg')
+  (tmp_path / 'y.jpg').touch()
+  assert names(tmp_path) == ['y.jpg']
+  assert str(tmp_path / 'x.jpg') in warned[0]
+
+
+def test_names_of_any_bytes(tmp_path):
+  root = os.fsencode(tmp_path)
+  for name in (b'caf\xc3\xa9.jpg', b'\xff\xfe.jpg', b'a b\n.jpg'):
+    with open(os.path.join(root, name), 'wb') as file:
+      file.write(makers.png(len(name)))
+  source = sources.open_source(str(tmp_path))
+  assert len(source) == 3
+  for i in range(3):
+    size = len(os.fsencode(source.name(i)))
+    np.testing.assert_array_equal(source[i], makers.photo(size))
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+  def refused(path):
+    raise PermissionError(13, 'Permission denied', path)
+
+  monkeypatch.setattr(os, 'scandir', refused)
+  with pytest.raises(UserError, match=f'{tmp_path}: Permission denied'):
+    sources.open_source(str(tmp_path))
+
+
+def test_where_the_cache_lies(monkeypatch, tmp_path):
+  monkeypatch.setenv('VQRAE_JAX_CACHE', str(tmp_path))
+  assert paths.cache_folder() == tmp_path
+  monkeypatch.delenv('VQRAE_JAX_CACHE')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  assert paths.cache_folder() == tmp_path / 'vqrae_jax'
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert paths.cache_folder() == tmp_path / '.cache' / 'vqrae_jax'

@@ -1,29 +1,20 @@
-"""The tar index against the standard library's, and reads at random."""
+"""Tar shards: which members are images, damage, the kept index, reads."""
 
-import ast
 import concurrent.futures
 import io
 import os
-import pathlib
 import pickle
 import tarfile
 
 import numpy as np
 import pytest
 
-import vqrae_jax.data
 from tests.data import makers
 from vqrae_jax.data import sources, tar
 from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.errors import UserError
 
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
-
-
-@pytest.fixture
-def few(monkeypatch):
-  """Indices of small tars are kept too."""
-  monkeypatch.setattr(tar, '_MIN_KEPT', 2)
 
 
 def shard(path, numbers=range(3), form=tarfile.GNU_FORMAT):
@@ -37,50 +28,38 @@ def shard(path, numbers=range(3), form=tarfile.GNU_FORMAT):
   return makers.tar(path, members, form)
 
 
-def walked(data):
-  return list(tar.walk(io.BytesIO(data), len(data)))
-
-
-def as_tarfile_has_it(data):
-  with tarfile.open(fileobj=io.BytesIO(data)) as file:
-    return [
-      (os.fsencode(m.name), m.offset_data, m.size)
-      for m in file.getmembers()
-      if m.isreg() and not m.issparse()
-    ]
-
-
 @pytest.mark.parametrize('form', FORMS)
-def test_members_are_those_of_tarfile(form):
-  out = io.BytesIO()
+def test_regular_members_alone_are_walked(tmp_path, form):
+  path = tmp_path / 'x.tar'
   long = 'folder' * 12 + '/' + 'name' * 15 + '.jpg'
-  with tarfile.open(fileobj=out, mode='w', format=form) as file:
+  want = []
+  with tarfile.open(path, 'w', format=form) as file:
 
     def add(name, size=0, kind=tarfile.REGTYPE, **keys):
       info = tarfile.TarInfo(name)
       info.size, info.type = size, kind
       for key, value in keys.items():
         setattr(info, key, value)
-      file.addfile(info, io.BytesIO(b'x' * size) if size else None)
+      data = name.encode()[:1] * size
+      file.addfile(info, io.BytesIO(data) if size else None)
+      if kind == tarfile.REGTYPE:
+        want.append((name, data))
 
     add('a', kind=tarfile.DIRTYPE)
     add('a/x.jpg', 5)
     add(long, 512)
     add('a/link.jpg', kind=tarfile.SYMTYPE, linkname='x.jpg')
     add('a/hard.jpg', kind=tarfile.LNKTYPE, linkname='a/x.jpg')
-    add('a/long-link', kind=tarfile.SYMTYPE, linkname='l' * 99)
-    add('pipe', kind=tarfile.FIFOTYPE)
-    add('dev', kind=tarfile.CHRTYPE, devmajor=1, devminor=3)
+    add('pipe.jpg', kind=tarfile.FIFOTYPE)
     add('empty.jpg')
     add('café.jpg', 513, uname='jürgen')
     if form != tarfile.USTAR_FORMAT:
-      add('much ' * 70 + '.png', 1025, linkname='', mtime=1.5)
+      add('much ' * 70 + '.png', 1025, mtime=1.5)
       add('b', kind=tarfile.SYMTYPE, linkname='far/' * 60)
     add('last.png', 3)
-  found = walked(out.getvalue())
-  assert found == as_tarfile_has_it(out.getvalue())
-  assert len(found) == (6 if form != tarfile.USTAR_FORMAT else 5)
-  assert walked(out.getvalue() + b'\0' * 5000) == found
+  data = path.read_bytes()
+  found = [(n, data[at : at + size]) for n, at, size in tar.walk(str(path))]
+  assert found == want
 
 
 def test_sizes_beyond_octal(tmp_path):
@@ -97,49 +76,26 @@ def test_sizes_beyond_octal(tmp_path):
       data = file.tell()
       file.seek(data + size)
       file.write(after.tobuf(format=form) + b'x'.ljust(1536, b'\0'))
-    with open(path, 'rb') as file:
-      found = list(tar.walk(file, path.stat().st_size))
-    assert found == [
-      (b'big.bin', data, size),
-      (b'x.png', data + size + 512, 1),
-    ]
+    found = list(tar.walk(str(path)))
+    assert found == [('big.bin', data, size), ('x.png', data + size + 512, 1)]
     path.unlink()
 
 
-def test_damaged_headers_end_the_walk_and_nothing_else():
-  out = io.BytesIO()
-  with tarfile.open(fileobj=out, mode='w', format=tarfile.PAX_FORMAT) as file:
-    for i in range(4):
-      info = tarfile.TarInfo(f'{"é" * 60}{i}.jpg')
-      info.size = 700
-      file.addfile(info, io.BytesIO(b'x' * 700))
-  whole = out.getvalue()
-  names = [name for name, _, _ in walked(whole)]
-  rng = np.random.default_rng(0)
-  for _ in range(400):
-    data = bytearray(whole)
-    for at in rng.integers(0, len(data), 2):
-      data[at] = rng.integers(256)
-    data = bytes(data[: rng.integers(1, len(data) + 1)])
-    found = []
-    try:
-      for name, offset, size in tar.walk(io.BytesIO(data), len(data)):
-        found.append(name)
-        assert offset + size <= len(data)
-    except tar.Damaged as e:
-      assert str(e)
-    assert len(found) <= len(names)
-
-
-def index_of(tmp_path, *names):
-  path = makers.tar(tmp_path / 'x.tar', [(n, n.encode()) for n in names])
-  index = tar.index_tar(str(path))
-  data = path.read_bytes()
-  for name, at, size in zip(
-    index.names, index.offsets, index.sizes, strict=True
-  ):
-    assert data[at : at + size] == name.encode()
-  return list(index.names)
+def test_damaged_bytes_end_the_walk_and_nothing_else(tmp_path):
+  path = tmp_path / 'x.tar'
+  members = [(f'{"é" * 60}{i}.jpg', b'x' * 700) for i in range(4)]
+  for form in FORMS[1:]:
+    good = makers.tar(path, members, form).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+      data = bytearray(good)
+      for at in rng.integers(0, len(data), 2):
+        data[at] = rng.integers(256)
+      data = bytes(data[: rng.integers(1, len(data) + 1)])
+      path.write_bytes(data)
+      images, _ = tar.images_in(str(path))
+      assert len(images) <= 4
+      assert all(at + size <= len(data) for _, at, size in images)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +112,12 @@ def index_of(tmp_path, *names):
   ],
 )
 def test_a_sample_has_one_image(tmp_path, members, images):
-  assert index_of(tmp_path, *members.split()) == images.split()
+  names = members.split()
+  path = makers.tar(tmp_path / 'x.tar', [(n, n.encode()) for n in names])
+  data, (found, damage) = path.read_bytes(), tar.images_in(str(path))
+  assert [name for name, *_ in found] == images.split() and not damage
+  for name, at, size in found:
+    assert data[at : at + size] == name.encode()
 
 
 def test_shards_are_one_source(tmp_path):
@@ -164,8 +125,8 @@ def test_shards_are_one_source(tmp_path):
   shard(tmp_path / 'b-01.tar', range(3))
   shard(tmp_path / 'b-02.tar', range(3, 7), tarfile.PAX_FORMAT)
   makers.tar(tmp_path / 'deep' / 'c.tar', [('d/7.png', makers.png(7))])
-  words = '', '/**/*.tar', '/{b-{01..02},deep/c}.tar'
-  for source in (sources.open_source(f'{tmp_path}{w}') for w in words):
+  ends = '', '/**/*.tar', '/{b-{01..02},deep/c}.tar'
+  for source in (sources.open_source(f'{tmp_path}{end}') for end in ends):
     assert len(source) == 8
     for i in np.random.default_rng(0).permutation(8).tolist():
       np.testing.assert_array_equal(source[i], makers.photo(i))
@@ -194,136 +155,126 @@ def test_bytes_of_other_members_are_never_read(tmp_path, monkeypatch):
   assert read == images
 
 
-def test_nothing_here_unpickles():
-  for path in pathlib.Path(vqrae_jax.data.__file__).parent.glob('*.py'):
-    text = path.read_text()
-    for node in ast.walk(ast.parse(text)):
-      if isinstance(node, ast.Import | ast.ImportFrom):
-        assert 'pickle' not in ast.unparse(node), path
-    assert 'allow_pickle=True' not in text
-    assert text.count('np.load(') == text.count('allow_pickle=False'), path
-
-
 @pytest.fixture
 def warned(monkeypatch):
   lines = []
   monkeypatch.setattr(
-    'vqrae_jax.data.tar.logging.warning',
-    lambda text, *values: lines.append(text % values),
+    tar.logging, 'warning', lambda text, *x: lines.append(text % x)
   )
   return lines
 
 
-def test_of_a_truncated_tar_the_images_before_are_kept(tmp_path, few, warned):
-  data = shard(tmp_path / 'x.tar', range(5)).read_bytes()
-  with tarfile.open(tmp_path / 'x.tar') as file:
-    last = file.getmember('000003.png').offset_data
-  (tmp_path / 'x.tar').write_bytes(data[: last + 20])
-  makers.settle(tmp_path)
-  for _ in range(2):  # At every start, so from no cache.
-    source = sources.open_source(str(tmp_path))
-    assert source.names == ['000000', '000001', '000002']
-    np.testing.assert_array_equal(source[2], makers.photo(2))
-    assert 'x.tar is damaged: it ends inside a member' in warned.pop()
-  (tmp_path / 'x.tar').write_bytes(data[:600] + b'?' * 900 + data[1500:])
-  with pytest.raises(UserError, match='holds no image: no header of a tar'):
-    sources.open_source(str(tmp_path))
+def test_of_a_damaged_tar_the_images_before_are_kept(tmp_path, warned):
+  path = shard(tmp_path / 'x.tar', range(5))
+  data = path.read_bytes()
+  with tarfile.open(path) as file:
+    at = file.getmember('000003.png').offset_data
+  for cut in (data[: at + 20], data[: at - 412], data[: at - 512] + b'?' * 999):
+    path.write_bytes(cut)
+    makers.settle(tmp_path)
+    for _ in range(2):  # At every start, so from no cache.
+      source = sources.open_source(str(tmp_path))
+      assert source.names == ['000000', '000001', '000002']
+      np.testing.assert_array_equal(source[2], makers.photo(2))
+      assert 'x.tar' in warned.pop()
 
 
 @pytest.mark.parametrize(
-  'data, words',
-  [
-    (b'', 'no image inside; wanted are members such as .* holds nothing'),
-    (b'\0' * 10240, 'it holds nothing'),
-    (b'\x1f\x8b' + b'z' * 2000, 'holds no image: no header of a tar at byte 0'),
-    (b'<html>', 'holds no image: it ends inside a header'),
-  ],
+  'data', (b'', b'\0' * 10240, b'\x1f\x8b' + b'z' * 2000, b'<html>')
 )
-def test_what_is_no_tar_of_images(tmp_path, data, words):
+def test_what_is_no_tar_of_images(tmp_path, data):
   (tmp_path / 'x.tar').write_bytes(data)
-  with pytest.raises(UserError, match=words):
+  with pytest.raises(UserError, match=r'x\.tar .*no image') as caught:
     sources.open_source(str(tmp_path))
+  assert '\n' not in str(caught.value)
 
 
 def test_a_tar_without_images_says_what_it_holds(tmp_path):
   makers.tar(tmp_path / 'x.tar', [('1.cls', b'1'), ('1.pkl', b'2')])
-  makers.tar(tmp_path / 'y.tar', [('1.json', b'1')])
-  words = r'x\.tar and 1 others: no image inside.* holds \.cls, \.json, \.pkl'
-  with pytest.raises(UserError, match=words):
+  with pytest.raises(UserError, match=r'x\.tar .*no image.* \.cls, \.pkl'):
     sources.open_source(str(tmp_path))
 
 
 def test_a_broken_member_is_named(tmp_path):
   members = [('1.jpg', b''), ('2.png', makers.png(2)[:99]), ('3.png', b'x')]
   source = sources.open_source(str(makers.tar(tmp_path / 'x.tar', members)))
-  for i, reason in enumerate(('empty file', '.', 'content is none')):
-    with pytest.raises(
-      ImageDecodeError, match=rf'x\.tar:{i + 1}\.\w+: .*{reason}'
-    ):
+  for i in range(3):
+    with pytest.raises(ImageDecodeError, match=rf'x\.tar:{i + 1}\.\w+: .'):
       source[i]
 
 
 def test_a_shard_that_changed_or_went_stops_the_run(tmp_path):
   first, second = shard(tmp_path / '1.tar'), shard(tmp_path / '2.tar')
   source = sources.open_source(str(tmp_path))
+  source[0], source[3]
   first.write_bytes(second.read_bytes() + b'\0' * 512)
   second.unlink()
-  with pytest.raises(UserError, match=r'1\.tar has changed since') as caught:
-    source[0]
-  assert not isinstance(caught.value, ImageDecodeError)
-  with pytest.raises(UserError, match=r'2\.tar is gone since'):
-    source[3]
+  for i, words in ((0, r'1\.tar has changed'), (3, r'2\.tar is gone')):
+    with pytest.raises(UserError, match=words) as caught:
+      source[i]
+    assert not isinstance(caught.value, ImageDecodeError)
 
 
+@pytest.fixture
 def opens(tmp_path, monkeypatch):
-  """Names of a source, and whether headers were read for them."""
-  reads, real = [], tar._read
-  monkeypatch.setattr(
-    tar, '_read', lambda *args: reads.append(1) or real(*args)
-  )
-  source = sources.open_source(str(tmp_path))
-  monkeypatch.setattr(tar, '_read', real)
-  return source.names, len(reads)
+  """Names of the shards' images, and how many shards were walked for them."""
+  walked, real = [], tar.walk
+  monkeypatch.setattr(tar, 'walk', lambda path: walked.append(1) or real(path))
+
+  def names():
+    walked.clear()
+    return sources.open_source(str(tmp_path)).names, len(walked)
+
+  return names
 
 
-def test_an_index_is_read_once_a_shard(tmp_path, monkeypatch, few):
-  data = tmp_path / 'data'
-  data.mkdir()
-  shard(data / '1.tar', range(3))
-  shard(data / '2.tar', range(3, 6))
-  makers.settle(data)
-  names, read = opens(data, monkeypatch)
-  assert read == 2
-  assert opens(data, monkeypatch) == (names, 0)
+def test_an_index_is_read_once_a_shard(tmp_path, opens):
+  shard(tmp_path / '1.tar', range(3))
+  second = shard(tmp_path / '2.tar', range(3, 6))
+  names, walked = opens()
+  assert walked == 2 and opens()[1] == 2, 'a file just written is kept'
+  makers.settle(tmp_path)
+  assert opens() == (names, 2) and opens() == (names, 0)
   # Of the same size and time, as a copy with kept times would have.
-  status = os.stat(data / '2.tar')
-  shard(data / '2.tar', range(6, 9))
-  os.utime(data / '2.tar', ns=(status.st_atime_ns, status.st_mtime_ns))
-  assert os.stat(data / '2.tar').st_size == status.st_size
-  names = [f'{i:06}' for i in (0, 1, 2, 6, 7, 8)]
-  assert opens(data, monkeypatch) == (names, 1)
-  shard(data / '2.tar', range(9, 11))
-  names = [f'{i:06}' for i in (0, 1, 2, 9, 10)]
-  assert opens(data, monkeypatch) == (names, 1)
+  status = os.stat(second)
+  shard(second, range(6, 9))
+  os.utime(second, ns=(status.st_atime_ns, status.st_mtime_ns))
+  assert os.stat(second).st_size == status.st_size
+  assert opens() == ([f'{i:06}' for i in (0, 1, 2, 6, 7, 8)], 1)
+  shard(second, range(9, 11))
+  assert opens() == ([f'{i:06}' for i in (0, 1, 2, 9, 10)], 1)
 
 
-def test_a_damaged_index_is_read_anew(tmp_path, monkeypatch, few, cache_folder):
+def test_a_damaged_index_is_read_again(
+  tmp_path, opens, cache_folder, monkeypatch
+):
   shard(tmp_path / '1.tar')
   makers.settle(tmp_path)
-  names, _ = opens(tmp_path, monkeypatch)
+  names, _ = opens()
   (entry,) = cache_folder.iterdir()
   good = entry.read_bytes()
-  for data in (b'', good[:100], good.replace(b'000001', b'000009')):
+  flipped = good[:60] + bytes([good[60] ^ 1]) + good[61:]
+  for data in (b'', good[:100], flipped, b'\x80\x04cos\nsystem\n'):
     entry.write_bytes(data)
-    assert opens(tmp_path, monkeypatch) == (names, 1)
-  assert opens(tmp_path, monkeypatch) == (names, 0)
+    assert opens() == (names, 1)
+  assert opens() == (names, 0)
+  shard(tmp_path / '2.tar')
+  makers.settle(tmp_path)
+  assert opens()[1] == 2 and opens()[1] == 0
+  second = next(e for e in cache_folder.iterdir() if e != entry)
+  second.write_bytes(entry.read_bytes())  # of another tar
+  assert opens()[1] == 1
+  assert len(list(cache_folder.iterdir())) == 2, 'a temporary file is left'
+  # A cache that cannot be written is no error.
+  monkeypatch.setenv('VQRAE_JAX_CACHE', '/dev/null/x')
+  assert opens()[1] == 2
 
 
-def test_many_threads_and_few_open_files(tmp_path, monkeypatch):
-  monkeypatch.setattr('vqrae_jax.data.tar._MAX_OPEN', 2)
+def test_many_threads_leave_no_file_open(tmp_path):
   for i in range(5):
     shard(tmp_path / f'{i}.tar', range(4 * i, 4 * i + 4))
   source = sources.open_source(str(tmp_path))
+  before = len(os.listdir('/proc/self/fd'))
 
   def read(seed):
     for i in np.random.default_rng(seed).integers(0, 20, 60).tolist():
@@ -331,7 +282,7 @@ def test_many_threads_and_few_open_files(tmp_path, monkeypatch):
 
   with concurrent.futures.ThreadPoolExecutor(6) as pool:
     list(pool.map(read, range(6)))
-  assert len(source._opened) == 2
+  assert len(os.listdir('/proc/self/fd')) <= before
 
 
 def test_real_shards(shared_data):

@@ -1,7 +1,8 @@
-"""What a step costs: the sum of its parts, and no backward of what is frozen.
+"""What a step costs: each part as many passes as it must make, and no more.
 
-`benchmarks/step_flops.py` at a tiny size: the compiler's count of the step
-against those of its parts alone, and of the parts' products against shapes.
+The compiler's count of the step with a part and without it, or with one block
+more, against the products that shapes say: 2 m n k each, a convolution's over
+the positions that are not padding.
 """
 
 import functools
@@ -10,115 +11,136 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import step_flops
 from tests import tiny
-from vqrae_jax.ops import trees
+from vqrae_jax.models.tokenizer import build_tokenizer
+from vqrae_jax.nn import vgg
 from vqrae_jax.pretrained import networks
+from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import setup as setup_lib
+from vqrae_jax.train import state as state_lib
+from vqrae_jax.train import step as step_lib
 
-BATCH, SIDE = 4, 32
+BATCH, SIDE, PATCH, WIDTH, MLP = 4, 32, 8, 128, 512
 # Wide enough that products outweigh what is done element by element.
 VIT = dict(
-  width=128, depth=1, mlp_dim=512, num_heads=2, patch_size=8, grid=(4, 4)
+  width=WIDTH, depth=1, mlp_dim=MLP, num_heads=2, patch_size=PATCH, grid=(4, 4)
 )
-MODEL = dict(
-  encoder=dict(vit=VIT),
-  quantizer=dict(name='simvq', num_codes=512, code_dim=96, distance='cosine'),
-  decoder=dict(vit=VIT | tiny.DECODER | dict(patch_size=8)),
-  scan=False,
+HIDDEN, VGG = 16, (16,) * 5
+PATCHGAN = dict(
+  name='patch', fields=dict(hidden=HIDDEN, halvings=1, groups=4, pool=4)
 )
-DINO = VIT | dict(num_prefix_tokens=1, prefix_has_posemb=True, scan=False)
-PLAYERS = {
-  'patch': dict(
-    name='patch', fields=dict(hidden=16, halvings=1, groups=4, pool=4)
-  ),
-  'dino': dict(name='dino', fields=dict(vit=DINO, taps=(0, 0), kernel=5)),
-}
-IMAGES = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.uint8)
+
+
+def dino(depth):
+  vit = VIT | dict(num_prefix_tokens=1, prefix_has_posemb=True, scan=False)
+  taps = (depth - 1,) * 2
+  fields = dict(vit=vit | dict(depth=depth), taps=taps, kernel=5)
+  return dict(name='dino', fields=fields)
 
 
 @functools.cache
-def pieces(player, encoder='frozen'):
-  """(plan, state, frozen) as shapes, VGG16 as narrow as the rest."""
-  plan = step_flops.make_plan(MODEL, SIDE, BATCH, PLAYERS[player], encoder)
-  state, frozen = step_flops.shapes_of(plan)
-  draw = functools.partial(networks.random, 'lpips', widths=(16,) * 5)
-  lpips = jax.eval_shape(draw, jax.random.key(0))
-  return plan, state, frozen.replace(losses={'lpips': lpips})
-
-
-@functools.cache
-def parts(player):
-  """{name: Part}; what the second player does not change, once."""
-  rows = step_flops.loss_parts(*pieces(player), IMAGES)
-  if player == 'patch':
-    plan, state, _ = pieces(player)
-    rows += step_flops.tokenizer_parts(plan, state, IMAGES)
-    return step_flops.measured(rows)
-  played = [r for r in rows if r[0].startswith(('gan', 'discriminator'))]
-  return parts('patch') | step_flops.measured(played)
-
-
-@pytest.mark.parametrize('player', PLAYERS)
-def test_the_step_is_the_sum_of_its_parts(player, capsys):
-  """No pass is made twice, and there is none that no part has: not a
-  backward of the frozen encoder, whose part is one forward.
-
-  The account is 3 % at any size; here it is held to .5 %, so that the least of
-  the passes would be noticed.
-  """
-  found = parts(player)
-  whole = step_flops.step_flops(*pieces(player), IMAGES)
-  total = sum(x.measured for x in found.values())
-  with capsys.disabled():
-    print(f'\n{player}\n{step_flops.table(found.values(), whole)}')
-  assert abs(whole / total - 1) < 0.005
-  passes = [x.predicted for x in found.values() if x.predicted]
-  assert min(passes) > 0.001 * whole
-
-
-@pytest.mark.parametrize('player', PLAYERS)
-def test_the_parts_are_what_their_shapes_say(player):
-  """Products alone: the rest is done element by element, up to 12 % here
-  and 2 % at a real size."""
-  for name, found in parts(player).items():
-    if found.predicted is not None:
-      assert 1 <= found.measured / found.predicted < 1.12, name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('player', PLAYERS)
-def test_the_account_at_a_real_size(player, monkeypatch):
-  """SigLIP-B and ViT-B: the step within 3 % of what the shapes say."""
-  monkeypatch.setattr(
-    step_flops.codes, 'SCORES_PER_CHUNK', step_flops.codes.SCORES_PER_CHUNK
+def pieces(encoder=1, decoder=1, trunk=0, frozen=True, lpips=True, gan=True):
+  """(step spec, state, frozen, hparams) as shapes; depths, and which losses there are."""
+  losses = dict(l2=1.0, lpips=1.0, gan=0.75, codebook=1.0, commit=0.25)
+  for name, kept in (('lpips', lpips), ('gan', gan)):
+    if not kept:
+      losses.pop(name)
+  config = dict(
+    model=dict(
+      encoder=dict(vit=VIT | dict(depth=encoder)),
+      quantizer=dict(
+        name='simvq', num_codes=512, code_dim=96, distance='cosine'
+      ),
+      decoder=dict(
+        vit=VIT | tiny.DECODER | dict(patch_size=PATCH, depth=decoder)
+      ),
+      scan=False,
+    ),
+    data=dict(source='none', image_size=SIDE),
+    losses=losses,
+    schedules=((r'encoder/.*', None),) * frozen + ((r'.*', dict(lr=1e-3)),),
+    duration=1000,
+    batch_size=BATCH,
   )
-  flags = step_flops.parsed([f'--discriminator={player}'])
-  found, whole = step_flops.account(flags)
-  print(step_flops.table(found.values(), whole))
-  assert abs(whole / step_flops.predicted(found.values()) - 1) < 0.03
+  if gan:
+    config['discriminator'] = dino(trunk) if trunk else PATCHGAN
+  spec = config_lib.read_config(config)
+  step, numbers, *_ = setup_lib.plan_step(
+    spec, build_tokenizer(spec.model), 1000
+  )
+  state, held = jax.eval_shape(lambda: state_lib.random_state(step, 0))
+  if lpips:
+    draw = functools.partial(networks.random, 'lpips', widths=VGG)
+    shapes = jax.eval_shape(draw, jax.random.key(0))
+    held = held.replace(losses={'lpips': shapes})
+  return step, state, held, jax.eval_shape(lambda: setup_lib.f32(numbers))
 
 
-@pytest.mark.slow
-def test_what_24_frozen_blocks_save():
-  """Arguments and temporaries of the compiled step, SigLIP-L and ViT-B."""
-  flags = step_flops.parsed(['--encoder=siglip-large-patch16-384'])
-  rows = step_flops.memory(flags)
-  print(step_flops.memory_table(rows))
-  frozen, free = rows['frozen'], rows['trainable']
-  total = 'arguments + temporaries'
-  assert frozen[total] < 0.5 * free[total]
-  # Of the encoder there is its weights, and no moments, average or backward.
-  assert frozen['moments'] / free['moments'] < 0.4
-  assert frozen['average'] / free['average'] < 0.4
+@functools.cache
+def flops(**parts):
+  """Of the step; nothing is run."""
+  spec, *args = pieces(**parts)
+  images = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.uint8)
+  step = jax.jit(functools.partial(step_lib.train_step, spec))
+  return step.lower(*args, images).compile().cost_analysis()['flops']
 
 
-def test_a_frozen_encoder_has_no_optimizer_state_and_no_average():
-  _, state, frozen = pieces('patch')
-  held = trees.flatten(state)
-  assert not [n for n in held if 'encoder/' in n]
-  assert all(n.startswith('encoder/') for n in frozen.params)
-  free = trees.flatten(pieces('patch', 'trainable')[1])
-  more = [n for n in free if 'encoder/' in n]
-  # Beside the leaf itself: two moments, and the average.
-  assert len(more) == 4 * len(frozen.params)
-  assert len(free) == len(held) + len(more)
+def block(prefix):
+  """(a block's forward, of it the products of two activations)."""
+  n = (SIDE // PATCH) ** 2 + prefix
+  attention = BATCH * 4 * n * n * WIDTH
+  return BATCH * 2 * n * (4 * WIDTH**2 + 2 * WIDTH * MLP) + attention, attention
+
+
+def conv(side, kernel, inputs, outputs):
+  """A convolution that keeps its grid; padding does not count."""
+  reach = kernel // 2
+  met = kernel * side - reach * (reach + 1)
+  return 2 * BATCH * inputs * outputs * met**2
+
+
+def lpips():
+  total, inputs, side = 0, 3, SIDE
+  for width, count in zip(VGG, vgg.CONVOLUTIONS, strict=True):
+    for _ in range(count):
+      total, inputs = total + conv(side, 3, inputs, width), width
+    side //= 2
+  return total
+
+
+def patchgan():
+  """(forward, its first layer) of one halving, pooled to 4."""
+  first = conv(SIDE, 5, 3, HIDDEN)
+  deep = conv(SIDE, 3, HIDDEN, HIDDEN) + conv(4, 1, HIDDEN, HIDDEN)
+  return first + deep + conv(4, 5, HIDDEN, 1), first
+
+
+def head():
+  n = (SIDE // PATCH) ** 2 + 1
+  return 2 * BATCH * n * WIDTH * 3 * PATCH**2
+
+
+@pytest.mark.parametrize(
+  'more, less, products',
+  [
+    # One forward of a frozen encoder, three passes of what is trained.
+    (dict(encoder=2), {}, block(0)[0]),
+    (dict(encoder=2, frozen=False), dict(frozen=False), 3 * block(0)[0]),
+    (dict(decoder=2), {}, 3 * block(1)[0]),
+    # Both images forward, one back; its leaves do not learn.
+    ({}, dict(lpips=False), 3 * lpips()),
+    # To the image and back, and the gradients' two products at the head; then
+    # its own step on real and fake, neither of which wants a gradient.
+    (
+      {},
+      dict(gan=False),
+      2 * head() + 2 * patchgan()[0] + 2 * (3 * patchgan()[0] - patchgan()[1]),
+    ),
+    # A trunk that does not learn: to the image and back, real and fake.
+    (dict(trunk=2), dict(trunk=1), 4 * block(1)[0] + block(1)[1]),
+  ],
+  ids=('frozen', 'trained', 'decoder', 'lpips', 'patch', 'dino'),
+)
+def test_each_part_makes_its_passes_once(more, less, products):
+  """The rest is done element by element: up to 12 % here."""
+  assert 1 <= (flops(**more) - flops(**less)) / products < 1.12

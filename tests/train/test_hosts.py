@@ -1,7 +1,6 @@
 """Two processes train as one: same losses, one export; and one that is lost."""
 
 import signal
-import socket
 
 import jax
 import numpy as np
@@ -15,9 +14,7 @@ from vqrae_jax.train.checkpoint import Checkpoints
 
 def started(config, workdir, devices):
   """Two processes of a run, of so many devices each."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
+  address = runs.free_address()
   return [
     runs.started(config, workdir, devices, address, 2, rank)
     for rank in range(2)

@@ -13,9 +13,9 @@ def test_a_second_run_is_refused(tmp_path):
   with loop.only_run_in(tmp_path) as check:
     check()
     for start in (loop.check_no_run_in, loop.only_run_in):
-      with pytest.raises(UserError, match='another run'):
-        with start(tmp_path) or contextlib.nullcontext():
-          pass
+      refused = pytest.raises(UserError, match='another run')
+      with refused, start(tmp_path) or contextlib.nullcontext():
+        pass
   loop.check_no_run_in(tmp_path)
 
 
@@ -24,9 +24,9 @@ def test_a_run_whose_lock_was_removed_stops_at_its_next_checkpoint(tmp_path):
     (tmp_path / 'lock').unlink()
     with pytest.raises(UserError, match='lock was removed'):
       check()
-    with loop.only_run_in(tmp_path):  # another file of that name
-      with pytest.raises(UserError, match='lock was removed'):
-        check()
+    removed = pytest.raises(UserError, match='lock was removed')
+    with loop.only_run_in(tmp_path), removed:  # another file of that name
+      check()
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,6 @@ def test_a_run_whose_lock_was_removed_stops_at_its_next_checkpoint(tmp_path):
 def test_a_lock_that_is_no_file_is_an_error_at_once(make, tmp_path):
   make(tmp_path / 'lock')
   for start in (loop.check_no_run_in, loop.only_run_in):
-    with pytest.raises(UserError, match='lock is no regular file'):
-      with start(tmp_path):
-        pass
+    refused = pytest.raises(UserError, match='lock is no regular file')
+    with refused, start(tmp_path):
+      pass

@@ -6,37 +6,33 @@ CMYK and 16 bits are converted, alpha is laid over white, of an animation the
 first frame is taken, and EXIF's orientation is undone. Whatever cannot be
 decoded is `ImageDecodeError`, with a reason of one line.
 
-Formats are found by content and not by name, and only those of `EXTENSIONS`
-are tried: the rest of Pillow's readers never see a file.
+Formats are found by content and not by name, and only `FORMATS` are tried: the
+rest of Pillow's readers never see a file.
 """
 
 import copy
 import errno
-import fnmatch
 import io
+import os
 import pathlib
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import (
-  Image,
-  TiffImagePlugin,  # noqa: F401
-  UnidentifiedImageError,
-  WebPImagePlugin,  # noqa: F401
-)
+from PIL import Image, UnidentifiedImageError
 
+# For their readers: Pillow loads these two only when asked.
+from PIL import TiffImagePlugin, WebPImagePlugin  # noqa: F401, isort: skip
+
+from vqrae_jax.data.listing import Listing
 from vqrae_jax.errors import UserError
 
-# Imported for their readers: Pillow loads these two only when asked.
-
-
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 MAX_PIXELS = 100_000_000
+_TOO_MANY = f'are above the {MAX_PIXELS:,} that are decoded'
 
-# Pillow warns at 89 million pixels and stops at 179; the cap here is ours. Of
-# damaged EXIF it warns at each read, and the pixels are whole.
+# Pillow warns at 89 million pixels and stops at 179; the cap here is ours. It
+# warns of damaged EXIF at each read, though the pixels can be decoded.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
 
@@ -53,7 +49,7 @@ _UPRIGHT = {
 
 
 class ImageDecodeError(UserError):
-  """A photograph that cannot be had.
+  """An image that cannot be opened or decoded.
 
   Attributes:
     where: which, as the message names it.
@@ -89,7 +85,7 @@ def is_encoded(data: bytes) -> bool:
 
 
 def refuse_if_ours(error: OSError) -> None:
-  """Raises again what is the process's trouble and no photograph's."""
+  """Raises again what is the process's trouble and no image's."""
   if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
     raise error
 
@@ -103,24 +99,22 @@ def _attempt(file, where, read):
     with Image.open(file, formats=FORMATS) as image:
       w, h = image.size
       if w * h > MAX_PIXELS:
-        raise ImageDecodeError(where, _too_large(f'{h}x{w}'))
+        raise ImageDecodeError(where, f'{h}x{w} pixels {_TOO_MANY}')
       return read(image)
-  except (ImageDecodeError, MemoryError):
+  except ImageDecodeError:
     raise
   except UnidentifiedImageError:
-    kinds = ', '.join(FORMATS)
-    raise ImageDecodeError(where, f'its content is none of {kinds}') from None
+    reason = f'its content is none of {", ".join(FORMATS)}'
+    raise ImageDecodeError(where, reason) from None
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    raise ImageDecodeError(where, _too_large('its size')) from None
+    raise ImageDecodeError(where, f'its pixels {_TOO_MANY}') from None
+  except MemoryError:  # Pillow's, for a row of over 2^31 bits
+    raise ImageDecodeError(where, 'too large for Pillow to decode') from None
   # Damaged bytes raise anything in Pillow: struct.error, KeyError, zlib's.
   except Exception as e:
     if isinstance(e, OSError):
       refuse_if_ours(e)
     raise ImageDecodeError(where, str(e) or type(e).__name__) from None
-
-
-def _too_large(what: str) -> str:
-  return f'{what} is above the {MAX_PIXELS:,} pixels that are decoded'
 
 
 def _orientation(image: Image.Image) -> int:
@@ -141,18 +135,12 @@ def _pixels(image: Image.Image) -> np.ndarray:
   image.load()
   # After loading, for a TIFF is upright by then and says so.
   turn = _UPRIGHT.get(_orientation(image))
-  pixels = _to_rgb(image if turn is None else _turned(image, turn))
+  pixels = _to_rgb(image if turn is None else image.transpose(turn))
   if not pixels.size:
     raise ValueError(
       f'a side of no pixels, {pixels.shape[0]}x{pixels.shape[1]}'
     )
   return pixels
-
-
-def _turned(image: Image.Image, turn: Image.Transpose) -> Image.Image:
-  turned = image.transpose(turn)
-  turned.info = dict(image.info)  # The colour that is transparent.
-  return turned
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -171,49 +159,44 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
   return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
 
 
-# ----------------------------------------------------------------------------
-# ImageSource that lie somewhere as encoded bytes: what all sources share.
-#
-# A source says how to open row i and what it is called; decoding, sizes, names
-# and the choice of some rows are here.
-
-
 class EncodedImages:
   """Random access to uint8 [h w 3]; safe to read from many threads.
 
-  Attributes:
-    paths: the files read, in order.
+  What all sources of encoded bytes share: decoding, sizes, names and the
+  choice of some rows. A source adds `_open(row)`, which gives the encoded bytes
+  or raises `ImageDecodeError` or OSError, `_name(row)` and `_title(row)`.
+
   """
 
-  paths: list[pathlib.Path]
+  def __init__(self, listing: Listing, counts: Sequence[int]):
+    """`counts`: how many images each file (or all together) holds."""
+    self._listing = listing
+    self._starts = np.cumsum([0, *counts])
+    self._rows = np.arange(self._starts[-1])
 
-  def __init__(self, rows: int):
-    """`rows`: how many photographs there are before any is left out."""
-    self._rows = np.arange(rows)
+  @property
+  def paths(self) -> list[pathlib.Path]:
+    """The files that are read, in order."""
+    return self._listing.paths
 
-  def _open(self, row: int) -> io.IOBase:
-    """The encoded bytes; raises `ImageDecodeError` or OSError."""
-    raise NotImplementedError
-
-  def _name(self, row: int) -> str:
-    raise NotImplementedError
-
-  def _title(self, row: int) -> str:
-    raise NotImplementedError
+  def _place(self, row: int) -> tuple[int, int]:
+    """(file, image in it) of a row."""
+    file = int(np.searchsorted(self._starts, row, side='right')) - 1
+    return file, int(row - self._starts[file])
 
   def _where(self, row: int) -> str:
-    raise NotImplementedError
+    return os.path.join(self._listing.root, self._name(row))
 
   def __len__(self) -> int:
     return len(self._rows)
 
   def name(self, index: int) -> str:
-    """What tells this photograph from all others of the source."""
+    """The unique name of an image in the source."""
     return self._name(int(self._rows[index]))
 
   @property
   def names(self) -> list[str]:
-    """What photographs are called in tables and on pictures."""
+    """Short names, for tables and pictures."""
     return [self._title(row) for row in self._rows.tolist()]
 
   def __getitem__(self, index: int) -> np.ndarray:
@@ -221,7 +204,7 @@ class EncodedImages:
 
     Raises:
       ImageDecodeError: it cannot be opened or decoded.
-      UserError: the source as a whole is not what it was.
+      UserError: the source has changed since it was opened.
     """
     return self._read(index, decode)
 
@@ -239,21 +222,13 @@ class EncodedImages:
       refuse_if_ours(e)
       raise ImageDecodeError(where, e.strerror or e) from None
 
-  def matching(self, patterns: Sequence[str]) -> np.ndarray:
-    """bool [patterns n]: which names match which glob."""
-    found = np.zeros((len(patterns), len(self)), bool)
-    for i, row in enumerate(self._rows.tolist()):
-      title = self._title(row)
-      found[:, i] = [fnmatch.fnmatch(title, p) for p in patterns]
-    return found
-
   def shared_with(self, other: 'EncodedImages') -> int:
-    """How many of these photographs, by where they lie, are in `other` too."""
+    """How many of these images, by path, are in `other` too."""
     places = {self._where(row) for row in self._rows.tolist()}
     return sum(other._where(row) in places for row in other._rows.tolist())
 
   def select(self, kept: np.ndarray) -> 'EncodedImages':
-    """The same source with only the photographs of a bool [n]."""
+    """The same source with only the images of a bool [n]."""
     chosen = copy.copy(self)
     chosen._rows = self._rows[kept]
     return chosen

@@ -1,10 +1,10 @@
-"""From photographs to batches, the same whatever the number of hosts.
+"""From images to batches, the same whatever the number of hosts.
 
-Global sample i of a run is a pure function of the seed and i: which
-photograph (a new permutation each epoch), which crop, whether flipped, and
-which photographs stand in for one that cannot be read. Step s reads samples
-[s B, (s+1) B), and host p of P takes rows [p B/P, (p+1) B/P) of them. So the
-position is the step, and nothing else needs saving.
+Global sample i of a run is a pure function of the seed and i: which image (a
+new permutation each epoch), which crop, whether flipped, and which images
+stand in for one that cannot be read. Step s reads samples [s B, (s+1) B), and
+host p of P takes rows [p B/P, (p+1) B/P) of them. So the position is the step,
+and nothing else needs saving. `eval_batches` takes every image once, in order.
 
 Images stay uint8 here; the device scales them to [0, 1].
 """
@@ -13,14 +13,14 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 from PIL import Image
 
 from vqrae_jax.data.decode import ImageDecodeError
-from vqrae_jax.data.sources import ImageSource
+from vqrae_jax.data.sources import Images, ImageSource
 from vqrae_jax.errors import UserError
 
 CROPS = ('random', 'center')
@@ -30,13 +30,13 @@ MAX_DRAWS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """How a photograph becomes a training image.
+  """How an image of a source becomes a training image.
 
   Attributes:
     size: (h, w) of the image, in pixels.
     resize: the shorter side before cropping, in pixels; a pair draws it log-
-      uniformly between the two; None keeps the photograph's own size (a
-      photograph smaller than `size` is always brought up to it).
+      uniformly between the two; None keeps the image's own size (one
+      smaller than `size` is always brought up to it).
     crop: "random" or "center".
     flip: mirror half of the images left to right.
   """
@@ -64,11 +64,11 @@ def augment_image(
   """uint8 [h w 3] -> uint8 [*augment.size 3], by the draws of `rng`.
 
   Bicubic (PIL), in one pass: only the part that the crop keeps is resized, so
-  that a huge photograph costs no more than a small one.
+  that a huge image costs no more than a small one.
   """
   h, w = image.shape[:2]
   side = _target_side(image, augment, rng)
-  # The whole photograph at its new size, of which the crop is a window.
+  # All of the image at its new size, of which the crop is a window.
   rh, rw = (max(side, round(n * side / min(h, w))) for n in (h, w))
   ch, cw = augment.size
   if augment.crop == 'random':
@@ -95,7 +95,7 @@ def augment_image(
 
 
 def _global_order(n: int, seed: int) -> grain.MapDataset:
-  """i -> (i, photograph): a new permutation of n photographs each epoch."""
+  """i -> (i, image): a new permutation of n images each epoch."""
   # Endless in practice; grain's own endless length overflows when batched.
   epochs = 2**48 // n
   order = grain.MapDataset.range(n).seed(seed)
@@ -103,8 +103,8 @@ def _global_order(n: int, seed: int) -> grain.MapDataset:
     order = order.shuffle().repeat(epochs)
     return order.map_with_index(lambda i, photo: (i, int(photo)))
 
-  # grain's shuffle takes 1.6 ms a sample for 8 photographs, .02 for 1000
-  # (grain 0.2.18, 2026-11): a small epoch's permutation is drawn whole.
+  # grain's shuffle takes 1.6 ms a sample for 8 images, .02 for 1000
+  # (grain 0.2.18, 2026-11): a small epoch's permutation is drawn at once.
   @functools.lru_cache(maxsize=4)
   def permutation(epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -122,6 +122,14 @@ def reading_threads() -> int:
   return min(max(cores, 2), 16)
 
 
+def _read_ahead() -> grain.ReadOptions:
+  # An element a thread, and two that wait.
+  threads = reading_threads()
+  return grain.ReadOptions(
+    num_threads=threads, prefetch_buffer_size=threads + 2
+  )
+
+
 class TrainBatches:
   """Endless global order over a source; iterate one host's share of it."""
 
@@ -136,7 +144,7 @@ class TrainBatches:
     process_count: int = 1,
   ):
     """Args:
-    source: the photographs.
+    source: the images.
     augment: how each becomes an image.
     batch_size: B, over all hosts.
     seed: of the order and of the crops.
@@ -148,7 +156,7 @@ class TrainBatches:
         'hosts'
       )
     if not len(source):
-      raise UserError('the source holds no photograph')
+      raise UserError('the source holds no image')
     local = batch_size // process_count
     self._source, self._seed = source, seed
     self._unreadable: dict[str, str] = {}
@@ -169,7 +177,7 @@ class TrainBatches:
     self._first, self._stride = process_index, process_count
 
   def _draw(self, index: int, photo: int) -> tuple[np.ndarray, int, int]:
-    """(image, its photograph, unreadable draws before it) of sample `index`.
+    """(image, its index in the source, unreadable draws before it) of a sample.
 
     Substitutes are a function of seed, index and attempt, so that every host
     and every restart draws the same.
@@ -185,12 +193,12 @@ class TrainBatches:
           self._unreadable[self._source.name(photo)] = e.reason
         last = e
     raise UserError(
-      f'{MAX_DRAWS} photographs drawn in a row are unreadable; the last: {last}'
+      f'{MAX_DRAWS} images drawn in a row are unreadable; the last: {last}'
     )
 
   @property
   def unreadable(self) -> dict[str, str]:
-    """{name: reason} of the photographs that this host could not read so far.
+    """{name: reason} of the images that this host could not read so far.
 
     A copy; `iterate` reads ahead, so it may know of steps to come.
     """
@@ -203,7 +211,7 @@ class TrainBatches:
     Returns:
       images: uint8 [b h w 3].
       index: int64 [b], the number of the sample in the run.
-      photo: int64 [b], which photograph of the source it shows.
+      photo: int64 [b], the index in the source.
       skipped: int32 [b], how many unreadable ones were drawn before that.
 
     Raises:
@@ -214,12 +222,7 @@ class TrainBatches:
   def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Batches from `start_step` on, read ahead by threads."""
     mine = self._batches[self._first :: self._stride]
-    threads = reading_threads()
-    # A batch a thread, and two that wait.
-    options = grain.ReadOptions(
-      num_threads=threads, prefetch_buffer_size=threads + 2
-    )
-    iterator = iter(mine.to_iter_dataset(options))
+    iterator = iter(mine.to_iter_dataset(_read_ahead()))
     state = iterator.get_state()
     state['next_index'] = start_step
     iterator.set_state(state)
@@ -227,7 +230,7 @@ class TrainBatches:
 
 
 def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """uint8 [n *size 3]: a photograph cut into a grid from its top left.
+  """uint8 [n *size 3]: an image cut into a grid from its top left.
 
   What is left over at the right and the bottom is dropped.
   """
@@ -235,3 +238,61 @@ def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   image = image[: h * size[0], : w * size[1]]
   image = image.reshape(h, size[0], w, size[1], 3).transpose(0, 2, 1, 3, 4)
   return image.reshape(h * w, *size, 3)
+
+
+def each_image(
+  source: Images,
+  cut: Callable[[np.ndarray], np.ndarray] = lambda image: image,
+  indices: Sequence[int] | None = None,
+) -> Iterator[tuple[int, np.ndarray | ImageDecodeError]]:
+  """(index, cut(image)) of every image in order, read ahead by threads.
+
+  An image that cannot be read gives its error instead.
+  """
+  indices = range(len(source)) if indices is None else indices
+
+  def read(i):
+    try:
+      return int(indices[i]), cut(source[indices[i]])
+    except ImageDecodeError as e:
+      return int(indices[i]), e
+
+  images = grain.MapDataset.range(len(indices)).map(read)
+  return iter(images.to_iter_dataset(_read_ahead()) if len(indices) else ())
+
+
+def eval_batches(
+  source: Images,
+  cut: Callable[[np.ndarray], np.ndarray],
+  batch_size: int,
+  indices: Sequence[int] | None = None,
+  unreadable: Callable[[int, ImageDecodeError], None] | None = None,
+) -> Iterator[tuple[np.ndarray, int]]:
+  """Batches of all images once, in order; no more than a few are held.
+
+  Args:
+    source: the images.
+    cut: uint8 [h w 3] -> uint8 [n *size 3], the rows that an image gives.
+    batch_size: rows of a batch.
+    indices: which images; all if None.
+    unreadable: called for each image that cannot be read; None raises.
+
+  Yields:
+    (uint8 [batch_size *size 3], how many of its rows count): zeros pad the
+    last.
+  """
+  waiting = []  # rows; under a batch of them, but for those of one image
+  for index, rows in each_image(source, cut, indices):
+    if isinstance(rows, ImageDecodeError):
+      if unreadable is None:
+        raise rows
+      unreadable(index, rows)
+      continue
+    waiting += list(rows)
+    while len(waiting) >= batch_size:
+      yield np.stack(waiting[:batch_size]), batch_size
+      del waiting[:batch_size]
+  if waiting:
+    missing = batch_size - len(waiting)
+    padding = [np.zeros_like(waiting[0])] * missing
+    yield np.stack(waiting + padding), len(waiting)

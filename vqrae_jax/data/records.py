@@ -1,7 +1,13 @@
-"""ImageSource in ArrayRecord files: encoded images, or tf.train.Examples.
+"""Images in ArrayRecord files.
 
-A record is the bytes of an image, or an Example with one in a bytes feature
-(`example.py`). Arrays of raw pixels are not read.
+A record is the bytes of an encoded image, or a tf.train.Example with one in a
+bytes feature. Arrays of raw pixels are not read.
+
+Examples are read without tensorflow: the wire format is protobuf's
+(protobuf.dev/programming-guides/encoding), the messages are those of
+tensorflow/core/example/{example,feature}.proto: Example holds Features in
+field 1, Features a map<string, Feature> in field 1, and a Feature's field 1 is
+a BytesList, whose field 1 are the values.
 """
 
 import concurrent.futures
@@ -9,20 +15,9 @@ import io
 import pathlib
 from collections.abc import Iterator
 
-import numpy as np
-
-from vqrae_jax.data import decode
-from vqrae_jax.data.decode import EncodedImages
-from vqrae_jax.data.tree import Listing
+from vqrae_jax.data.decode import EncodedImages, ImageDecodeError, is_encoded
+from vqrae_jax.data.listing import Listing
 from vqrae_jax.errors import UserError
-
-# ----------------------------------------------------------------------------
-# The encoded image of a serialized tf.train.Example, without tensorflow.
-#
-# The wire format is protobuf's (protobuf.dev/programming-guides/encoding); the
-# messages are tensorflow/core/example/{example,feature}.proto: Example holds
-# Features in field 1, Features a map<string, Feature> in field 1, and a
-# Feature's field 1 is a BytesList, whose field 1 are the values.
 
 # As TFDS, the TFRecord convention and webdataset call an encoded image.
 KEYS = ('image', 'image/encoded', 'jpg', 'jpeg', 'png', 'webp')
@@ -109,40 +104,29 @@ class Records(EncodedImages):
     Raises:
       UserError: a file that is no ArrayRecord, or no record in any.
     """
-    self.paths = listing.paths
-    self._files = listing.names
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-      self._sources = list(pool.map(_source, self.paths))
-    self._starts = np.cumsum([0, *map(len, self._sources)])
-    if not self._starts[-1]:
+      self._sources = list(pool.map(_source, listing.paths))
+    super().__init__(listing, [len(source) for source in self._sources])
+    if not len(self):
       raise UserError(f'the ArrayRecord file {self.paths[0]} holds no record')
-    super().__init__(int(self._starts[-1]))
-
-  def _place(self, row: int) -> tuple[int, int]:
-    file = int(np.searchsorted(self._starts, row, side='right')) - 1
-    return file, int(row - self._starts[file])
 
   def _name(self, row: int) -> str:
     file, record = self._place(row)
-    return f'{self._files[file]}:{record}'
+    return f'{self._listing.names[file]}:{record}'
 
   def _title(self, row: int) -> str:
     file, record = self._place(row)
-    return f'{pathlib.PurePath(self._files[file]).stem}-{record}'
-
-  def _where(self, row: int) -> str:
-    file, record = self._place(row)
-    return f'{self.paths[file]}:{record}'
+    return f'{pathlib.PurePath(self._listing.names[file]).stem}-{record}'
 
   def _open(self, row: int) -> io.BytesIO:
     file, record = self._place(row)
     try:
       data = self._sources[file][record]
-      if not decode.is_encoded(data) and data:
+      if data and not is_encoded(data):
         data = image_bytes(data)
     # RuntimeError: array_record found the record damaged.
     except (RuntimeError, ValueError) as e:
-      raise decode.ImageDecodeError(self._where(row), e) from None
+      raise ImageDecodeError(self._where(row), e) from None
     return io.BytesIO(data)
 
 

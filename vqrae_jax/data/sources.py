@@ -1,29 +1,25 @@
-"""Where photographs come from: random access, uint8 RGB [h w 3] on the host.
+"""Where images come from: random access, uint8 RGB [h w 3] on the host.
 
-`open_source` reads the one `DATA` word that every command line takes: a
-folder, a file, a glob or a brace pattern of image files, tar shards or
-ArrayRecord files, or `bundled:photos`, the photographs that the scikit-image
-and scikit-learn wheels carry (nothing is downloaded).
+`open_source` takes the `DATA` of every command line: a folder, a file, a glob
+or a brace pattern of image files, tar shards or ArrayRecord files, or
+`bundled:photos`, the images in the scikit-image and scikit-learn wheels
+(nothing is downloaded).
 """
 
+import fnmatch
 import importlib.util
 import io
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from vqrae_jax.data import tree
 from vqrae_jax.data.decode import EncodedImages
+from vqrae_jax.data.listing import Listing, images_at, list_data
 from vqrae_jax.data.records import Records
 from vqrae_jax.data.tar import TarShards
-from vqrae_jax.data.tree import Listing
 from vqrae_jax.errors import UserError, did_you_mean
-
-# ----------------------------------------------------------------------------
-# Image files on disk, opened one by one as they are asked for.
 
 
 class ImageFiles(EncodedImages):
@@ -33,14 +29,13 @@ class ImageFiles(EncodedImages):
   """
 
   def __init__(self, listing: Listing, keep: bool = False):
-    """`keep` holds decoded photographs in memory: for a few files only."""
-    super().__init__(len(listing.names))
-    self._listing = listing
+    """`keep` holds decoded images in memory: for a few files only."""
+    super().__init__(listing, [len(listing.names)])
     self._kept: dict[int, np.ndarray] | None = {} if keep else None
 
   @property
   def paths(self) -> list[pathlib.Path]:
-    """The files, in the order of their indices; made anew at each call."""
+    """The files, in the order of their indices; a new list at each call."""
     return [pathlib.Path(self._where(row)) for row in self._rows.tolist()]
 
   def _open(self, row: int) -> io.IOBase:
@@ -52,9 +47,6 @@ class ImageFiles(EncodedImages):
   def _title(self, row: int) -> str:
     return pathlib.PurePath(self._name(row)).stem
 
-  def _where(self, row: int) -> str:
-    return os.path.join(self._listing.root, self._name(row))
-
   def __getitem__(self, index: int) -> np.ndarray:
     """uint8 [h w 3]; see `EncodedImages`."""
     if self._kept is None:
@@ -65,24 +57,15 @@ class ImageFiles(EncodedImages):
     return self._kept[row]
 
 
-# Wheel, folder inside it, photographs in colour.
+# Wheel, folder inside it, its images in colour.
 _BUNDLED = (
   (
     'skimage',
     'data',
-    (
-      'astronaut.png',
-      'chelsea.png',
-      'coffee.png',
-      'hubble_deep_field.jpg',
-      'ihc.png',
-      'motorcycle_left.png',
-      'motorcycle_right.png',
-      'retina.jpg',
-      'rocket.jpg',
-    ),
+    'astronaut.png chelsea.png coffee.png hubble_deep_field.jpg ihc.png '
+    'motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg',
   ),
-  ('sklearn', 'datasets/images', ('china.jpg', 'flower.jpg')),
+  ('sklearn', 'datasets/images', 'china.jpg flower.jpg'),
 )
 _KINDS = {'image': ImageFiles, 'tar': TarShards, 'record': Records}
 
@@ -112,18 +95,18 @@ def _bundled() -> list[pathlib.Path]:
     spec = importlib.util.find_spec(module)
     if spec is None:
       raise UserError(
-        'data "bundled:photos" are photographs of the scikit-image and '
-        "scikit-learn wheels; install them: pip install 'vqrae_jax[demo]'"
+        'data "bundled:photos" needs the scikit-image and scikit-learn wheels: '
+        "pip install 'vqrae_jax[demo]'"
       )
     root = pathlib.Path(spec.submodule_search_locations[0]) / folder
-    paths += [root / name for name in names if (root / name).exists()]
+    paths += [root / name for name in names.split() if (root / name).exists()]
   return sorted(paths, key=lambda p: p.stem)
 
 
 def open_source(
   data: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> EncodedImages:
-  """The photographs that `data` names.
+  """The images that `data` names.
 
   Args:
     data: "bundled:photos", a folder (searched in depth), a file, a glob, or a
@@ -137,21 +120,21 @@ def open_source(
       that matches nothing.
   """
   if data == 'bundled:photos':
-    source = ImageFiles(tree.images_at(_bundled()), keep=True)
+    source = ImageFiles(images_at(_bundled()), keep=True)
   elif data.startswith('bundled:'):
     raise UserError(f'unknown data "{data}"; did you mean "bundled:photos"?')
   else:
-    found = tree.list_data(data)
+    found = list_data(data)
     source = _KINDS[found.kind](found)
   if not (include or exclude):
     return source
-  patterns = (*include, *exclude)
-  matches = source.matching(patterns)
+  names, patterns = source.names, (*include, *exclude)
+  matches = np.array([[fnmatch.fnmatch(n, p) for n in names] for p in patterns])
   for pattern, row in zip(patterns, matches, strict=True):
     if not row.any():
       raise UserError(
-        f'no photograph of "{data}" is named "{pattern}"'
-        f'{did_you_mean(pattern, source.names[:50])}'
+        f'no image of "{data}" is named "{pattern}"'
+        f'{did_you_mean(pattern, names[:50])}'
       )
   kept = ~matches[len(include) :].any(0)
   if include:

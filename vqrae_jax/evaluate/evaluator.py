@@ -1,14 +1,15 @@
-"""Evaluation on photographs cut into a fixed grid of tiles.
+"""Evaluation on images cut into a fixed grid of tiles.
 
 Every tile passes through indices: images -> tokens -> images, the path that a
-user takes. Figures are over all tiles together; the baseline replaces each
-block of the tokenizer's patch by its mean colour, and shuffled codes show
-that what the tokens say matters.
+user takes. Tiles come in batches from the loader and figures are sums over all
+of them: of the tiles only the indices are kept. The baseline replaces each
+block of the tokenizer's patch by its mean colour, and shuffled codes show that
+what the tokens say matters.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -31,11 +32,6 @@ def block_mean(tiles: np.ndarray, block: int) -> np.ndarray:
   return np.broadcast_to(mean, x.shape).reshape(tiles.shape)
 
 
-def _bound(fn: Callable, tokenizer: Tokenizer, variables: Tree) -> Callable:
-  """A door function, jitted, waiting for its images or indices."""
-  return functools.partial(_jitted(fn), tokenizer, variables)
-
-
 @functools.cache
 def _jitted(fn: Callable) -> Callable:
   """One jit a function: a shape compiles once, however many images come."""
@@ -43,7 +39,7 @@ def _jitted(fn: Callable) -> Callable:
 
 
 def check_tiles(source: EncodedImages, tile: int) -> None:
-  """Every photograph holds a tile and can be decoded: sizes are read first.
+  """Every image holds a tile and can be decoded: sizes are read first.
 
   Raises:
     UserError: with how many do not and the first of them.
@@ -54,36 +50,16 @@ def check_tiles(source: EncodedImages, tile: int) -> None:
     h, w = sizes[small[0]]
     more = f' (and {len(small) - 1} more)' if small[1:] else ''
     raise UserError(
-      f'the held-out photograph {source.names[small[0]]} of {h}x{w}{more} is '
+      f'the held-out image {source.names[small[0]]} of {h}x{w}{more} is '
       f'smaller than eval.tile={tile}; lower it, or leave such out by '
       'eval.exclude'
     )
-  for i in range(len(source)):
-    try:
-      source[i]
-    except ImageDecodeError as e:
+  for _, image in pipeline.each_image(source):
+    if isinstance(image, ImageDecodeError):
       raise UserError(
-        f'a held-out photograph: {e}; mend it, or leave it out by eval.exclude'
-      ) from None
-
-
-def in_batches(fn: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
-  """fn over rows in batches of one shape; the last is padded, then cut."""
-  out = []
-  for start in range(0, len(rows), batch_size):
-    part = rows[start : start + batch_size]
-    short = batch_size - len(part)
-    padded = np.pad(part, [(0, short)] + [(0, 0)] * (part.ndim - 1))
-    out.append(np.asarray(fn(padded))[: len(part)])
-  return np.concatenate(out)
-
-
-def _sums(images, targets, batch_size) -> metrics.Sums:
-  total = metrics.Sums()
-  for start in range(0, len(images), batch_size):
-    part = slice(start, start + batch_size)
-    total = total.merge(metrics.compare(images[part], targets[part]))
-  return total
+        f'a held-out image: {image}; replace it, or leave it out by '
+        'eval.exclude'
+      )
 
 
 def bits_per_image(tokenizer: Tokenizer, h: int, w: int) -> float:
@@ -93,24 +69,36 @@ def bits_per_image(tokenizer: Tokenizer, h: int, w: int) -> float:
 
 
 def tiles_of(source: Images, tile: int) -> np.ndarray:
-  """uint8 [n tile tile 3]: every photograph cut from its top left corner,
-  remainders dropped.
+  """uint8 [n tile tile 3]: all tiles at once, of a few images.
 
   Raises:
-    UserError: no photograph holds a tile.
+    UserError: no image holds a tile.
   """
   cut = [pipeline.tiles(source[i], (tile, tile)) for i in range(len(source))]
   tiles = np.concatenate(cut)
   if not len(tiles):
-    raise UserError(f'no photograph holds a tile of {tile} px')
+    raise UserError(f'no image holds a tile of {tile} px')
   return tiles
+
+
+def tile_batches(
+  source: Images, tile: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+  """(uint8 [batch_size tile tile 3], how many of its rows count): every image
+  cut from its top left corner, remainders dropped."""
+  cut = functools.partial(pipeline.tiles, size=(tile, tile))
+  return pipeline.eval_batches(source, cut, batch_size)
+
+
+def _compare(images, tiles: np.ndarray, count: int) -> metrics.Sums:
+  targets = tiles.astype(np.float32) / 255
+  return metrics.compare(images, targets, np.arange(len(tiles)) < count)
 
 
 def measure(
   tokenizer: Tokenizer,
   variables: Tree,
-  tiles: np.ndarray,
-  batch_size: int,
+  batches: Iterable[tuple[np.ndarray, int]],
   place: Callable = np.asarray,
   read: Callable = np.asarray,
 ) -> tuple[metrics.Sums, np.ndarray | None]:
@@ -118,38 +106,34 @@ def measure(
 
   Args:
     tokenizer, variables: what is measured.
-    tiles: uint8 [n t t 3], t a multiple of the decoder's patch.
-    batch_size: tiles at once.
-    place: lays a batch of tiles where the variables lie.
+    batches: (uint8 [b t t 3], how many of its rows count), t a multiple of the
+      decoder's patch; see `tile_batches`.
+    place: lays a batch where the variables lie.
     read: brings results to this host.
 
   Returns:
     (sums, with code counts if it is discrete; i32 indices of all tiles, or
     None).
   """
-  targets = tiles.astype(np.float32) / 255
 
-  def bound(fn):
-    fn = _bound(fn, tokenizer, variables)
-    return lambda rows: fn(place(rows))
+  def run(fn, rows):
+    return _jitted(fn)(tokenizer, variables, place(rows))
 
-  if not tokenizer.codebook_size:
-    run = bound(inference.reconstruct)
-    images = in_batches(lambda x: read(run(x).images), tiles, batch_size)
-    return _sums(images, targets, batch_size), None
-  encode = bound(inference.encode_to_indices)
-  decode = bound(inference.decode_from_indices)
-  indices = in_batches(lambda x: read(encode(x)), tiles, batch_size)
-  painted = in_batches(lambda x: read(decode(x)), indices, batch_size)
-  total = _sums(painted, targets, batch_size)
-  q = tokenizer.quantizer.codes_per_token
-  total.counts = np.stack(
-    [
-      np.bincount(column, minlength=tokenizer.codebook_size)
-      for column in indices.reshape(-1, q).T
-    ]
-  )
-  return total, indices
+  total, indices = metrics.Sums(), []
+  for tiles, count in batches:
+    if not tokenizer.codebook_size:
+      images = read(run(inference.reconstruct, tiles).images)
+      total = total.merge(_compare(images, tiles, count))
+      continue
+    found = read(run(inference.encode_to_indices, tiles))
+    images = read(run(inference.decode_from_indices, found))
+    sums = _compare(images, tiles, count)
+    indices.append(np.array(found[:count]))
+    columns = indices[-1].reshape(-1, tokenizer.quantizer.codes_per_token).T
+    k = tokenizer.codebook_size
+    sums.counts = np.stack([np.bincount(x, minlength=k) for x in columns])
+    total = total.merge(sums)
+  return total, np.concatenate(indices) if indices else None
 
 
 def evaluate_tiles(
@@ -159,12 +143,15 @@ def evaluate_tiles(
   tile: int,
   batch_size: int = 32,
 ) -> dict[str, float]:
-  """The figures of a tokenizer on photographs it has not seen.
+  """The figures of a tokenizer on images it has not seen.
+
+  A discrete tokenizer reads the images twice: codes are shuffled over all
+  tiles, so that their figure needs every index first.
 
   Args:
     tokenizer, variables: what is measured.
-    source: the photographs; each is cut into tile x tile pixels from its top
-      left corner, remainders dropped.
+    source: the images; each is cut into tile x tile pixels from its top left
+      corner, remainders dropped.
     tile: a multiple of the decoder's patch.
     batch_size: tiles at once.
 
@@ -174,21 +161,32 @@ def evaluate_tiles(
     bits_per_image.
   """
   tokenizer.grid(tile, tile)
-  tiles = tiles_of(source, tile)
-  targets = tiles.astype(np.float32) / 255
-  baseline = _sums(
-    block_mean(targets, tokenizer.patch_size), targets, batch_size
-  )
-  total, indices = measure(tokenizer, variables, tiles, batch_size)
+  baseline = metrics.Sums()
+
+  def batches():
+    nonlocal baseline
+    for tiles, count in tile_batches(source, tile, batch_size):
+      means = block_mean(tiles.astype(np.float32) / 255, tokenizer.patch_size)
+      baseline = baseline.merge(_compare(means, tiles, count))
+      yield tiles, count
+
+  total, indices = measure(tokenizer, variables, batches())
+  if not total.images:
+    raise UserError(f'no image holds a tile of {tile} px')
   figures = total.results()
   figures['psnr_block_mean'] = baseline.results()['psnr']
   if indices is None:
     return figures
-  decode = _bound(inference.decode_from_indices, tokenizer, variables)
-  shuffled = np.random.default_rng(0).permutation(indices.ravel())
-  shuffled = in_batches(decode, shuffled.reshape(indices.shape), batch_size)
+  order = np.random.default_rng(0).permutation(indices.ravel())
+  order, at, shuffled = order.reshape(indices.shape), 0, metrics.Sums()
+  decode = _jitted(inference.decode_from_indices)
+  for tiles, count in tile_batches(source, tile, batch_size):
+    rows = np.zeros_like(indices, shape=(batch_size, *indices.shape[1:]))
+    rows[:count] = order[at : at + count]
+    images, at = decode(tokenizer, variables, rows), at + count
+    shuffled = shuffled.merge(_compare(images, tiles, count))
   return figures | {
-    'psnr_shuffled': _sums(shuffled, targets, batch_size).results()['psnr'],
+    'psnr_shuffled': shuffled.results()['psnr'],
     'bits_per_image': bits_per_image(tokenizer, tile, tile),
   }
 
@@ -213,7 +211,7 @@ def reconstruct_tiled(
   batch_size: int = 32,
   whole: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """A photograph painted tile by tile, each from its own tokens.
+  """An image reconstructed tile by tile, each from its own tokens.
 
   Args:
     tokenizer, variables: the tokenizer.
@@ -223,22 +221,26 @@ def reconstruct_tiled(
     whole: the image is one piece, cropped to a multiple of `tile`.
 
   Returns:
-    (uint8 the centre of `image` that whole tiles cover, f32 the same painted,
+    (uint8 the centre of `image` that full tiles cover, f32 its reconstruction
     in [0, 1]).
   """
   image = crop_to(image, tile)
   sides = image.shape[:2] if whole else (tile, tile)
-  if whole:
-    batch_size = 1
   h, w = (n // s for n, s in zip(image.shape[:2], sides, strict=True))
-  run = _bound(inference.reconstruct, tokenizer, variables)
   cut = pipeline.tiles(image, sides)
-  painted = in_batches(lambda x: run(x).images, cut, batch_size)
-  painted = painted.reshape(h, w, *sides, 3).transpose(0, 2, 1, 3, 4)
-  return image, np.clip(painted.reshape(image.shape), 0, 1)
+  run, recon = _jitted(inference.reconstruct), []
+  batch_size = 1 if whole else batch_size
+  for at in range(0, len(cut), batch_size):
+    part = cut[at : at + batch_size]
+    padding = [(0, batch_size - len(part))] + [(0, 0)] * 3
+    images = run(tokenizer, variables, np.pad(part, padding)).images
+    recon.append(np.asarray(images)[: len(part)])
+  recon = np.concatenate(recon).reshape(h, w, *sides, 3)
+  recon = recon.transpose(0, 2, 1, 3, 4).reshape(image.shape)
+  return image, np.clip(recon, 0, 1)
 
 
-def psnr(original: np.ndarray, painted: np.ndarray) -> float:
+def psnr(original: np.ndarray, recon: np.ndarray) -> float:
   """dB between uint8 [h w 3] and f32 [h w 3] in [0, 1]."""
-  mse = np.mean((original / 255.0 - painted) ** 2)
+  mse = np.mean((original / 255.0 - recon) ** 2)
   return float(-10 * np.log10(max(mse, 1e-10)))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vqrae_jax.files import atomic_write
+
 GAP, BAND, INK, PAPER = 6, 22, (30, 30, 30), (255, 255, 255)
 
 
@@ -27,7 +29,7 @@ def comparison(
   labels: Sequence[str],
   title: str,
 ) -> Image.Image:
-  """One column a photograph: the original, below it the reconstruction.
+  """One column an image: the original, below it the reconstruction.
 
   Args:
     originals, reconstructions: uint8 [h w 3] each, of any sizes.
@@ -49,8 +51,8 @@ def comparison(
   draw = ImageDraw.Draw(page)
   _text(draw, (GAP, 4), title, page.width - 2 * GAP, font)
   rows = (BAND, BAND + height + GAP)
-  for word, top in zip(('original', 'reconstruction'), rows, strict=True):
-    _text(draw, (GAP, top + height // 2), word, side - GAP, font)
+  for label, top in zip(('original', 'reconstruction'), rows, strict=True):
+    _text(draw, (GAP, top + height // 2), label, side - GAP, font)
   left = side + GAP
   for i, width in enumerate(widths):
     for image, top in zip(
@@ -69,11 +71,10 @@ def spread(n: int, most: int) -> list[int]:
 
 
 def save_png(image: Image.Image, path: pathlib.Path) -> None:
-  """Writes beside, then renames: never half a file."""
+  """Writes a PNG, its folder made if absent."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.writing')
-  image.save(temporary, format='PNG')
-  temporary.replace(path)
+  with atomic_write(path) as file:
+    image.save(file, format='PNG')
 
 
 def grid(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vqrae_jax import export, sharding
 from vqrae_jax.evaluate import evaluator, visualize
+from vqrae_jax.files import atomic_write
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.setup import Setup
 
@@ -67,7 +68,8 @@ class _Lines:
     self._path, self._remote = path, '://' in str(path)
     self._text = ''.join(json.dumps(row) + '\n' for row in rows)
     if self._text or path.exists():
-      write_text(path, self._text)
+      with atomic_write(path) as file:
+        file.write(self._text.encode())
 
   def add(self, row: Mapping[str, Any]) -> None:
     line = json.dumps(row) + '\n'
@@ -196,16 +198,10 @@ class Report:
         writer.close()
 
 
-def write_text(path: epath.Path, text: str) -> None:
-  """Written beside and renamed, never half."""
-  temporary = path.with_name(path.name + '.writing')
-  temporary.write_text(text)
-  temporary.replace(path)
-
-
 def write_json(path: epath.Path, value: Any) -> None:
-  """JSON, written beside and renamed."""
-  write_text(path, json.dumps(value, indent=2, default=str) + '\n')
+  """JSON, all of it or nothing."""
+  with atomic_write(path) as file:
+    file.write(json.dumps(value, indent=2, default=str).encode() + b'\n')
 
 
 class Visualizer:
@@ -233,12 +229,6 @@ class Visualizer:
     )
     return tiles[visualize.spread(len(tiles), SHOWN)]
 
-  @functools.cached_property
-  def _tiles(self) -> np.ndarray:
-    return evaluator.tiles_of(
-      self._setup.held_out, self._setup.config.eval.tile
-    )
-
   def _variables(self, state: Any) -> Any:
     return state_lib.variables_of(state, self._frozen, ema=True)
 
@@ -262,8 +252,7 @@ class Visualizer:
     measured, _ = evaluator.measure(
       self._setup.tokenizer,
       self._variables(state),
-      self._tiles,
-      batch,
+      evaluator.tile_batches(self._setup.held_out, spec.tile, batch),
       place=place,
       read=lambda x: sharding.host_copy(x, mesh),
     )

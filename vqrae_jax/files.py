@@ -1,0 +1,37 @@
+"""Writing a file so that nobody ever reads half of it."""
+
+import contextlib
+import os
+import pathlib
+import uuid
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from etils import epath
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+  """An open file that takes the place of `path` when the block ends.
+
+  It has a unique name in the folder of `path` and is created exclusively: two
+  processes never write to the same file, and no link is followed. If the block
+  raises, nothing is left and `path` is as it was. The mode follows the umask.
+  An object of a bucket (gs://…) appears when its own write ends.
+  """
+  if '://' in os.fspath(path):
+    with epath.Path(path).open('wb') as file:
+      yield file
+    return
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{uuid.uuid4().hex}.writing')
+  try:
+    with open(temporary, 'xb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    raise
