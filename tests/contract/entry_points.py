@@ -13,8 +13,10 @@ import re
 import typing
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import vqrae_jax
@@ -28,7 +30,13 @@ from vqrae_jax import (
 )
 from vqrae_jax.data import pipeline, sources
 from vqrae_jax.encoders import ENCODERS
-from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS, networks
+from vqrae_jax.losses import (
+  FROZEN_TERMS,
+  IMAGE_TERMS,
+  LATENT_TERMS,
+  adversarial,
+  networks,
+)
 from vqrae_jax.models.decoder import DECODERS
 from vqrae_jax.models.tokenizer import describe
 from vqrae_jax.nn import discriminators
@@ -68,9 +76,17 @@ _SECTIONS = {
   },
 }
 
-train = loop.train
 save_tokenizer = export.save_tokenizer
 discriminator = discriminators.build
+
+
+def train(config: Any, workdir: pathlib.Path) -> None:
+  """A whole run, its discriminator's fakes clipped but not rounded to 8 bits:
+  a value between two levels falls to either by its last bit."""
+  with mock.patch.object(
+    adversarial, 'to_8_bits', lambda x: jnp.clip(x, 0.0, 1.0)
+  ):
+    loop.train(config, workdir)
 
 
 def loss_network(term: str, key: Any) -> Any:
