@@ -127,6 +127,19 @@ def test_the_same_run_again_is_the_same(ran, photos, tmp_path):
     assert tiny.without_clocks(a) == tiny.without_clocks(b)
 
 
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(photos, tmp_path):
+  """In one process: schedules, data, noise, averages (`test_resume.py` kills
+  real ones)."""
+  keys = dict(eval=None, noise_tau=0.5, checkpoint=dict(every=2, keep=9))
+  whole = loop.train(config(photos, 'vq-ema', **keys), tmp_path)
+  want = list(map(tiny.without_clocks, rows(tmp_path)))
+  for later in (4, 5):
+    (tmp_path / 'checkpoints' / f'{later:08d}.json').unlink()
+  again = loop.train(config(photos, 'vq-ema', **keys), tmp_path)
+  assert list(map(tiny.without_clocks, rows(tmp_path))) == want
+  assert again['fingerprint'] == whole['fingerprint']
+
+
 @pytest.mark.parametrize('kind', ('vq-ema', 'none'))
 def test_other_quantizers_run_too(kind, photos, tmp_path):
   figures = loop.train(config(photos, kind), tmp_path)
