@@ -1,8 +1,8 @@
-"""python -m tests.mutations [-j2] [WORD ...]: is each fault still caught?
+"""python -m tests.mutations [-j2] [NAME ...]: is each fault still caught?
 
-Every fault of the table (those whose names hold a WORD) is put into a copy of
-the project, and its test alone is run there: it must fail, with pytest's exit
-code 1. Without faults the same tests must pass.
+The runner applies each fault (those whose names contain NAME) to a copy of the
+project and runs only its test there: pytest must end with exit code 1, a failed
+test. The same tests must pass on an unchanged copy.
 """
 
 import argparse
@@ -25,10 +25,10 @@ CACHE = '.jax_cache'  # of compilations; the copies share it
 
 
 class Result(NamedTuple):
-  """Whether a row holds, the last thing that pytest said, and how long."""
+  """Whether a row holds, the first error or what is wrong, and the time."""
 
   good: bool
-  words: str
+  message: str
   seconds: float
 
 
@@ -36,11 +36,13 @@ def mutated(fault: Fault, root: pathlib.Path = ROOT) -> str:
   """The file's text with the fault in it.
 
   Raises:
-    ValueError: the old text is not there exactly once.
+    ValueError: the old text does not occur exactly once.
   """
   text = (root / fault.file).read_text()
   if (n := text.count(fault.old)) != 1:
-    raise ValueError(f'{fault.name}: {fault.file} has the old text {n} times')
+    raise ValueError(
+      f'{fault.name}: {fault.file} contains the old text {n} times'
+    )
   return text.replace(fault.old, fault.new)
 
 
@@ -74,12 +76,12 @@ def _pytest(fault: Fault | None, tests: list[str]) -> tuple[int, str]:
 
 
 def caught(fault: Fault) -> Result:
-  """Runs the named test on the fault."""
+  """Runs the test of a fault on a copy that has it."""
   began = time.monotonic()
   code, output = _pytest(fault, [fault.test])
   seconds = time.monotonic() - began
   if code == 1:
-    errors = re.findall(r'^E +(\S.*)', output, re.M)
+    errors = re.findall(r'^E +(?!AssertionError: *$)(\S.*)', output, re.M)
     return Result(True, errors[0] if errors else '', seconds)
   if code == 0:
     return Result(False, 'NOT CAUGHT', seconds)
@@ -87,36 +89,36 @@ def caught(fault: Fault) -> Result:
 
 
 def clean(faults: list[Fault]) -> Result:
-  """Runs the tests that the faults name on the project as it is."""
+  """Runs the tests of the faults on an unchanged copy."""
   began = time.monotonic()
   code, output = _pytest(None, sorted({f.test for f in faults}))
   return Result(code == 0, output if code else '', time.monotonic() - began)
 
 
 def main(argv: list[str]) -> int:
-  """Prints a row a fault; the number of those that do not hold."""
+  """Prints the results; 1 if a row does not hold, else 0."""
   parser = argparse.ArgumentParser('python -m tests.mutations')
   parser.add_argument('-j', type=int, default=1, help='processes at once')
-  parser.add_argument('words', nargs='*', help='of the names of faults')
+  parser.add_argument('names', nargs='*', help='parts of names of faults')
   args = parser.parse_args(argv)
-  words = args.words or ['']
-  faults = [f for f in FAULTS if any(w in f.name for w in words)]
+  names = args.names or ['']
+  faults = [f for f in FAULTS if any(n in f.name for n in names)]
   if not faults:
-    parser.error(f'no fault has a name with {" or ".join(words)}')
+    parser.error(f'no name of a fault contains {" or ".join(names)}')
   with concurrent.futures.ThreadPoolExecutor(args.j) as pool:
     unmutated = pool.submit(clean, faults)
     results = pool.map(caught, faults)
     bad = 0
     for fault, result in zip(faults, results, strict=True):
       bad += not result.good
-      said = 'caught' if result.good else 'FAULTY ROW'
+      state = 'caught' if result.good else 'FAULTY ROW'
       test = fault.test.removeprefix('tests/')
-      print(f'{said} {result.seconds:5.1f} s  {fault.name}\n    {test}')
-      print(f'    {result.words[:100] if result.good else result.words}')
+      print(f'{state} {result.seconds:5.1f} s  {fault.name}\n    {test}')
+      print(f'    {result.message[:100] if result.good else result.message}')
     result = unmutated.result()
   bad += not result.good
-  said = 'pass' if result.good else f'DO NOT PASS\n{result.words}'
-  print(f'without faults, {result.seconds:.1f} s: the tests {said}')
+  state = 'pass' if result.good else f'DO NOT PASS\n{result.message}'
+  print(f'without faults, {result.seconds:.1f} s: the tests {state}')
   print(f'{len(faults)} faults, {bad} rows that do not hold')
   return int(bad > 0)
 

@@ -1,15 +1,15 @@
 """Deliberate faults, each with the test that catches it.
 
-A row replaces `old`, which stands exactly once in `file`, by `new`; `test` is
-the pytest node that then fails. `python -m tests.mutations` runs them. Keep
-`old` short and on one line: whoever moves that code moves the row with it.
+A row replaces `old`, which must occur exactly once in `file`, by `new`; `test`
+is the pytest node that then fails. `python -m tests.mutations` runs them. Keep
+`old` short and on one line; a change that moves the code updates the row.
 """
 
 from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-  """One replacement, and who notices."""
+  """One replacement in the code, and the test that fails then."""
 
   name: str
   file: str
@@ -21,7 +21,7 @@ class Fault(NamedTuple):
 FAULTS = (
   # Losses and their gradients.
   Fault(
-    'the adversarial gradient with the wrong sign',
+    'the adversarial gradient has the wrong sign',
     'vqrae_jax/train/step.py',
     'gan = adversary.weight(state.step) * balance * gan',
     'gan = -adversary.weight(state.step) * balance * gan',
@@ -29,14 +29,14 @@ FAULTS = (
     '::test_the_balance_and_the_gradient_are_those_of_two_passes',
   ),
   Fault(
-    'the generator loss with the wrong sign',
+    'the generator loss has the wrong sign',
     'vqrae_jax/losses/adversarial.py',
     'return -fake.mean()',
     'return fake.mean()',
     'tests/losses/test_adversarial.py::test_losses_equal_torch[hinge]',
   ),
   Fault(
-    'no stop-gradient in the commitment loss',
+    'the commitment loss lacks its stop-gradient',
     'vqrae_jax/quantizers/base.py',
     '(surrogate - jax.lax.stop_gradient(codes)) ** 2',
     '(surrogate - codes) ** 2',
@@ -44,21 +44,21 @@ FAULTS = (
     '::test_each_loss_moves_its_own_side[vq-gradient]',
   ),
   Fault(
-    'codebook loss in the place of the commitment',
+    'the commitment and codebook losses are swapped',
     'vqrae_jax/losses/__init__.py',
     "'commit': commit, 'codebook': codebook",
     "'commit': codebook, 'codebook': commit",
     'tests/train/test_step.py::test_gradients_equal_one_loss[simvq-l2]',
   ),
   Fault(
-    'distillation from oneself pulls the encoder too',
+    'self-distillation moves the encoder',
     'vqrae_jax/losses/latent.py',
     'latents = jax.lax.stop_gradient(latents)',
     'latents = jnp.asarray(latents)',
     'tests/train/test_distill.py::test_both_targets_by_hand',
   ),
   Fault(
-    'distillation straight through the codes',
+    'self-distillation passes straight through the codes',
     'vqrae_jax/losses/latent.py',
     'found.z_q if found.quantized is None else found.quantized',
     'found.z_q',
@@ -74,7 +74,7 @@ FAULTS = (
     '::test_the_teacher_is_the_encoder_that_init_from_brings',
   ),
   Fault(
-    'LPIPS reads images in [0, 1] as if they were in [-1, 1]',
+    'LPIPS takes images in [0, 1] for [-1, 1]',
     'vqrae_jax/losses/perceptual.py',
     'image_ops.normalize(2 * images - 1, _SHIFT, _SCALE)',
     'image_ops.normalize(images, _SHIFT, _SCALE)',
@@ -89,7 +89,7 @@ FAULTS = (
   ),
   # Quantizers.
   Fault(
-    'SimVQ looks codes up in the basis, not in its projection',
+    'SimVQ looks codes up in the basis without its projection',
     'vqrae_jax/quantizers/simvq.py',
     'return self._table()[indices]',
     "return self.get_variable('codebook', 'basis')[indices]",
@@ -97,42 +97,42 @@ FAULTS = (
     '::test_each_loss_moves_its_own_side[simvq-l2]',
   ),
   Fault(
-    'FSQ without the shift of even levels',
+    'FSQ lacks the shift of even levels',
     'vqrae_jax/quantizers/fsq.py',
     'jnp.tanh(z + shift)',
     'jnp.tanh(z)',
     'tests/quantizers/test_fsq.py::test_cosmos_is_the_papers_formula',
   ),
   Fault(
-    'FSQ digits in the other order',
+    'the order of the FSQ digits is reversed',
     'vqrae_jax/quantizers/fsq.py',
     "last_is_least=self.convention == 'centered'",
     "last_is_least=self.convention != 'centered'",
     'tests/quantizers/test_fsq.py::test_index_order',
   ),
   Fault(
-    'straight-through that rounds',
+    'the straight-through value is rounded',
     'vqrae_jax/ops/codes.py',
     'return sg(codes) + (surrogate - sg(surrogate))',
     'return surrogate + sg(codes - surrogate)',
     'tests/quantizers/test_gradients.py::test_straight_through_is_exact_in_bf16',
   ),
   Fault(
-    'the farthest code along each direction, not the nearest',
+    'the nearest code has the wrong sign in its distance',
     'vqrae_jax/ops/codes.py',
     'jnp.argmin(half_norms - dots, axis=-1)',
     'jnp.argmin(half_norms + dots, axis=-1)',
     'tests/ops/test_codes.py::test_equal_distances_go_to_the_lowest_index',
   ),
   Fault(
-    'the decay of the EMA codebook on the wrong side',
+    'the EMA codebook decays the wrong side',
     'vqrae_jax/quantizers/vq.py',
     "sums = g * codebook['sums'] + (1 - g) * stats['sums'][0]",
     "sums = (1 - g) * codebook['sums'] + g * stats['sums'][0]",
     'tests/quantizers/test_codebooks.py::test_ema_update_is_the_formula',
   ),
   Fault(
-    'the decoder of indices skips post_quant',
+    'decode_from_indices skips post_quant',
     'vqrae_jax/models/tokenizer.py',
     'return self._inference_tail(self.quantizer.indices_to_codes(indices))[0]',
     'return self.decoder(self._in_latent_space(self.quantizer.from_code_space('
@@ -150,21 +150,21 @@ FAULTS = (
   ),
   # The adversary.
   Fault(
-    'the adaptive weight upside down',
+    'the adaptive weight is inverted',
     'vqrae_jax/losses/adversarial.py',
     'jnp.clip(norm_rec / (norm_gan + eps)',
     'jnp.clip(norm_gan / (norm_rec + eps)',
     'tests/losses/test_adversarial.py::test_the_weight_is_clipped',
   ),
   Fault(
-    'the adaptive weight of each microbatch alone',
+    'the adaptive weight is of each microbatch',
     'vqrae_jax/train/step.py',
     'return loss_gradients(plan, state, frozen, *part, balance)',
     'return loss_gradients(plan, state, frozen, *part)',
     'tests/train/test_adversary.py::test_accumulation_is_one_big_batch',
   ),
   Fault(
-    'the gradient at the head without the pixel norm',
+    'head_gradient lacks the std of the pixel norm',
     'vqrae_jax/losses/adversarial.py',
     'cotangent.astype(jnp.float32) * jnp.asarray(std, jnp.float32)',
     'cotangent.astype(jnp.float32)',
@@ -172,21 +172,28 @@ FAULTS = (
     '::test_it_equals_two_autograd_passes_of_torch',
   ),
   Fault(
-    'the discriminator sees reconstructions unrounded and unclipped',
+    'the discriminator sees unrounded, unclipped reconstructions',
     'vqrae_jax/train/step.py',
     'fakes = adversarial.to_8_bits(recon)',
     'fakes = recon',
     'tests/train/test_adversary.py::test_the_discriminator_learns_on_8_bits',
   ),
   Fault(
-    'LeCam compares the real with the average of the real',
+    'reconstructions are cut to 8 bits instead of rounded',
+    'vqrae_jax/losses/adversarial.py',
+    'jnp.round(jnp.clip(images, 0.0, 1.0) * 255)',
+    '(jnp.clip(images, 0.0, 1.0) * 255)',
+    'tests/losses/test_adversarial.py::test_eight_bits',
+  ),
+  Fault(
+    'LeCam compares real logits with their own average',
     'vqrae_jax/losses/adversarial.py',
     "jax.nn.relu(real - state['fake'])",
     "jax.nn.relu(real - state['real'])",
     'tests/losses/test_adversarial.py::test_lecam_over_three_steps',
   ),
   Fault(
-    'the averages of LeCam exchanged',
+    'the LeCam averages of real and fake are swapped',
     'vqrae_jax/train/adversary.py',
     "metrics['logits/real'], metrics['logits/fake']\n",
     "metrics['logits/fake'], metrics['logits/real']\n",
@@ -194,7 +201,7 @@ FAULTS = (
     '::test_two_updates_with_r1_and_lecam_are_torchs[1]',
   ),
   Fault(
-    'spectral norm advances with every microbatch',
+    'spectral norm advances once per microbatch',
     'vqrae_jax/train/adversary.py',
     "'spectral': advance(player.params, player.stats['spectral'])",
     "'spectral': functools.reduce(lambda s, _: advance(player.params, s), "
@@ -203,7 +210,7 @@ FAULTS = (
     '::test_parts_are_one_batch_for_a_player_that_starts_late',
   ),
   Fault(
-    'all samples are augmented alike',
+    'DiffAug draws the same for all samples',
     'vqrae_jax/ops/augment.py',
     'jax.random.fold_in(key, index)',
     'jax.random.fold_in(key, 0 * index)',
@@ -211,7 +218,7 @@ FAULTS = (
     '::test_draws_are_each_samples_own_and_span_their_ranges',
   ),
   Fault(
-    'the same augmentation at every step',
+    'DiffAug draws the same at every step',
     'vqrae_jax/train/adversary.py',
     'jax.random.fold_in(jax.random.fold_in(state.rng, state.step), use)',
     'jax.random.fold_in(state.rng, use)',
@@ -219,14 +226,14 @@ FAULTS = (
   ),
   # The step.
   Fault(
-    'accumulation adds up gradients and losses',
+    'accumulation sums gradients and losses',
     'vqrae_jax/train/step.py',
     'lambda x: x / parts, (whole.gradients, whole.metrics)',
     'lambda x: x, (whole.gradients, whole.metrics)',
     'tests/train/test_step.py::test_accumulation_is_one_big_batch[vq-ema]',
   ),
   Fault(
-    'the codebook moves again for microbatches',
+    'the codebook is updated twice with microbatches',
     'vqrae_jax/train/step.py',
     "codebook = codebook | {'quantizer': moved}",
     "codebook = codebook | {'quantizer': moved if plan.accumulate == 1 else "
@@ -234,28 +241,28 @@ FAULTS = (
     'tests/train/test_step.py::test_accumulation_is_one_big_batch[vq-ema]',
   ),
   Fault(
-    'the average follows the updates, not the weights',
+    'the EMA follows the updates instead of the weights',
     'vqrae_jax/train/step.py',
     '(p - e)), ema, params',
     '(p - e)), ema, updates',
     'tests/train/test_step.py::test_ema_follows_the_weights',
   ),
   Fault(
-    'the average has no warm-up',
+    'the EMA has no warm-up',
     'vqrae_jax/train/step.py',
     'jnp.minimum(plan.ema, (1 + t) / (10 + t))',
     'plan.ema',
     'tests/train/test_step.py::test_ema_follows_the_weights',
   ),
   Fault(
-    'usage of a batch instead of the window',
+    'usage is counted over a batch instead of the window',
     'vqrae_jax/train/step.py',
     'window = usage.sum(0)',
     "window = stats['counts']",
     'tests/train/test_step.py::test_usage_counts_the_last_steps_only',
   ),
   Fault(
-    'a step that is left out moves the average',
+    'a non-finite step is kept in the EMA',
     'vqrae_jax/train/finite.py',
     'return jax.tree.map(chosen, before, after), spoilt',
     'return jax.tree.map(chosen, before, after).replace(ema=after.ema), spoilt',
@@ -263,7 +270,7 @@ FAULTS = (
     '::test_one_bad_pixel_moves_nothing_but_the_count',
   ),
   Fault(
-    'the same noise at every step',
+    'the noise on latents is the same at every step',
     'vqrae_jax/train/step.py',
     'jax.random.fold_in(jax.random.fold_in(state.rng, state.step), _NOISE)',
     'jax.random.fold_in(state.rng, _NOISE)',
@@ -272,28 +279,28 @@ FAULTS = (
   ),
   # Schedules and frozen leaves.
   Fault(
-    'weight decay on frozen blocks',
+    'weight decay moves frozen blocks',
     'vqrae_jax/optim.py',
     'return jnp.where(moves, factor * update, 0.0)',
     'return jnp.where(moves, factor, 1.0) * update',
     'tests/test_optim.py::test_vector_schedules_over_stacked_blocks',
   ),
   Fault(
-    'gradients of frozen blocks in the clipped norm',
+    'gradients of frozen blocks count in the clipped norm',
     'vqrae_jax/optim.py',
     'chain = [optax.stateless(lambda grads, _: felt(grads, schedules))]',
     'chain = []',
     'tests/test_optim.py::test_frozen_slices_do_not_count_in_the_clipped_norm',
   ),
   Fault(
-    'weight decay on biases',
+    'weight decay acts on biases',
     'vqrae_jax/optim.py',
     "return last in ('kernel', 'codes') and leaf.ndim > 1",
     "return last in ('kernel', 'codes', 'bias') and leaf.ndim > 1",
     'tests/test_optim.py::test_equals_optax_adamw',
   ),
   Fault(
-    'frozen leaves enter the average',
+    'frozen leaves enter the EMA',
     'vqrae_jax/train/state.py',
     'ema=jax.tree.map(jnp.copy, params) if plan.ema',
     "ema=trees.flatten(variables['params']) if plan.ema",
@@ -316,7 +323,7 @@ FAULTS = (
     '::test_each_epoch_sees_every_photograph_once_in_a_new_order[7]',
   ),
   Fault(
-    "hosts take each other's share of the batch",
+    'hosts read the wrong slice of the global batch',
     'vqrae_jax/data/pipeline.py',
     'self._first, self._stride = process_index, process_count',
     'self._first, self._stride = process_count - 1 - process_index, '
@@ -324,7 +331,7 @@ FAULTS = (
     'tests/data/test_pipeline.py'
     '::test_hosts_take_slices_of_one_global_batch[2]',
   ),
-  # Checkpoints, and what goes on from them.
+  # Checkpoints and resuming.
   Fault(
     'files in subfolders of a checkpoint are not hashed',
     'vqrae_jax/train/checkpoint.py',
@@ -334,7 +341,7 @@ FAULTS = (
     '::test_damage_falls_back_to_the_step_before[a flipped bit]',
   ),
   Fault(
-    'the saved key is not taken',
+    'a resumed run ignores the saved key',
     'vqrae_jax/train/checkpoint.py',
     'return jax.random.wrap_key_data(leaves[name])',
     'return jax.random.key(0)',
@@ -342,7 +349,7 @@ FAULTS = (
     '::test_a_run_that_goes_on_is_the_run_that_was_not_stopped',
   ),
   Fault(
-    'schedules begin anew in a run that goes on',
+    'a resumed run restarts its schedules',
     'vqrae_jax/train/checkpoint.py',
     'return leaves[name]\n',
     "return leaves[name] * (not name.endswith('schedule_count'))\n",
@@ -350,7 +357,7 @@ FAULTS = (
     '::test_a_run_that_goes_on_is_the_run_that_was_not_stopped',
   ),
   Fault(
-    'data begin anew in a run that goes on',
+    'a resumed run restarts its data',
     'vqrae_jax/train/loop.py',
     'run.batches.iterate(self.first)',
     'run.batches.iterate(0)',
@@ -366,7 +373,7 @@ FAULTS = (
     'tests/test_export.py::test_the_fingerprint_is_pinned',
   ),
   Fault(
-    'value, key, query: the other way round in a weight table',
+    'a weight table cuts value, key, query instead of q, k, v',
     'vqrae_jax/encoders/internvit.py',
     "naming.cut(f'{layer}attn.qkv', _QKV)",
     "naming.cut(f'{layer}attn.qkv', _QKV[::-1])",
@@ -374,7 +381,7 @@ FAULTS = (
     '::test_internvit_under_its_authors_names[internvit-300m]',
   ),
   Fault(
-    'positions are resampled without antialias where a family has it',
+    'position embeddings are resampled without antialias',
     'vqrae_jax/models/encoder.py',
     's, spec.posemb_resize, spec.posemb_antialias, name=',
     's, spec.posemb_resize, False, name=',
