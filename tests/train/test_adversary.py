@@ -51,6 +51,9 @@ def test_both_players_move_and_say_so():
   ):  # fmt: skip
     assert np.isfinite(metrics[name]), name
   assert metrics['gan_balance'] > 0
+  for side, average in after.discriminator.stats['lecam'].items():
+    want = 0.001 * metrics[f'logits/{side}']  # averages begin at zero
+    np.testing.assert_allclose(average, want, rtol=1e-4, err_msg=side)
 
 
 def test_the_discriminator_learns_on_8_bits():
