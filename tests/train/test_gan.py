@@ -52,6 +52,9 @@ def test_both_networks_move_and_have_metrics():
   ):  # fmt: skip
     assert np.isfinite(metrics[name]), name
   assert metrics['adaptive_weight'] > 0
+  for side, average in after.discriminator.stats['lecam'].items():
+    want = 0.001 * metrics[f'logits/{side}']  # averages start at zero
+    np.testing.assert_allclose(average, want, rtol=1e-4, err_msg=side)
 
 
 def test_the_discriminator_learns_on_8_bits():

@@ -124,6 +124,21 @@ def test_the_same_run_again_is_the_same(ran, config, tmp_path):
     assert tiny.without_clocks(a) == tiny.without_clocks(b)
 
 
+def test_a_resumed_run_is_the_uninterrupted_one(run_config, tmp_path):
+  """In one process: schedules, data, noise, averages (`test_resume.py` kills
+  real ones)."""
+  config = run_config(
+    noise_tau=0.5, duration=4, checkpoint=dict(every=2, keep=9),
+    schedules=(('.*', dict(lr=1e-3, warmup=2)),),
+  )  # fmt: skip
+  want = loop.train(config, tmp_path)
+  whole = list(map(tiny.without_clocks, rows(tmp_path)))
+  shutil.rmtree(tmp_path / 'checkpoints/00000004')
+  again = loop.train(config, tmp_path)
+  assert list(map(tiny.without_clocks, rows(tmp_path))) == whole
+  assert again['fingerprint'] == want['fingerprint']
+
+
 def test_a_continuous_tokenizer_has_no_codes_to_count(config, tmp_path):
   figures = loop.train(config('none'), tmp_path)
   assert 'codes_used' not in figures and 'PSNR' in reporting.table(figures)
