@@ -42,19 +42,32 @@ CONFIG = dict(
 )
 
 
-def _setup(config):
-  """The stages of training: read_config -> setup -> initialize."""
-  from vqrae_jax import train
+def _stages(config):
+  """(mesh, jitted step, state, its other arguments) by the stages of training:
+  read_config -> setup -> initialize."""
+  import jax
 
-  run = train.setup(train.read_config(config))
-  return run, train.initialize(run)
+  from vqrae_jax.train import config as config_lib
+  from vqrae_jax.train import initialize, setup
+
+  made = setup.setup(config_lib.read_config(config))
+  with jax.set_mesh(made.mesh):
+    start = initialize.initialize(made)
+    batch = made.place(made.batches.batch(0))
+  rest = start.frozen, setup.f32(made.hparams), batch
+  return made.mesh, made.train_step(), start.state, rest
 
 
 def _run(config):
-  """Before the stages (0d4c29b): `Run(config).start()`."""
+  """The same before the stages (0d4c29b): `Run(config).start()`."""
+  import jax
   from vqrae_jax.train.run import Run
 
-  return Run(config), None
+  run = Run(config)
+  with jax.set_mesh(run.mesh):
+    state, frozen, step = run.start()
+    batch = run.place(run.batches.batch(0))
+  return run.mesh, step, state, (frozen, batch)
 
 
 def compiled_step(config):
@@ -65,21 +78,16 @@ def compiled_step(config):
   """
   import jax
 
-  for start in (_setup, _run):
+  for start in (_stages, _run):
     try:
-      run, states = start(config)
+      mesh, step, state, rest = start(config)
       break
-    except (ImportError, AttributeError):
+    except ImportError:
       continue
   else:
     raise SystemExit('this tree starts a run in no way known here')
-  with jax.set_mesh(run.mesh):
-    if states is None:
-      state, frozen, step = run.start()
-    else:
-      (state, frozen), step = states, run.step
-    rest = frozen, run.place(run.batches.batch(0))
-    return run.mesh, step.lower(state, *rest).compile(), state, rest
+  with jax.set_mesh(mesh):
+    return mesh, step.lower(state, *rest).compile(), state, rest
 
 
 def worker():

@@ -17,6 +17,7 @@ from vqrae_jax import sharding
 from vqrae_jax.losses import FROZEN_TERMS
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.train.__main__ import default_workdir
@@ -65,16 +66,15 @@ def read(name, arguments=None):
 def planned(name, arguments):
   spec = read(name, arguments)
   tokenizer = build_tokenizer(spec.model)
-  return spec, state_lib.make_plan(spec, tokenizer, 1000)
+  return spec, *setup_lib.plan_step(spec, tokenizer, 1000)[:2]
 
 
-def check_builds(spec, plan):
+def check_builds(spec, step, numbers):
   """Every leaf is reached by a loss and has a place on the mesh."""
-  state, frozen = jax.eval_shape(lambda: state_lib.fresh_state(plan, 0))
-  images = jax.ShapeDtypeStruct((2, *spec.data.size, 3), 'uint8')
-  step_lib.check_reach(plan, state, frozen, images)
   mesh = sharding.make_mesh(spec.mesh.layout, tensor=spec.mesh.tensor)
-  sharding.shardings_for((state, frozen), mesh)
+  shapes = state_lib.state_shapes(step, mesh)
+  images = jax.ShapeDtypeStruct((2, *spec.data.size, 3), 'uint8')
+  step_lib.check_reach(step, *shapes, setup_lib.f32(numbers), images)
   sharding.check_batch(spec.batch_size, mesh)
 
 
@@ -98,9 +98,10 @@ def test_reads(name, arguments):
 def test_builds_and_every_leaf_is_moved(name, arguments):
   """Without the networks of losses, whose tracing takes long and is the same
   in all."""
-  spec, plan = planned(name, arguments)
-  light = {n: w for n, w in plan.weights.items() if n not in FROZEN_TERMS}
-  check_builds(spec, dataclasses.replace(plan, weights=light, adversary=None))
+  spec, step, numbers = planned(name, arguments)
+  light = tuple(n for n in step.losses if n not in FROZEN_TERMS)
+  light = dataclasses.replace(step, losses=light, gan=None)
+  check_builds(spec, light, numbers)
 
 
 @pytest.mark.slow
@@ -110,9 +111,9 @@ def test_builds_and_every_leaf_is_moved(name, arguments):
 )
 def test_builds_with_all_its_networks(name, arguments):
   """DINO's discriminator with LPIPS, PatchGAN with both and a teacher."""
-  spec, plan = planned(name, arguments)
-  assert plan.networks and plan.adversary
-  check_builds(spec, plan)
+  spec, step, numbers = planned(name, arguments)
+  assert step.networks and step.gan
+  check_builds(spec, step, numbers)
 
 
 def launch_lines(name):
@@ -150,9 +151,9 @@ def test_launch_lines_are_commands(name):
 
 def test_a_finetuned_decoder_moves_no_index():
   """Nothing that an index is a function of: encoder, quantizer, its table."""
-  _, plan = planned('finetune_decoder', 'recipe=vq_dinov2_b')
-  assert {n.split('/')[0] for n in plan.trainable} == {'decoder'}
-  assert not plan.moves_codebook
+  _, step, _ = planned('finetune_decoder', 'recipe=vq_dinov2_b')
+  assert {n.split('/')[0] for n in step.trainable} == {'decoder'}
+  assert not step.updates_codebook
   recipes = importlib.import_module('configs.finetune_decoder').RECIPES
   assert {*recipes} == {*LARGE} - {'finetune_decoder', 'rae_dinov2_b'}
 

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from vqrae_jax.train.run import Run
 
 from tests import runs, tiny
 from vqrae_jax import latent_stats
@@ -19,6 +18,9 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.latent_stats import RunningStats
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import initialize
+from vqrae_jax.train.config import read_config
+from vqrae_jax.train.initialize import initialize
+from vqrae_jax.train.setup import setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -135,10 +137,9 @@ def test_a_run_takes_what_the_command_wrote(photos, here):
     here, model=model, data=keys, init=dict(latents='s.npz')
   )
   mean, var = measured()
-  run = Run(config)
-  with jax.set_mesh(run.mesh):
-    state, _, _ = run.start()
-    stats = state.codebook['latents']
+  made = setup(read_config(config))
+  with jax.set_mesh(made.mesh):
+    stats = initialize(made).state.codebook['latents']
     np.testing.assert_array_equal(stats['mean'], mean.astype('f4'))
     std = np.sqrt(var + 1e-5).astype('f4')
     np.testing.assert_array_equal(stats['std'], std)

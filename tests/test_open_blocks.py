@@ -7,6 +7,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import common, simvq_siglip_l
@@ -51,19 +52,19 @@ def moved(shapes, arguments):
   key = jax.random.key(0)
   sizes = {n: (shapes[n].shape[0], *(4,) * (shapes[n].ndim - 1)) for n in names}
   before = {n: 1e-4 * jax.random.normal(key, sizes[n]) for n in names}
-  tx, rates = optim.make_optimizer(
+  tx, numbers = optim.make_optimizer(
     spec.optim, {n: every[n] for n in names}, before, 10_000, 1000
   )
   after, state = before, tx.init(before)
   for _ in range(3):
     grads = jax.tree.map(jnp.ones_like, before)
-    updates, state = tx.update(grads, state, after)
-    after = optim.apply_updates(after, updates)
-  found = {}
-  for name in names:
+    updates, state = tx.update(numbers, grads, state, after)
+    after = optax.apply_updates(after, updates)
+  rates, found = tx.rates(numbers, 5000), {}
+  for name, index, _ in tx.leaves:
     old, new = np.asarray(before[name]), np.asarray(after[name])
     slices = [a.tobytes() == b.tobytes() for a, b in zip(old, new, strict=True)]
-    found[name] = slices, float(rates[name](5000))
+    found[name] = slices, float(rates[index])
   return found
 
 
@@ -92,11 +93,11 @@ def test_each_block_learns_slower_than_the_one_above(shapes, last):
   every = optim.match_schedules(spec.schedule_rows(), list(shapes))
   names = [n for n in (BIAS, POSITIONS, HEAD) if every[n] is not None]
   zeros = {n: jnp.zeros(shapes[n].shape) for n in names}
-  tx, _ = optim.make_optimizer(
+  tx, numbers = optim.make_optimizer(
     spec.optim, {n: every[n] for n in names}, zeros, 10_000, 1000
   )
   grads = jax.tree.map(jnp.ones_like, zeros)
-  updates, _ = tx.update(grads, tx.init(zeros), zeros)
+  updates, _ = tx.update(numbers, grads, tx.init(zeros), zeros)
   unit = float(updates[HEAD][0])
   assert unit < 0
   want = [0.0] * (24 - last) + [0.8**n for n in range(last)][::-1]

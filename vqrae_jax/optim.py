@@ -115,13 +115,6 @@ class Schedule:
         'its schedule'
       )
 
-  @property
-  def moving_share(self) -> float:
-    """The share of a leaf's slices that move."""
-    if self.layers is None:
-      return 1.0
-    return sum(map(bool, self.layers)) / len(self.layers)
-
 
 def match_schedules(
   rows: Sequence[tuple[str, Schedule | None]], names: Sequence[str]

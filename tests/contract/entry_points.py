@@ -35,14 +35,14 @@ from vqrae_jax.losses import (
   IMAGE_TERMS,
   LATENT_TERMS,
   adversarial,
-  networks,
 )
 from vqrae_jax.models.decoder import DECODERS
 from vqrae_jax.models.tokenizer import describe
 from vqrae_jax.nn import discriminators
+from vqrae_jax.pretrained import networks
 from vqrae_jax.quantizers import QUANTIZERS
 from vqrae_jax.train import __main__ as train_main
-from vqrae_jax.train import checkpoint, loop, run, terms
+from vqrae_jax.train import checkpoint, initialize, loop, setup
 from vqrae_jax.train import config as config_lib
 
 COMMANDS = {
@@ -62,9 +62,9 @@ CHOICES = {
 # Sections of a config as the classes that hold their keys and defaults.
 _SECTIONS = {
   '': config_lib.RunSpec,
-  'losses.*': terms.LossTerm,
-  'losses.distill': terms.DistillTerm,
-  'losses.gan': terms.GanTerm,
+  'losses.*': config_lib.LossTerm,
+  'losses.distill': config_lib.DistillTerm,
+  'losses.gan': config_lib.GanTerm,
   'schedules.*': config_lib.Schedule,
   'model.encoder': specs.EncoderSpec,
   'model.decoder': specs.DecoderSpec,
@@ -96,15 +96,15 @@ def loss_network(term: str, key: Any) -> Any:
 
 def initial_state(config: Any) -> dict[str, Any]:
   """{leaf name: array} of a run's state at step 0, by a checkpoint's names."""
-  begun = run.Run(config)
-  with jax.set_mesh(begun.mesh):
-    return checkpoint.as_leaves(begun.start()[0])
+  made = setup.setup(config_lib.read_config(config))
+  with jax.set_mesh(made.mesh):
+    return checkpoint.as_leaves(initialize.initialize(made).state)
 
 
 def checkpoint_leaves(workdir: pathlib.Path, step: int) -> dict[str, str]:
   """{leaf name: "dtype [shape]"} of a checkpoint, as its manifest has them."""
-  path = workdir / 'checkpoints' / f'{step:08d}.json'
-  leaves = json.loads(path.read_text())['leaves']
+  path = workdir / 'checkpoints' / f'{step:08d}' / '_CHECKPOINT_METADATA'
+  leaves = json.loads(path.read_text())['custom_metadata']['leaves']
   return {name: f'{dtype} {shape}' for name, (shape, dtype) in leaves.items()}
 
 

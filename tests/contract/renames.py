@@ -10,4 +10,7 @@ CONFIG: dict[str, str | None] = {}
 # "command.flag".
 FLAGS: dict[str, str | None] = {}
 # Fields of metrics.jsonl.
-METRICS: dict[str, str | None] = {}
+METRICS: dict[str, str | None] = {
+  'gan_balance': 'adaptive_weight',
+  'samples': None,  # a checksum of image names
+}

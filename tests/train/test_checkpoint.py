@@ -13,9 +13,7 @@ from tests import runs, tiny
 from tests.train import pieces
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
-from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
-from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.checkpoint import Checkpoints, as_leaves, from_leaves
 
@@ -24,14 +22,13 @@ KIND = 'vq-ema'
 
 @pytest.fixture(scope='module')
 def plan():
-  spec = config_lib.read_config(tiny.run(KIND))
-  return state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
+  return pieces.planned(KIND).spec
 
 
 @pytest.fixture(scope='module')
 def state(plan):
   """Random numbers in every leaf, over 8 devices; nothing is compiled."""
-  target, _ = state_lib.abstract_state(
+  target, _ = state_lib.state_shapes(
     plan, sharding.make_mesh('fsdp+tp', tensor=2)
   )
   rng = np.random.default_rng(0)
@@ -183,7 +180,7 @@ def test_a_state_of_8_devices_opens_on_fewer(
   kept, plan, state, devices, layout, tensor
 ):
   mesh = sharding.make_mesh(layout, jax.devices()[:devices], tensor)
-  target, _ = state_lib.abstract_state(plan, mesh)
+  target, _ = state_lib.state_shapes(plan, mesh)
   found = kept.restore(kept.latest(), target)
   want = host(state.replace(step=jnp.int32(3)))
   for name, leaf in host(found).items():
@@ -194,11 +191,8 @@ def test_a_state_of_8_devices_opens_on_fewer(
 
 
 def test_another_model_is_named(kept):
-  spec = config_lib.read_config(
-    tiny.run(KIND, model=tiny.model(KIND, num_codes=32))
-  )
-  other = state_lib.make_plan(spec, build_tokenizer(spec.model), 1)
-  target, _ = state_lib.abstract_state(other, sharding.make_mesh('dp'))
+  other = pieces.planned(KIND, model=tiny.model(KIND, num_codes=32)).spec
+  target, _ = state_lib.state_shapes(other, sharding.make_mesh('dp'))
   with pytest.raises(
     UserError, match=r'does not fit the model: codebook/quantizer/codes is'
   ):
