@@ -17,7 +17,7 @@ from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.latent_stats import RunningStats
 from vqrae_jax.models.tokenizer import build_tokenizer
-from vqrae_jax.train import initialize
+from vqrae_jax.train import initialize as init_lib
 from vqrae_jax.train.config import read_config
 from vqrae_jax.train.initialize import initialize
 from vqrae_jax.train.setup import setup
@@ -83,7 +83,7 @@ def write_config(folder, name='mine.py', **keys):
 def all_latents(config, source, indices):
   """f64[n gh gw d], image by image, by the encoder that a run begins with."""
   tokenizer = build_tokenizer(config['model'])
-  variables = jax.jit(lambda: initialize.from_seed(tokenizer, 0))()
+  variables = jax.jit(lambda: init_lib.random_variables(tokenizer, 0))()
   size = (config['data']['image_size'],) * 2
   augment = Augment(size, resize=size[0], crop='center', flip=False)
   rng = np.random.default_rng(1)

@@ -264,7 +264,8 @@ FAULTS = (
     'a non-finite step is kept in the EMA',
     'vqrae_jax/train/step.py',
     'return jax.tree.map(chosen, before, after), skipped',
-    'return jax.tree.map(chosen, before, after).replace(ema=after.ema), skipped',
+    'return jax.tree.map(chosen, before, after).replace(\n'
+    '    ema=after.ema), skipped',
     'tests/train/test_gan.py'
     '::test_a_nonfinite_step_moves_nothing_but_its_counter',
   ),

@@ -40,7 +40,7 @@ def dino(depth):
 
 @functools.cache
 def pieces(encoder=1, decoder=1, trunk=0, frozen=True, lpips=True, gan=True):
-  """(step spec, state, frozen, hparams) as shapes; depths, and which losses there are."""
+  """(spec, state, frozen, hparams) as shapes; depths, and which losses."""
   losses = dict(l2=1.0, lpips=1.0, gan=0.75, codebook=1.0, commit=0.25)
   for name, kept in (('lpips', lpips), ('gan', gan)):
     if not kept:
