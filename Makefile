@@ -15,7 +15,7 @@ EDITABLE = --config-settings editable_mode=compat -e
 # for: torchvision breaks transformers beside the CPU torch.
 LPIPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-unit test-slow test-newest lint clean
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,16 +35,30 @@ quickstart: $(VENV)/.demo
 	  --config=configs/quickstart.py$(if $(STEPS),:steps=$(STEPS)) \
 	  --workdir=runs/quickstart
 
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
-	  --no-loadscope-reorder -m 'not slow'
+	$(PYTEST) -m 'not slow'
+
+test-unit: $(VENV)/.test
+	$(PYTEST) -m 'not slow and not integration'
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(PYTEST) -m slow
+	for isa in AVX2 SSE4_2; do \
+	  XLA_FLAGS=--xla_cpu_max_isa=$$isa $(PYTEST) -m 'not slow' || exit 1; done
+
+# Nothing is pinned and nothing kept: what pip finds today.
+test-newest:
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install -q --upgrade pip
+	$(VENV)-newest/bin/python -m pip install -q $(EDITABLE) '.[cpu,unit]'
+	$(VENV)-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal \
+	  -m 'not slow and not integration'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -10,6 +10,17 @@ VERSION = re.search(
   r"__version__ = '(.+)'", (HERE / 'vqrae_jax/__init__.py').read_text()
 ).group(1)
 
+# All that the tests need beside torch, with which parity is measured.
+UNIT = [
+  'beartype',
+  'hypothesis',
+  'pytest',
+  'pytest-xdist',
+  'ruff',
+  'scikit-image',
+  'scikit-learn',
+]
+
 setup(
   name='vqrae_jax',
   version=VERSION,
@@ -27,6 +38,7 @@ setup(
     'array_record',  # data in ArrayRecord files
     'flatbuffers',  # jax.export's serialisation
     'dm-pix',  # PSNR and SSIM
+    'etils',  # paths that may be in a bucket
     'filelock',  # one run a workdir
     'flax>=0.12',
     'grain>=0.2.18',
@@ -52,19 +64,13 @@ setup(
     'tpu': ['jax[tpu]'],
     # The photographs of `bundled:photos`, and so of the quick-start.
     'demo': ['scikit-image', 'scikit-learn'],
-    'test': [
-      'beartype',
-      'hypothesis',
-      'pytest',
-      'pytest-xdist',
-      'ruff',
-      'scikit-image',
-      'scikit-learn',
-      'torch',
-    ],
+    'unit': UNIT,
+    'test': [*UNIT, 'torch'],
   },
   classifiers=[
-    'Programming Language :: Python :: 3',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
     'Topic :: Scientific/Engineering :: Artificial Intelligence',
   ],
 )

@@ -118,13 +118,23 @@ def one_device():
     yield
 
 
+# Files of tests that train, or run a command as a process.
+INTEGRATION = {
+  'contract', 'train', 'test_bad_inputs', 'test_bad_luck', 'test_commands',
+  'test_latent_stats', 'test_quickstart',
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-  """Runs first, of these the two longest files: files are shared out in order,
-  and no worker should end alone."""
-  longest = ('test_resume', 'test_hosts')
+  """Marks tests of runs, and puts them first: no worker should end alone."""
+  tests = ROOT / 'tests'
+  for item in items:
+    place = item.path.relative_to(tests).parts[0].removesuffix('.py')
+    if place in INTEGRATION:
+      item.add_marker('integration')
   items.sort(
     key=lambda item: (
-      item.path.stem not in longest,
-      item.path.parent.name != 'train',
+      item.path.stem not in ('test_resume', 'test_hosts'),
+      item.get_closest_marker('integration') is None,
     )
   )

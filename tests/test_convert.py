@@ -11,7 +11,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 import vqrae_jax
@@ -23,6 +22,8 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import vqrae_torch
 from vqrae_jax.specs import EncoderSpec, PixelNorm, ViTSpec, build_spec
+
+torch = pytest.importorskip('torch')
 
 SIZES = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)
 CLS = dict(num_prefix_tokens=1, prefix_has_posemb=True)

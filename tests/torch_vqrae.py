@@ -8,10 +8,12 @@ random; no bias, norm, cls token or gain is trivial.
 import math
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import pytest
 
 from tests.weights import torch_rae
+
+torch = pytest.importorskip('torch')
+F = torch.nn.functional
 
 WIDTH, DEPTH, MLP, HEADS, PATCH, SIDE = 32, 2, 48, 4, 4, 4
 LEVELS = (8, 5, 4)

@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
+import pytest
 import transformers
+
+torch = pytest.importorskip('torch')
 
 HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

@@ -23,11 +23,12 @@ import gc
 import jax
 import numpy as np
 import pytest
-import torch
 
 import vqrae_jax
 from tests import tiny
 from tests.encoders import references
+
+torch = pytest.importorskip('torch')
 
 pytestmark = pytest.mark.slow
 

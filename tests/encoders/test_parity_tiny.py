@@ -9,13 +9,15 @@ import json
 import jax
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import vqrae_jax
 from tests.encoders import references
 from tests.encoders.conftest import model
 from vqrae_jax.ops import trees
+
+torch = pytest.importorskip('torch')
+safetensors_torch = pytest.importorskip('safetensors.torch')
+save_file = safetensors_torch.save_file
 
 NATIVE, WIDE = (24, 24), (16, 32)
 

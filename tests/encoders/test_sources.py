@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 import vqrae_jax
 from tests.encoders.conftest import COMMIT, cached
@@ -17,6 +15,11 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders as pretrained
 from vqrae_jax.specs import EncoderSpec, build_spec
+
+torch = pytest.importorskip('torch')
+safetensors_torch = pytest.importorskip('safetensors.torch')
+load_file = safetensors_torch.load_file
+save_file = safetensors_torch.save_file
 
 
 def check_refused(words, *args, **kwargs):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from tests.nn import torch_discriminators
 from tests.weights import torch_rae
@@ -22,6 +21,8 @@ from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import IMAGENET_NORM, DecoderSpec, ViTSpec
 from vqrae_jax.types import LossInputs
+
+torch = pytest.importorskip('torch')
 
 SPEC = DecoderSpec(
   ViTSpec(

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from vqrae_jax.losses import adversarial
+
+torch = pytest.importorskip('torch')
+F = torch.nn.functional
 
 RNG = np.random.default_rng(0)
 REAL = jnp.asarray(RNG.normal(0.5, 1.5, (4, 7)), jnp.float32)

@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
 
 from tests.losses import torch_networks
 from vqrae_jax.errors import UserError
@@ -15,6 +14,8 @@ from vqrae_jax.nn.vgg import WIDTHS
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import networks
 from vqrae_jax.weights import export, hub
+
+torch = pytest.importorskip('torch')
 
 SIZES = {
   'lpips': dict(widths=(4, 4, 8, 8, 8)),

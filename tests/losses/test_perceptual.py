@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from tests.losses import torch_networks
 from tests.nn.parity import close
@@ -21,6 +20,8 @@ from vqrae_jax.losses.perceptual import _unit, convnext, lpips
 from vqrae_jax.pretrained import networks
 from vqrae_jax.types import LossInputs
 from vqrae_jax.weights import hub
+
+torch = pytest.importorskip('torch')
 
 WIDTHS = (8, 8, 16, 16, 16)
 SMALL = dict(depths=(1, 2, 1, 1), widths=(4, 8, 12, 16), classes=10)

@@ -4,11 +4,13 @@ import copy
 
 import jax
 import numpy as np
-import torch
+import pytest
 
 from vqrae_jax.ops import trees
 from vqrae_jax.weights import Pretrained
 from vqrae_jax.weights.files import arrays
+
+torch = pytest.importorskip('torch')
 
 
 def close(have, want, tolerance=1e-5):

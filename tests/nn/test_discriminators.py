@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from tests.nn import torch_discriminators as references
 from vqrae_jax.errors import UserError
@@ -15,6 +14,8 @@ from vqrae_jax.nn.dino import DINO_S8, DinoDiscriminator
 from vqrae_jax.nn.patchgan import PatchGAN
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import networks
+
+torch = pytest.importorskip('torch')
 
 PATCH = dict(hidden=8, halvings=2, groups=4, pool=3)
 VIT = dataclasses.replace(

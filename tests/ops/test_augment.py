@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from tests.nn.parity import close
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import augment
+
+torch = pytest.importorskip('torch')
 
 
 def reference(images, draws, cutout):

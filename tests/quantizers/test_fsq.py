@@ -5,11 +5,12 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqrae_jax import quantizers
+
+torch = pytest.importorskip('torch')
 
 CONVENTIONS = ('centered', 'cosmos')
 LEVELS = st.lists(

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from tests import tiny
 from tests.nn import torch_discriminators as references
@@ -20,6 +18,9 @@ from vqrae_jax.ops import trees
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.train.gan import Alarms
+
+torch = pytest.importorskip('torch')
+F = torch.nn.functional
 
 FIELDS = dict(hidden=8, halvings=2, groups=4, pool=2)
 R1, LECAM, RATE = 5.0, 0.5, 1e-2

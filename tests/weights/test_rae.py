@@ -7,7 +7,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import torch
 
 from tests.weights import torch_rae
 from vqrae_jax.errors import UserError
@@ -15,6 +14,8 @@ from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import IMAGENET_NORM, DecoderSpec, ViTSpec
+
+torch = pytest.importorskip('torch')
 
 SPEC = DecoderSpec(
   ViTSpec(

@@ -7,13 +7,14 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.weights import files
 from tests.weights.files import refused
 from vqrae_jax import weights
 from vqrae_jax.errors import UserError
+
+torch = pytest.importorskip('torch')
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -18,12 +18,13 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 from tests.weights import files
 from tests.weights.files import checkpoint, legacy, program, refused
 from vqrae_jax import weights
 from vqrae_jax.errors import UserError
+
+torch = pytest.importorskip('torch')
 
 FORMS = ('zip', 'old')
 both_forms = pytest.mark.parametrize('form', FORMS)
