@@ -1,4 +1,4 @@
-"""Eight fake devices, shared compilations, shapes checked at every call.
+"""Eight fake devices, shapes checked at every call, runs that tests share.
 
 The import hook checks annotations where arrays are computed; `types.py` is left
 out, whose pytrees also hold shapes and shardings.
@@ -19,7 +19,6 @@ import pathlib
 import jax
 import jaxtyping
 import pytest
-from jax._src import compiler
 
 import tests.typecheck  # noqa: F401, the hook finds it by its name
 
@@ -30,28 +29,12 @@ jaxtyping.install_import_hook(
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# Many tests share a program. Those for many devices are compiled each time:
-# `sharding.compile_afresh_on_cpu` says why, and turns the cache off whole.
-_read = compiler._cache_read
-
-
-def _read_for_one_device(name, key, options, backend, devices):
-  if len(devices) > 1:
-    return None, None
-  return _read(name, key, options, backend, devices)
-
-
-compiler._cache_read = _read_for_one_device
-jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
-
-
 @pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
-  """Real photographs beside the checkout; tests that want them skip without."""
+  """Real images beside the checkout; tests that use them skip without."""
   folder = ROOT.parent / 'shared' / 'data'
   if not folder.is_dir():
-    pytest.skip('no photographs at ../shared/data')
+    pytest.skip('no images at ../shared/data')
   return folder
 
 
