@@ -21,7 +21,6 @@ from tests.mutations.faults import FAULTS, Fault
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COPIED = ('vqrae_jax', 'configs', 'tests', 'docs', 'pyproject.toml')
-CACHE = '.jax_cache'  # of compilations; the copies share it
 
 
 class Result(NamedTuple):
@@ -58,8 +57,6 @@ def _pytest(fault: Fault | None, tests: list[str]) -> tuple[int, str]:
         shutil.copytree(source, copy / name, ignore=skip)
       else:
         shutil.copy(source, copy)
-    (ROOT / CACHE).mkdir(exist_ok=True)
-    (copy / CACHE).symlink_to(ROOT / CACHE)
     if fault is not None:
       (copy / fault.file).write_text(mutated(fault))
     done = subprocess.run(
