@@ -29,6 +29,7 @@ jaxtyping.install_import_hook(
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
+
 @pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
   """Real images beside the checkout; tests that use them skip without."""

@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
   out = pathlib.Path(values.out).expanduser()
   is_encoder = values.to == 'ours' and source.kind not in ('rae', 'vqrae_torch')
   for name in ('config', 'quantizer') if is_encoder else ('row', 'dtype'):
-    if values[name].present:
+    if (name == 'config' and values.config) or values[name].present:
       what = 'an encoder alone' if is_encoder else 'not an encoder alone'
       raise UserError(
         f'--{name} does not go with --source={values.source}: it is {what}; '

@@ -294,6 +294,7 @@ def make_optimizer(
   total_steps: int,
   steps_per_epoch: float | None,
   updates: int = 1,
+  epoch: str = '',
 ) -> tuple[Optimizer, dict[str, Any]]:
   """(AdamW over {leaf name: leaf}, each leaf at its own rate; its numbers).
 
@@ -304,6 +305,7 @@ def make_optimizer(
     total_steps: the run's length, for the decays.
     steps_per_epoch: for warm-ups in epochs.
     updates: in one step; all of a step are at its rate.
+    epoch: what an epoch is, for the error of a warm-up.
 
   Raises:
     UserError: a warm-up that leaves no step, or `layers` of another depth than
@@ -319,12 +321,10 @@ def make_optimizer(
   for schedule in distinct:
     warmup = steps_of(schedule.warmup, steps_per_epoch, 'schedule warmup')
     if warmup >= total_steps > 0:
-      epoch = f' (an epoch is {steps_per_epoch:.3g} steps)'
       raise UserError(
         f'schedule warmup={schedule.warmup!r} is {warmup} steps and leaves '
-        f'none of the {total_steps} steps of the run'
-        f'{epoch if steps_per_epoch else ""}; shorten it, lengthen duration, '
-        'or lower batch_size'
+        f'none of the {total_steps} steps of the run{epoch}; shorten it, '
+        'lengthen duration, or lower batch_size'
       )
     entry = dict(
       lr=schedule.lr, end_lr=schedule.end_lr, warmup=warmup, total=total_steps

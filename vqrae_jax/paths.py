@@ -25,8 +25,8 @@ def check_writable(folder: pathlib.Path, flag: str) -> None:
   Raises:
     UserError: naming `flag`.
   """
-  folder = folder.absolute()
-  existing = next(p for p in (folder, *folder.parents) if p.exists())
+  above = folder.absolute().parents
+  existing = next(p for p in (folder, *above) if p.exists())
   if not existing.is_dir():
     raise UserError(f'{flag}={folder}: {existing} is a file, not a folder')
   try:

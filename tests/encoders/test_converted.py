@@ -195,7 +195,9 @@ def test_a_run_starts_from_it(ours, saved):
   config['encoder'] = dict(vit=vit, output_norm='plain')
   tokenizer = vqrae_jax.build_tokenizer(config)
   have, want = (
-    initialize.given_leaves(tokenizer, None, InitSpec(encoder=str(p))).leaves
+    initialize.tokenizer_weights(
+      tokenizer, None, InitSpec(encoder=str(p))
+    ).leaves
     for p in (ours, saved('siglip'))
   )
   assert have.keys() == want.keys()
@@ -204,7 +206,7 @@ def test_a_run_starts_from_it(ours, saved):
   config['encoder']['vit'] = vit | dict(depth=3)
   other = vqrae_jax.build_tokenizer(config)
   with pytest.raises(UserError, match='vit.depth=2'):
-    initialize.given_leaves(other, None, InitSpec(encoder=str(ours)))
+    initialize.tokenizer_weights(other, None, InitSpec(encoder=str(ours)))
 
 
 def test_tokenizers_and_encoders_are_told_apart(ours, tmp_path):

@@ -116,7 +116,7 @@ def test_eight_bits():
   x = jnp.asarray(np.repeat(x, 3, -1))
   levels = np.asarray(adversarial.to_8_bits(x))[0, 0, :, 0]
   want = np.array([0, 26, 127, 255], np.float32) / 255
-  np.testing.assert_array_equal(levels, want)
+  np.testing.assert_allclose(levels, want, rtol=1e-6)
 
 
 def test_the_weight_is_clipped():

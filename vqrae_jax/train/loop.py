@@ -106,8 +106,8 @@ class StopRequest:
 # stops if not. All hosts agree on what process 0 finds.
 
 
-def _lock_path(workdir: epath.Path) -> epath.Path:
-  path = workdir / 'lock'
+def _lock_path(workdir: epath.Path) -> pathlib.Path:
+  path = pathlib.Path(workdir) / 'lock'
   if path.is_symlink() or (path.exists() and not path.is_file()):
     raise UserError(
       f'{path} is no regular file, and a lock goes there; move it'
@@ -115,7 +115,7 @@ def _lock_path(workdir: epath.Path) -> epath.Path:
   return path
 
 
-def _locked(path: epath.Path) -> filelock.BaseFileLock | None:
+def _locked(path: pathlib.Path) -> filelock.BaseFileLock | None:
   """The lock, held, or None where another run holds it."""
   lock = filelock.FileLock(path, timeout=0)
   try:
@@ -127,6 +127,8 @@ def _locked(path: epath.Path) -> filelock.BaseFileLock | None:
 
 def check_no_run_in(workdir: epath.Path) -> None:
   """Raises UserError if a run is active there; writes nothing."""
+  if '://' in str(workdir):  # a bucket has no locks
+    return
   free, path = True, _lock_path(workdir)
   if not jax.process_index() and path.exists():
     lock = _locked(path)
@@ -146,6 +148,9 @@ def only_run_in(workdir: epath.Path) -> Iterator[Callable[[], None]]:
   Raises:
     UserError: another process holds it, or that check failed; on every host.
   """
+  if '://' in str(workdir):
+    yield lambda: None
+    return
   first, path = not jax.process_index(), _lock_path(workdir)
   lock = mine = None
   if first:

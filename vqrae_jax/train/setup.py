@@ -263,14 +263,14 @@ def plan_step(
   if not trainable:
     raise UserError('schedules freeze every leaf: there is nothing to train')
   total = optim.steps_of(config.duration, steps_per_epoch, 'duration')
+  epoch = ''
+  if steps_per_epoch:
+    images = steps_per_epoch * config.batch_size
+    epoch = (
+      f' (one epoch is {steps_per_epoch:.3g} steps: batch_size='
+      f'{config.batch_size}, {images:.0f} images)'
+    )
   if total < 1:
-    epoch = ''
-    if steps_per_epoch:
-      images = steps_per_epoch * config.batch_size
-      epoch = (
-        f' (one epoch is {steps_per_epoch:.3g} steps: batch_size='
-        f'{config.batch_size}, {images:.0f} images)'
-      )
     raise UserError(
       f'duration={config.duration!r} is less than one step{epoch}'
     )
@@ -284,7 +284,7 @@ def plan_step(
       f'counts take {window / 2**30:.1f} GiB; shorten the window'
     )
   optimizer, numbers = optim.make_optimizer(
-    config.optim, schedules, trainable, total, steps_per_epoch
+    config.optim, schedules, trainable, total, steps_per_epoch, epoch=epoch
   )
   hparams: dict[str, Any] = {'optimizer': numbers, 'losses': {}}
   for name, term in terms.items():
