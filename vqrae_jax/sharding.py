@@ -183,11 +183,13 @@ def host_leaves(
   gather = jax.jit(
     lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec())
   )
+  keeps = everywhere or not jax.process_index()
   for leaf in jax.tree.leaves(tree):
     if jax.process_count() > 1:
       leaf = gather(leaf)
-    # A copy: on CPU `asarray` would keep the gathered leaf.
-    yield np.array(leaf) if everywhere or not jax.process_index() else None
+    # A copy, and nothing else: on CPU `asarray` would keep the gathered leaf.
+    leaf = np.array(leaf) if keeps else None
+    yield leaf
 
 
 def host_copy(tree: Any, mesh: Mesh, everywhere: bool = True) -> Any:

@@ -74,7 +74,7 @@ def test_two_hosts_train_as_one(config, tmp_path, caplog):
   check_same(two, one)
 
 
-def test_no_device_holds_more_than_one_gathered_leaf(monkeypatch):
+def test_a_gathered_leaf_is_dropped_before_the_next(monkeypatch):
   mesh = sharding.make_mesh('fsdp')
   place = sharding.NamedSharding(mesh, sharding.PartitionSpec('fsdp'))
   tree = [jax.device_put(np.full((64, 8), i, 'f4'), place) for i in range(4)]
@@ -82,8 +82,7 @@ def test_no_device_holds_more_than_one_gathered_leaf(monkeypatch):
   before = set(map(id, jax.live_arrays()))
   for i, leaf in enumerate(sharding.host_leaves(tree, mesh)):
     np.testing.assert_array_equal(leaf, np.full((64, 8), i))
-    made = [x for x in jax.live_arrays() if id(x) not in before]
-    assert sum(x.nbytes for x in made) <= leaf.nbytes
+    assert before.issuperset(map(id, jax.live_arrays()))
 
 
 @pytest.mark.slow
