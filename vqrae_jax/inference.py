@@ -67,8 +67,8 @@ def _check_variables(tokenizer: Any, variables: Any, method: str) -> None:
 def _check_images(images: Any) -> None:
   if images.ndim != 4:
     raise UserError(
-      f'images must be [b h w 3]; got shape {images.shape}; images[None] adds a '
-      'batch axis, stack([images] * 3, -1) a channel axis to grey images'
+      f'images must be [b h w 3]; got shape {images.shape}; images[None] adds '
+      'a batch axis, stack([images] * 3, -1) a channel axis to grey images'
     )
   if jnp.issubdtype(images.dtype, jnp.floating):
     image_ops.check_range(images, 'images')
