@@ -51,7 +51,7 @@ COMMANDS = [
 RECONSTRUCT = [
   ('--images=hollow', '"hollow"'),
   ('--images=bad/zero.png', 'zero.png'),
-  ('--images=bad/huge.png', '100,000,000 pixels'),
+  ('--images=bad/huge.png', '100,000,000'),
   ('--images=foreign.array_record', 'foreign.array_record'),
   ('--images=photos --out=notes.txt', '--out=.*notes.txt'),
   ('--images=photos --out=/proc/x', '--out=/proc/x'),

@@ -13,7 +13,7 @@ from vqrae_jax import cli, reconstruct_images
 from vqrae_jax.data.pipeline import Augment, TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
-from vqrae_jax.train import loop, step
+from vqrae_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -71,7 +71,7 @@ def test_a_spoilt_checkpoint_is_named(place, tmp_path, monkeypatch):
   monkeypatch.chdir(place)
   wild = dict(schedules=(('.*', dict(lr=1e15)),), duration=9, max_nonfinite=0)
   words = r'not finite at step 2 .* remove .*/checkpoints/00000001'
-  with pytest.raises(step.NonFinite, match=words):
+  with pytest.raises(loop.NonFinite, match=words):
     loop.train(bad.config() | wild, tmp_path)
   assert not (tmp_path / 'tokenizer').exists()
 

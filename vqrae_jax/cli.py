@@ -27,7 +27,8 @@ COMMANDS = {
   'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
   'latent_stats': "mean and variance of an encoder's latents",
   'fetch_weights': 'download the published weights that a config needs',
-  'convert': 'PyTorch and diffusers checkpoints in and out',
+  'convert': 'PyTorch checkpoints in and out',
+  'train.export': 'the tokenizer of a run that is not finished',
 }
 
 

@@ -43,9 +43,11 @@ def read_json(path: pathlib.Path) -> dict:
     UserError: unreadable, too long, not JSON, or not an object of keys.
   """
   try:
-    if path.stat().st_size > _MAX_JSON:
+    with path.open('rb') as file:
+      text = file.read(_MAX_JSON + 1)
+    if len(text) > _MAX_JSON:
       raise ValueError(f'longer than {_MAX_JSON} bytes')
-    value = json.loads(path.read_bytes())
+    value = json.loads(text)
   except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'{path} is damaged: {e}') from None
   if not isinstance(value, dict):

@@ -17,6 +17,7 @@ options; `load_tokenizer` verifies it.
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import uuid
@@ -28,6 +29,7 @@ import numpy as np
 
 from vqrae_jax.encoders import converted
 from vqrae_jax.errors import UserError, read_json
+from vqrae_jax.files import Path, is_url, to_path
 from vqrae_jax.models.tokenizer import (
   TRAINING_ONLY,
   Tokenizer,
@@ -84,13 +86,13 @@ def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   }
 
 
-def check_target(path: pathlib.Path) -> None:
+def check_target(path: Path) -> None:
   """Checks that nothing, or a tokenizer, is at `path`.
 
   Raises:
     UserError: something else is there, which a tokenizer would replace.
   """
-  if not (path.exists() or path.is_symlink()):
+  if not (path.exists() or (not is_url(path) and path.is_symlink())):
     return
   names = {p.name for p in path.iterdir()} if path.is_dir() else set()
   foreign = names - {CONFIG, WEIGHTS}
@@ -123,21 +125,21 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def save_tokenizer(
-  tokenizer: Tokenizer, variables: Any, path: str | pathlib.Path
+  tokenizer: Tokenizer, variables: Any, path: str | os.PathLike
 ) -> str:
   """Writes the directory `path`, replacing a tokenizer there; atomic.
 
   Args:
     tokenizer: the module.
     variables: its variables, on any devices.
-    path: the directory; written beside itself first, then renamed.
+    path: the directory, or gs://…; written beside itself first, then renamed.
 
   Returns:
     The fingerprint.
   """
-  from safetensors.numpy import save_file
+  from safetensors.numpy import save, save_file
 
-  path = pathlib.Path(path)
+  path = to_path(path)
   check_target(path)
   leaves = bake(tokenizer, variables)
   model = json.loads(canonical_json(describe(tokenizer)))
@@ -146,18 +148,22 @@ def save_tokenizer(
     'fingerprint': fingerprint(model, leaves),
     'model': model,
   }
+  leaves = {n: np.ascontiguousarray(leaves[n]) for n in sorted(leaves)}
+  text = json.dumps(config, indent=2) + '\n'
+  if is_url(path):  # without its config it is no tokenizer: that comes last
+    path.mkdir(parents=True, exist_ok=True)
+    (path / WEIGHTS).write_bytes(save(leaves))
+    (path / CONFIG).write_text(text)
+    return config['fingerprint']
   with written_whole(path) as folder:
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-    save_file(
-      {n: np.ascontiguousarray(leaves[n]) for n in sorted(leaves)},
-      folder / WEIGHTS,
-    )
+    (folder / CONFIG).write_text(text)
+    save_file(leaves, folder / WEIGHTS)
     # The library writes 0600, whatever the umask (safetensors 0.8, 2026-11).
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)
   return config['fingerprint']
 
 
-def is_tokenizer(path: pathlib.Path) -> bool:
+def is_tokenizer(path: Path) -> bool:
   """Whether a folder holds a tokenizer, by its config."""
   try:
     config = read_json(path / CONFIG)
@@ -170,7 +176,7 @@ def is_tokenizer(path: pathlib.Path) -> bool:
   )
 
 
-def _read_config(path: pathlib.Path) -> dict:
+def _read_config(path: Path) -> dict:
   if path.is_file():
     raise UserError(
       f'no tokenizer at {path}: it is a file; convert a checkpoint first: '
@@ -206,12 +212,12 @@ def _read_config(path: pathlib.Path) -> dict:
 
 
 def load_tokenizer(
-  source: str | pathlib.Path, **options: Any
+  source: str | os.PathLike, **options: Any
 ) -> tuple[Tokenizer, dict]:
   """Opens a tokenizer directory.
 
   Args:
-    source: the directory that training or `save_tokenizer` wrote.
+    source: the directory, or gs://…, that training or `save_tokenizer` wrote.
     **options: run options: dtype, scan, remat.
 
   Returns:
@@ -223,12 +229,13 @@ def load_tokenizer(
       do not match the fingerprint.
   """
   from safetensors import SafetensorError
-  from safetensors.numpy import load_file
+  from safetensors.numpy import load, load_file
 
-  path = pathlib.Path(source).expanduser()
+  path = to_path(source)
   config = _read_config(path)
   try:
-    leaves = load_file(path / WEIGHTS)
+    file = path / WEIGHTS
+    leaves = load(file.read_bytes()) if is_url(path) else load_file(file)
   except (SafetensorError, OSError, ValueError) as e:
     raise UserError(f'{path / WEIGHTS} cannot be read: {e}') from None
   tokenizer = build_tokenizer(config['model'] | options)

@@ -1,4 +1,4 @@
-"""Writing a file so that nobody ever reads half of it."""
+"""Paths on disks and in buckets; writing that nobody reads half done."""
 
 import contextlib
 import os
@@ -8,6 +8,20 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from etils import epath
+
+Path = pathlib.Path | epath.Path
+
+
+def to_path(path: str | os.PathLike) -> Path:
+  """A `pathlib.Path`, or an `epath.Path` of a URL such as gs://bucket/run."""
+  if is_url(path):
+    return epath.Path(path)
+  return pathlib.Path(path).expanduser()
+
+
+def is_url(path: str | os.PathLike) -> bool:
+  """Whether a path is in a bucket, not on a disk."""
+  return '://' in os.fspath(path)
 
 
 @contextlib.contextmanager
@@ -19,7 +33,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
   raises, nothing is left and `path` is as it was. The mode follows the umask.
   An object of a bucket (gs://…) appears when its own write ends.
   """
-  if '://' in os.fspath(path):
+  if is_url(path):
     with epath.Path(path).open('wb') as file:
       yield file
     return

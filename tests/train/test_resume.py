@@ -72,7 +72,7 @@ def test_killed_in_a_save_stopped_by_a_signal(trained_gan_run, tmp_path):
   assert 'SIGTERM after step' in said.splitlines()[-1]
   last = runs.rows(tmp_path)[-1]['step']
   assert Checkpoints(tmp_path / 'checkpoints').steps()[-1] == last
-  assert 'goes on from' in runs.finished(started(trained_gan_run, tmp_path))
+  assert 'resumed from' in runs.finished(started(trained_gan_run, tmp_path))
   check_same(tmp_path, trained_gan_run)
 
 

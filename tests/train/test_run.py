@@ -13,6 +13,7 @@ from tests import tiny
 from tests.train import pieces
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
+from vqrae_jax.files import to_path
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import export as run_export
 from vqrae_jax.train import loop, reporting
@@ -137,6 +138,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(run_config, tmp_path):
   again = loop.train(config, tmp_path)
   assert list(map(tiny.without_clocks, rows(tmp_path))) == whole
   assert again['fingerprint'] == want['fingerprint']
+
+
+def test_a_workdir_in_a_bucket(run_config):
+  """Rows, config, figures and tokenizer go there and come from there; only
+  checkpoints are Orbax's own to write."""
+  fsspec = pytest.importorskip('fsspec')
+  from fsspec.implementations.memory import MemoryFileSystem
+
+  class Bucket(MemoryFileSystem):
+    protocol = 'gs'
+    store, pseudo_dirs = {}, ['']
+
+  for name in ('gs', 'gcs'):
+    fsspec.register_implementation(name, Bucket, clobber=True)
+  workdir = 'gs://bucket/run'
+  figures = loop.train(run_config(checkpoint=dict(every=0)), workdir)
+  left = {p.name for p in to_path(workdir).iterdir()}
+  assert {'config.json', 'metrics.jsonl', 'summary.json'} <= left
+  assert [r['step'] for r in rows(to_path(workdir))] == [1, 2]
+  tokenizer, variables = vqrae_jax.load_tokenizer(f'{workdir}/tokenizer')
+  assert tokenizer.codebook_size == 64 and variables
+  start = run_config(init_from=f'{workdir}/tokenizer')
+  with jax.set_mesh((made := setup(start)).mesh):
+    assert figures['fingerprint'] and loop.initialize(made)
 
 
 def test_a_continuous_tokenizer_has_no_codes_to_count(config, tmp_path):

@@ -1,12 +1,11 @@
 """Pictures for people: originals above reconstructions, labelled."""
 
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vqrae_jax.files import atomic_write
+from vqrae_jax.files import Path, atomic_write
 
 GAP, BAND, INK, PAPER = 6, 22, (30, 30, 30), (255, 255, 255)
 
@@ -70,7 +69,7 @@ def spread(n: int, most: int) -> list[int]:
   return [i * n // m for i in range(m)]
 
 
-def save_png(image: Image.Image, path: pathlib.Path) -> None:
+def save_png(image: Image.Image, path: Path) -> None:
   """Writes a PNG, its folder made if absent."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with atomic_write(path) as file:

@@ -9,6 +9,7 @@ from absl import flags
 
 from vqrae_jax import cli
 from vqrae_jax.errors import UserError
+from vqrae_jax.files import Path, to_path
 
 MODULE = 'vqrae_jax.train'
 EXAMPLE = f'python -m {MODULE} --config=configs/quickstart.py'
@@ -77,12 +78,12 @@ def main(argv: list[str]) -> None:
     )
     return
   source = values['config'].default_as_str
-  workdir = pathlib.Path(values.workdir or default_workdir(source)).expanduser()
+  workdir = to_path(values.workdir or default_workdir(source))
   figures = loop.train(values.config, workdir, profile)
   print(f'\n{workdir}\n{reporting.table(figures)}\n\n{_next_steps(workdir)}')
 
 
-def _next_steps(workdir: pathlib.Path) -> str:
+def _next_steps(workdir: Path) -> str:
   lines = []
   if (workdir / 'reconstructions.png').exists():
     lines.append(f'look:        {workdir}/reconstructions.png')

@@ -8,10 +8,10 @@ tokenizer/.
 import os
 
 from absl import flags
-from etils import epath
 
 from vqrae_jax import cli, export
 from vqrae_jax.errors import UserError
+from vqrae_jax.files import to_path
 from vqrae_jax.ops import trees
 from vqrae_jax.train import initialize
 
@@ -26,7 +26,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
   Raises:
     UserError: no run there, or no checkpoint that verifies.
   """
-  workdir = epath.Path(run).expanduser()
+  workdir = to_path(run)
   if not (workdir / 'checkpoints').is_dir():
     raise UserError(
       f'--run={run} has no checkpoints; name the workdir of a run'

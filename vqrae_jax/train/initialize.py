@@ -23,10 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 
 from vqrae_jax import export, sharding
 from vqrae_jax.errors import UserError
+from vqrae_jax.files import Path, to_path
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.ops import trees
@@ -313,7 +313,7 @@ def tokenizer_weights(
       ' and '.join(part.source for part in parts if part.source),
       ' and '.join(part.revision for part in parts if part.revision) or None,
     )
-  path = epath.Path(init_from).expanduser()
+  path = to_path(init_from)
   if (path / 'checkpoints').is_dir():
     _, weights = of_run(path, tokenizer)
   elif (folder := _tokenizer_at(path)) is not None or path.is_dir():
@@ -332,10 +332,10 @@ def encoder_from(
   tokenizer: Tokenizer, word: str, key: str = 'init.encoder'
 ) -> InitialWeights:
   """The encoder's leaves out of a published encoder, or of a tokenizer."""
-  folder = _tokenizer_at(epath.Path(word).expanduser())
+  folder = _tokenizer_at(to_path(word))
   if folder is not None:
     return _encoder_of(tokenizer, word, folder, key)
-  if epath.Path(word, 'metrics.jsonl').expanduser().exists():
+  if (to_path(word) / 'metrics.jsonl').exists():
     raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
   try:
     found = encoders.find_encoder(word)
@@ -349,7 +349,7 @@ def encoder_from(
   return InitialWeights(leaves, summary, word, found.revision)
 
 
-def _tokenizer_at(path: epath.Path) -> epath.Path | None:
+def _tokenizer_at(path: Path) -> Path | None:
   """The tokenizer's directory that `path` is, or that the run there left."""
   for folder in (path / 'tokenizer', path):
     if export.is_tokenizer(folder):
@@ -358,7 +358,7 @@ def _tokenizer_at(path: epath.Path) -> epath.Path | None:
 
 
 def _encoder_of(
-  tokenizer: Tokenizer, word: str, folder: epath.Path, key: str
+  tokenizer: Tokenizer, word: str, folder: Path, key: str
 ) -> InitialWeights:
   other, variables = export.load_tokenizer(folder)
   have, want = (describe(t)['encoder'] for t in (other, tokenizer))
@@ -447,7 +447,7 @@ def _check_model(have: Tokenizer, want: Tokenizer, where: str) -> None:
       )
 
 
-def _of_tokenizer(want: Tokenizer, path: epath.Path) -> InitialWeights:
+def _of_tokenizer(want: Tokenizer, path: Path) -> InitialWeights:
   tokenizer, variables = export.load_tokenizer(path)
   _check_model(tokenizer, want, f'init_from={path}')
   leaves = trees.flatten({'params': variables['params']})
@@ -461,7 +461,7 @@ def _of_tokenizer(want: Tokenizer, path: epath.Path) -> InitialWeights:
 
 
 def of_run(
-  workdir: epath.Path, want: Tokenizer | None = None, key: str = 'init_from'
+  workdir: Path, want: Tokenizer | None = None, key: str = 'init_from'
 ) -> tuple[Tokenizer, InitialWeights]:
   """(a run's tokenizer, the EMA weights, live codebook and frozen leaves of
   its latest checkpoint).
@@ -536,7 +536,7 @@ def of_run(
   )
 
 
-def _is_finished(workdir: epath.Path, step: int) -> bool:
+def _is_finished(workdir: Path, step: int) -> bool:
   """Its summary is of this step: a run may have been lengthened since."""
   try:
     figures = json.loads((workdir / 'summary.json').read_bytes())

@@ -22,11 +22,11 @@ import filelock
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
 
 from vqrae_jax import export, hosts, sharding
 from vqrae_jax.errors import Stopped, UserError
+from vqrae_jax.files import Path, is_url, to_path
 from vqrae_jax.ops import trees
 from vqrae_jax.paths import check_writable
 from vqrae_jax.train import config as config_lib
@@ -106,8 +106,8 @@ class StopRequest:
 # stops if not. All hosts agree on what process 0 finds.
 
 
-def _lock_path(workdir: epath.Path) -> pathlib.Path:
-  path = pathlib.Path(workdir) / 'lock'
+def _lock_path(workdir: Path) -> pathlib.Path:
+  path = workdir / 'lock'
   if path.is_symlink() or (path.exists() and not path.is_file()):
     raise UserError(
       f'{path} is no regular file, and a lock goes there; move it'
@@ -125,9 +125,9 @@ def _locked(path: pathlib.Path) -> filelock.BaseFileLock | None:
   return lock
 
 
-def check_no_run_in(workdir: epath.Path) -> None:
+def check_no_run_in(workdir: Path) -> None:
   """Raises UserError if a run is active there; writes nothing."""
-  if '://' in str(workdir):  # a bucket has no locks
+  if is_url(workdir):  # a bucket has no locks
     return
   free, path = True, _lock_path(workdir)
   if not jax.process_index() and path.exists():
@@ -139,7 +139,7 @@ def check_no_run_in(workdir: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def only_run_in(workdir: epath.Path) -> Iterator[Callable[[], None]]:
+def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
   """Holds workdir/lock while the body runs; made if absent.
 
   Yields a check that every host calls before a checkpoint: the file may have
@@ -148,7 +148,7 @@ def only_run_in(workdir: epath.Path) -> Iterator[Callable[[], None]]:
   Raises:
     UserError: another process holds it, or that check failed; on every host.
   """
-  if '://' in str(workdir):
+  if is_url(workdir):
     yield lambda: None
     return
   first, path = not jax.process_index(), _lock_path(workdir)
@@ -181,7 +181,7 @@ def agreed(good: bool) -> bool:
   return good
 
 
-def _check(free: bool, workdir: epath.Path) -> None:
+def _check(free: bool, workdir: Path) -> None:
   if not agreed(free):
     raise UserError(
       f'another run is active in {workdir}; stop it, or name another --workdir'
@@ -212,7 +212,7 @@ def train(
       that are not finite.
     Stopped: a signal asked for it; the state is saved.
   """
-  workdir = epath.Path(workdir).expanduser()
+  workdir = to_path(workdir)
   check_workdir(workdir)
   check_no_run_in(workdir)
   setup = setup_lib.setup(config_lib.read_config(config))
@@ -287,7 +287,7 @@ def dry_run(config: Any) -> dict[str, float]:
 def run(
   setup: Setup,
   started: Started,
-  workdir: epath.Path,
+  workdir: Path,
   checkpoints: Checkpoints,
   position: Position,
   check_lock: Callable[[], None] = lambda: None,
@@ -347,7 +347,7 @@ class _Loop:
     self,
     setup: Setup,
     started: Started,
-    workdir: epath.Path,
+    workdir: Path,
     checkpoints: Checkpoints,
     position: Position,
   ):
@@ -442,7 +442,7 @@ class _Loop:
       # Its values may be finite and bad: only a later step shows it.
       resume = (
         f'; the same command resumes from step {steps[-1]}; if that state is '
-        f'bad too, remove checkpoint {steps[-1]} in {self.workdir}/checkpoints'
+        f'bad too, remove {self.workdir}/checkpoints/{steps[-1]:08d}'
       )
     raise NonFinite(f'{words}{streak}; {REMEDY}{resume}')
 
@@ -521,9 +521,9 @@ def nonfinite(step: int, metrics: Mapping[str, float]) -> str:
   return f'{", ".join(bad)} not finite at step {step} ({values})'
 
 
-def check_workdir(workdir: epath.Path) -> None:
+def check_workdir(workdir: Path) -> None:
   """The workdir can be made, and its tokenizer folder can be replaced."""
-  if '://' in str(workdir):
+  if is_url(workdir):
     try:
       workdir.exists()
     except Exception as e:  # each bucket's own library raises its own
@@ -533,18 +533,16 @@ def check_workdir(workdir: epath.Path) -> None:
         'etils[epath-s3] for s3://) and sign in, or name a mounted folder'
       ) from None
     return
-  check_writable(pathlib.Path(workdir), '--workdir')
+  check_writable(workdir, '--workdir')
   folder = workdir / 'checkpoints'
   if os.path.lexists(folder) and not folder.is_dir():
     raise UserError(
       f'{folder} is not a folder, and checkpoints go there; move it'
     )
-  export.check_target(pathlib.Path(workdir / 'tokenizer'))
+  export.check_target(workdir / 'tokenizer')
 
 
-def _finished(
-  workdir: epath.Path, step: int, total: int
-) -> dict[str, Any] | None:
+def _finished(workdir: Path, step: int, total: int) -> dict[str, Any] | None:
   """What summary.json holds, if the run is finished: then all of it stays."""
   path = workdir / 'summary.json'
   if step < total or not (path.exists() and (workdir / 'tokenizer').is_dir()):
@@ -562,7 +560,7 @@ def _finished(
   return figures
 
 
-def _write_config(config: Any, workdir: epath.Path, resumed: bool) -> None:
+def _write_config(config: Any, workdir: Path, resumed: bool) -> None:
   """Writes config.json; logs what a resumed run changes in it."""
   if jax.process_index():
     return
@@ -573,7 +571,7 @@ def _write_config(config: Any, workdir: epath.Path, resumed: bool) -> None:
   write_json(path, config_lib.plain(config))
 
 
-def _warn_of_changes(path: epath.Path, config: Any) -> None:
+def _warn_of_changes(path: Path, config: Any) -> None:
   """A warning for each key that is not as config.json has it."""
   if not path.exists():
     return

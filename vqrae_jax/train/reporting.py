@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vqrae_jax import export, sharding
 from vqrae_jax.evaluate import evaluator, visualize
-from vqrae_jax.files import atomic_write
+from vqrae_jax.files import Path, atomic_write, is_url
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.setup import Setup
 
@@ -47,10 +47,11 @@ _TABLE = (
 )
 
 
-def _lines(path: epath.Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
   """The JSON objects of a file of lines; torn ones are left out."""
   rows = []
-  for line in path.read_text().splitlines() if path.exists() else ():
+  text = path.read_bytes() if path.exists() else b''
+  for line in text.splitlines():
     try:
       rows.append(dict(json.loads(line)))
     except (ValueError, TypeError):
@@ -64,8 +65,8 @@ class _Lines:
   Buckets cannot append: there the file is written again with each line.
   """
 
-  def __init__(self, path: epath.Path, rows: list[dict[str, Any]]):
-    self._path, self._remote = path, '://' in str(path)
+  def __init__(self, path: Path, rows: list[dict[str, Any]]):
+    self._path, self._remote = path, is_url(path)
     self._text = ''.join(json.dumps(row) + '\n' for row in rows)
     if self._text or path.exists():
       with atomic_write(path) as file:
@@ -86,7 +87,7 @@ class Report:
 
   def __init__(
     self,
-    workdir: epath.Path,
+    workdir: Path,
     *,
     total_steps: int,
     batch_size: int,
@@ -112,7 +113,8 @@ class Report:
       from tensorboardX import SummaryWriter
 
       if not start_step and (workdir / 'tensorboard').exists():
-        (workdir / 'tensorboard').rmtree()  # no curve of an earlier run
+        # No curve of an earlier run.
+        epath.Path(workdir / 'tensorboard').rmtree()
       self._events = SummaryWriter(
         str(workdir / 'tensorboard'), purge_step=start_step + 1
       )
@@ -198,7 +200,7 @@ class Report:
         writer.close()
 
 
-def write_json(path: epath.Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
   """JSON, all of it or nothing."""
   with atomic_write(path) as file:
     file.write(json.dumps(value, indent=2, default=str).encode() + b'\n')
@@ -259,7 +261,7 @@ class Visualizer:
     return {f'eval/{name}': x for name, x in measured.results().items()}
 
 
-def save_picture(picture: np.ndarray, workdir: epath.Path, step: int) -> None:
+def save_picture(picture: np.ndarray, workdir: Path, step: int) -> None:
   """Writes workdir/pictures/STEP.png, on process 0; small images enlarged."""
   if not jax.process_index():
     times = max(LARGE // (len(picture) // 2), 1)
@@ -275,7 +277,7 @@ def _reconstruct(tokenizer, variables, images):
 
 
 def finish(
-  setup: Setup, variables: Any, workdir: epath.Path, figures: dict[str, Any]
+  setup: Setup, variables: Any, workdir: Path, figures: dict[str, Any]
 ) -> dict[str, Any]:
   """Exports the tokenizer, evaluates the export as a user would open it, and
   writes summary.json; returns what that holds.
