@@ -32,7 +32,7 @@ TERMS = {
   *losses.LATENT_TERMS,
   *config_lib.TERMS,
 }
-# Sections that are mappings in `RunSpec`, and what each may hold.
+# Sections that are mappings in `RunConfig`, and what each may hold.
 MODEL = {
   'encoder': specs.EncoderSpec,
   'decoder': specs.DecoderSpec,
@@ -103,7 +103,7 @@ def check_key(dotted):
     if rest[1:]:
       check_below(MODEL[rest[0]], rest[1:], dotted)
   else:
-    check_below(config_lib.RunSpec, [head, *rest], dotted)
+    check_below(config_lib.RunConfig, [head, *rest], dotted)
 
 
 def check_function(name):

@@ -61,7 +61,7 @@ CHOICES = {
 }
 # Sections of a config as the classes that hold their keys and defaults.
 _SECTIONS = {
-  '': config_lib.RunSpec,
+  '': config_lib.RunConfig,
   'losses.*': config_lib.LossTerm,
   'losses.distill': config_lib.DistillTerm,
   'losses.gan': config_lib.GanTerm,

@@ -5,6 +5,12 @@ share nothing with the package. Every array is random, norms, biases and
 LayerScale included, so that each of them counts.
 """
 
+import pytest
+
+torch = pytest.importorskip('torch')
+nn = torch.nn
+F = torch.nn.functional
+
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -20,7 +20,7 @@ from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 
-BATCH, SIDE, PATCH, WIDTH, MLP = 4, 32, 8, 128, 512
+BATCH, SIDE, PATCH, WIDTH, MLP = 16, 32, 8, 128, 512
 # Wide enough that products outweigh what is done element by element.
 VIT = dict(
   width=WIDTH, depth=1, mlp_dim=MLP, num_heads=2, patch_size=PATCH, grid=(4, 4)

@@ -1,7 +1,7 @@
 """A run's config as frozen dataclasses: every key known, checked before use.
 
 `read_config` turns the `ml_collections` config of a file in `configs/` into a
-`RunSpec`. It opens no file; all errors that need none are raised here.
+`RunConfig`. It opens no file; all errors that need none are raised here.
 """
 
 import dataclasses
@@ -324,7 +324,7 @@ class EvalSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSpec:
+class RunConfig:
   """A full run.
 
   Attributes:
@@ -474,26 +474,26 @@ def plain(config: Any) -> Any:
   return config
 
 
-def read_config(config: Any) -> RunSpec:
-  """A ConfigDict (or mapping) as a `RunSpec`; opens no file.
+def read_config(config: Any) -> RunConfig:
+  """A ConfigDict (or mapping) as a `RunConfig`; opens no file.
 
   Raises:
     UserError: an unknown, mistyped or impossible key, or missing keys: those
       of all sections at once.
   """
   config = plain(config)
-  missing = missing_keys(RunSpec, config, 'config')
+  missing = missing_keys(RunConfig, config, 'config')
   sections = config.get('model', {})
   if isinstance(sections, Mapping):
     names = ('encoder', 'quantizer', 'decoder')
     missing += [f'config.model.{n}' for n in names if n not in sections]
   check_missing([name for name in missing if name != 'config.model'])
-  spec = build_spec(RunSpec, config, 'config')
+  spec = build_spec(RunConfig, config, 'config')
   spec.terms(), spec.schedule_rows()
   return spec
 
 
-def check_placeholders(spec: RunSpec) -> None:
+def check_placeholders(spec: RunConfig) -> None:
   """Nothing is left to be filled in. Any other name is checked where it is
   opened, for a resumed run may no longer need it.
 
@@ -511,7 +511,7 @@ def check_placeholders(spec: RunSpec) -> None:
       )
 
 
-def check_latents(spec: RunSpec, tokenizer: Tokenizer) -> None:
+def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
   """Model, data and `init.latents` agree; opens no file.
 
   Statistics go with `model.latents` or not at all; a run that starts from
@@ -561,7 +561,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
 SIMVQ_COMMIT = (0.001, 0.5)
 
 
-def config_warnings(spec: RunSpec, tokenizer: Tokenizer) -> str | None:
+def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
   """One line that names every value outside its usual range, or None."""
   name, terms = quantizers.name_of(tokenizer.quantizer), spec.terms()
   found = [

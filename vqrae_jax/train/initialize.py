@@ -407,7 +407,7 @@ def latents_from(tokenizer: Tokenizer, path: str) -> InitialWeights:
 
 
 def _needed_for(
-  spec: config_lib.RunSpec, parts: Collection[str]
+  spec: config_lib.RunConfig, parts: Collection[str]
 ) -> tuple[config_lib.InitSpec, str | None]:
   """`init` and `init_from` of a config without what gives none of `parts`.
 
@@ -564,7 +564,7 @@ def _not_loaded(names: Iterable[str]) -> str:
 
 def _kept_frozen(
   tokenizer: Tokenizer,
-  config: config_lib.RunSpec,
+  config: config_lib.RunConfig,
   leaves: Leaves,
   where: str,
 ) -> Leaves:

@@ -51,7 +51,7 @@ class Setup:
     batches: sample i = f(seed, i).
   """
 
-  config: config_lib.RunSpec
+  config: config_lib.RunConfig
   step: StepSpec
   hparams: dict[str, Any]
   shapes: Any
@@ -167,7 +167,7 @@ def _jitted_step(spec: StepSpec, mesh: jax.sharding.Mesh) -> Callable:
 
 
 def setup(
-  config: config_lib.RunSpec, mesh: jax.sharding.Mesh | None = None
+  config: config_lib.RunConfig, mesh: jax.sharding.Mesh | None = None
 ) -> Setup:
   """Everything static about a run; shapes only, no device memory.
 
@@ -214,7 +214,7 @@ def setup(
 
 
 def _open_data(
-  config: config_lib.RunSpec, tokenizer: Tokenizer
+  config: config_lib.RunConfig, tokenizer: Tokenizer
 ) -> tuple[EncodedImages, EncodedImages | None]:
   """(training images, held-out images or None), looked at before training."""
 
@@ -240,7 +240,7 @@ def _open_data(
 
 
 def plan_step(
-  config: config_lib.RunSpec,
+  config: config_lib.RunConfig,
   tokenizer: Tokenizer,
   steps_per_epoch: float | None,
 ) -> tuple[StepSpec, dict[str, Any], Any, int]:
@@ -354,7 +354,7 @@ def _check_terms(
 
 
 def _plan_gan(
-  config: config_lib.RunSpec,
+  config: config_lib.RunConfig,
   tokenizer: Tokenizer,
   total: int,
   steps_per_epoch: float | None,
