@@ -3,11 +3,19 @@
 Compiling is most of the suite's time: without LLVM's optimisations a step
 compiles in .6 of it, without the emitters of fused loops in another .3. The
 formulas are the same, the last bit of a sine may not be, and two programs may
-then round it apart. So tests that compare programs bitwise, the law's, compile
-as users do (`tiny.AS_USERS`).
+then round it apart. So tests that compare programs bitwise compile
+as users do (`AS_USERS`).
 """
 
-QUICK = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+import jaxlib
+
+# {option: (what the suite compiles with, what users have)}.
+OPTIONS = {'xla_backend_optimization_level': ('0', 3)}
+if tuple(map(int, jaxlib.__version__.split('.')[:2])) < (0, 11):
+  OPTIONS['xla_cpu_use_fusion_emitters'] = ('false', True)
+
+QUICK = ' '.join(f'--{name}={value}' for name, (value, _) in OPTIONS.items())
+AS_USERS = {name: value for name, (_, value) in OPTIONS.items()}
 
 
 def devices(count: int) -> str:

@@ -45,10 +45,7 @@ FORMS = QUANTIZERS | {
 }
 
 # Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
-AS_USERS = {
-  'xla_backend_optimization_level': 3,
-  'xla_cpu_use_fusion_emitters': True,
-}
+AS_USERS = flags.AS_USERS
 
 # For processes of their own: the suite's cache of compilations.
 CACHE = {
