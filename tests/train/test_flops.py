@@ -142,8 +142,9 @@ def head():
   ids=('frozen', 'trained', 'decoder', 'lpips', 'patch', 'dino'),
 )
 def test_each_part_makes_its_passes_once(more, less, products):
-  """The rest is done element by element: up to 12 % here."""
-  assert 1 <= (flops(**more) - flops(**less)) / products < 1.12
+  """The rest is done element by element, the update of a part's leaves too:
+  up to 15 % here. A pass too many would be a third of three at least."""
+  assert 1 <= (flops(**more) - flops(**less)) / products < 1.2
 
 
 def test_a_frozen_encoder_has_no_optimizer_state_and_no_average():
