@@ -43,9 +43,7 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument(
-    '--data', required=True, help='images: a folder, a glob, tar shards, …'
-  )
+  parser.add_argument('--data', required=True, help='a folder, a glob, …')
   parser.add_argument('--size', type=int, default=224)
   parser.add_argument(
     '--resize', type=int, help='shorter side; --size if unset'

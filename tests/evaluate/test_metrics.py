@@ -158,9 +158,11 @@ def test_an_image_is_reconstructed_in_place(whole):
   np.testing.assert_allclose(found, np.clip(want, 0, 1), atol=1e-5)
 
 
-def test_rounding_is_not_truncation():
-  x = np.array([[[-0.1, 0.4999 / 255, 254.6 / 255]]])
-  np.testing.assert_array_equal(visualize.to_uint8(x), [[[0, 0, 255]]])
+@pytest.mark.filterwarnings('error')
+def test_rounding_is_not_truncation_and_nan_is_black():
+  x = np.array([[[-0.1, 0.4999 / 255, 254.6 / 255], [np.nan, np.inf, 1]]])
+  want = [[[0, 0, 255], [0, 255, 255]]]
+  np.testing.assert_array_equal(visualize.to_uint8(x), want)
 
 
 def test_the_page_shows_both_rows_at_their_own_size():

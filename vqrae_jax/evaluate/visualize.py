@@ -11,8 +11,8 @@ GAP, BAND, INK, PAPER = 6, 22, (30, 30, 30), (255, 255, 255)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-  """f[… 3] to uint8, clipped to [0, 1] and rounded (not truncated)."""
-  unit = np.clip(np.asarray(images, np.float32), 0, 1)
+  """f[… 3] to uint8, clipped to [0, 1] and rounded, NaN black."""
+  unit = np.clip(np.nan_to_num(np.asarray(images, np.float32)), 0, 1)
   return np.round(unit * 255).astype(np.uint8)
 
 
