@@ -15,6 +15,7 @@ os.environ['XLA_FLAGS'] = (
 
 import functools
 import pathlib
+import resource
 
 import jax
 import jaxtyping
@@ -100,6 +101,17 @@ def one_device():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', one)
     yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def bounded_memory():
+  """Drops compiled programs after a module where a worker holds 4 GiB."""
+  yield
+  pages = pathlib.Path('/proc/self/statm')
+  if pages.exists():
+    held = int(pages.read_text().split()[1]) * resource.getpagesize()
+    if held > 4 * 2**30:
+      jax.clear_caches()
 
 
 # Files of tests that train, or run a command as a process.
