@@ -59,6 +59,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
   return rows
 
 
+def _step(row: Mapping[str, Any]) -> float:
+  step = row.get('step')
+  return step if isinstance(step, int) else math.inf
+
+
 class _Lines:
   """A file of JSON lines that grows, on a disk or in a bucket.
 
@@ -97,7 +102,7 @@ class Report:
     process = jax.process_index()
     name = f'unreadable.{process}.jsonl' if process else 'unreadable.jsonl'
     listed = _lines(workdir / name) if start_step else []
-    self._unreadable = {row.get('name') for row in listed}
+    self._unreadable = {str(row.get('name')) for row in listed}
     self._unreadable_lines = _Lines(workdir / name, listed)
     self._batch, self._total = batch_size, total_steps
     self._events = self._rows = self._bar = None
@@ -107,7 +112,7 @@ class Report:
     rows = _lines(workdir / 'metrics.jsonl')
     self._rows = _Lines(
       workdir / 'metrics.jsonl',
-      [row for row in rows if row.get('step', math.inf) <= start_step],
+      [row for row in rows if _step(row) <= start_step],
     )
     if tensorboard:
       from tensorboardX import SummaryWriter
