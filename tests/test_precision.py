@@ -27,8 +27,10 @@ def products(fn, *args):
     for eqn in jaxpr.eqns:
       if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
         found.append(eqn.params['precision'])
-      for sub in jax.core.jaxprs_in_params(eqn.params):
-        walk(sub)
+      for value in jax.tree.leaves(list(eqn.params.values())):
+        value = getattr(value, 'jaxpr', value)  # closed ones
+        if hasattr(value, 'eqns'):
+          walk(value)
 
   walk(jax.make_jaxpr(fn)(*args).jaxpr)
   return found
