@@ -1,12 +1,12 @@
 """python -m vqrae_jax.train --config=configs/quickstart.py
 
-A small tokenizer from scratch on eight photographs, on two CPU cores, in
-minutes: 64-pixel crops, patch 8, FSQ with 64,000 codes, l2. Three photographs
+A small tokenizer from scratch on eight images, on two CPU cores, in
+minutes: 64-pixel crops, patch 8, FSQ with 64,000 codes, l2. Three images
 stay out of training and are what it is measured on. Arguments: `:steps=1000`,
 `:lr=5e-4`.
 
 What made a short run work, by trial: many small steps (batch 16), a second
-moment that forgets the first large gradients (b2 = .95), photographs scaled
+moment that forgets the first large gradients (b2 = .95), images scaled
 down at random, so that crops hold detail, and two blocks a side, not four.
 """
 
