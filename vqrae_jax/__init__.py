@@ -19,7 +19,7 @@ _PUBLIC = {
   'reconstruct': 'vqrae_jax.inference',
   # health
   'codebook_usage': 'vqrae_jax.inference',
-  # errors a user can mend
+  # errors a user can fix
   'UserError': 'vqrae_jax.errors',
 }
 

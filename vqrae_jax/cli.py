@@ -160,7 +160,7 @@ def load_config(source: str) -> Any:
   """What get_config(args) returns, of the file in "F.py:args".
 
   Raises:
-    UserError: no such file, or the file raises: its author has to mend it.
+    UserError: no such file, or the file raises: its author has to fix it.
   """
   path, colon, args = source.partition(':')
   file = find_config(path)

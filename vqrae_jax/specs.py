@@ -282,7 +282,7 @@ def _at(message: str, where: str) -> str:
 
 
 def build_spec(cls: type[Spec], section: Mapping[str, Any], where: str) -> Spec:
-  """`cls(**section)`, nested specs included, with errors a user can mend.
+  """`cls(**section)`, nested specs included, with errors a user can fix.
 
   Args:
     cls: a dataclass (a spec, or a linen module).

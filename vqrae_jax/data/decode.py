@@ -120,7 +120,7 @@ def _attempt(file, where, read):
 def _orientation(image: Image.Image) -> int:
   try:
     return image.getexif().get(_ORIENTATION, 1)
-  except Exception:  # Damaged EXIF spoils no pixels.
+  except Exception:  # Damaged EXIF damages no pixels.
     return 1
 
 
