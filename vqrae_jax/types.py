@@ -126,7 +126,8 @@ class MicrobatchResult:
     metrics: {"loss/NAME", "mse": f32[]}, means too; "mse" is the clipped
       reconstruction's.
     stats: the quantizer's, sums.
-    fakes: uint8[b h w 3], the reconstruction, if a discriminator learns on it.
+    fakes: f32[b h w 3], the reconstruction rounded to 8 bits, if a
+      discriminator learns on it.
   """
 
   gradients: Tree

@@ -181,7 +181,8 @@ def test_run(name, workdir):
       else:
         # One code of 13,824 is so near to a tie that traced rates flip it
         # (2026-11-26), which moves held-out figures by up to 1.4e-4.
-        rtol = 2.5e-4 if key.startswith('eval/') else 1e-5
+        near_tie = name == 'plain' and key.startswith('eval/')
+        rtol = 2.5e-4 if near_tie else 1e-5
         np.testing.assert_allclose(
           have[key], value, rtol=rtol, atol=1e-5 * scale[key],
           err_msg=f'{key} of step {row["step"]}',

@@ -9,8 +9,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
 from vqrae_jax import quantizers
 from vqrae_jax.data.pipeline import CROPS, Augment
 from vqrae_jax.errors import UserError, choose, did_you_mean
@@ -81,18 +79,6 @@ class LossTerm:
     """The step from which the weight is at its full value."""
     ramp = steps_of(f'{self.ramp} {self.unit}', steps_per_epoch, 'losses')
     return self.start_step(steps_per_epoch) + ramp
-
-  def weight_at(self, steps_per_epoch: float | None):
-    """step -> f32[]: zero before the start, `weight` after the ramp."""
-    start = self.start_step(steps_per_epoch)
-    ramp = self.end_step(steps_per_epoch) - start
-
-    def at(step):
-      if not ramp:
-        return self.weight * (step >= start)
-      return self.weight * jnp.clip((step - start + 1) / (ramp + 1), 0.0, 1.0)
-
-    return at
 
 
 @dataclasses.dataclass(frozen=True)
