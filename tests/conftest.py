@@ -1,4 +1,4 @@
-"""Eight fake devices, shapes checked at every call, runs that tests share.
+"""Eight fake devices, shapes checked at every call, fixtures of all rooms.
 
 The import hook checks annotations where arrays are computed; `types.py` is left
 out, whose pytrees also hold shapes and shardings.
@@ -48,22 +48,6 @@ def place(tmp_path_factory) -> pathlib.Path:
   return bad.make(tmp_path_factory.mktemp('a place') / 'wörk')
 
 
-@pytest.fixture(scope='session')
-def trained_run(tmp_path_factory) -> pathlib.Path:
-  """The workdir of a finished run on one device: copy it (`tests/runs.py`)."""
-  from tests import runs
-
-  return runs.trained(runs.plain, tmp_path_factory.mktemp('plain'), 1)
-
-
-@pytest.fixture(scope='session')
-def trained_gan_run(tmp_path_factory) -> pathlib.Path:
-  """The same on 8 devices with a discriminator."""
-  from tests import runs
-
-  return runs.trained(runs.gan, tmp_path_factory.mktemp('gan'), 8)
-
-
 @pytest.fixture
 def answer(place, monkeypatch, capsys):
   """(main, argv) -> its error line (`tests/bad.py`)."""
@@ -105,12 +89,12 @@ def one_device():
 
 @pytest.fixture(scope='module', autouse=True)
 def bounded_memory():
-  """Drops compiled programs after a module where a worker holds 4 GiB."""
+  """Drops compiled programs after a module where a worker holds 7 GiB."""
   yield
   pages = pathlib.Path('/proc/self/statm')
   if pages.exists():
     held = int(pages.read_text().split()[1]) * resource.getpagesize()
-    if held > 4 * 2**30:
+    if held > 7 * 2**30:
       jax.clear_caches()
 
 

@@ -1,9 +1,4 @@
-"""Tiny runs in processes of their own; two are trained once for a session.
-
-`tests/conftest.py` has them as the fixtures `trained_run` (one device) and
-`trained_gan_run` (8 devices, codebook, averages, discriminator): folders to
-copy, never to write to. The images lie beside them.
-"""
+"""Tiny runs in processes of their own."""
 
 import json
 import pathlib
@@ -94,13 +89,6 @@ def finished(process) -> str:
   said = process.communicate(timeout=900)[1]
   assert process.returncode == 0, said
   return said
-
-
-def trained(make, folder: pathlib.Path, devices: int) -> pathlib.Path:
-  """The workdir of a finished run in `folder`."""
-  config = make(images(folder / 'images'))
-  finished(started(config, folder / 'run', devices))
-  return folder / 'run'
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:

@@ -1,5 +1,5 @@
-"""What goes wrong without anyone's mistake: broken photographs, torn notes,
-spoilt values, full disks. A run goes on and counts, or says what to do."""
+"""What goes wrong without anyone's mistake: unreadable images, damaged logs,
+non-finite values, full disks. A run goes on and counts, or says what to do."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ def test_what_is_skipped_and_what_is_converted(place, tmp_path, monkeypatch):
   photos = tmp_path / 'photos'
   shutil.copytree(place / 'bad', photos)
   good = bad.good(photos)
-  every = 4  # steps of an epoch, in which each photograph comes once
+  every = 4  # steps of an epoch, in which each image comes once
   assert len(list(photos.iterdir())) == len(bad.BROKEN) + len(good)
   batch = (len(bad.BROKEN) + len(good)) // every
   assert batch * every == len(bad.BROKEN) + len(good)
@@ -35,9 +35,9 @@ def test_what_is_skipped_and_what_is_converted(place, tmp_path, monkeypatch):
   skipped = sum(int(batches.batch(s)['skipped'].sum()) for s in range(every))
   assert figures['skipped'] == skipped >= len(bad.BROKEN)
   text = (tmp_path / 'run' / 'unreadable.jsonl').read_text()
-  told = [json.loads(line) for line in text.splitlines()]
-  assert sorted(row['name'] for row in told) == sorted(bad.BROKEN)
-  assert all(row['reason'] and '\n' not in row['reason'] for row in told)
+  listed = [json.loads(line) for line in text.splitlines()]
+  assert sorted(row['name'] for row in listed) == sorted(bad.BROKEN)
+  assert all(row['reason'] and '\n' not in row['reason'] for row in listed)
   rows = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
   assert json.loads(rows[-1])['skipped'] == skipped
   # The same with fewer allowed: a line that names the file that lists them.
@@ -66,7 +66,7 @@ def test_damaged_notes_do_not_stop_a_run(place, tmp_path, monkeypatch, capsys):
   assert 'orbax' not in err and 'save' not in err
 
 
-def test_a_spoilt_checkpoint_is_named(place, tmp_path, monkeypatch):
+def test_a_checkpoint_of_wild_values_is_named(place, tmp_path, monkeypatch):
   """Its values may be finite; the message says how to go further back."""
   monkeypatch.chdir(place)
   wild = dict(schedules=(('.*', dict(lr=1e15)),), duration=9, max_nonfinite=0)

@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import vqrae_jax
@@ -108,11 +109,18 @@ def built(config: dict, seed: int = 1, spread: float = 1.0):
   are made large so that many codes occur.
   """
   tokenizer = vqrae_jax.build_tokenizer(config)
-  variables = jax.jit(tokenizer.init)(jax.random.key(seed), images(1))
+  variables = jax.tree.map(jnp.asarray, _drawn(tokenizer, seed))
   embed = variables['params']['encoder']['embed']
   if 'positions' in embed:
     embed['positions'] = embed['positions'] * (50.0 * spread)
   return tokenizer, variables
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(tokenizer, seed):
+  """Fresh variables on the host: one program for all tests of a tokenizer."""
+  init = jax.jit(tokenizer.init)
+  return jax.device_get(init(jax.random.key(seed), images(1)))
 
 
 def normalised(kind: str, norm: str, grid=(4, 4), seed: int = 3, **options):

@@ -324,6 +324,7 @@ def _marks(leaf: Any) -> list[float]:
   return [float(f'{v:.9g}') for v in (x.mean(), rms, x[0], x[-1], against)]
 
 
+COMMON = ('params/encoder/', 'params/decoder/')
 # Drawn as others are: nothing to see in them that those do not show.
 SAME_LEAVES = {
   'fsq-cosmos', 'simvq-cosine', 'simvq-cosine-rows', 'latents-channel',
@@ -336,7 +337,15 @@ def initial() -> dict[str, dict[str, list[float]]]:
   key, found = jax.random.key(0), {}
   for name in sorted(set(MODELS) - SAME_LEAVES):
     tokenizer = vqrae_jax.build_tokenizer(MODELS[name])
-    found[name] = flat(jax.jit(tokenizer.init)(key, pictures()))
+    # What is drawn as in "none" is not compiled again.
+    common = () if name in ('none', 'other-encoder') else COMMON
+    found[name] = jax.jit(
+      lambda key, init=tokenizer.init, common=common: {
+        n: x
+        for n, x in flat(init(key, pictures())).items()
+        if not n.startswith(common)
+      }
+    )(key)
   module = entry_points.discriminator(_SMALL_DINO)
   image = pictures(16, 16)[:1] / np.float32(255)
   found['discriminator dino'] = flat(jax.jit(module.init)(key, image))

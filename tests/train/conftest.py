@@ -5,7 +5,8 @@ from absl import logging
 from PIL import Image
 
 from tests import tiny
-from tests.train import pieces
+
+OPEN = (('.*', dict(lr=1e-3)),)
 
 
 @pytest.fixture(scope='session')
@@ -37,30 +38,22 @@ def run_config(images):
 
 
 @pytest.fixture(scope='session')
-def gan_config(run_config):
-  """As `run_config`, of a SimVQ run with a DINO discriminator that trains all
-  of the tokenizer."""
+def simvq_config(run_config):
+  """As `run_config`, of a SimVQ run that trains all of the tokenizer."""
 
   def config(**keys):
-    losses = tiny.LOSSES['simvq-l2'] | dict(gan=dict(weight=0.5))
-    base = dict(
-      losses=losses,
-      discriminator=pieces.DINO,
-      init=dict(networks='random'),
-      schedules=(('.*', dict(lr=1e-3)),),
-    )
-    return run_config('simvq-l2', **(base | keys))
+    return run_config('simvq-l2', **(dict(schedules=OPEN) | keys))
 
   return config
 
 
 @pytest.fixture(scope='session')
-def gan_run(gan_config, tmp_path_factory):
-  """A finished run of `gan_config`: copy it, do not change it."""
+def simvq_run(simvq_config, tmp_path_factory):
+  """A finished run of `simvq_config`: copy it, do not change it."""
   from vqrae_jax.train import loop
 
-  workdir = tmp_path_factory.mktemp('runs') / 'gan'
-  loop.train(gan_config(), workdir)
+  workdir = tmp_path_factory.mktemp('runs') / 'simvq'
+  loop.train(simvq_config(), workdir)
   return workdir
 
 

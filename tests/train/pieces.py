@@ -100,7 +100,45 @@ APART = {'encoder/embed/positions': 50.0}
 CONTRAST = {'decoder/head/kernel': 5.0}
 
 
-def started(plan, mesh=None, images=None, larger=None):
+_ONES = ('scale', 'scale1', 'scale2', 'counts', 'std')
+_ZEROS = ('bias', 'mean', 'real', 'fake')
+
+
+def drawn(spec, mesh):
+  """(state, frozen) at step 0, about as `random_state` draws them, by numpy:
+  that program takes as long to compile as a small step."""
+  rng, params = np.random.default_rng(0), {}
+
+  def draw(name, leaf):
+    last = name.rpartition('/')[2]
+    if name == 'rng':
+      return jax.random.key(0)
+    if (held := name.removeprefix('ema/')) in params:
+      return params[held]
+    if last in _ONES:
+      return np.ones(leaf.shape, leaf.dtype)
+    if '/opt_state/' in name or last in _ZEROS or leaf.dtype == np.int32:
+      return np.zeros(leaf.shape, leaf.dtype)
+    inputs = leaf.shape[-2:-1] or (1,)
+    if last == 'positions':
+      inputs = (2500,)
+    if last in 'uv':  # unit vectors
+      inputs = leaf.shape
+    elif len(leaf.shape) == 4:  # a convolution
+      inputs = leaf.shape[:3]
+    found = rng.normal(0, np.prod(inputs) ** -0.5, leaf.shape).astype('f4')
+    params[name.removeprefix('tokenizer/params/')] = found
+    return found
+
+  def placed(name, leaf):
+    return jax.device_put(draw(name, leaf), leaf.sharding)
+
+  return tuple(
+    trees.map_named(placed, tree) for tree in state_lib.state_shapes(spec, mesh)
+  )
+
+
+def started(plan, mesh=None, images=None, larger=None, draw=drawn):
   """(state, frozen) at step 0, the codebook at tokens of `images`.
 
   Args:
@@ -108,11 +146,12 @@ def started(plan, mesh=None, images=None, larger=None):
     mesh: where they lie; one device by default.
     images: the first batch.
     larger: {leaf name: factor}, of fresh weights.
+    draw: (spec, mesh) -> both before that.
   """
   mesh = mesh or one_device()
   images = tiny.images(8) if images is None else images
   with jax.set_mesh(mesh):
-    state, frozen = state_lib.sharded_state(plan.spec, mesh, 0)
+    state, frozen = draw(plan.spec, mesh)
     if larger:
       leaves = state.tokenizer.params | frozen.params
       wide = {

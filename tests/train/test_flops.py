@@ -39,7 +39,7 @@ def dino(depth):
 
 
 @functools.cache
-def pieces(encoder=1, decoder=1, trunk=0, frozen=True, lpips=True, gan=True):
+def pieces(encoder=1, decoder=1, trunk=0, frozen=True, lpips=False, gan=False):
   """(spec, state, frozen, hparams) as shapes; depths, and which losses."""
   losses = dict(l2=1.0, lpips=1.0, gan=0.75, codebook=1.0, commit=0.25)
   for name, kept in (('lpips', lpips), ('gan', gan)):
@@ -126,18 +126,22 @@ def head():
     # One forward of a frozen encoder, three passes of what is trained.
     (dict(encoder=2), {}, block(0)[0]),
     (dict(encoder=2, frozen=False), dict(frozen=False), 3 * block(0)[0]),
-    (dict(decoder=2), {}, 3 * block(1)[0]),
+    (dict(decoder=2, gan=True), dict(gan=True), 3 * block(1)[0]),
     # Both images forward, one back; its leaves do not learn.
-    ({}, dict(lpips=False), 3 * lpips()),
+    (dict(lpips=True), {}, 3 * lpips()),
     # To the image and back, and the gradients' two products at the head; then
     # its own step on real and fake, neither of which wants a gradient.
     (
+      dict(gan=True),
       {},
-      dict(gan=False),
       2 * head() + 2 * patchgan()[0] + 2 * (3 * patchgan()[0] - patchgan()[1]),
     ),
     # A trunk that does not learn: to the image and back, real and fake.
-    (dict(trunk=2), dict(trunk=1), 4 * block(1)[0] + block(1)[1]),
+    (
+      dict(gan=True, trunk=2),
+      dict(gan=True, trunk=1),
+      4 * block(1)[0] + block(1)[1],
+    ),
   ],
   ids=('frozen', 'trained', 'decoder', 'lpips', 'patch', 'dino'),
 )

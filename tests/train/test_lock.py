@@ -1,22 +1,11 @@
 """One run in a workdir, whatever is done to its lock file."""
 
-import contextlib
 import os
 
 import pytest
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.train import loop
-
-
-def test_a_second_run_is_refused(tmp_path):
-  with loop.only_run_in(tmp_path) as check:
-    check()
-    for start in (loop.check_no_run_in, loop.only_run_in):
-      refused = pytest.raises(UserError, match='another run')
-      with refused, start(tmp_path) or contextlib.nullcontext():
-        pass
-  loop.check_no_run_in(tmp_path)
 
 
 def test_a_run_whose_lock_was_removed_stops_at_its_next_checkpoint(tmp_path):

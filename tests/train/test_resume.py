@@ -1,8 +1,9 @@
 """A run that is killed and started again is the run that was not.
 
-The runs are processes on 8 fake devices, ended by SIGKILL: no handler, no
-flush. Compared are all rows of metrics.jsonl but clocks, the fingerprint of the
-tokenizer and every array of the last checkpoint.
+The runs are processes, ended by SIGKILL: no handler, no flush. On one device
+they share the compilation cache, on 8 (slow) each compiles. Compared are all
+rows of metrics.jsonl but clocks, the fingerprint of the tokenizer and every
+array of the last checkpoint.
 """
 
 import json
@@ -17,8 +18,18 @@ from tests import runs, tiny
 from vqrae_jax.train.checkpoint import Checkpoints
 
 
-def started(gan_run, workdir):
-  return runs.started(runs.gan(gan_run.parent / 'images'), workdir, 8)
+@pytest.fixture(scope='module')
+def run(request, tmp_path_factory):
+  """(the workdir of a finished run on that many devices, workdir -> the
+  process of the same run there)."""
+  folder = tmp_path_factory.mktemp('gan')
+  config = runs.gan(runs.images(folder / 'images'))
+
+  def started(workdir):
+    return runs.started(config, workdir, request.param)
+
+  runs.finished(started(folder / 'run'))
+  return folder / 'run', started
 
 
 def in_a_save(workdir):
@@ -62,29 +73,32 @@ def check_same(workdir, want):
     assert any(name.startswith(part) for name in leaves), part
 
 
-def test_killed_in_a_save_stopped_by_a_signal(trained_gan_run, tmp_path):
-  process = started(trained_gan_run, tmp_path)
+@pytest.mark.parametrize('run', [1], indirect=True)
+def test_killed_in_a_save_stopped_by_a_signal(run, tmp_path):
+  want, started = run
+  process = started(tmp_path)
   runs.signalled(process, tmp_path, in_a_save)
   assert process.returncode == -signal.SIGKILL
-  process = started(trained_gan_run, tmp_path)
+  process = started(tmp_path)
   said = runs.signalled(process, tmp_path, runs.at_step(8), signal.SIGTERM)
   assert process.returncode == 143, said
   assert 'SIGTERM after step' in said.splitlines()[-1]
   last = runs.rows(tmp_path)[-1]['step']
   assert Checkpoints(tmp_path / 'checkpoints').steps()[-1] == last
-  assert 'resumed from' in runs.finished(started(trained_gan_run, tmp_path))
-  check_same(tmp_path, trained_gan_run)
+  assert 'resumed from' in runs.finished(started(tmp_path))
+  check_same(tmp_path, want)
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_steps(trained_gan_run, tmp_path):
+@pytest.mark.parametrize('run', [8], indirect=True)
+def test_killed_at_ten_random_steps(run, tmp_path):
+  want, started = run
   rng, kills = random.Random(0), 0
   steps = sorted(rng.sample(range(2, runs.GAN_STEPS), 10))
   for when in (*map(runs.at_step, steps), *4 * [in_a_save]):
-    process = started(trained_gan_run, tmp_path)
+    process = started(tmp_path)
     runs.signalled(process, tmp_path, when)
     kills += process.returncode == -signal.SIGKILL
-  process = started(trained_gan_run, tmp_path)
-  runs.finished(process)
-  check_same(tmp_path, trained_gan_run)
+  runs.finished(started(tmp_path))
+  check_same(tmp_path, want)
   assert kills >= 10

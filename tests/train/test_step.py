@@ -18,6 +18,13 @@ FROZEN_ENCODER = (('encoder/.*', None), ('.*', dict(lr=1e-3)))
 OPEN = (('.*', dict(lr=1e-3)),)
 
 
+def base(kind='vq-ema', **keys):
+  """A plan whose program most tests share: only numbers differ."""
+  model = tiny.model(kind, post_quant=dict(kernel=3))
+  keys = dict(model=model, log=dict(usage_window=2), schedules=OPEN) | keys
+  return planned(kind, **keys)
+
+
 def changed(before, after):
   before, after = host(before), host(after)
   return {n for n in before if before[n].tobytes() != after[n].tobytes()}
@@ -37,8 +44,7 @@ def changed(before, after):
 )
 def test_exactly_what_should_move_moves(kind, schedules):
   """After one step every trainable leaf has moved and nothing else has."""
-  post = dict(post_quant=dict(kernel=3))
-  plan = planned(kind, schedules=schedules, model=tiny.model(kind, **post))
+  plan = base(kind, schedules=schedules)
   step_lib.check_reach(plan.spec, *plan.abstract(), tiny.images(8))
   state, frozen = started(plan)
   after, _ = plan.step(state, frozen, tiny.images(8))
@@ -108,32 +114,6 @@ def test_gradients_equal_one_loss(kind):
     )
 
 
-def test_a_frozen_encoder_gets_no_backward():
-  """Compiled FLOPs: at least 1.8 encoder forwards fewer than trainable."""
-  model = tiny.model('fsq-cosmos', depth=4, scan=False)
-  images = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)
-
-  def flops(fn, *args):
-    return jax.jit(fn).lower(*args).compile().cost_analysis()['flops']
-
-  costs = []
-  for schedules in (OPEN, FROZEN_ENCODER):
-    plan = planned(schedules=schedules, model=model)
-    costs.append(
-      flops(
-        lambda *args, spec=plan.spec: step_lib.train_step(spec, *args),
-        *plan.abstract(),
-        images,
-      )
-    )
-  encode = flops(
-    lambda p, x: plan.spec.tokenizer.apply({'params': p}, x, method='encode'),
-    plan.shapes['params'],
-    images,
-  )
-  assert costs[0] - costs[1] > 1.8 * encode, (costs, encode)
-
-
 def test_a_frozen_encoder_has_no_optimizer_state_and_no_average():
   state, frozen, _ = planned(schedules=FROZEN_ENCODER).abstract()
   held = trees.flatten(state)
@@ -144,7 +124,7 @@ def test_a_frozen_encoder_has_no_optimizer_state_and_no_average():
 
 
 def test_the_codebook_moves_once_from_the_steps_sums():
-  plan = planned('vq-ema')
+  plan = base()
   state, frozen = started(plan)
   after, _ = plan.step(state, frozen, tiny.images(8))
   out = plan.spec.tokenizer.apply(
@@ -160,7 +140,7 @@ def test_the_codebook_moves_once_from_the_steps_sums():
 
 
 def test_ema_follows_the_weights():
-  plan = planned(ema=0.5)
+  plan = base(ema=0.5)
   state, frozen = started(plan)
   want = host(state.tokenizer.params)
   for t in range(3):
@@ -174,9 +154,7 @@ def test_ema_follows_the_weights():
 
 
 def test_usage_counts_the_last_steps_only():
-  plan = planned(
-    'vq-ema', log=dict(usage_window=2), schedules=(('.*', dict(lr=1e-9)),)
-  )
+  plan = base(schedules=(('.*', dict(lr=1e-9)),))
   state, frozen = started(plan)
   for i in range(3):
     state, metrics = plan.step(state, frozen, tiny.images(8, seed=i))
@@ -204,8 +182,8 @@ def test_a_loss_weight_starts_and_rises_when_its_config_says():
 
 
 def test_bf16_computes_over_f32_parameters():
-  model = tiny.model('simvq-l2', dtype='bfloat16')
-  plan, full = planned('simvq-l2', model=model), planned('simvq-l2')
+  half = tiny.model('simvq-l2', post_quant=dict(kernel=3), dtype='bfloat16')
+  plan, full = base('simvq-l2', model=half), base('simvq-l2')
   after, metrics = plan.step(*started(plan), tiny.images(8))
   for leaf in jax.tree.leaves((after.tokenizer, after.codebook, after.ema)):
     assert leaf.dtype in (jnp.float32, jnp.int32)
@@ -292,16 +270,15 @@ def test_a_config_that_does_not_fit_its_model_is_refused(keys, key):
     planned(**keys)
 
 
-@pytest.mark.parametrize('kind', ('vq-ema', 'simvq-l2'))
-def test_accumulation_is_one_big_batch(kind):
+def test_accumulation_is_one_big_batch():
   """Four microbatches give the step of the batch: weights, codebook, figures,
   noise too."""
   ends = []
   for count in (1, 4):
     # An eps above the gradients: Adam would make ±1 of a rounding error.
     plan = planned(
-      kind, accumulate=count, ema=0.5, optim=dict(eps=0.1, clip=None),
-      noise_tau=0.8 if kind == 'vq-ema' else 0.0,
+      'vq-ema', accumulate=count, ema=0.5, optim=dict(eps=0.1, clip=None),
+      noise_tau=0.8,
     )  # fmt: skip
     state, frozen = started(plan)
     rows = []
@@ -321,7 +298,7 @@ def test_noise_is_added_before_quantising_and_only_there():
   images = tiny.images(8)
   quiet = clean.gradients(state, frozen, images)
   noisy = plan.gradients(state, frozen, images)
-  later = plan.gradients(state.replace(step=1), frozen, images)
+  later = plan.gradients(state.replace(step=jnp.int32(1)), frozen, images)
   found = {float(p.metrics['loss/l2']) for p in (quiet, noisy, later)}
   assert len(found) == 3
   variables = state_lib.variables_of(state, frozen)
