@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import operator
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.ops import trees
 from vqrae_jax.optim import UNITS, AdamWConfig, Schedule, steps_of
 from vqrae_jax.specs import (
   at_least,
@@ -68,17 +70,15 @@ class LossTerm:
         'the term out'
       )
     one_of('unit', self.unit, UNITS)
-    for name in ('start', 'ramp'):  # an epoch's length does not matter here
-      steps_of(f'{getattr(self, name)} {self.unit}', 1, name)
+    self.steps(1)  # an epoch's length does not matter to the checks
 
-  def start_step(self, steps_per_epoch: float | None) -> int:
-    """The first step at which it is applied."""
-    return steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
-
-  def end_step(self, steps_per_epoch: float | None) -> int:
-    """The step from which the weight is at its full value."""
-    ramp = steps_of(f'{self.ramp} {self.unit}', steps_per_epoch, 'losses')
-    return self.start_step(steps_per_epoch) + ramp
+  def steps(self, steps_per_epoch: float) -> tuple[int, int]:
+    """(the first step at which it is applied, how many its weight rises)."""
+    start, ramp = (
+      steps_of(f'{value} {self.unit}', steps_per_epoch, name)
+      for name, value in (('start', self.start), ('ramp', self.ramp))
+    )
+    return start, ramp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,12 +369,10 @@ class RunConfig:
           f'init_from brings a full tokenizer, so init.{part} does not apply; '
           f'give one of the two (--config.init.{part}= clears it)'
         )
-    given = self.eval
-    if given is not None and not given.source:
-      object.__setattr__(self, 'eval', None)
-    elif given is not None:
+    if (given := self.eval) is not None:
       tile = given.tile or min(self.data.size)
-      object.__setattr__(self, 'eval', dataclasses.replace(given, tile=tile))
+      given = dataclasses.replace(given, tile=tile) if given.source else None
+      object.__setattr__(self, 'eval', given)
 
   def terms(self) -> dict[str, LossTerm]:
     """{name: LossTerm}, names checked against the loss tables."""
@@ -433,19 +431,20 @@ class RunConfig:
 
   def schedule_rows(self) -> list[tuple[str, Schedule | None]]:
     """The rows of `schedules`, checked."""
-    rows = []
+    rows: list[tuple[str, Schedule | None]] = []
     for row in self.schedules:
-      if not (
-        isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str)
-      ):
-        raise UserError(f'schedules row {row!r} must be (regex, schedule)')
-      pattern, fields = row
-      where = f'schedules["{pattern}"]'
-      if fields is not None and not isinstance(fields, Mapping):
-        raise UserError(f'{where}={fields!r} must be None or dict(lr=…)')
-      if fields is not None:
-        fields = build_spec(Schedule, fields, where)
-      rows.append((pattern, fields))
+      match row:
+        case (str(pattern), None):
+          rows.append((pattern, None))
+        case (str(pattern), Mapping() as fields):
+          where = f'schedules["{pattern}"]'
+          rows.append((pattern, build_spec(Schedule, fields, where)))
+        case (str(pattern), other):
+          raise UserError(
+            f'schedules["{pattern}"]={other!r} must be None or dict(lr=…)'
+          )
+        case _:
+          raise UserError(f'schedules row {row!r} must be (regex, schedule)')
     return rows
 
 
@@ -479,6 +478,17 @@ def read_config(config: Any) -> RunConfig:
   return spec
 
 
+def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+  """{dotted key: (old value, new value)} of all that differs, sorted; None on
+  a side that has no such key."""
+  old, new = trees.flatten(old), trees.flatten(new)
+  return {
+    name.replace('/', '.'): (old.get(name), new.get(name))
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  }
+
+
 def check_placeholders(spec: RunConfig) -> None:
   """Nothing is left to be filled in. Any other name is checked where it is
   opened, for a resumed run may no longer need it.
@@ -487,9 +497,7 @@ def check_placeholders(spec: RunConfig) -> None:
     UserError: a recipe's placeholder is still there.
   """
   for key, (word, wanted) in PLACEHOLDERS.items():
-    value: Any = spec
-    for name in key.split('.'):
-      value = getattr(value, name)
+    value = operator.attrgetter(key)(spec)
     if value == word and not pathlib.Path(word).exists():
       raise UserError(
         f"{key}={word} is the recipe's placeholder: set --config.{key} to "

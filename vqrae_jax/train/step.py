@@ -214,7 +214,7 @@ def train_step(
     spec: static.
     state: donated when jitted.
     frozen: the leaves that do not move.
-    hparams: f32[] each: rates, loss weights, starts (`setup.hparams_of`).
+    hparams: f32[] each: rates, loss weights, starts (`setup.f32`).
     images: uint8 or f32 in [0, 1], [b h w 3], b over the mesh.
 
   Returns:
