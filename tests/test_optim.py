@@ -129,11 +129,6 @@ def test_durations_that_are_none(text):
     optim.steps_of(text, 10, 'duration')
 
 
-def test_epochs_need_a_length():
-  with pytest.raises(UserError, match=r'data\.examples'):
-    optim.steps_of('2 epochs', None, 'duration')
-
-
 def test_every_leaf_is_claimed():
   names = list(params())
   with pytest.raises(UserError, match='decoder/head/kernel'):

@@ -4,6 +4,7 @@ Flags and `jax.distributed` only; the run is in `loop.py`.
 """
 
 import pathlib
+import re
 
 from absl import flags
 
@@ -22,10 +23,8 @@ ABOUT = (
 def _steps(profile: str | None) -> tuple[int, int] | None:
   if not profile:
     return None
-  try:
-    first, last = (int(n) for n in profile.split(':'))
-  except ValueError:
-    first, last = 0, -1
+  match = re.fullmatch('([0-9]{1,18}):([0-9]{1,18})', profile)
+  first, last = map(int, match.groups()) if match else (0, 0)
   if not 1 <= first <= last:
     raise UserError(f'--profile={profile} must be FIRST:LAST, two step numbers')
   return first, last

@@ -56,21 +56,6 @@ class Position:
   nonfinite: int = 0
   nonfinite_in_a_row: int = 0
 
-  @classmethod
-  def of(cls, manifest: Mapping[str, Any]) -> 'Position':
-    """The position in a checkpoint's manifest.
-
-    Raises:
-      UserError: there is none, or one of another version of this package.
-    """
-    try:
-      return cls(**manifest['position'])
-    except (KeyError, TypeError) as e:
-      raise UserError(
-        f'checkpoint {manifest["step"]}: its manifest has no position ({e}); '
-        'go on with the version of vqrae_jax that wrote it'
-      ) from None
-
   def after(self, step: int, metrics: Mapping[str, float]) -> 'Position':
     """The position after a step, by its metrics."""
     nonfinite = int(metrics['nonfinite'])
@@ -442,4 +427,3 @@ class Checkpoints:
       if self._manager is not None:
         with contextlib.suppress(Exception):  # which `wait` has raised
           self._manager.close()
-        self._manager = None

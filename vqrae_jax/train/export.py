@@ -11,7 +11,6 @@ from absl import flags
 
 from vqrae_jax import cli, export
 from vqrae_jax.errors import UserError
-from vqrae_jax.files import to_path
 from vqrae_jax.ops import trees
 from vqrae_jax.train import initialize
 
@@ -26,7 +25,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
   Raises:
     UserError: no run there, or no checkpoint that verifies.
   """
-  workdir = to_path(run)
+  workdir = initialize.reachable(run, '--run')
   if not (workdir / 'checkpoints').is_dir():
     raise UserError(
       f'--run={run} has no checkpoints; name the workdir of a run'

@@ -17,6 +17,7 @@ trees are in no checkpoint: they are loaded again and compared with their hash.
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ from absl import logging
 
 from vqrae_jax import export, sharding
 from vqrae_jax.errors import UserError
-from vqrae_jax.files import Path, to_path
+from vqrae_jax.files import Path, is_url, to_path
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.ops import trees
@@ -270,6 +271,25 @@ def check_frozen(
 # -- the tokenizer's weights -------------------------------------------------
 
 
+def reachable(path: str | os.PathLike, key: str) -> Path:
+  """`to_path`, in a bucket that can be opened.
+
+  Raises:
+    UserError: its library is missing, or does not let us in.
+  """
+  if not is_url(path):
+    return to_path(path)
+  try:
+    to_path(path).exists()
+  except Exception as e:  # each bucket's own library raises its own
+    raise UserError(
+      f'{key}={path} cannot be reached: {" ".join(str(e).split())}; install '
+      'its backend (pip install etils[epath-gcs] for gs://, etils[epath-s3] '
+      'for s3://) and sign in, or name a mounted folder'
+    ) from None
+  return to_path(path)
+
+
 def tokenizer_weights(
   tokenizer: Tokenizer, init_from: str | None, init: config_lib.InitSpec
 ) -> InitialWeights:
@@ -283,13 +303,12 @@ def tokenizer_weights(
     UserError: nothing to open there, or leaves of another tokenizer.
   """
   if init_from is None:
-    makers = dict(
-      encoder=encoder_from, decoder=decoder_from, latents=latents_from
-    )
+    makers = encoder_from, decoder_from, latents_from
+    given = init.encoder, init.decoder, init.latents
     parts = [
       make(tokenizer, source)
-      for part, make in makers.items()
-      if (source := getattr(init, part)) is not None
+      for make, source in zip(makers, given, strict=True)
+      if source is not None
     ]
     return InitialWeights(
       {name: x for part in parts for name, x in part.leaves.items()},
@@ -297,7 +316,7 @@ def tokenizer_weights(
       ' and '.join(part.source for part in parts if part.source),
       ' and '.join(part.revision for part in parts if part.revision) or None,
     )
-  path = to_path(init_from)
+  path = reachable(init_from, 'init_from')
   if (path / 'checkpoints').is_dir():
     _, weights = of_run(path, tokenizer)
   elif (folder := _tokenizer_at(path)) is not None or path.is_dir():
@@ -316,10 +335,10 @@ def encoder_from(
   tokenizer: Tokenizer, word: str, key: str = 'init.encoder'
 ) -> InitialWeights:
   """The encoder's leaves out of a published encoder, or of a tokenizer."""
-  folder = _tokenizer_at(to_path(word))
-  if folder is not None:
+  path = reachable(word, key)
+  if (folder := _tokenizer_at(path)) is not None:
     return _encoder_of(tokenizer, word, folder, key)
-  if (to_path(word) / 'metrics.jsonl').exists():
+  if (path / 'metrics.jsonl').exists():
     raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
   try:
     found = encoders.find_encoder(word)
@@ -335,10 +354,7 @@ def encoder_from(
 
 def _tokenizer_at(path: Path) -> Path | None:
   """The tokenizer's directory that `path` is, or that the run there left."""
-  for folder in (path / 'tokenizer', path):
-    if export.is_tokenizer(folder):
-      return folder
-  return None
+  return next(filter(export.is_tokenizer, (path / 'tokenizer', path)), None)
 
 
 def _encoder_of(

@@ -24,21 +24,21 @@ from jax.experimental import multihost_utils
 
 from vqrae_jax import export, hosts, sharding
 from vqrae_jax.errors import Stopped, UserError, read_json
-from vqrae_jax.files import Path, is_url, to_path
+from vqrae_jax.files import Path, is_url
 from vqrae_jax.paths import check_writable
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import reporting
 from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.checkpoint import Checkpoints, Position
 from vqrae_jax.train.gan import Alarms, active_metrics
-from vqrae_jax.train.initialize import Started, initialize, restore
-from vqrae_jax.train.reporting import (
-  Report,
-  Visualizer,
-  finish,
-  read_summary,
-  write_json,
+from vqrae_jax.train.initialize import (
+  Started,
+  initialize,
+  reachable,
+  restore,
 )
+from vqrae_jax.train.reporting import finish
 from vqrae_jax.train.setup import Setup
 from vqrae_jax.train.step import judged
 
@@ -175,7 +175,7 @@ def train(
       that are not finite.
     Stopped: a signal asked for it; the state is saved.
   """
-  workdir = to_path(workdir)
+  workdir = reachable(workdir, '--workdir')
   check_workdir(workdir)
   check_no_run_in(workdir)
   setup = setup_lib.setup(config_lib.read_config(config))
@@ -196,7 +196,7 @@ def train(
     lock.enter_context(hosts.loss_reported())
     with jax.set_mesh(setup.mesh), contextlib.closing(checkpoints):
       manifest = checkpoints.latest()
-      position = Position() if manifest is None else Position.of(manifest)
+      position = Position(**(manifest['position'] if manifest else {}))
       if position.step > total:
         raise UserError(
           f'{workdir} is at step {position.step}, past the {total} steps of '
@@ -207,7 +207,13 @@ def train(
         started = initialize(setup)
       else:
         started = restore(setup, checkpoints, manifest)
-        if figures := _finished(workdir, position.step, total):
+        figures = reporting.read_summary(workdir)
+        exported = (workdir / 'tokenizer').is_dir()
+        if exported and position.step == figures.get('steps') == total:
+          logging.warning(
+            '%s is finished (%d steps): nothing is trained or written; '
+            'lengthen duration, or name another --workdir', workdir, total,
+          )  # fmt: skip
           _warn_of_changes(workdir / 'config.json', config)
           return figures
         logging.info('resumed from step %d', position.step)
@@ -221,7 +227,7 @@ def train(
         workdir.mkdir(parents=True, exist_ok=True)
         if manifest is not None:
           _warn_of_changes(workdir / 'config.json', config)
-        write_json(workdir / 'config.json', config_lib.plain(config))
+        reporting.write_json(workdir / 'config.json', config_lib.plain(config))
       logging.info('%s; the first step compiles', setup.describe())
       if spec.every:
         checkpoints.begin_from(position.step)
@@ -280,7 +286,10 @@ def run(
     for number in range(position.step + 1, total + 1):
       if profile and number == profile[0]:
         jax.profiler.start_trace(str(workdir / 'profile'))
-      batch = setup.place(loop.next(batches))
+      asked = time.perf_counter()
+      batch = next(batches)
+      loop.waited += time.perf_counter() - asked
+      batch = setup.place(batch)
       state, metrics = step_fn(state, started.frozen, hparams, batch)
       # One step behind, so that the device always has work.
       loop.settle()
@@ -328,22 +337,15 @@ class _Loop:
     self.checkpoints, self.position = checkpoints, position
     self.first = position.step
     config = setup.config
-    self.visualizer = Visualizer(setup, started.frozen)
+    self.visualizer = reporting.Visualizer(setup, started.frozen)
     self.alarms = Alarms(
       setup.step.gan, setup.hparams, self.first + config.log.usage_window
     )
     self.evaluated: dict[int, dict[str, float]] = {}
-    self.report = Report(workdir, setup, self.first)
+    self.report = reporting.Report(workdir, setup, self.first)
     self.pending: tuple[int, Any] | None = None
     self.began = self.ready = time.perf_counter()
     self.waited = 0.0
-
-  def next(self, batches: Iterator[Any]) -> Any:
-    """The next batch; the time it took is kept."""
-    asked = time.perf_counter()
-    batch = next(batches)
-    self.waited += time.perf_counter() - asked
-    return batch
 
   def show(self, state: Any, number: int) -> None:
     """Pictures and held-out figures, where the config asks for them."""
@@ -446,8 +448,7 @@ class _Loop:
       'skipped': self.position.skipped,
       'train_seconds': ended - self.began,
     }
-    steps = total - self.first - 1
-    if steps > 0:
+    if (steps := total - self.first - 1) > 0:
       images = steps * self.setup.config.batch_size
       found['images_per_second'] = images / max(ended - self.ready, 1e-9)
     return found
@@ -475,14 +476,6 @@ def nonfinite(step: int, metrics: Mapping[str, float]) -> str:
 def check_workdir(workdir: Path) -> None:
   """The workdir can be made, and its tokenizer folder can be replaced."""
   if is_url(workdir):
-    try:
-      workdir.exists()
-    except Exception as e:  # each bucket's own library raises its own
-      raise UserError(
-        f'--workdir={workdir} cannot be reached: {" ".join(str(e).split())}; '
-        'install its backend (pip install etils[epath-gcs] for gs://, '
-        'etils[epath-s3] for s3://) and sign in, or name a mounted folder'
-      ) from None
     return
   check_writable(workdir, '--workdir')
   folder = workdir / 'checkpoints'
@@ -491,19 +484,6 @@ def check_workdir(workdir: Path) -> None:
       f'{folder} is not a folder, and checkpoints go there; move it'
     )
   export.check_target(workdir / 'tokenizer')
-
-
-def _finished(workdir: Path, step: int, total: int) -> dict[str, Any] | None:
-  """What summary.json holds, if the run is finished: then all of it stays."""
-  figures = read_summary(workdir)
-  exported = (workdir / 'tokenizer').is_dir()
-  if step < total or figures.get('steps') != total or not exported:
-    return None
-  logging.warning(
-    '%s is finished (%d steps): nothing is trained or written; lengthen '
-    'duration, or name another --workdir', workdir, total,
-  )  # fmt: skip
-  return figures
 
 
 def _warn_of_changes(path: Path, config: Any) -> None:

@@ -185,7 +185,7 @@ def setup(
   config_lib.check_latents(config, tokenizer)
   if warning := config_lib.config_warnings(config, tokenizer):
     logging.warning(warning)
-  source, held_out = _open_data(config, tokenizer)
+  source, held_out = _open_data(config)
   mesh = mesh or sharding.make_mesh(
     config.mesh.layout, tensor=config.mesh.tensor
   )
@@ -214,7 +214,7 @@ def setup(
 
 
 def _open_data(
-  config: config_lib.RunConfig, tokenizer: Tokenizer
+  config: config_lib.RunConfig,
 ) -> tuple[EncodedImages, EncodedImages | None]:
   """(training images, held-out images or None), looked at before training."""
 
@@ -228,7 +228,6 @@ def _open_data(
   if config.eval is None:
     return source, None
   held_out, tile = opened('eval', config.eval), config.eval.tile
-  tokenizer.grid(tile, tile)
   evaluator.check_tiles(held_out, tile)
   if shared := held_out.shared_with(source):
     logging.warning(
@@ -251,8 +250,7 @@ def plan_step(
       train, a start after the end.
   """
   tokenizer.grid(*config.data.size)
-  image = jax.ShapeDtypeStruct((1, *config.data.size, 3), jnp.float32)
-  shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
+  shapes = jax.eval_shape(lambda: state_lib.random_variables(tokenizer, 0))
   leaves = trees.flatten(shapes['params'])
   # A table that follows an average has no rate, but may be frozen too.
   tables = [f'quantizer/{n}' for n in tokenizer.quantizer.ema_tables]
