@@ -337,7 +337,12 @@ def encoder_from(
   """The encoder's leaves out of a published encoder, or of a tokenizer."""
   path = reachable(word, key)
   if (folder := _tokenizer_at(path)) is not None:
-    return _encoder_of(tokenizer, word, folder, key)
+    other, variables = export.load_tokenizer(folder)
+    _check_model(other, tokenizer, f'{key}={word}', 'encoder.')
+    params = {'encoder': variables['params']['encoder']}
+    leaves = jax.tree.map(np.asarray, trees.flatten({'params': params}))
+    source = f'the encoder of the tokenizer {folder}'
+    return InitialWeights(leaves, f'the {len(leaves)} leaves of {source}', word)
   if (path / 'metrics.jsonl').exists():
     raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
   try:
@@ -355,17 +360,6 @@ def encoder_from(
 def _tokenizer_at(path: Path) -> Path | None:
   """The tokenizer's directory that `path` is, or that the run there left."""
   return next(filter(export.is_tokenizer, (path / 'tokenizer', path)), None)
-
-
-def _encoder_of(
-  tokenizer: Tokenizer, word: str, folder: Path, key: str
-) -> InitialWeights:
-  other, variables = export.load_tokenizer(folder)
-  _check_model(other, tokenizer, f'{key}={word}', 'encoder.')
-  leaves = trees.flatten({'encoder': variables['params']['encoder']})
-  leaves = {f'params/{n}': np.asarray(x) for n, x in leaves.items()}
-  summary = f'the {len(leaves)} leaves of the encoder of the tokenizer {folder}'
-  return InitialWeights(leaves, summary, word)
 
 
 def decoder_from(tokenizer: Tokenizer, word: str) -> InitialWeights:
