@@ -141,7 +141,7 @@ def test_every_leaf_is_claimed():
 @pytest.mark.parametrize(
   'fields, words',
   [
-    (dict(lr=-1.0), 'must be finite and not negative'),
+    (dict(lr=-1.0), 'lr=-1.0'),
     (dict(lr=1.0, decay='cosin'), 'did you mean "cosine"'),
     (dict(lr=1.0, warmup=10), 'warmup=10'),
     (dict(lr=1.0, layers=(1.0, 1.0)), 'which stacks'),

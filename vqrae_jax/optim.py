@@ -25,7 +25,7 @@ import optax
 
 from vqrae_jax.errors import UserError, did_you_mean
 from vqrae_jax.ops import trees
-from vqrae_jax.specs import one_of
+from vqrae_jax.specs import at_least, one_of
 
 UNITS = ('steps', 'epochs')
 DECAYS = ('cosine', 'linear', 'constant')
@@ -77,29 +77,17 @@ class Schedule:
   end_lr: float = 0.0
   warmup: int | str = 0
   decay: str = 'cosine'
-  layers: tuple | None = None
+  layers: tuple[float | None, ...] | None = None
 
   def __post_init__(self):
-    one_of('schedule decay', self.decay, DECAYS)
-    if not (0 <= self.lr < np.inf and 0 <= self.end_lr < np.inf):
-      raise UserError(
-        f'schedule lr={self.lr}, end_lr={self.end_lr} must be finite and not '
-        'negative'
-      )
+    one_of('decay', self.decay, DECAYS)
+    at_least(0, '', self, 'lr', 'end_lr')
     if not self.lr and not self.end_lr:
-      raise UserError('schedule lr=0 trains nothing; None freezes leaves')
-    for factor in self.layers or ():
-      number = isinstance(factor, int | float) and 0 <= factor < np.inf
-      if factor is not None and not number:
-        raise UserError(
-          f'schedule layers={self.layers}: {factor!r} must be a finite factor, '
-          'not negative, or None for a frozen block'
-        )
+      raise UserError('lr=0 trains nothing; None freezes leaves')
+    if any(factor is not None and factor < 0 for factor in self.layers or ()):
+      raise UserError(f'layers={self.layers} must be 0 or more, None if frozen')
     if self.layers and not any(self.layers):
-      raise UserError(
-        f'schedule layers={self.layers} moves no block; give the row None for '
-        'its schedule'
-      )
+      raise UserError(f'layers={self.layers} moves no block; None freezes all')
 
 
 def match_schedules(
@@ -127,19 +115,13 @@ class AdamWConfig:
 
   def __post_init__(self):
     for name in ('b1', 'b2'):
-      if not 0 <= getattr(self, name) < 1:
-        raise UserError(
-          f'optim.{name}={getattr(self, name)} must lie in [0, 1)'
-        )
-    if not (0 < self.eps < np.inf and 0 <= self.weight_decay < np.inf):
-      raise UserError(
-        f'optim.eps={self.eps} must be above 0 and '
-        f'optim.weight_decay={self.weight_decay} not below, both finite'
-      )
-    if self.clip is not None and not self.clip > 0:
-      raise UserError(
-        f'optim.clip={self.clip} must be above 0, or None for no clipping'
-      )
+      if not 0 <= (value := getattr(self, name)) < 1:
+        raise UserError(f'optim.{name}={value} must lie in [0, 1)')
+    at_least(0, 'optim.', self, 'weight_decay')
+    if self.eps <= 0:
+      raise UserError(f'optim.eps={self.eps} must be above 0')
+    if self.clip is not None and self.clip <= 0:
+      raise UserError(f'optim.clip={self.clip} must be above 0, or None (off)')
 
 
 def learning_rate(decay: str, numbers: Numbers, step: Any) -> jax.Array:

@@ -38,19 +38,11 @@ def default_workdir(source: str) -> str:
 
 
 def _flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_string(
-    'workdir',
-    None,
-    "the run's folder; runs/CONFIG or runs/CONFIG-ARGS if left out",
-    values,
-  )
+  text = "the run's folder; runs/CONFIG or runs/CONFIG-ARGS if left out"
+  flags.DEFINE_string('workdir', None, text, values)
   flags.DEFINE_bool('dry_run', False, 'one step, nothing written', values)
-  flags.DEFINE_string(
-    'profile',
-    None,
-    'FIRST:LAST, steps of a jax.profiler trace in workdir/profile',
-    values,
-  )
+  text = 'FIRST:LAST, steps of a jax.profiler trace in workdir/profile'
+  flags.DEFINE_string('profile', None, text, values)
   cli.define_hosts(values)
 
 

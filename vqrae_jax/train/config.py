@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vqrae_jax import quantizers
-from vqrae_jax.data.pipeline import CROPS, Augment
+from vqrae_jax.data.pipeline import CROPS
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.losses.adversarial import D_LOSSES
@@ -65,10 +65,7 @@ class LossTerm:
 
   def __post_init__(self):
     if self.weight <= 0:
-      raise UserError(
-        f'weight={self.weight} trains nothing; give a number above 0, or leave '
-        'the term out'
-      )
+      raise UserError(f'weight={self.weight} must be above 0, or left out')
     one_of('unit', self.unit, UNITS)
     self.steps(1)  # an epoch's length does not matter to the checks
 
@@ -175,16 +172,12 @@ class DataSpec:
   max_skipped: float = 0.01
 
   def __post_init__(self):
-    if not 0 <= self.max_skipped <= 1:
-      raise UserError(
-        f'data.max_skipped={self.max_skipped} must be a share in [0, 1]'
-      )
+    if not 0 <= (share := self.max_skipped) <= 1:
+      raise UserError(f'data.max_skipped={share} must be a share in [0, 1]')
     one_of('data.crop', self.crop, CROPS)
-    if not _sides(self.image_size, 2):
-      raise UserError(
-        f'data.image_size={self.image_size} must be pixels, or (h, w)'
-      )
-    r = self.resize
+    size, r = self.image_size, self.resize
+    if not _sides(size, 2):
+      raise UserError(f'data.image_size={size} must be pixels, or (h, w)')
     if r is not None and (
       not _sides(r, 2) or (isinstance(r, tuple) and r[0] > r[1])
     ):
@@ -199,10 +192,6 @@ class DataSpec:
     """(h, w) of a training image."""
     s = self.image_size
     return s if isinstance(s, tuple) else (s, s)
-
-  def augment(self) -> Augment:
-    """The host-side half of this section."""
-    return Augment(self.size, self.resize, self.crop, self.flip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,9 +369,7 @@ class RunConfig:
     terms: dict[str, LossTerm] = {}
     for name, value in self.losses.items():
       if name not in known:
-        raise UserError(
-          f'unknown loss "losses.{name}"{did_you_mean(name, known)}'
-        )
+        raise UserError(f'unknown "losses.{name}"{did_you_mean(name, known)}')
       if not isinstance(value, Mapping):
         value = {'weight': value}
       kind = TERMS.get(name, LossTerm)
@@ -499,10 +486,7 @@ def check_placeholders(spec: RunConfig) -> None:
   for key, (word, wanted) in PLACEHOLDERS.items():
     value = operator.attrgetter(key)(spec)
     if value == word and not pathlib.Path(word).exists():
-      raise UserError(
-        f"{key}={word} is the recipe's placeholder: set --config.{key} to "
-        f'{wanted}'
-      )
+      raise UserError(f'{key}={word} stands for {wanted}: set --config.{key}')
 
 
 def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:

@@ -27,9 +27,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
   """
   workdir = initialize.reachable(run, '--run')
   if not (workdir / 'checkpoints').is_dir():
-    raise UserError(
-      f'--run={run} has no checkpoints; name the workdir of a run'
-    )
+    raise UserError(f"--run={run} has no checkpoints; name a run's workdir")
   tokenizer, weights = initialize.of_run(workdir, key='--run')
   variables = trees.unflatten(weights.leaves)
   print(weights.summary)
@@ -39,10 +37,8 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
 def main(argv: list[str]) -> None:
   """Parses flags, exports."""
   values = flags.FlagValues()
-  flags.DEFINE_string('run', None, 'the workdir of a run', flag_values=values)
-  flags.DEFINE_string(
-    'out', None, 'the folder of the tokenizer', flag_values=values
-  )
+  flags.DEFINE_string('run', None, 'the workdir of a run', values)
+  flags.DEFINE_string('out', None, 'the folder of the tokenizer', values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'run', 'out')
   fingerprint = export_run(values.run, values.out)

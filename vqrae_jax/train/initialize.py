@@ -205,12 +205,11 @@ def _networks(step: state_lib.StepSpec, kind: str) -> tuple[Leaves, str]:
   """
   backbone = getattr(step.gan and step.gan.module, 'backbone', None)
   names = step.networks + ['discriminator'] * (backbone is not None)
+  where, leaves = ', '.join(names), {}
   if not names:
     return {}, ''
   if kind == 'random':
-    where = ', '.join(names)
     return {}, f'RANDOM networks in {where} (init.networks="random")'
-  leaves: Leaves = {}
   for name in names:
     try:
       if name == 'discriminator':
@@ -223,7 +222,7 @@ def _networks(step: state_lib.StepSpec, kind: str) -> tuple[Leaves, str]:
       key = name if name == 'discriminator' else f'losses.{name}'
       raise UserError(f'{key}: {e}, or {hint}') from None
     leaves |= trees.flatten(tree)
-  return leaves, f'published networks in {", ".join(names)}'
+  return leaves, f'published networks in {where}'
 
 
 def hash_frozen(
@@ -469,9 +468,7 @@ def of_run(
       f'{workdir}/tokenizer'
     ) from None
   if manifest is None:
-    raise UserError(
-      f'{where}: the run has no checkpoint yet; wait for its first one'
-    )
+    raise UserError(f'{where}: that run has no checkpoint yet; wait for one')
   step, tokenizer = manifest['step'], build_tokenizer(config.model)
   if want is not None:
     _check_model(tokenizer, want, where)

@@ -118,9 +118,7 @@ def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
     return
   first, path = not jax.process_index(), workdir / 'lock'
   if path.is_symlink() or (path.exists() and not path.is_file()):
-    raise UserError(
-      f'{path} is no regular file, and a lock goes there; move it'
-    )
+    raise UserError(f'{path} is no regular file for a lock; move it')
   lock, mine = filelock.FileLock(path, timeout=0), None
   if first:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -180,11 +178,8 @@ def train(
   check_no_run_in(workdir)
   setup = setup_lib.setup(config_lib.read_config(config))
   total, spec = setup.total_steps, setup.config.checkpoint
-  if profile and profile[1] > total:
-    raise UserError(
-      f'--profile={profile[0]}:{profile[1]} ends after the {total} steps of '
-      'the run'
-    )
+  if profile and (last := profile[1]) > total:
+    raise UserError(f'--profile={profile[0]}:{last} is past the {total} steps')
   checkpoints = Checkpoints(workdir / 'checkpoints', spec.keep)
   seen = checkpoints.steps()
   if seen and not spec.every:
@@ -480,9 +475,7 @@ def check_workdir(workdir: Path) -> None:
   check_writable(workdir, '--workdir')
   folder = workdir / 'checkpoints'
   if os.path.lexists(folder) and not folder.is_dir():
-    raise UserError(
-      f'{folder} is not a folder, and checkpoints go there; move it'
-    )
+    raise UserError(f'{folder} is not a folder for checkpoints; move it')
   export.check_target(workdir / 'tokenizer')
 
 

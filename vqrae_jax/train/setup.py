@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from vqrae_jax import export, optim, sharding
 from vqrae_jax.data.decode import EncodedImages
-from vqrae_jax.data.pipeline import TrainBatches
+from vqrae_jax.data.pipeline import Augment, TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
@@ -185,6 +185,7 @@ def setup(
   config_lib.check_latents(config, tokenizer)
   if warning := config_lib.config_warnings(config, tokenizer):
     logging.warning(warning)
+  data = config.data
   source, held_out = _open_data(config)
   mesh = mesh or sharding.make_mesh(
     config.mesh.layout, tensor=config.mesh.tensor
@@ -192,19 +193,17 @@ def setup(
   sharding.check_batch(config.batch_size, mesh, config.accumulate)
   batches = TrainBatches(
     source,
-    config.data.augment(),
+    Augment(data.size, data.resize, data.crop, data.flip),
     batch_size=config.batch_size,
     seed=config.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  examples = config.data.examples or len(source)
+  examples = data.examples or len(source)
   step, hparams, shapes, total = plan_step(
     config, tokenizer, examples / config.batch_size
   )
-  image = jax.ShapeDtypeStruct(
-    (config.batch_size, *config.data.size, 3), jnp.uint8
-  )
+  image = jax.ShapeDtypeStruct((config.batch_size, *data.size, 3), jnp.uint8)
   step_lib.check_reach(
     step, *state_lib.state_shapes(step, mesh), f32(hparams), image
   )
@@ -264,9 +263,7 @@ def plan_step(
     f'{config.batch_size}, {steps_per_epoch * config.batch_size:.0f} images)'
   )
   if total < 1:
-    raise UserError(
-      f'duration={config.duration!r} is less than one step{epoch}'
-    )
+    raise UserError(f'duration={config.duration!r} is below one step{epoch}')
   terms = config.terms()
   _check_terms(terms, tokenizer, trainable)
   q = tokenizer.quantizer
