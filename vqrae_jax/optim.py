@@ -208,12 +208,8 @@ class Optimizer:
 
   def rates(self, numbers: Numbers, step: Any) -> list[jax.Array]:
     """The learning rate of each schedule."""
-    return [
-      learning_rate(decay, n, step)
-      for (decay, _), n in zip(
-        self.schedules, numbers['schedules'], strict=True
-      )
-    ]
+    schedules = zip(self.schedules, numbers['schedules'], strict=True)
+    return [learning_rate(decay, n, step) for (decay, _), n in schedules]
 
   def _chain(self, numbers: Numbers) -> optax.GradientTransformation:
     decayed = {name: decays for name, _, decays in self.leaves}

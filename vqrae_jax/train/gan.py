@@ -162,16 +162,10 @@ class Gan:
     adaptive."""
     if not self.adaptive:
       return ()
-    vit = self.decoder.vit
+    vit, std = self.decoder.vit, self.decoder.pixel_norm.std
+    layout = vit.patch_size, vit.num_prefix_tokens
     return tuple(
-      adversarial.head_gradient(
-        cotangent,
-        features,
-        self.decoder.pixel_norm.std,
-        vit.patch_size,
-        vit.num_prefix_tokens,
-      )
-      for cotangent in (image, gan)
+      adversarial.head_gradient(x, features, std, *layout) for x in (image, gan)
     )
 
   def adaptive_weight(self, *head_grads: jax.Array) -> jax.Array:

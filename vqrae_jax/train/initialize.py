@@ -479,11 +479,8 @@ def of_run(
   }
   has_ema = any(n.startswith('ema/') for n in shapes)
   params = 'ema/' if has_ema else 'tokenizer/params/'
-  wanted = {
-    name: leaf
-    for name, leaf in shapes.items()
-    if name.startswith((params, 'codebook/'))
-  }
+  loaded = params, 'codebook/'
+  wanted = {n: x for n, x in shapes.items() if n.startswith(loaded)}
   found = kept.restore(manifest, wanted, part=True)
   leaves = {
     re.sub(f'^{params}', 'params/', name): np.asarray(leaf)

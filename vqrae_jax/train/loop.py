@@ -229,11 +229,8 @@ def train(
       state, figures = run(
         setup, started, workdir, checkpoints, position, check_lock, profile
       )
-      variables = sharding.host_copy(
-        state_lib.variables_of(state, started.frozen, ema=True),
-        setup.mesh,
-        everywhere=False,
-      )
+      variables = state_lib.variables_of(state, started.frozen, ema=True)
+      variables = sharding.host_copy(variables, setup.mesh, everywhere=False)
     return finish(setup, variables, workdir, figures)
 
 
@@ -408,10 +405,8 @@ class _Loop:
     share = setup.config.data.max_skipped
     if position.skipped <= share * max(samples, len(setup.source)):
       return
-    name, reason = next(
-      reversed(setup.batches.unreadable.items()),
-      ('another host', 'see its log'),
-    )
+    here = reversed(setup.batches.unreadable.items())
+    name, reason = next(here, ('another host', 'see its log'))
     raise UserError(
       f'{position.skipped} images of {samples} samples could not be read, more '
       f'than data.max_skipped={share} allows; the last was {name}: {reason}; '
@@ -455,16 +450,11 @@ def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
 
 def nonfinite(step: int, metrics: Mapping[str, float]) -> str:
   """Which of a step's losses and norms are not finite; '' if all are."""
-  bad = sorted(
-    k for k, v in metrics.items() if judged(k) and not np.isfinite(v)
-  )
+  names = sorted(metrics.keys() - {'skipped', 'nonfinite'})
+  bad = [n for n in names if judged(n) and not np.isfinite(metrics[n])]
   if not bad:
     return ''
-  values = ', '.join(
-    f'{k}={v:.4g}'
-    for k, v in sorted(metrics.items())
-    if k not in ('skipped', 'nonfinite')
-  )
+  values = ', '.join(f'{n}={metrics[n]:.4g}' for n in names)
   return f'{", ".join(bad)} not finite at step {step} ({values})'
 
 
