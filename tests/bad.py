@@ -153,7 +153,7 @@ def _runs(root):
   with mock.patch.object(sharding, 'make_mesh', lambda *_, **__: one):
     loop.train(config() | dict(data=data), run)
   shutil.copytree(run / 'tokenizer', root / 'tokenizer')
-  for name in ('torn', 'another', 'headless', 'unbegun', 'blocked', 'jumbled'):
+  for name in ('torn', 'another', 'headless', 'unbegun', 'blocked'):
     shutil.copytree(run, root / name)
   for path in (root / 'torn' / 'checkpoints').glob('0*/**/*'):
     if path.is_file():
@@ -161,9 +161,6 @@ def _runs(root):
 
   pieces.edit_manifests(
     root / 'another', lambda m: m['frozen']['params'].update(sha256='0')
-  )
-  pieces.edit_manifests(
-    root / 'jumbled', lambda m: m['position'].update(turns=3)
   )
   (root / 'headless' / 'config.json').unlink()
   shutil.rmtree(root / 'unbegun' / 'checkpoints')

@@ -107,7 +107,6 @@ RUNS = [
   ('another', {}, '"params"'),
   ('blocked', {}, 'checkpoints'),
   ('foreign', {}, 'foreign/tokenizer'),
-  ('jumbled', {}, 'checkpoint 2'),
 ]
 
 TOKENIZERS = [

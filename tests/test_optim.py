@@ -129,11 +129,6 @@ def test_durations_that_are_none(text):
     optim.steps_of(text, 10, 'duration')
 
 
-def test_epochs_need_a_length():
-  with pytest.raises(UserError, match=r'data\.examples'):
-    optim.steps_of('2 epochs', None, 'duration')
-
-
 def test_every_leaf_is_claimed():
   names = list(params())
   with pytest.raises(UserError, match='decoder/head/kernel'):
@@ -146,7 +141,7 @@ def test_every_leaf_is_claimed():
 @pytest.mark.parametrize(
   'fields, words',
   [
-    (dict(lr=-1.0), 'must be finite and not negative'),
+    (dict(lr=-1.0), 'lr=-1.0'),
     (dict(lr=1.0, decay='cosin'), 'did you mean "cosine"'),
     (dict(lr=1.0, warmup=10), 'warmup=10'),
     (dict(lr=1.0, layers=(1.0, 1.0)), 'which stacks'),

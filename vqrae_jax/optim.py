@@ -25,6 +25,7 @@ import optax
 
 from vqrae_jax.errors import UserError, did_you_mean
 from vqrae_jax.ops import trees
+from vqrae_jax.specs import at_least, one_of
 
 UNITS = ('steps', 'epochs')
 DECAYS = ('cosine', 'linear', 'constant')
@@ -34,26 +35,21 @@ Numbers = Mapping[str, Any]
 
 
 def steps_of(
-  duration: int | float | str, steps_per_epoch: float | None, where: str
+  duration: int | float | str, steps_per_epoch: float, where: str
 ) -> int:
   """Steps of 300, "300 steps" or "1.5 epochs".
 
   Raises:
-    UserError: another form, or epochs of a source without a length.
+    UserError: another form.
   """
-  words = str(duration).split()
-  unit = words[1] if len(words) == 2 else 'steps'
+  value, _, unit = str(duration).strip().partition(' ')
+  unit = unit.strip() or 'steps'
   unit = unit if unit.endswith('s') else f'{unit}s'
   try:
-    number = float(words[0]) if len(words) in (1, 2) else None
+    number = float(value)
   except ValueError:
-    number = None
-  if (
-    number is None
-    or not np.isfinite(number)
-    or unit not in UNITS
-    or isinstance(duration, bool)
-  ):
+    number = np.nan
+  if unit not in UNITS or not np.isfinite(number):
     raise UserError(
       f'{where}={duration!r} must be a number of steps, "300 steps" or '
       f'"1.5 epochs"{did_you_mean(unit, UNITS) if unit not in UNITS else ""}'
@@ -62,14 +58,7 @@ def steps_of(
     raise UserError(f'{where}={duration!r} must be a whole number of steps')
   if number < 0:
     raise UserError(f'{where}={duration!r} must not be negative')
-  if unit == 'epochs':
-    if not steps_per_epoch:
-      raise UserError(
-        f'{where}={duration!r} counts epochs, but the data has no known '
-        'length; set data.examples or give steps'
-      )
-    number *= steps_per_epoch
-  return round(number)
+  return round(number * steps_per_epoch if unit == 'epochs' else number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,32 +77,17 @@ class Schedule:
   end_lr: float = 0.0
   warmup: int | str = 0
   decay: str = 'cosine'
-  layers: tuple | None = None
+  layers: tuple[float | None, ...] | None = None
 
   def __post_init__(self):
-    if self.decay not in DECAYS:
-      raise UserError(
-        f'schedule decay={self.decay!r}{did_you_mean(self.decay, DECAYS)}'
-      )
-    if not (0 <= self.lr < np.inf and 0 <= self.end_lr < np.inf):
-      raise UserError(
-        f'schedule lr={self.lr}, end_lr={self.end_lr} must be finite and not '
-        'negative'
-      )
+    one_of('decay', self.decay, DECAYS)
+    at_least(0, '', self, 'lr', 'end_lr')
     if not self.lr and not self.end_lr:
-      raise UserError('schedule lr=0 trains nothing; None freezes leaves')
-    for factor in self.layers or ():
-      number = isinstance(factor, int | float) and 0 <= factor < np.inf
-      if factor is not None and not number:
-        raise UserError(
-          f'schedule layers={self.layers}: {factor!r} must be a finite factor, '
-          'not negative, or None for a frozen block'
-        )
+      raise UserError('lr=0 trains nothing; None freezes leaves')
+    if any(factor is not None and factor < 0 for factor in self.layers or ()):
+      raise UserError(f'layers={self.layers} must be 0 or more, None if frozen')
     if self.layers and not any(self.layers):
-      raise UserError(
-        f'schedule layers={self.layers} moves no block; give the row None for '
-        'its schedule'
-      )
+      raise UserError(f'layers={self.layers} moves no block; None freezes all')
 
 
 def match_schedules(
@@ -141,19 +115,13 @@ class AdamWConfig:
 
   def __post_init__(self):
     for name in ('b1', 'b2'):
-      if not 0 <= getattr(self, name) < 1:
-        raise UserError(
-          f'optim.{name}={getattr(self, name)} must lie in [0, 1)'
-        )
-    if not (0 < self.eps < np.inf and 0 <= self.weight_decay < np.inf):
-      raise UserError(
-        f'optim.eps={self.eps} must be above 0 and '
-        f'optim.weight_decay={self.weight_decay} not below, both finite'
-      )
-    if self.clip is not None and not self.clip > 0:
-      raise UserError(
-        f'optim.clip={self.clip} must be above 0, or None for no clipping'
-      )
+      if not 0 <= (value := getattr(self, name)) < 1:
+        raise UserError(f'optim.{name}={value} must lie in [0, 1)')
+    at_least(0, 'optim.', self, 'weight_decay')
+    if self.eps <= 0:
+      raise UserError(f'optim.eps={self.eps} must be above 0')
+    if self.clip is not None and self.clip <= 0:
+      raise UserError(f'optim.clip={self.clip} must be above 0, or None (off)')
 
 
 def learning_rate(decay: str, numbers: Numbers, step: Any) -> jax.Array:
@@ -240,12 +208,8 @@ class Optimizer:
 
   def rates(self, numbers: Numbers, step: Any) -> list[jax.Array]:
     """The learning rate of each schedule."""
-    return [
-      learning_rate(decay, n, step)
-      for (decay, _), n in zip(
-        self.schedules, numbers['schedules'], strict=True
-      )
-    ]
+    schedules = zip(self.schedules, numbers['schedules'], strict=True)
+    return [learning_rate(decay, n, step) for (decay, _), n in schedules]
 
   def _chain(self, numbers: Numbers) -> optax.GradientTransformation:
     decayed = {name: decays for name, _, decays in self.leaves}
@@ -292,8 +256,9 @@ def make_optimizer(
   schedules: Mapping[str, Schedule],
   leaves: Mapping[str, Any],
   total_steps: int,
-  steps_per_epoch: float | None,
+  steps_per_epoch: float,
   updates: int = 1,
+  key: str = 'schedule',
   epoch: str = '',
 ) -> tuple[Optimizer, dict[str, Any]]:
   """(AdamW over {leaf name: leaf}, each leaf at its own rate; its numbers).
@@ -302,10 +267,11 @@ def make_optimizer(
     adamw: the shared numbers.
     schedules: {leaf name: schedule} of every trainable leaf.
     leaves: {leaf name: array or shape}.
-    total_steps: the run's length, for the decays.
+    total_steps: the schedules' length, for the decays.
     steps_per_epoch: for warm-ups in epochs.
     updates: in one step; all of a step are at its rate.
-    epoch: what an epoch is, for the error of a warm-up.
+    key: the schedules' key in the config, for the error of a warm-up.
+    epoch: what an epoch is, for the same.
 
   Raises:
     UserError: a warm-up that leaves no step, or `layers` of another depth than
@@ -319,12 +285,12 @@ def make_optimizer(
     numbers['weight_decay'] = adamw.weight_decay
   forms = []
   for schedule in distinct:
-    warmup = steps_of(schedule.warmup, steps_per_epoch, 'schedule warmup')
-    if warmup >= total_steps > 0:
+    warmup = steps_of(schedule.warmup, steps_per_epoch, f'{key} warmup')
+    if warmup >= total_steps:
       raise UserError(
-        f'schedule warmup={schedule.warmup!r} is {warmup} steps and leaves '
-        f'none of the {total_steps} steps of the run{epoch}; shorten it, '
-        'lengthen duration, or lower batch_size'
+        f'{key} warmup={schedule.warmup!r} is {warmup} steps and leaves none '
+        f'of the {total_steps} steps there are{epoch}; shorten it, lengthen '
+        'duration, or lower batch_size'
       )
     entry = dict(
       lr=schedule.lr, end_lr=schedule.end_lr, warmup=warmup, total=total_steps

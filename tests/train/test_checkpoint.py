@@ -14,6 +14,7 @@ from tests.train import pieces
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
+from vqrae_jax.train import initialize
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.checkpoint import Checkpoints, as_leaves, from_leaves
 
@@ -268,4 +269,4 @@ def test_a_disk_that_cannot_be_written_is_one_line(how, tmp_path):
 
 def test_a_url_without_its_library_is_one_line():
   with pytest.raises(UserError, match='gs://.*gcsfs'):
-    Checkpoints('gs://bucket/run/checkpoints')
+    initialize.reachable('gs://bucket/run', '--workdir')

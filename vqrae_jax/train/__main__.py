@@ -4,6 +4,7 @@ Flags and `jax.distributed` only; the run is in `loop.py`.
 """
 
 import pathlib
+import re
 
 from absl import flags
 
@@ -22,10 +23,8 @@ ABOUT = (
 def _steps(profile: str | None) -> tuple[int, int] | None:
   if not profile:
     return None
-  try:
-    first, last = (int(n) for n in profile.split(':'))
-  except ValueError:
-    first, last = 0, -1
+  match = re.fullmatch('([0-9]{1,18}):([0-9]{1,18})', profile)
+  first, last = map(int, match.groups()) if match else (0, 0)
   if not 1 <= first <= last:
     raise UserError(f'--profile={profile} must be FIRST:LAST, two step numbers')
   return first, last
@@ -39,19 +38,11 @@ def default_workdir(source: str) -> str:
 
 
 def _flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_string(
-    'workdir',
-    None,
-    "the run's folder; runs/CONFIG or runs/CONFIG-ARGS if left out",
-    values,
-  )
+  text = "the run's folder; runs/CONFIG or runs/CONFIG-ARGS if left out"
+  flags.DEFINE_string('workdir', None, text, values)
   flags.DEFINE_bool('dry_run', False, 'one step, nothing written', values)
-  flags.DEFINE_string(
-    'profile',
-    None,
-    'FIRST:LAST, steps of a jax.profiler trace in workdir/profile',
-    values,
-  )
+  text = 'FIRST:LAST, steps of a jax.profiler trace in workdir/profile'
+  flags.DEFINE_string('profile', None, text, values)
   cli.define_hosts(values)
 
 

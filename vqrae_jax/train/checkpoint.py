@@ -22,8 +22,8 @@ import json
 import logging as std_logging
 import os
 import re
-import threading
 from collections.abc import Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -35,7 +35,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from vqrae_jax.errors import UserError
+from vqrae_jax.files import atomic_write, is_url
 from vqrae_jax.ops import trees
+from vqrae_jax.train.config import differences
 
 
 @dataclasses.dataclass
@@ -54,21 +56,6 @@ class Position:
   nonfinite: int = 0
   nonfinite_in_a_row: int = 0
 
-  @classmethod
-  def of(cls, manifest: Mapping[str, Any]) -> 'Position':
-    """The position in a checkpoint's manifest.
-
-    Raises:
-      UserError: there is none, or one of another version of this package.
-    """
-    try:
-      return cls(**manifest['position'])
-    except (KeyError, TypeError) as e:
-      raise UserError(
-        f'checkpoint {manifest["step"]}: its manifest has no position ({e}); '
-        'go on with the version of vqrae_jax that wrote it'
-      ) from None
-
   def after(self, step: int, metrics: Mapping[str, float]) -> 'Position':
     """The position after a step, by its metrics."""
     nonfinite = int(metrics['nonfinite'])
@@ -86,46 +73,38 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
   Raises:
     UserError: with the first key that differs.
   """
-  old, new = trees.flatten(before), trees.flatten(now)
-  for name in sorted(old.keys() | new.keys()):
-    if old.get(name) != new.get(name):
-      key = name.replace('/', '.')
-      raise UserError(
-        f'the run in this workdir has {key}={old.get(name)}, the config says '
-        f'{new.get(name)}; go back to that, or name another --workdir'
-      )
+  for key, (old, new) in differences(before, now).items():
+    raise UserError(
+      f'the run in this workdir has {key}={old}, the config says {new}; go '
+      'back to that, or name another --workdir'
+    )
 
 
-def check_same_leaves(
-  before: Mapping[str, tuple[int, ...]],
-  now: Mapping[str, tuple[int, ...]],
-  where: str,
+def _explain_leaves(
+  before: Mapping[str, Any], now: Mapping[str, Any], workdir: epath.Path
 ) -> None:
-  """A config's state has the leaves that a checkpoint holds.
+  """Names the key of a config that made its state have other leaves than a
+  checkpoint holds.
 
   Args:
-    before: {leaf name: shape} of the checkpoint.
+    before: {leaf name: its shape} of the checkpoint, as ShapeDtypeStructs.
     now: the same of the config.
-    where: the run's workdir, for the error.
+    workdir: of the run, for the error.
 
   Raises:
-    UserError: with the key that made them differ. What no key explains is
-      left to `Checkpoints.restore`, which names leaves.
+    UserError: if a key explains it.
   """
 
   def changed(prefix):
     return sorted(n for n in before.keys() ^ now.keys() if n.startswith(prefix))
 
-  def has_ema(leaves):
-    return any(n.startswith('ema/') for n in leaves)
-
-  old, new = (side.get('usage', (0,))[0] for side in (before, now))
+  old, new = (s['usage'].shape[0] if 'usage' in s else 0 for s in (before, now))
   if leaves := changed('tokenizer/params/'):
     name = leaves[0].removeprefix('tokenizer/params/')
     verb = 'freeze' if leaves[0] in before else 'train'
     why = f'schedules {verb} {name} ({len(leaves)} such leaves), unlike before'
-  elif has_ema(before) != has_ema(now):
-    why = f'ema is {"on" if has_ema(now) else "off"}, unlike before'
+  elif leaves := changed('ema/'):
+    why = f'ema is {"off" if leaves[0] in before else "on"}, unlike before'
   elif old and new and old != new:
     why = f'log.usage_window={new}, and it was {old}'
   elif changed('tokenizer/opt_state/'):
@@ -133,8 +112,8 @@ def check_same_leaves(
   else:
     return
   raise UserError(
-    f'the run in {where} cannot go on: {why}; undo that, or name another '
-    f'--workdir with --config.init_from={where}'
+    f'the run in {workdir} cannot go on: {why}; undo that, or name another '
+    f'--workdir with --config.init_from={workdir}'
   )
 
 
@@ -158,12 +137,12 @@ def as_leaves(tree: Any) -> dict[str, Any]:
   """
 
   def data(leaf):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      if isinstance(leaf, jax.ShapeDtypeStruct):
-        plain = jax.eval_shape(jax.random.key_data, leaf)
-        return plain.update(sharding=leaf.sharding)
-      return jax.random.key_data(leaf)
-    return leaf
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      plain = jax.eval_shape(jax.random.key_data, leaf)
+      return plain.update(sharding=leaf.sharding)
+    return jax.random.key_data(leaf)
 
   return {
     name: data(leaf) for name, leaf in trees.flatten(tree).items() if leaf.size
@@ -194,7 +173,7 @@ def _files(folder: epath.Path) -> dict[str, epath.Path]:
   for path in sorted(folder.iterdir()):  # epath has no `**`
     if path.is_dir():
       found |= {f'{path.name}/{n}': p for n, p in _files(path).items()}
-    elif not path.name.startswith('sha256.'):
+    elif not path.name.startswith('sha256.') and path.suffix != '.writing':
       found[path.name] = path
   return found
 
@@ -222,15 +201,13 @@ def _manifest(folder: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def _options() -> ocp.CheckpointManagerOptions:
+_OPTIONS = ocp.CheckpointManagerOptions(
+  step_format_fixed_length=8,
+  save_root_metadata=False,
+  lightweight_initialize=True,
   # Folders made by a thread of its own wait 5 minutes for one that failed.
-  now = ocp.AsyncOptions(create_directories_asynchronously=False)
-  return ocp.CheckpointManagerOptions(
-    step_format_fixed_length=8,
-    save_root_metadata=False,
-    lightweight_initialize=True,
-    async_options=now,
-  )
+  async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+)
 
 
 def _not_of_orbax(record: std_logging.LogRecord) -> bool:
@@ -247,19 +224,12 @@ class Checkpoints:
     keep: how many of the newest stay.
     """
     path = epath.Path(folder)
-    self._folder = path if '://' in str(path) else path.absolute()
+    self._folder = path if is_url(path) else path.absolute()
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
-    self._thread: threading.Thread | None = None
-    self._failure: Exception | None = None
+    self._thread = futures.ThreadPoolExecutor(1)
+    self._writing: futures.Future | None = None
     std_logging.getLogger('absl').addFilter(_not_of_orbax)
-    try:
-      self._folder.exists()
-    except ImportError as e:
-      raise UserError(f'{folder} cannot be opened: {e}') from None
-
-  def __str__(self) -> str:
-    return str(self._folder.parent)
 
   def _path(self, step: int) -> epath.Path:
     return self._folder / f'{step:08d}'
@@ -287,14 +257,12 @@ class Checkpoints:
     newest = np.full(1000, -1)
     found = self._folders()[: -len(newest) - 1 : -1]
     newest[: len(found)] = found
-    if jax.process_count() > 1:
-      newest = multihost_utils.broadcast_one_to_all(newest)
+    newest = multihost_utils.broadcast_one_to_all(newest)
     why = ''
     for step in newest[newest >= 0].tolist():
       fault = self._fault(step)
       found = 0 if fault is None else 1 if fault == _KILLED_SAVE else 2
-      if jax.process_count() > 1:
-        found = multihost_utils.process_allgather(np.int32(found)).max()
+      found = multihost_utils.process_allgather(np.int32(found)).max()
       if not found:
         return _manifest(self._path(step))
       if fault is not None:
@@ -356,6 +324,8 @@ class Checkpoints:
       for n, (shape, dtype) in have.items()
       if not part or n in want
     }
+    if not part:
+      _explain_leaves(shapes, want, self._folder.parent)
     trees.check_same(want, shapes, f'checkpoint {folder}')
     nested = trees.unflatten(want)
     options = ocp.args.PyTreeRestore(
@@ -403,7 +373,7 @@ class Checkpoints:
         raise FileExistsError(f'{path} is in the way; move it')
       if self._manager is None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=_options())
+        self._manager = ocp.CheckpointManager(self._folder, options=_OPTIONS)
       self._manager.save(
         step,
         args=ocp.args.Composite(state=arrays),
@@ -411,32 +381,30 @@ class Checkpoints:
         force=True,  # when to save is the loop's decision
       )
     except Exception as e:
-      self._failure = e
-      self.wait()
-    self._thread = threading.Thread(
-      target=self._finish, args=(path,), name=f'checkpoint {step}'
-    )
-    self._thread.start()
+      raise self._unwritten(e) from e
+    self._writing = self._thread.submit(self._finish, path)
 
   def _finish(self, folder: epath.Path) -> None:
     """Hashes what this process wrote, after the commit; removes old steps."""
-    try:
-      self._manager.wait_until_finished()
-      index, count = jax.process_index(), jax.process_count()
-      sums = {
-        name: _sha256(path)
-        for name, path in _files(folder).items()
-        if _writer(name) == index
-      }
-      temporary = folder / f'sha256.{index}.writing'
-      temporary.write_text(json.dumps(sums))
-      temporary.replace(folder / f'sha256.{index}-of-{count}.json')
-      if index == 0:
-        logging.info('checkpoint %d is written', int(folder.name))
-        for old in self.steps()[: -self._keep]:
-          self._path(old).rmtree()
-    except Exception as e:
-      self._failure = e
+    self._manager.wait_until_finished()
+    index, count = jax.process_index(), jax.process_count()
+    sums = {
+      name: _sha256(path)
+      for name, path in _files(folder).items()
+      if _writer(name) == index
+    }
+    with atomic_write(folder / f'sha256.{index}-of-{count}.json') as file:
+      file.write(json.dumps(sums).encode())
+    if index == 0:
+      logging.info('checkpoint %d is written', int(folder.name))
+      for old in self.steps()[: -self._keep]:
+        self._path(old).rmtree()
+
+  def _unwritten(self, failure: Exception) -> UserError:
+    words = str(failure).split('\n')[0] or type(failure).__name__
+    return UserError(
+      f'a checkpoint could not be written to {self._folder}: {words}'
+    )
 
   def wait(self) -> None:
     """Returns when what was saved lies on disk.
@@ -444,15 +412,12 @@ class Checkpoints:
     Raises:
       UserError: it could not be written.
     """
-    if self._thread is not None:
-      self._thread.join()
-      self._thread = None
-    if self._failure is not None:
-      failure, self._failure = self._failure, None
-      words = str(failure).split('\n')[0] or type(failure).__name__
-      raise UserError(
-        f'a checkpoint could not be written to {self._folder}: {words}'
-      ) from failure
+    writing, self._writing = self._writing, None
+    try:
+      if writing is not None:
+        writing.result()
+    except Exception as e:
+      raise self._unwritten(e) from e
 
   def close(self) -> None:
     """Waits, and lets Orbax go."""
@@ -462,4 +427,3 @@ class Checkpoints:
       if self._manager is not None:
         with contextlib.suppress(Exception):  # which `wait` has raised
           self._manager.close()
-        self._manager = None

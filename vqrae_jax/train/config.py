@@ -5,17 +5,19 @@
 """
 
 import dataclasses
+import operator
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from vqrae_jax import quantizers
-from vqrae_jax.data.pipeline import CROPS, Augment
+from vqrae_jax.data.pipeline import CROPS
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.ops import trees
 from vqrae_jax.optim import UNITS, AdamWConfig, Schedule, steps_of
 from vqrae_jax.specs import (
   at_least,
@@ -63,22 +65,17 @@ class LossTerm:
 
   def __post_init__(self):
     if self.weight <= 0:
-      raise UserError(
-        f'weight={self.weight} trains nothing; give a number above 0, or leave '
-        'the term out'
-      )
+      raise UserError(f'weight={self.weight} must be above 0, or left out')
     one_of('unit', self.unit, UNITS)
-    for name in ('start', 'ramp'):  # an epoch's length does not matter here
-      steps_of(f'{getattr(self, name)} {self.unit}', 1, name)
+    self.steps(1)  # an epoch's length does not matter to the checks
 
-  def start_step(self, steps_per_epoch: float | None) -> int:
-    """The first step at which it is applied."""
-    return steps_of(f'{self.start} {self.unit}', steps_per_epoch, 'losses')
-
-  def end_step(self, steps_per_epoch: float | None) -> int:
-    """The step from which the weight is at its full value."""
-    ramp = steps_of(f'{self.ramp} {self.unit}', steps_per_epoch, 'losses')
-    return self.start_step(steps_per_epoch) + ramp
+  def steps(self, steps_per_epoch: float) -> tuple[int, int]:
+    """(the first step at which it is applied, how many its weight rises)."""
+    start, ramp = (
+      steps_of(f'{value} {self.unit}', steps_per_epoch, name)
+      for name, value in (('start', self.start), ('ramp', self.ramp))
+    )
+    return start, ramp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,16 +172,12 @@ class DataSpec:
   max_skipped: float = 0.01
 
   def __post_init__(self):
-    if not 0 <= self.max_skipped <= 1:
-      raise UserError(
-        f'data.max_skipped={self.max_skipped} must be a share in [0, 1]'
-      )
+    if not 0 <= (share := self.max_skipped) <= 1:
+      raise UserError(f'data.max_skipped={share} must be a share in [0, 1]')
     one_of('data.crop', self.crop, CROPS)
-    if not _sides(self.image_size, 2):
-      raise UserError(
-        f'data.image_size={self.image_size} must be pixels, or (h, w)'
-      )
-    r = self.resize
+    size, r = self.image_size, self.resize
+    if not _sides(size, 2):
+      raise UserError(f'data.image_size={size} must be pixels, or (h, w)')
     if r is not None and (
       not _sides(r, 2) or (isinstance(r, tuple) and r[0] > r[1])
     ):
@@ -199,10 +192,6 @@ class DataSpec:
     """(h, w) of a training image."""
     s = self.image_size
     return s if isinstance(s, tuple) else (s, s)
-
-  def augment(self) -> Augment:
-    """The host-side half of this section."""
-    return Augment(self.size, self.resize, self.crop, self.flip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,12 +358,10 @@ class RunConfig:
           f'init_from brings a full tokenizer, so init.{part} does not apply; '
           f'give one of the two (--config.init.{part}= clears it)'
         )
-    given = self.eval
-    if given is not None and not given.source:
-      object.__setattr__(self, 'eval', None)
-    elif given is not None:
+    if (given := self.eval) is not None:
       tile = given.tile or min(self.data.size)
-      object.__setattr__(self, 'eval', dataclasses.replace(given, tile=tile))
+      given = dataclasses.replace(given, tile=tile) if given.source else None
+      object.__setattr__(self, 'eval', given)
 
   def terms(self) -> dict[str, LossTerm]:
     """{name: LossTerm}, names checked against the loss tables."""
@@ -382,9 +369,7 @@ class RunConfig:
     terms: dict[str, LossTerm] = {}
     for name, value in self.losses.items():
       if name not in known:
-        raise UserError(
-          f'unknown loss "losses.{name}"{did_you_mean(name, known)}'
-        )
+        raise UserError(f'unknown "losses.{name}"{did_you_mean(name, known)}')
       if not isinstance(value, Mapping):
         value = {'weight': value}
       kind = TERMS.get(name, LossTerm)
@@ -433,19 +418,20 @@ class RunConfig:
 
   def schedule_rows(self) -> list[tuple[str, Schedule | None]]:
     """The rows of `schedules`, checked."""
-    rows = []
+    rows: list[tuple[str, Schedule | None]] = []
     for row in self.schedules:
-      if not (
-        isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str)
-      ):
-        raise UserError(f'schedules row {row!r} must be (regex, schedule)')
-      pattern, fields = row
-      where = f'schedules["{pattern}"]'
-      if fields is not None and not isinstance(fields, Mapping):
-        raise UserError(f'{where}={fields!r} must be None or dict(lr=…)')
-      if fields is not None:
-        fields = build_spec(Schedule, fields, where)
-      rows.append((pattern, fields))
+      match row:
+        case (str(pattern), None):
+          rows.append((pattern, None))
+        case (str(pattern), Mapping() as fields):
+          where = f'schedules["{pattern}"]'
+          rows.append((pattern, build_spec(Schedule, fields, where)))
+        case (str(pattern), other):
+          raise UserError(
+            f'schedules["{pattern}"]={other!r} must be None or dict(lr=…)'
+          )
+        case _:
+          raise UserError(f'schedules row {row!r} must be (regex, schedule)')
     return rows
 
 
@@ -479,6 +465,17 @@ def read_config(config: Any) -> RunConfig:
   return spec
 
 
+def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+  """{dotted key: (old value, new value)} of all that differs, sorted; None on
+  a side that has no such key."""
+  old, new = trees.flatten(old), trees.flatten(new)
+  return {
+    name.replace('/', '.'): (old.get(name), new.get(name))
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  }
+
+
 def check_placeholders(spec: RunConfig) -> None:
   """Nothing is left to be filled in. Any other name is checked where it is
   opened, for a resumed run may no longer need it.
@@ -487,14 +484,9 @@ def check_placeholders(spec: RunConfig) -> None:
     UserError: a recipe's placeholder is still there.
   """
   for key, (word, wanted) in PLACEHOLDERS.items():
-    value: Any = spec
-    for name in key.split('.'):
-      value = getattr(value, name)
+    value = operator.attrgetter(key)(spec)
     if value == word and not pathlib.Path(word).exists():
-      raise UserError(
-        f"{key}={word} is the recipe's placeholder: set --config.{key} to "
-        f'{wanted}'
-      )
+      raise UserError(f'{key}={word} stands for {wanted}: set --config.{key}')
 
 
 def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,6 @@ from absl import flags
 
 from vqrae_jax import cli, export
 from vqrae_jax.errors import UserError
-from vqrae_jax.files import to_path
 from vqrae_jax.ops import trees
 from vqrae_jax.train import initialize
 
@@ -26,11 +25,9 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
   Raises:
     UserError: no run there, or no checkpoint that verifies.
   """
-  workdir = to_path(run)
+  workdir = initialize.reachable(run, '--run')
   if not (workdir / 'checkpoints').is_dir():
-    raise UserError(
-      f'--run={run} has no checkpoints; name the workdir of a run'
-    )
+    raise UserError(f"--run={run} has no checkpoints; name a run's workdir")
   tokenizer, weights = initialize.of_run(workdir, key='--run')
   variables = trees.unflatten(weights.leaves)
   print(weights.summary)
@@ -40,10 +37,8 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
 def main(argv: list[str]) -> None:
   """Parses flags, exports."""
   values = flags.FlagValues()
-  flags.DEFINE_string('run', None, 'the workdir of a run', flag_values=values)
-  flags.DEFINE_string(
-    'out', None, 'the folder of the tokenizer', flag_values=values
-  )
+  flags.DEFINE_string('run', None, 'the workdir of a run', values)
+  flags.DEFINE_string('out', None, 'the folder of the tokenizer', values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'run', 'out')
   fingerprint = export_run(values.run, values.out)

@@ -162,16 +162,10 @@ class Gan:
     adaptive."""
     if not self.adaptive:
       return ()
-    vit = self.decoder.vit
+    vit, std = self.decoder.vit, self.decoder.pixel_norm.std
+    layout = vit.patch_size, vit.num_prefix_tokens
     return tuple(
-      adversarial.head_gradient(
-        cotangent,
-        features,
-        self.decoder.pixel_norm.std,
-        vit.patch_size,
-        vit.num_prefix_tokens,
-      )
-      for cotangent in (image, gan)
+      adversarial.head_gradient(x, features, std, *layout) for x in (image, gan)
     )
 
   def adaptive_weight(self, *head_grads: jax.Array) -> jax.Array:
@@ -234,14 +228,34 @@ class Gan:
     )
 
   def _update(self, state, network, frozen, numbers, batch):
+    """(the network after one update, its metrics of the whole batch)."""
     spectral = advance(network.params, network.stats['spectral'])
     stats = network.stats | {'spectral': spectral}
 
     def gradients(reals, fakes, sample_ids):
+      """Means over a microbatch."""
+
+      def logits(params, images, use):
+        images = self._augmented(state, images, sample_ids, use)
+        return self.logits(params, spectral, frozen, images)
+
       def loss(params):
-        return self._loss(
-          state, stats, frozen, numbers, params, reals, fakes, sample_ids
-        )
+        real, fake = logits(params, reals, _REAL), logits(params, fakes, _FAKE)
+        loss = adversarial.D_LOSSES[self.loss](real, fake)
+        metrics = {
+          'loss/discriminator': loss,
+          'logits/real': real.mean(),
+          'logits/fake': fake.mean(),
+        }
+        if self.lecam:
+          metrics['loss/lecam'] = adversarial.lecam(real, fake, stats['lecam'])
+          loss += numbers['lecam'] * metrics['loss/lecam']
+        if self.r1:
+          metrics['loss/r1'] = adversarial.r1_penalty(
+            lambda x: logits(params, x, _REAL), reals
+          )
+          loss += numbers['r1'] / 2 * metrics['loss/r1']
+        return loss, metrics
 
       return jax.grad(loss, has_aux=True)(network.params), (), ()
 
@@ -253,32 +267,6 @@ class Gan:
     metrics['discriminator/grad_norm'] = optax.global_norm(grads)
     metrics['discriminator/update_norm'] = optax.global_norm(updates)
     return NetworkState(params, opt_state, stats), metrics
-
-  def _loss(
-    self, state, stats, frozen, numbers, params, reals, fakes, sample_ids
-  ):
-    """(f32[], its metrics), means over a microbatch."""
-
-    def logits(images, use):
-      images = self._augmented(state, images, sample_ids, use)
-      return self.logits(params, stats['spectral'], frozen, images)
-
-    real, fake = logits(reals, _REAL), logits(fakes, _FAKE)
-    loss = adversarial.D_LOSSES[self.loss](real, fake)
-    metrics = {
-      'loss/discriminator': loss,
-      'logits/real': real.mean(),
-      'logits/fake': fake.mean(),
-    }
-    if self.lecam:
-      metrics['loss/lecam'] = adversarial.lecam(real, fake, stats['lecam'])
-      loss += numbers['lecam'] * metrics['loss/lecam']
-    if self.r1:
-      metrics['loss/r1'] = adversarial.r1_penalty(
-        lambda x: logits(x, _REAL), reals
-      )
-      loss += numbers['r1'] / 2 * metrics['loss/r1']
-    return loss, metrics
 
 
 def active_metrics(

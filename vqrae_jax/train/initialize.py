@@ -17,6 +17,8 @@ trees are in no checkpoint: they are loaded again and compared with their hash.
 import dataclasses
 import functools
 import json
+import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -26,15 +28,15 @@ from absl import logging
 
 from vqrae_jax import export, sharding
 from vqrae_jax.errors import UserError
-from vqrae_jax.files import Path, to_path
+from vqrae_jax.files import Path, is_url, to_path
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders, networks, rae
-from vqrae_jax.train import checkpoint as checkpoint_lib
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
-from vqrae_jax.train.checkpoint import Checkpoints
+from vqrae_jax.train.checkpoint import Checkpoints, check_same_run
+from vqrae_jax.train.reporting import read_summary
 from vqrae_jax.train.setup import Setup, with_rules
 from vqrae_jax.train.state import random_variables
 from vqrae_jax.types import Frozen, TrainState
@@ -90,13 +92,13 @@ def initialize(setup: Setup) -> Started:
     logging.warning(weights.warning)
   if weights.ignored:
     logging.info('re-initialized (not loaded): %s', weights.ignored)
-  state, frozen = state_lib.sharded_state(
-    setup.step, setup.mesh, config.seed, weights.leaves
-  )
-  if not any(n.startswith('codebook/quantizer/') for n in weights.leaves):
-    batch = setup.place(setup.batches.batch(0))
-    state = _init_codebook(setup)(state, frozen, batch['images'])
-  return Started(state, frozen, _record(setup, frozen, sources))
+  started = _placed(setup, weights, sources)
+  if any(n.startswith('codebook/quantizer/') for n in weights.leaves):
+    return started
+  images = setup.place(setup.batches.batch(0))['images']
+  init_codebook = _jitted_codebook(setup.step, setup.mesh)
+  state = init_codebook(started.state, started.frozen, images)
+  return dataclasses.replace(started, state=state)
 
 
 def restore(
@@ -107,37 +109,38 @@ def restore(
   Raises:
     UserError: the checkpoint is of another run, or frozen trees differ.
   """
-  config = setup.config
-  checkpoint_lib.check_same_run(manifest['run'], setup.identity())
+  check_same_run(manifest['run'], setup.identity())
   shapes, frozen = state_lib.state_shapes(setup.step, setup.mesh)
-  checkpoint_lib.check_same_leaves(
-    {n: tuple(shape) for n, (shape, _) in manifest['leaves'].items()},
-    {n: x.shape for n, x in checkpoint_lib.as_leaves(shapes).items()},
-    str(checkpoints),
-  )
   state = checkpoints.restore(manifest, shapes)
-  record: dict[str, dict[str, Any]] = {}
+  started = Started(state, frozen, {})
   if jax.tree.leaves(frozen):
-    # What a checkpoint holds needs no file that may be gone by now.
-    leaves = trees.flatten(setup.shapes['params'])
-    parts = {n.split('/')[0] for n in leaves.keys() - set(setup.step.trainable)}
-    if config.teacher == config_lib.INIT:
+    parts = {name.split('/')[0] for name in frozen.params}
+    if setup.config.teacher == config_lib.INIT:
       parts.add('encoder')
-    init, init_from = _needed_for(config, parts)
-    weights = tokenizer_weights(setup.tokenizer, init_from, init)
+    weights = _weights_of_parts(setup.tokenizer, setup.config, parts)
     weights, sources = _with_frozen(setup, weights)
     if weights.summary:
       logging.info('loaded beside the checkpoint: %s', weights.summary)
     # By the same program as at the run's start: bitwise the same leaves.
-    _, frozen = state_lib.sharded_state(
-      setup.step, setup.mesh, config.seed, weights.leaves
-    )
-    record = _record(setup, frozen, sources)
+    started = _placed(setup, weights, sources)
+    started = dataclasses.replace(started, state=state)
   check_frozen(
-    {name: entry['sha256'] for name, entry in record.items()},
+    {name: entry['sha256'] for name, entry in started.record.items()},
     manifest['frozen'],
     f'checkpoint {manifest["step"]}',
   )
+  return started
+
+
+def _placed(
+  setup: Setup, weights: InitialWeights, sources: Mapping[str, dict]
+) -> Started:
+  """The state at step 0 with the weights in place; every host takes part."""
+  state, frozen = state_lib.sharded_state(
+    setup.step, setup.mesh, setup.config.seed, weights.leaves
+  )
+  hashes = hash_frozen(frozen, lambda x: sharding.host_copy(x, setup.mesh))
+  record = {n: dict(sha256=x, **sources[n]) for n, x in hashes.items()}
   return Started(state, frozen, record)
 
 
@@ -151,15 +154,12 @@ def _jitted_codebook(step: Any, mesh: jax.sharding.Mesh) -> Callable:
   )
 
 
-def _init_codebook(setup: Setup) -> Callable:
-  return _jitted_codebook(setup.step, setup.mesh)
-
-
 # -- the frozen trees --------------------------------------------------------
 def _with_frozen(
   setup: Setup, weights: InitialWeights
-) -> tuple[InitialWeights, dict[str, tuple[str, str | None]]]:
-  """The weights with those of the frozen trees, and {tree: (source, revision)}.
+) -> tuple[InitialWeights, dict[str, dict[str, Any]]]:
+  """The weights with those of the frozen trees, and {tree: {"source",
+  "revision"}}.
 
   Raises:
     UserError: a teacher that is not there or not like the tokenizer's encoder;
@@ -167,12 +167,13 @@ def _with_frozen(
   """
   config = setup.config
   leaves, summary = dict(weights.leaves), [weights.summary]
-  networks_kind = (f'{config.init.networks} weights', None)
-  sources = {
-    'params': (weights.source or f'seed {config.seed}', weights.revision),
-    'losses': networks_kind,
-    'discriminator': networks_kind,
-  }
+  source = weights.source or f'seed {config.seed}'
+  published = dict(source=f'{config.init.networks} weights', revision=None)
+  sources = dict(
+    params=dict(source=source, revision=weights.revision),
+    losses=published,
+    discriminator=published,
+  )
   if config.teacher is not None:
     if config.teacher == config_lib.INIT:
       teacher, source = weights, config.init_from or config.init.encoder
@@ -181,7 +182,7 @@ def _with_frozen(
       teacher = encoder_from(setup.tokenizer, config.teacher, 'teacher')
       source = teacher.source
       summary.append(f'the teacher is {teacher.summary}')
-    sources['teacher'] = source, teacher.revision
+    sources['teacher'] = dict(source=source, revision=teacher.revision)
     leaves |= {
       f'teacher/{name.removeprefix("params/")}': leaf
       for name, leaf in teacher.leaves.items()
@@ -204,12 +205,11 @@ def _networks(step: state_lib.StepSpec, kind: str) -> tuple[Leaves, str]:
   """
   backbone = getattr(step.gan and step.gan.module, 'backbone', None)
   names = step.networks + ['discriminator'] * (backbone is not None)
+  where, leaves = ', '.join(names), {}
   if not names:
     return {}, ''
   if kind == 'random':
-    where = ', '.join(names)
     return {}, f'RANDOM networks in {where} (init.networks="random")'
-  leaves: Leaves = {}
   for name in names:
     try:
       if name == 'discriminator':
@@ -222,7 +222,7 @@ def _networks(step: state_lib.StepSpec, kind: str) -> tuple[Leaves, str]:
       key = name if name == 'discriminator' else f'losses.{name}'
       raise UserError(f'{key}: {e}, or {hint}') from None
     leaves |= trees.flatten(tree)
-  return leaves, f'published networks in {", ".join(names)}'
+  return leaves, f'published networks in {where}'
 
 
 def hash_frozen(
@@ -234,26 +234,10 @@ def hash_frozen(
     frozen: the trees that no step moves.
     read: brings one array to the host.
   """
-  named = {f.name: getattr(frozen, f.name) for f in dataclasses.fields(frozen)}
   return {
     name: export.fingerprint({}, trees.flatten(tree), read)
-    for name, tree in named.items()
+    for name, tree in vars(frozen).items()
     if tree
-  }
-
-
-def _record(
-  setup: Setup,
-  frozen: Frozen,
-  sources: Mapping[str, tuple[str, str | None]],
-) -> dict[str, dict[str, Any]]:
-  """What a manifest says of the frozen trees; every host takes part."""
-  hashes = hash_frozen(frozen, lambda x: sharding.host_copy(x, setup.mesh))
-  return {
-    name: dict(
-      sha256=sha256, source=sources[name][0], revision=sources[name][1]
-    )
-    for name, sha256 in hashes.items()
   }
 
 
@@ -286,6 +270,25 @@ def check_frozen(
 # -- the tokenizer's weights -------------------------------------------------
 
 
+def reachable(path: str | os.PathLike, key: str) -> Path:
+  """`to_path`, in a bucket that can be opened.
+
+  Raises:
+    UserError: its library is missing, or does not let us in.
+  """
+  if not is_url(path):
+    return to_path(path)
+  try:
+    to_path(path).exists()
+  except Exception as e:  # each bucket's own library raises its own
+    raise UserError(
+      f'{key}={path} cannot be reached: {" ".join(str(e).split())}; install '
+      'its backend (pip install etils[epath-gcs] for gs://, etils[epath-s3] '
+      'for s3://) and sign in, or name a mounted folder'
+    ) from None
+  return to_path(path)
+
+
 def tokenizer_weights(
   tokenizer: Tokenizer, init_from: str | None, init: config_lib.InitSpec
 ) -> InitialWeights:
@@ -299,13 +302,12 @@ def tokenizer_weights(
     UserError: nothing to open there, or leaves of another tokenizer.
   """
   if init_from is None:
-    makers = dict(
-      encoder=encoder_from, decoder=decoder_from, latents=latents_from
-    )
+    makers = encoder_from, decoder_from, latents_from
+    given = init.encoder, init.decoder, init.latents
     parts = [
       make(tokenizer, source)
-      for part, make in makers.items()
-      if (source := getattr(init, part)) is not None
+      for make, source in zip(makers, given, strict=True)
+      if source is not None
     ]
     return InitialWeights(
       {name: x for part in parts for name, x in part.leaves.items()},
@@ -313,7 +315,7 @@ def tokenizer_weights(
       ' and '.join(part.source for part in parts if part.source),
       ' and '.join(part.revision for part in parts if part.revision) or None,
     )
-  path = to_path(init_from)
+  path = reachable(init_from, 'init_from')
   if (path / 'checkpoints').is_dir():
     _, weights = of_run(path, tokenizer)
   elif (folder := _tokenizer_at(path)) is not None or path.is_dir():
@@ -332,10 +334,15 @@ def encoder_from(
   tokenizer: Tokenizer, word: str, key: str = 'init.encoder'
 ) -> InitialWeights:
   """The encoder's leaves out of a published encoder, or of a tokenizer."""
-  folder = _tokenizer_at(to_path(word))
-  if folder is not None:
-    return _encoder_of(tokenizer, word, folder, key)
-  if (to_path(word) / 'metrics.jsonl').exists():
+  path = reachable(word, key)
+  if (folder := _tokenizer_at(path)) is not None:
+    other, variables = export.load_tokenizer(folder)
+    _check_model(other, tokenizer, f'{key}={word}', 'encoder.')
+    params = {'encoder': variables['params']['encoder']}
+    leaves = jax.tree.map(np.asarray, trees.flatten({'params': params}))
+    source = f'the encoder of the tokenizer {folder}'
+    return InitialWeights(leaves, f'the {len(leaves)} leaves of {source}', word)
+  if (path / 'metrics.jsonl').exists():
     raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
   try:
     found = encoders.find_encoder(word)
@@ -351,29 +358,7 @@ def encoder_from(
 
 def _tokenizer_at(path: Path) -> Path | None:
   """The tokenizer's directory that `path` is, or that the run there left."""
-  for folder in (path / 'tokenizer', path):
-    if export.is_tokenizer(folder):
-      return folder
-  return None
-
-
-def _encoder_of(
-  tokenizer: Tokenizer, word: str, folder: Path, key: str
-) -> InitialWeights:
-  other, variables = export.load_tokenizer(folder)
-  have, want = (describe(t)['encoder'] for t in (other, tokenizer))
-  have, want = trees.flatten(have), trees.flatten(want)
-  for name in sorted(have.keys() | want.keys()):
-    if have.get(name) != want.get(name):
-      raise UserError(
-        f'{key}={word}: that encoder has {name.replace("/", ".")}='
-        f'{have.get(name)}, model.encoder has {want.get(name)}; make the two '
-        'equal'
-      )
-  leaves = trees.flatten({'encoder': variables['params']['encoder']})
-  leaves = {f'params/{n}': np.asarray(x) for n, x in leaves.items()}
-  summary = f'the {len(leaves)} leaves of the encoder of the tokenizer {folder}'
-  return InitialWeights(leaves, summary, word)
+  return next(filter(export.is_tokenizer, (path / 'tokenizer', path)), None)
 
 
 def decoder_from(tokenizer: Tokenizer, word: str) -> InitialWeights:
@@ -406,41 +391,36 @@ def latents_from(tokenizer: Tokenizer, path: str) -> InitialWeights:
   return InitialWeights(dict(leaves), f'the statistics of latents in {path}')
 
 
-def _needed_for(
-  spec: config_lib.RunConfig, parts: Collection[str]
-) -> tuple[config_lib.InitSpec, str | None]:
-  """`init` and `init_from` of a config without what gives none of `parts`.
+def _weights_of_parts(
+  tokenizer: Tokenizer, config: config_lib.RunConfig, parts: Collection[str]
+) -> InitialWeights:
+  """`tokenizer_weights` without what gives none of `parts` ("encoder", …).
 
   What a checkpoint holds needs no file that may be gone by now.
-
-  Args:
-    parts: "encoder", "decoder", … that are to be loaded again.
   """
-  init = dataclasses.replace(
-    spec.init,
-    latents=None,
-    encoder=spec.init.encoder if 'encoder' in parts else None,
-    decoder=spec.init.decoder if 'decoder' in parts else None,
-  )
-  return init, spec.init_from if parts else None
+  unused = {p: None for p in config_lib.INIT_PARTS if p not in parts}
+  init = dataclasses.replace(config.init, **unused)
+  init_from = config.init_from if parts else None
+  return tokenizer_weights(tokenizer, init_from, init)
 
 
-def _check_model(have: Tokenizer, want: Tokenizer, where: str) -> None:
+def _check_model(
+  have: Tokenizer, want: Tokenizer, where: str, part: str = ''
+) -> None:
   """Both compute the same: equal shapes do not say so.
 
-  What only training reads, of the quantizer, may differ.
+  What only training reads, of the quantizer, may differ. `part` is where the
+  keys that are compared begin.
 
   Raises:
     UserError: with the first key that differs.
   """
-  only = want.quantizer.training_fields
-  sides = [trees.flatten(describe(t)) for t in (have, want)]
-  names = sides[0].keys() | sides[1].keys()
+  ignored = {f'quantizer.{n}' for n in want.quantizer.training_fields}
+  different = config_lib.differences(describe(have), describe(want))
   # Another quantizer's name says more than its fields.
-  for name in sorted(names, key=lambda n: (n != 'quantizer/name', n)):
-    one, other = (side.get(name) for side in sides)
-    if one != other and name.removeprefix('quantizer/') not in only:
-      key = name.replace('/', '.')
+  for key in sorted(different, key=lambda key: key != 'quantizer.name'):
+    if key.startswith(part) and key not in ignored:
+      one, other = different[key]
       raise UserError(
         f'{where}: that tokenizer has {key}={one}, model.{key} is {other}; '
         'make the two equal'
@@ -450,11 +430,11 @@ def _check_model(have: Tokenizer, want: Tokenizer, where: str) -> None:
 def _of_tokenizer(want: Tokenizer, path: Path) -> InitialWeights:
   tokenizer, variables = export.load_tokenizer(path)
   _check_model(tokenizer, want, f'init_from={path}')
-  leaves = trees.flatten({'params': variables['params']})
-  codebook = dict(variables.get('codebook', {}))
-  tables = dict(codebook.pop('quantizer', {}))
+  codebook = variables.get('codebook', {})
+  tables = dict(codebook.get('quantizer', {}))
   tables = tokenizer.quantizer.training_codebook(tables)
-  leaves |= trees.flatten({'codebook': codebook | {'quantizer': tables}})
+  codebook = codebook | {'quantizer': tables}
+  leaves = trees.flatten({'params': variables['params'], 'codebook': codebook})
   leaves = jax.tree.map(np.asarray, leaves)
   summary = f'all {len(leaves)} leaves of the tokenizer {path}'
   return InitialWeights(leaves, summary, str(path))
@@ -474,75 +454,58 @@ def of_run(
   Raises:
     UserError: no checkpoint there that verifies, or another tokenizer.
   """
-  path = workdir / 'config.json'
+  where, path = f'{key}={workdir}', workdir / 'config.json'
   try:
     config = config_lib.read_config(json.loads(path.read_bytes()))
   except (OSError, ValueError, TypeError) as e:
-    raise UserError(f'{key}={workdir}: {path} cannot be used: {e}') from None
+    raise UserError(f'{where}: {path} cannot be used: {e}') from None
   kept = Checkpoints(workdir / 'checkpoints')
   try:
     manifest = kept.latest()
   except UserError:  # each fault is in the log; its advice is for that run
     raise UserError(
-      f'{key}={workdir}: no checkpoint of that run verifies; if it has '
-      f'finished, use {workdir}/tokenizer'
+      f'{where}: no checkpoint of that run verifies; if it has finished, use '
+      f'{workdir}/tokenizer'
     ) from None
   if manifest is None:
-    raise UserError(
-      f'{key}={workdir}: the run has no checkpoint yet; wait for its first one'
-    )
-  tokenizer = build_tokenizer(config.model)
+    raise UserError(f'{where}: that run has no checkpoint yet; wait for one')
+  step, tokenizer = manifest['step'], build_tokenizer(config.model)
   if want is not None:
-    _check_model(tokenizer, want, f'{key}={workdir}')
+    _check_model(tokenizer, want, where)
   # To the host: one device may not hold all. No memory behind these.
   shapes = {
     name: np.broadcast_to(np.zeros((), dtype), shape)
     for name, (shape, dtype) in manifest['leaves'].items()
   }
   has_ema = any(n.startswith('ema/') for n in shapes)
-  prefixes = {
-    'ema/' if has_ema else 'tokenizer/params/': 'params/',
-    'codebook/': 'codebook/',
-  }
-  wanted = {n: x for n, x in shapes.items() if n.startswith(tuple(prefixes))}
+  params = 'ema/' if has_ema else 'tokenizer/params/'
+  loaded = params, 'codebook/'
+  wanted = {n: x for n, x in shapes.items() if n.startswith(loaded)}
   found = kept.restore(manifest, wanted, part=True)
-  leaves: Leaves = {}
-  for name, leaf in found.items():
-    old = next(p for p in prefixes if name.startswith(p))
-    leaves[prefixes[old] + name.removeprefix(old)] = np.asarray(leaf)
-  frozen = _kept_frozen(tokenizer, config, leaves, f'{key}={workdir}')
+  leaves = {
+    re.sub(f'^{params}', 'params/', name): np.asarray(leaf)
+    for name, leaf in found.items()
+  }
+  frozen = _kept_frozen(tokenizer, config, leaves, where)
   held = Frozen({n.removeprefix('params/'): x for n, x in frozen.items()})
   # The run's other frozen trees (a teacher, loss networks) are not loaded.
   recorded = {n: x for n, x in manifest['frozen'].items() if n == 'params'}
-  check_frozen(hash_frozen(held), recorded, f'{key}={workdir}')
-  kind = 'EMA' if has_ema else 'last'
-  summary = (
-    f'{len(leaves)} leaves of step {manifest["step"]} of {workdir} ({kind} '
-    f'weights, live codebook) and the {len(frozen)} that it kept frozen'
-  )
-  warning = ''
-  if not _is_finished(workdir, manifest['step']):
+  check_frozen(hash_frozen(held), recorded, where)
+  kind, warning = 'EMA' if has_ema else 'last', ''
+  # A run may have been lengthened since its summary.
+  if read_summary(workdir).get('steps') != step:
     warning = (
-      f'{key}={workdir}: that run is not finished; its weights are those of '
-      f'step {manifest["step"]}'
+      f'{where}: that run is not finished; its weights are those of step {step}'
     )
   return tokenizer, InitialWeights(
     leaves=leaves | frozen,
-    summary=summary,
+    summary=f'{len(leaves)} leaves of step {step} of {workdir} ({kind} '
+    f'weights, live codebook) and the {len(frozen)} that it kept frozen',
     source=str(workdir),
-    revision=f'step {manifest["step"]}',
+    revision=f'step {step}',
     ignored=_not_loaded(shapes.keys() - wanted.keys()),
     warning=warning,
   )
-
-
-def _is_finished(workdir: Path, step: int) -> bool:
-  """Its summary is of this step: a run may have been lengthened since."""
-  try:
-    figures = json.loads((workdir / 'summary.json').read_bytes())
-    return bool(figures['steps'] == step)
-  except (OSError, ValueError, TypeError, KeyError):
-    return False
 
 
 def _not_loaded(names: Iterable[str]) -> str:
@@ -552,7 +515,6 @@ def _not_loaded(names: Iterable[str]) -> str:
     'tokenizer/opt_state/': 'the optimizer',
     'tokenizer/params/': 'the weights before averaging (not EMA)',
     'usage': 'the usage window',
-    'ema/': 'the EMA weights',
   }
   found = {
     words: sum(name.startswith(prefix) for name in names)
@@ -573,9 +535,9 @@ def _kept_frozen(
   missing = {n for n in names if n.startswith('params/')} - leaves.keys()
   if not missing:
     return {}
-  init, init_from = _needed_for(config, {n.split('/')[1] for n in missing})
+  parts = {name.split('/')[1] for name in missing}
   try:
-    loaded = tokenizer_weights(tokenizer, init_from, init).leaves
+    loaded = _weights_of_parts(tokenizer, config, parts).leaves
   except UserError as e:
     raise UserError(
       f'{where}: what it kept frozen is not in its checkpoints: {e}'

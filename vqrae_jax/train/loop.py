@@ -10,12 +10,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import filelock
@@ -25,23 +23,22 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from vqrae_jax import export, hosts, sharding
-from vqrae_jax.errors import Stopped, UserError
-from vqrae_jax.files import Path, is_url, to_path
-from vqrae_jax.ops import trees
+from vqrae_jax.errors import Stopped, UserError, read_json
+from vqrae_jax.files import Path, is_url
 from vqrae_jax.paths import check_writable
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import reporting
 from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.checkpoint import Checkpoints, Position
 from vqrae_jax.train.gan import Alarms, active_metrics
-from vqrae_jax.train.initialize import Started, initialize, restore
-from vqrae_jax.train.reporting import (
-  Report,
-  Visualizer,
-  finish,
-  save_picture,
-  write_json,
+from vqrae_jax.train.initialize import (
+  Started,
+  initialize,
+  reachable,
+  restore,
 )
+from vqrae_jax.train.reporting import finish
 from vqrae_jax.train.setup import Setup
 from vqrae_jax.train.step import judged
 
@@ -52,49 +49,42 @@ class NonFinite(UserError):
   """Losses or gradients that are not finite; the run stops."""
 
 
-class StopRequest:
-  """`with StopRequest() as stop: … if stop.wanted(step): …`: SIGTERM or
-  Ctrl-C, agreed on by all hosts.
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], str | None]]:
+  """`with stop_requests() as stop: … if stop(step): …`: SIGTERM or Ctrl-C,
+  agreed on by all hosts.
 
   One process handles its own signals. Many ask `jax.distributed`, whose
   service sees a SIGTERM on any host and names one step for all. A second
   Ctrl-C stops at once.
+
+  Yields a function of the completed steps, which every host calls after each:
+  what asked to stop, or None.
   """
+  alone = jax.process_count() == 1
+  received: list[int] = []
 
-  def __init__(self):
-    self._signal: int | None = None
-    self._old: dict[int, object] = {}
-
-  def __enter__(self) -> 'StopRequest':
-    # Signals reach the main thread only; the service has its own handler.
-    alone = jax.process_count() == 1
-    if alone and threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, self._note)
-    return self
-
-  def __exit__(self, *_) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def _note(self, number: int, frame: FrameType | None) -> None:
+  def note(number, frame):
     del frame
-    if self._signal is not None and number == signal.SIGINT:
+    if received and number == signal.SIGINT:
       raise KeyboardInterrupt
-    self._signal = number
+    received.append(number)
 
-  def wanted(self, step: int) -> bool:
-    """Whether to stop after this step; every host asks, and all agree."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._signal is not None
+  def stop(step: int) -> str | None:
+    if alone:
+      return signal.Signals(received[-1]).name if received else None
+    reached = multihost_utils.reached_preemption_sync_point(step)
+    return 'the scheduler' if reached else None
 
-  @property
-  def name(self) -> str:
-    """What asked for it."""
-    if self._signal is None:
-      return 'the scheduler'
-    return signal.Signals(self._signal).name
+  # Signals reach the main thread only; the service has its own handler.
+  main = threading.current_thread() is threading.main_thread()
+  handled = (signal.SIGTERM, signal.SIGINT) if alone and main else ()
+  old = {number: signal.signal(number, note) for number in handled}
+  try:
+    yield stop
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------
@@ -106,36 +96,11 @@ class StopRequest:
 # stops if not. All hosts agree on what process 0 finds.
 
 
-def _lock_path(workdir: Path) -> pathlib.Path:
-  path = workdir / 'lock'
-  if path.is_symlink() or (path.exists() and not path.is_file()):
-    raise UserError(
-      f'{path} is no regular file, and a lock goes there; move it'
-    )
-  return path
-
-
-def _locked(path: pathlib.Path) -> filelock.BaseFileLock | None:
-  """The lock, held, or None where another run holds it."""
-  lock = filelock.FileLock(path, timeout=0)
-  try:
-    lock.acquire()
-  except filelock.Timeout:
-    return None
-  return lock
-
-
 def check_no_run_in(workdir: Path) -> None:
-  """Raises UserError if a run is active there; writes nothing."""
-  if is_url(workdir):  # a bucket has no locks
-    return
-  free, path = True, _lock_path(workdir)
-  if not jax.process_index() and path.exists():
-    lock = _locked(path)
-    free = lock is not None
-    if lock:
-      lock.release()
-  _check(free, workdir)
+  """Raises UserError if a run is active there; makes nothing."""
+  if not is_url(workdir) and agreed(os.path.lexists(workdir / 'lock')):
+    with only_run_in(workdir):
+      pass
 
 
 @contextlib.contextmanager
@@ -148,16 +113,22 @@ def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
   Raises:
     UserError: another process holds it, or that check failed; on every host.
   """
-  if is_url(workdir):
+  if is_url(workdir):  # a bucket has no locks
     yield lambda: None
     return
-  first, path = not jax.process_index(), _lock_path(workdir)
-  lock = mine = None
+  first, path = not jax.process_index(), workdir / 'lock'
+  if path.is_symlink() or (path.exists() and not path.is_file()):
+    raise UserError(f'{path} is no regular file for a lock; move it')
+  lock, mine = filelock.FileLock(path, timeout=0), None
   if first:
     workdir.mkdir(parents=True, exist_ok=True)
-    if lock := _locked(path):
+    with contextlib.suppress(filelock.Timeout):
+      lock.acquire()
       mine = path.stat().st_ino
-  _check(not first or lock is not None, workdir)
+  if not agreed(mine is not None):
+    raise UserError(
+      f'another run is active in {workdir}; stop it, or name another --workdir'
+    )
 
   def check() -> None:
     there = path.stat().st_ino if first and path.exists() else None
@@ -170,22 +141,12 @@ def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
   try:
     yield check
   finally:
-    if lock:
-      lock.release()
+    lock.release()
 
 
 def agreed(good: bool) -> bool:
   """What process 0 finds; every host must ask."""
-  if jax.process_count() > 1:
-    good = bool(multihost_utils.broadcast_one_to_all(np.int32(good)))
-  return good
-
-
-def _check(free: bool, workdir: Path) -> None:
-  if not agreed(free):
-    raise UserError(
-      f'another run is active in {workdir}; stop it, or name another --workdir'
-    )
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(good)))
 
 
 def train(
@@ -212,16 +173,13 @@ def train(
       that are not finite.
     Stopped: a signal asked for it; the state is saved.
   """
-  workdir = to_path(workdir)
+  workdir = reachable(workdir, '--workdir')
   check_workdir(workdir)
   check_no_run_in(workdir)
   setup = setup_lib.setup(config_lib.read_config(config))
   total, spec = setup.total_steps, setup.config.checkpoint
-  if profile and profile[1] > total:
-    raise UserError(
-      f'--profile={profile[0]}:{profile[1]} ends after the {total} steps of '
-      'the run'
-    )
+  if profile and (last := profile[1]) > total:
+    raise UserError(f'--profile={profile[0]}:{last} is past the {total} steps')
   checkpoints = Checkpoints(workdir / 'checkpoints', spec.keep)
   seen = checkpoints.steps()
   if seen and not spec.every:
@@ -233,7 +191,7 @@ def train(
     lock.enter_context(hosts.loss_reported())
     with jax.set_mesh(setup.mesh), contextlib.closing(checkpoints):
       manifest = checkpoints.latest()
-      position = Position() if manifest is None else Position.of(manifest)
+      position = Position(**(manifest['position'] if manifest else {}))
       if position.step > total:
         raise UserError(
           f'{workdir} is at step {position.step}, past the {total} steps of '
@@ -244,7 +202,13 @@ def train(
         started = initialize(setup)
       else:
         started = restore(setup, checkpoints, manifest)
-        if figures := _finished(workdir, position.step, total):
+        figures = reporting.read_summary(workdir)
+        exported = (workdir / 'tokenizer').is_dir()
+        if exported and position.step == figures.get('steps') == total:
+          logging.warning(
+            '%s is finished (%d steps): nothing is trained or written; '
+            'lengthen duration, or name another --workdir', workdir, total,
+          )  # fmt: skip
           _warn_of_changes(workdir / 'config.json', config)
           return figures
         logging.info('resumed from step %d', position.step)
@@ -254,18 +218,19 @@ def train(
           f'another run has written to {workdir} since this one began to read '
           'it; start the command again'
         )
-      _write_config(config, workdir, resumed=manifest is not None)
+      if not jax.process_index():
+        workdir.mkdir(parents=True, exist_ok=True)
+        if manifest is not None:
+          _warn_of_changes(workdir / 'config.json', config)
+        reporting.write_json(workdir / 'config.json', config_lib.plain(config))
       logging.info('%s; the first step compiles', setup.describe())
       if spec.every:
         checkpoints.begin_from(position.step)
       state, figures = run(
         setup, started, workdir, checkpoints, position, check_lock, profile
       )
-      variables = sharding.host_copy(
-        state_lib.variables_of(state, started.frozen, ema=True),
-        setup.mesh,
-        everywhere=False,
-      )
+      variables = state_lib.variables_of(state, started.frozen, ema=True)
+      variables = sharding.host_copy(variables, setup.mesh, everywhere=False)
     return finish(setup, variables, workdir, figures)
 
 
@@ -309,33 +274,42 @@ def run(
   state, step_fn = started.state, setup.train_step()
   hparams = setup_lib.f32(setup.hparams)
   batches = setup.batches.iterate(position.step)
-  with contextlib.closing(loop.report), StopRequest() as stop:
+  with contextlib.closing(loop.report), stop_requests() as stop:
     for number in range(position.step + 1, total + 1):
       if profile and number == profile[0]:
         jax.profiler.start_trace(str(workdir / 'profile'))
-      batch = setup.place(loop.next(batches))
+      asked = time.perf_counter()
+      batch = next(batches)
+      loop.waited += time.perf_counter() - asked
+      batch = setup.place(batch)
       state, metrics = step_fn(state, started.frozen, hparams, batch)
       # One step behind, so that the device always has work.
       loop.settle()
       loop.pending = (number, metrics)
       if number == position.step + 1:
         jax.block_until_ready(metrics)
-        loop.compiled()
+        # Compiled: speed is measured from here.
+        loop.ready, loop.waited = time.perf_counter(), 0.0
       if profile and number == profile[1]:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
       loop.show(state, number)
-      stopping = stop.wanted(number) and number < total
-      last = number == total or stopping
+      stopped_by = stop(number) if number < total else None
+      last = number == total or stopped_by
       if every and (number % every == 0 or last):
         loop.settle()
         # While steps are skipped the checkpoint before them stays the newest:
         # a state that only later steps show to be bad replaces no good one.
         if last or not loop.position.nonfinite_in_a_row:
           check_lock()
-          loop.save(state)
-      if stopping:
-        loop.stop(stop.name)
+          manifest = {
+            'run': setup.identity(),
+            'frozen': started.record,
+            'position': dataclasses.asdict(loop.position),
+          }
+          checkpoints.save(number, state, manifest)
+      if stopped_by:
+        loop.stop(stopped_by)
     loop.settle()
   return state, loop.figures()
 
@@ -355,42 +329,22 @@ class _Loop:
     self.checkpoints, self.position = checkpoints, position
     self.first = position.step
     config = setup.config
-    self.visualizer = Visualizer(setup, started.frozen)
+    self.visualizer = reporting.Visualizer(setup, started.frozen)
     self.alarms = Alarms(
       setup.step.gan, setup.hparams, self.first + config.log.usage_window
     )
     self.evaluated: dict[int, dict[str, float]] = {}
-    self.report = Report(
-      workdir,
-      total_steps=setup.total_steps,
-      batch_size=config.batch_size,
-      tensorboard=config.log.tensorboard,
-      start_step=self.first,
-    )
+    self.report = reporting.Report(workdir, setup, self.first)
     self.pending: tuple[int, Any] | None = None
     self.began = self.ready = time.perf_counter()
     self.waited = 0.0
-    self.manifest = {'run': setup.identity(), 'frozen': started.record}
-
-  def next(self, batches: Iterator[Any]) -> Any:
-    """The next batch; the time it took is kept."""
-    asked = time.perf_counter()
-    batch = next(batches)
-    self.waited += time.perf_counter() - asked
-    return batch
-
-  def compiled(self) -> None:
-    """The first step is done: speed is measured from here."""
-    self.ready, self.waited = time.perf_counter(), 0.0
 
   def show(self, state: Any, number: int) -> None:
     """Pictures and held-out figures, where the config asks for them."""
     config, last = self.setup.config, number == self.setup.total_steps
     every = config.log.images_every
     if every and (number % every == 0 or last):
-      picture = self.visualizer.picture(state)
-      self.report.images(number, picture)
-      save_picture(picture, self.workdir, number)
+      self.report.picture(number, self.visualizer.picture(state))
     every = config.eval.every if config.eval is not None else 0
     if every and (number % every == 0 or last):
       self.evaluated[number] = self.visualizer.figures(state)
@@ -425,11 +379,9 @@ class _Loop:
     words = nonfinite(number, metrics)
     if not words:
       return
-    in_a_row, most = (
-      self.position.nonfinite_in_a_row,
-      self.setup.config.max_nonfinite,
-    )
-    if in_a_row <= most and self.position.nonfinite < self.setup.total_steps:
+    most, position = self.setup.config.max_nonfinite, self.position
+    in_a_row = position.nonfinite_in_a_row
+    if in_a_row <= most and position.nonfinite < self.setup.total_steps:
       logging.warning(
         '%s: the step is skipped, %d in a row (max_nonfinite=%d)',
         words, in_a_row, most,
@@ -453,22 +405,13 @@ class _Loop:
     share = setup.config.data.max_skipped
     if position.skipped <= share * max(samples, len(setup.source)):
       return
-    name, reason = next(
-      reversed(setup.batches.unreadable.items()),
-      ('another host', 'see its log'),
-    )
+    here = reversed(setup.batches.unreadable.items())
+    name, reason = next(here, ('another host', 'see its log'))
     raise UserError(
       f'{position.skipped} images of {samples} samples could not be read, more '
       f'than data.max_skipped={share} allows; the last was {name}: {reason}; '
       f'{self.workdir}/unreadable.jsonl names them: repair or remove them, or '
       'raise data.max_skipped'
-    )
-
-  def save(self, state: Any) -> None:
-    """Saves a checkpoint of the state at `position`."""
-    position = dataclasses.asdict(self.position)
-    self.checkpoints.save(
-      self.position.step, state, {**self.manifest, 'position': position}
     )
 
   def stop(self, signal_name: str) -> None:
@@ -495,8 +438,7 @@ class _Loop:
       'skipped': self.position.skipped,
       'train_seconds': ended - self.began,
     }
-    steps = total - self.first - 1
-    if steps > 0:
+    if (steps := total - self.first - 1) > 0:
       images = steps * self.setup.config.batch_size
       found['images_per_second'] = images / max(ended - self.ready, 1e-9)
     return found
@@ -508,83 +450,34 @@ def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
 
 def nonfinite(step: int, metrics: Mapping[str, float]) -> str:
   """Which of a step's losses and norms are not finite; '' if all are."""
-  bad = sorted(
-    k for k, v in metrics.items() if judged(k) and not np.isfinite(v)
-  )
+  names = sorted(metrics.keys() - {'skipped', 'nonfinite'})
+  bad = [n for n in names if judged(n) and not np.isfinite(metrics[n])]
   if not bad:
     return ''
-  values = ', '.join(
-    f'{k}={v:.4g}'
-    for k, v in sorted(metrics.items())
-    if k not in ('skipped', 'nonfinite')
-  )
+  values = ', '.join(f'{n}={metrics[n]:.4g}' for n in names)
   return f'{", ".join(bad)} not finite at step {step} ({values})'
 
 
 def check_workdir(workdir: Path) -> None:
   """The workdir can be made, and its tokenizer folder can be replaced."""
   if is_url(workdir):
-    try:
-      workdir.exists()
-    except Exception as e:  # each bucket's own library raises its own
-      raise UserError(
-        f'--workdir={workdir} cannot be reached: {" ".join(str(e).split())}; '
-        'install its backend (pip install etils[epath-gcs] for gs://, '
-        'etils[epath-s3] for s3://) and sign in, or name a mounted folder'
-      ) from None
     return
   check_writable(workdir, '--workdir')
   folder = workdir / 'checkpoints'
   if os.path.lexists(folder) and not folder.is_dir():
-    raise UserError(
-      f'{folder} is not a folder, and checkpoints go there; move it'
-    )
+    raise UserError(f'{folder} is not a folder for checkpoints; move it')
   export.check_target(workdir / 'tokenizer')
-
-
-def _finished(workdir: Path, step: int, total: int) -> dict[str, Any] | None:
-  """What summary.json holds, if the run is finished: then all of it stays."""
-  path = workdir / 'summary.json'
-  if step < total or not (path.exists() and (workdir / 'tokenizer').is_dir()):
-    return None
-  try:
-    figures = dict(json.loads(path.read_text()))
-  except (ValueError, TypeError):
-    return None
-  if figures.get('steps') != total:
-    return None
-  logging.warning(
-    '%s is finished (%d steps): nothing is trained or written; lengthen '
-    'duration, or name another --workdir', workdir, total,
-  )  # fmt: skip
-  return figures
-
-
-def _write_config(config: Any, workdir: Path, resumed: bool) -> None:
-  """Writes config.json; logs what a resumed run changes in it."""
-  if jax.process_index():
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  path = workdir / 'config.json'
-  if resumed:
-    _warn_of_changes(path, config)
-  write_json(path, config_lib.plain(config))
 
 
 def _warn_of_changes(path: Path, config: Any) -> None:
   """A warning for each key that is not as config.json has it."""
   if not path.exists():
     return
-  now = json.loads(json.dumps(config_lib.plain(config), default=str))
   try:
-    old = trees.flatten(dict(json.loads(path.read_text())))
-  except (ValueError, TypeError) as e:
-    logging.warning('%s is damaged (%s) and not compared', path, e)
+    old = read_json(path)
+  except UserError as e:
+    logging.warning('%s; it is not compared', e)
     return
-  new = trees.flatten(now)
-  for name in sorted(old.keys() | new.keys()):
-    if old.get(name) != new.get(name):
-      logging.warning(
-        'the config changed: %s was %s, is %s',
-        name.replace('/', '.'), old.get(name), new.get(name),
-      )  # fmt: skip
+  now = json.loads(json.dumps(config_lib.plain(config), default=str))
+  for key, (before, after) in config_lib.differences(old, now).items():
+    logging.warning('the config changed: %s was %s, is %s', key, before, after)

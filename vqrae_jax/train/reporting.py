@@ -6,12 +6,13 @@ lists for itself. A row of metrics.jsonl holds the step and its metrics; each
 step appears once: a resumed run cuts the rows after its checkpoint.
 """
 
+import contextlib
 import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vqrae_jax import export, sharding
+from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.evaluate import evaluator, visualize
 from vqrae_jax.files import Path, atomic_write, is_url
 from vqrae_jax.train import state as state_lib
@@ -47,33 +49,25 @@ _TABLE = (
 )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-  """The JSON objects of a file of lines; torn ones are left out."""
-  rows = []
-  text = path.read_bytes() if path.exists() else b''
-  for line in text.splitlines():
-    try:
-      rows.append(dict(json.loads(line)))
-    except (ValueError, TypeError):
-      continue
-  return rows
-
-
-def _step(row: Mapping[str, Any]) -> float:
-  step = row.get('step')
-  return step if isinstance(step, int) else math.inf
-
-
 class _Lines:
   """A file of JSON lines that grows, on a disk or in a bucket.
 
   Buckets cannot append: there the file is written again with each line.
+
+  Attributes:
+    rows: what it held before; torn lines are left out.
   """
 
-  def __init__(self, path: Path, rows: list[dict[str, Any]]):
+  def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]):
+    """`keep` says which of the file's rows stay in it."""
+    self.rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+      with contextlib.suppress(ValueError, TypeError):
+        self.rows.append(dict(json.loads(line)))
+    self.rows = [row for row in self.rows if keep(row)]
     self._path, self._remote = path, is_url(path)
-    self._text = ''.join(json.dumps(row) + '\n' for row in rows)
-    if self._text or path.exists():
+    self._text = ''.join(json.dumps(row) + '\n' for row in self.rows)
+    if path.exists():
       with atomic_write(path) as file:
         file.write(self._text.encode())
 
@@ -90,54 +84,44 @@ class _Lines:
 class Report:
   """Writes a run's metrics while it trains."""
 
-  def __init__(
-    self,
-    workdir: Path,
-    *,
-    total_steps: int,
-    batch_size: int,
-    tensorboard: bool,
-    start_step: int = 0,
-  ):
-    process = jax.process_index()
+  def __init__(self, workdir: Path, setup: Setup, start_step: int):
+    process, self._workdir = jax.process_index(), workdir
+    self._batch, self._total = setup.config.batch_size, setup.total_steps
     name = f'unreadable.{process}.jsonl' if process else 'unreadable.jsonl'
-    listed = _lines(workdir / name) if start_step else []
+    self._unreadable_lines = _Lines(workdir / name, lambda _: start_step > 0)
+    listed = self._unreadable_lines.rows
     self._unreadable = {str(row.get('name')) for row in listed}
-    self._unreadable_lines = _Lines(workdir / name, listed)
-    self._batch, self._total = batch_size, total_steps
-    self._events = self._rows = self._bar = None
     self._since = (time.perf_counter(), start_step)
-    if process:
-      return
-    rows = _lines(workdir / 'metrics.jsonl')
-    self._rows = _Lines(
-      workdir / 'metrics.jsonl',
-      [row for row in rows if _step(row) <= start_step],
-    )
-    if tensorboard:
-      from tensorboardX import SummaryWriter
-
-      if not start_step and (workdir / 'tensorboard').exists():
-        # No curve of an earlier run.
-        epath.Path(workdir / 'tensorboard').rmtree()
-      self._events = SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=start_step + 1
-      )
     self._bar = tqdm(
-      total=total_steps * batch_size,
-      initial=start_step * batch_size,
+      total=self._total * self._batch,
+      initial=start_step * self._batch,
       unit='img',
       unit_scale=True,
       desc='train',
       dynamic_ncols=True,
       # A log file gets a line per row instead of a bar.
-      disable=not sys.stderr.isatty(),
+      disable=process > 0 or not sys.stderr.isatty(),
     )
+    self._rows = self._events = None
+    if process:
+      return
+
+    def is_before(row):
+      step = row.get('step')
+      return isinstance(step, int) and step <= start_step
+
+    self._rows = _Lines(workdir / 'metrics.jsonl', is_before)
+    if setup.config.log.tensorboard:
+      from tensorboardX import SummaryWriter
+
+      folder = workdir / 'tensorboard'
+      if not start_step and folder.exists():  # the curves of an earlier run
+        epath.Path(folder).rmtree()
+      self._events = SummaryWriter(str(folder), purge_step=start_step + 1)
 
   def step(self) -> None:
     """A step has run."""
-    if self._bar is not None:
-      self._bar.update(self._batch)
+    self._bar.update(self._batch)
 
   def unreadable(self, found: Mapping[str, str]) -> None:
     """{name: reason} of images that were replaced; new ones are logged and
@@ -191,24 +175,38 @@ class Report:
         if name != 'step' and value is not None:
           self._events.add_scalar(name, value, step)
 
-  def images(self, step: int, picture: np.ndarray) -> None:
-    """uint8 [h w 3] into TensorBoard."""
+  def picture(self, step: int, picture: np.ndarray) -> None:
+    """uint8 [h w 3] as pictures/STEP.png, a small one enlarged, and into
+    TensorBoard."""
     if self._events is not None:
       self._events.add_image(
         'reconstructions', picture, step, dataformats='HWC'
       )
+    if self._rows is not None:
+      times = max(LARGE // (len(picture) // 2), 1)
+      picture = picture.repeat(times, 0).repeat(times, 1)
+      path = self._workdir / 'pictures' / f'{step:08d}.png'
+      visualize.save_png(Image.fromarray(picture), path)
 
   def close(self) -> None:
     """Flushes and closes everything."""
-    for writer in (self._events, self._bar):
-      if writer is not None:
-        writer.close()
+    self._bar.close()
+    if self._events is not None:
+      self._events.close()
 
 
 def write_json(path: Path, value: Any) -> None:
   """JSON, all of it or nothing."""
   with atomic_write(path) as file:
     file.write(json.dumps(value, indent=2, default=str).encode() + b'\n')
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+  """What summary.json holds; {} if it is absent or damaged."""
+  try:
+    return read_json(workdir / 'summary.json')
+  except UserError:
+    return {}
 
 
 class Visualizer:
@@ -264,16 +262,6 @@ class Visualizer:
       read=lambda x: sharding.host_copy(x, mesh),
     )
     return {f'eval/{name}': x for name, x in measured.results().items()}
-
-
-def save_picture(picture: np.ndarray, workdir: Path, step: int) -> None:
-  """Writes workdir/pictures/STEP.png, on process 0; small images enlarged."""
-  if not jax.process_index():
-    times = max(LARGE // (len(picture) // 2), 1)
-    picture = picture.repeat(times, 0).repeat(times, 1)
-    visualize.save_png(
-      Image.fromarray(picture), workdir / 'pictures' / f'{step:08d}.png'
-    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

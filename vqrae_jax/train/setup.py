@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from vqrae_jax import export, optim, sharding
 from vqrae_jax.data.decode import EncodedImages
-from vqrae_jax.data.pipeline import TrainBatches
+from vqrae_jax.data.pipeline import Augment, TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
@@ -185,26 +185,25 @@ def setup(
   config_lib.check_latents(config, tokenizer)
   if warning := config_lib.config_warnings(config, tokenizer):
     logging.warning(warning)
-  source, held_out = _open_data(config, tokenizer)
+  data = config.data
+  source, held_out = _open_data(config)
   mesh = mesh or sharding.make_mesh(
     config.mesh.layout, tensor=config.mesh.tensor
   )
   sharding.check_batch(config.batch_size, mesh, config.accumulate)
   batches = TrainBatches(
     source,
-    config.data.augment(),
+    Augment(data.size, data.resize, data.crop, data.flip),
     batch_size=config.batch_size,
     seed=config.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  examples = config.data.examples or len(source)
+  examples = data.examples or len(source)
   step, hparams, shapes, total = plan_step(
     config, tokenizer, examples / config.batch_size
   )
-  image = jax.ShapeDtypeStruct(
-    (config.batch_size, *config.data.size, 3), jnp.uint8
-  )
+  image = jax.ShapeDtypeStruct((config.batch_size, *data.size, 3), jnp.uint8)
   step_lib.check_reach(
     step, *state_lib.state_shapes(step, mesh), f32(hparams), image
   )
@@ -214,7 +213,7 @@ def setup(
 
 
 def _open_data(
-  config: config_lib.RunConfig, tokenizer: Tokenizer
+  config: config_lib.RunConfig,
 ) -> tuple[EncodedImages, EncodedImages | None]:
   """(training images, held-out images or None), looked at before training."""
 
@@ -228,7 +227,6 @@ def _open_data(
   if config.eval is None:
     return source, None
   held_out, tile = opened('eval', config.eval), config.eval.tile
-  tokenizer.grid(tile, tile)
   evaluator.check_tiles(held_out, tile)
   if shared := held_out.shared_with(source):
     logging.warning(
@@ -240,9 +238,7 @@ def _open_data(
 
 
 def plan_step(
-  config: config_lib.RunConfig,
-  tokenizer: Tokenizer,
-  steps_per_epoch: float | None,
+  config: config_lib.RunConfig, tokenizer: Tokenizer, steps_per_epoch: float
 ) -> tuple[StepSpec, dict[str, Any], Any, int]:
   """(the step's static spec, its numbers, the tokenizer's shapes, the run's
   steps), the config checked against the model.
@@ -253,8 +249,7 @@ def plan_step(
       train, a start after the end.
   """
   tokenizer.grid(*config.data.size)
-  image = jax.ShapeDtypeStruct((1, *config.data.size, 3), jnp.float32)
-  shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
+  shapes = jax.eval_shape(lambda: state_lib.random_variables(tokenizer, 0))
   leaves = trees.flatten(shapes['params'])
   # A table that follows an average has no rate, but may be frozen too.
   tables = [f'quantizer/{n}' for n in tokenizer.quantizer.ema_tables]
@@ -263,17 +258,12 @@ def plan_step(
   if not trainable:
     raise UserError('schedules freeze every leaf: there is nothing to train')
   total = optim.steps_of(config.duration, steps_per_epoch, 'duration')
-  epoch = ''
-  if steps_per_epoch:
-    images = steps_per_epoch * config.batch_size
-    epoch = (
-      f' (one epoch is {steps_per_epoch:.3g} steps: batch_size='
-      f'{config.batch_size}, {images:.0f} images)'
-    )
+  epoch = (
+    f' (one epoch is {steps_per_epoch:.3g} steps: batch_size='
+    f'{config.batch_size}, {steps_per_epoch * config.batch_size:.0f} images)'
+  )
   if total < 1:
-    raise UserError(
-      f'duration={config.duration!r} is less than one step{epoch}'
-    )
+    raise UserError(f'duration={config.duration!r} is below one step{epoch}')
   terms = config.terms()
   _check_terms(terms, tokenizer, trainable)
   q = tokenizer.quantizer
@@ -288,27 +278,20 @@ def plan_step(
   )
   hparams: dict[str, Any] = {'optimizer': numbers, 'losses': {}}
   for name, term in terms.items():
-    start, end = (
-      term.start_step(steps_per_epoch),
-      term.end_step(steps_per_epoch),
-    )
-    if start >= total or end > total:
+    start, ramp = term.steps(steps_per_epoch)
+    if start >= total or start + ramp > total:
       raise UserError(
         f'losses.{name} starts at step {start} and reaches its weight at step '
-        f'{end}, after the {total} steps of the run; lower start or ramp, or '
-        'lengthen duration'
+        f'{start + ramp}, after the {total} steps of the run; lower start or '
+        'ramp, or lengthen duration'
       )
-    hparams['losses'][name] = dict(
-      weight=term.weight, start=start, ramp=end - start
-    )
-  if config.ema:
-    hparams['ema'] = config.ema
-  if config.noise_tau:
-    hparams['noise_tau'] = config.noise_tau
+    hparams['losses'][name] = dict(weight=term.weight, start=start, ramp=ramp)
+  hparams |= {n: x for n in ('ema', 'noise_tau') if (x := getattr(config, n))}
   gan = None
   if config.discriminator is not None:
+    start = hparams['losses']['gan']['start']
     gan, hparams['discriminator'] = _plan_gan(
-      config, tokenizer, total, steps_per_epoch, hparams['losses']['gan']
+      config, tokenizer, start, total, steps_per_epoch, epoch
     )
   spec = StepSpec(
     tokenizer=tokenizer,
@@ -356,22 +339,19 @@ def _check_terms(
 def _plan_gan(
   config: config_lib.RunConfig,
   tokenizer: Tokenizer,
+  loss_start: int,
   total: int,
-  steps_per_epoch: float | None,
-  loss: Mapping[str, Any],
+  steps_per_epoch: float,
+  epoch: str,
 ) -> tuple[Gan, dict[str, Any]]:
   """(what is static about the discriminator, its numbers)."""
   spec, term = config.discriminator, config.terms()['gan']
   start = optim.steps_of(spec.start, steps_per_epoch, 'discriminator.start')
-  if start >= total:
+  if loss_start < start:
     raise UserError(
-      f'discriminator.start={spec.start!r} is after the {total} steps of the '
-      'run; start it earlier, or lengthen duration'
-    )
-  if loss['start'] < start:
-    raise UserError(
-      f'losses.gan starts before discriminator.start={spec.start!r}, at a '
-      'random discriminator; start it then or later'
+      f'losses.gan starts at step {loss_start} of {total}, before '
+      f'discriminator.start={spec.start!r}, at a random discriminator; start '
+      'the loss then or later, or the discriminator earlier'
     )
   module = discriminators.build({'name': spec.name, **spec.fields})
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
@@ -384,6 +364,8 @@ def _plan_gan(
     total - start,
     steps_per_epoch,
     spec.updates,
+    'discriminator.schedule',
+    epoch,
   )
   gan = Gan(
     module=module,
@@ -391,7 +373,7 @@ def _plan_gan(
     decoder=tokenizer.decoder_spec,
     loss=spec.loss,
     adaptive=term.adaptive,
-    generator_waits=loss['start'] > 0,
+    generator_waits=loss_start > 0,
     waits=start > 0,
     augment=spec.augment,
     cutout=spec.cutout,

@@ -6,6 +6,7 @@ argument of the step, never in the optimizer, the EMA weights or a checkpoint.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -166,50 +167,32 @@ def sharded_state(
   return with_leaves(state, frozen, leaves or {})
 
 
-def _replaced(
-  leaves: Mapping[str, jax.Array], prefix: str, given: Mapping[str, Any]
-) -> dict[str, jax.Array]:
-  """{leaf name: the given one where there is one, laid where the old lay}."""
+def with_leaves(
+  state: TrainState, frozen: Frozen, given: Mapping[str, Any]
+) -> tuple[TrainState, Frozen]:
+  """Both with the given leaves in place, laid where the old lay; the EMA
+  weights start at the given parameters too."""
 
-  def placed(old, new):
+  def replaced(name, old):
+    if name not in given:
+      return old
     blocks = {}
 
     def block(index):
       at = tuple((s.start, s.stop) for s in index)
       if at not in blocks:  # replicas share one read
-        blocks[at] = new[index]
+        blocks[at] = given[name][index]
       # A copy: states are donated, and what was given may be used again.
       return np.array(blocks[at], old.dtype)
 
     return jax.make_array_from_callback(old.shape, old.sharding, block)
 
-  return {
-    name: placed(leaf, given[prefix + name]) if prefix + name in given else leaf
-    for name, leaf in leaves.items()
-  }
+  def replaced_in_state(name, old):
+    name = re.sub('^(tokenizer/params|ema)/', 'params/', name)
+    return replaced(name, old)
 
-
-def with_leaves(
-  state: TrainState, frozen: Frozen, given: Mapping[str, Any]
-) -> tuple[TrainState, Frozen]:
-  """Both with the given leaves in place; the EMA weights start at them too."""
-  ema = state.ema
-  if ema is not None:
-    ema = _replaced(ema, 'params/', given)
-  codebook = _replaced(trees.flatten(state.codebook), 'codebook/', given)
-  params = _replaced(state.tokenizer.params, 'params/', given)
-  state = state.replace(
-    tokenizer=state.tokenizer.replace(params=params),
-    ema=ema,
-    codebook=trees.unflatten(codebook),
-  )
-  others = {}
-  for part in ('losses', 'teacher', 'discriminator'):
-    if (tree := getattr(frozen, part)) is not None:
-      leaves = _replaced(trees.flatten(tree), f'{part}/', given)
-      others[part] = trees.unflatten(leaves)
-  params = _replaced(frozen.params, 'params/', given)
-  return state, frozen.replace(params=params, **others)
+  state = trees.map_named(replaced_in_state, state)
+  return state, trees.map_named(replaced, frozen)
 
 
 def variables_of(

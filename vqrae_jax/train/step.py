@@ -43,40 +43,20 @@ _IMAGE = IMAGE_TERMS | FROZEN_TERMS
 _NOISE = 104  # apart from the discriminator's draws of the same step
 
 
-def _cotangents(
-  spec: StepSpec,
-  state: TrainState,
-  frozen: Frozen,
-  hparams: Numbers,
-  images: jax.Array,
-  recon: jax.Array,
-  sample_ids: jax.Array,
-) -> tuple[Metrics, jax.Array | None, jax.Array | None]:
-  """({loss: value}, the weighted image losses' cotangent at the
-  reconstruction, the adversarial one's, neither weighted nor balanced)."""
-  values, image, gan = {}, None, None
-  for name in spec.image_losses:
-    values[name], g = jax.value_and_grad(
-      lambda x, term=_IMAGE[name]: term(LossInputs(x, images, frozen.losses))
-    )(recon)
-    g = loss_weight(hparams['losses'][name], state.step) * g
-    image = g if image is None else image + g
-  if spec.gan is not None:
-    values['gan'], gan = spec.gan.generator_loss(
-      state, frozen, hparams, recon, sample_ids
-    )
-  return values, image, gan
-
-
-def _forward(
+def _passes(
   spec: StepSpec,
   state: TrainState,
   frozen: Frozen,
   hparams: Numbers,
   images: jax.Array,
   sample_ids: jax.Array,
-) -> Callable:
-  """params -> ((image or None, latent losses), (image, stats, features))."""
+) -> tuple[Callable, Callable]:
+  """The two functions of one batch or microbatch: (forward, cotangents).
+
+  forward: params -> ((image or None, latent losses), (image, stats, features)).
+  cotangents: reconstruction -> ({loss: value}, the weighted image losses'
+    cotangent at it, the adversarial one's, neither weighted nor balanced).
+  """
   key = jax.random.fold_in(state.rng, state.step)
   noise = teacher = None
   if spec.noise:
@@ -104,7 +84,21 @@ def _forward(
     image = out.images if needs_image else None
     return (image, latent), (out.images, out.quantizer.stats, out.features)
 
-  return forward
+  def cotangents(recon):
+    values, image, gan = {}, None, None
+    for name in spec.image_losses:
+      values[name], g = jax.value_and_grad(
+        lambda x, term=_IMAGE[name]: term(LossInputs(x, images, frozen.losses))
+      )(recon)
+      g = loss_weight(hparams['losses'][name], state.step) * g
+      image = g if image is None else image + g
+    if spec.gan is not None:
+      values['gan'], gan = spec.gan.generator_loss(
+        state, frozen, hparams, recon, sample_ids
+      )
+    return values, image, gan
+
+  return forward, cotangents
 
 
 def loss_gradients(
@@ -125,13 +119,13 @@ def loss_gradients(
     adaptive_weight: of the adversarial loss, over the whole batch; that of
       `images` if None.
   """
-  forward = _forward(spec, state, frozen, hparams, images, sample_ids)
+  forward, cotangents = _passes(
+    spec, state, frozen, hparams, images, sample_ids
+  )
   (_, latent), pullback, (recon, stats, features) = jax.vjp(
     forward, state.tokenizer.params, has_aux=True
   )
-  values, cotangent, gan = _cotangents(
-    spec, state, frozen, hparams, images, recon, sample_ids
-  )
+  values, cotangent, gan = cotangents(recon)
   metrics = {f'loss/{name}': x for name, x in (latent | values).items()}
   fakes = None
   if gan is not None:
@@ -181,11 +175,11 @@ def accumulated(
   if spec.gan is not None and spec.gan.adaptive and spec.accumulate > 1:
 
     def head_grads(images, sample_ids):
-      forward = _forward(spec, state, frozen, hparams, images, sample_ids)
-      _, (recon, _, features) = forward(state.tokenizer.params)
-      _, image, gan = _cotangents(
-        spec, state, frozen, hparams, images, recon, sample_ids
+      forward, cotangents = _passes(
+        spec, state, frozen, hparams, images, sample_ids
       )
+      _, (recon, _, features) = forward(state.tokenizer.params)
+      _, image, gan = cotangents(recon)
       return spec.gan.head_grads(image, gan, features), (), ()
 
     means, _, _ = over_microbatches(head_grads, microbatches)
@@ -214,7 +208,7 @@ def train_step(
     spec: static.
     state: donated when jitted.
     frozen: the leaves that do not move.
-    hparams: f32[] each: rates, loss weights, starts (`setup.hparams_of`).
+    hparams: f32[] each: rates, loss weights, starts (`setup.f32`).
     images: uint8 or f32 in [0, 1], [b h w 3], b over the mesh.
 
   Returns:
