@@ -172,7 +172,7 @@ def _replaced(
   """{leaf name: the given one where there is one, laid where the old lay}."""
 
   def placed(old, new):
-    blocks = {}
+    blocks, new = {}, np.asarray(new)  # one read of a leaf in a file
 
     def block(index):
       at = tuple((s.start, s.stop) for s in index)
