@@ -5,7 +5,10 @@ values, a bias in the wrong place changes nothing.
 """
 
 import dataclasses
+import functools
 import math
+import pathlib
+import tempfile
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -18,19 +21,18 @@ HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def _call(model, x, patch):
-  return model(x)
+def _call(model, x, patch, **options):
+  return model(x, **options)
 
 
-def _interpolated(model, x, patch):
-  return model(x, interpolate_pos_encoding=True)
+_interpolated = functools.partial(_call, interpolate_pos_encoding=True)
 
 
 def _mae(model, x, patch):
   """Without masks, and in the image's own order."""
   n = (x.shape[2] // patch) * (x.shape[3] // patch)
   noise = torch.arange(n, dtype=torch.float32).expand(x.shape[0], n)
-  return model(x, noise=noise, interpolate_pos_encoding=True)
+  return _interpolated(model, x, patch, noise=noise)
 
 
 def _naflex(model, x, patch):
@@ -74,12 +76,8 @@ KINDS = {
 def build(kind, *, width, depth, heads, mlp, pixels, patch):
   """The model at its initial values. DINOv2's mlp is 4 x width, or SwiGLU's."""
   k = KINDS[kind]
-  sizes = dict(
-    hidden_size=width,
-    num_hidden_layers=depth,
-    num_attention_heads=heads,
-    patch_size=patch,
-  )
+  sizes = dict(hidden_size=width, num_hidden_layers=depth, patch_size=patch)
+  sizes['num_attention_heads'] = heads
   if kind == 'naflex':
     sizes['num_patches'] = (pixels // patch) ** 2
   else:
@@ -109,6 +107,24 @@ def randomise(model, seed=0):
 
 def make(kind, seed=0, **sizes):
   return randomise(build(kind, **sizes), seed)
+
+
+TINY = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def model(kind):
+  """A tiny model, the same for all tests."""
+  return make(kind, **TINY)
+
+
+@functools.cache
+def saved(kind) -> pathlib.Path:
+  """The folder that its `save_pretrained` wrote."""
+  folder = pathlib.Path(_FOLDER.name, kind)
+  model(kind).save_pretrained(folder)
+  return folder
 
 
 def latents(kind, model, images, patch, output_norm='affine', dtype=None):
@@ -190,14 +206,14 @@ def big_vision(model, stacked=False):
   blocks = []
   for i in range(layers):
     theirs, ours = f'encoder.layers.{i}.', {}
-    for q in ('q', 'k', 'v', 'out'):
+    for name in ('query', 'key', 'value', 'out'):
+      q = name if name == 'out' else name[0]
       w = state[f'{theirs}self_attn.{q}_proj.weight'].T
       b = state[f'{theirs}self_attn.{q}_proj.bias']
       if q == 'out':
         w = w.reshape(heads, -1, w.shape[1])
       else:
         w, b = w.reshape(len(w), heads, -1), b.reshape(heads, -1)
-      name = dict(q='query', k='key', v='value').get(q, q)
       at = f'MultiHeadDotProductAttention_0/{name}'
       ours |= {f'{at}/kernel': w, f'{at}/bias': b}
     for n in (0, 1):
@@ -211,9 +227,8 @@ def big_vision(model, stacked=False):
     blocks.append(ours)
   at = f'{top}Transformer/encoderblock'
   if stacked:
-    for key in blocks[0]:
-      out[f'{at}/{key}'] = np.stack([block[key] for block in blocks])
-  else:
-    for i, block in enumerate(blocks):
-      out |= {f'{at}_{i}/{key}': value for key, value in block.items()}
+    every = {k: np.stack([block[k] for block in blocks]) for k in blocks[0]}
+    return out | {f'{at}/{key}': value for key, value in every.items()}
+  for i, block in enumerate(blocks):
+    out |= {f'{at}_{i}/{key}': value for key, value in block.items()}
   return out

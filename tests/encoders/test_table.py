@@ -1,17 +1,13 @@
 """The table of encoders: exact sizes, and every family's numbers at work."""
 
-import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.golden import make_encoder_params as golden
 from tests.golden import make_encoders_doc
-from vqrae_jax.models.encoder import Encoder
-from vqrae_jax.ops import trees
 
 # A row of each kind of arithmetic, and its reference (`references.py`).
 KINDS = {
@@ -68,14 +64,10 @@ def test_counts_are_those_of_the_pytorch_modules(name):
   assert golden.count(name) == want
 
 
-def shrunk(name):
-  """The row's arithmetic at a tiny size, over a 4 x 4 grid."""
-  size = dict(width=32, depth=2, num_heads=4, mlp_dim=48, patch_size=4)
-  return golden.encoder(name, vit=size | dict(grid=(4, 4)))
-
-
 def test_any_size_of_image_runs_and_its_remainders_are_cropped():
-  model = shrunk('dinov2-with-registers-giant')
+  size = dict(width=32, depth=2, num_heads=4, mlp_dim=48, patch_size=4)
+  size |= dict(grid=(4, 4))
+  model = golden.encoder('dinov2-with-registers-giant', vit=size)
   images = np.random.default_rng(0).random((2, 11, 30, 3), np.float32)
   cropped = images[:, :8, :28]
   variables = jax.jit(model.init)(jax.random.key(0), cropped)
@@ -83,29 +75,3 @@ def test_any_size_of_image_runs_and_its_remainders_are_cropped():
   assert out.shape == (2, 2, 7, 32) and np.std(out) > 0
   want = jax.jit(model.apply)(variables, cropped)
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
-
-
-def test_a_family_without_a_final_norm():
-  """InternViT publishes none: "affine" is the identity, "plain" LayerNorm."""
-  spec = shrunk('internvit-6b-448px-v2_5').spec
-  assert not spec.final_norm
-  images = np.random.default_rng(0).random((1, 16, 16, 3), np.float32)
-  variables = jax.jit(Encoder(spec).init)(jax.random.key(0), images)
-  assert 'norm' not in variables['params']
-  out = {}
-  for norm in ('affine', 'plain', 'none'):
-    encoder = Encoder(dataclasses.replace(spec, output_norm=norm))
-    out[norm] = jax.jit(encoder.apply)(variables, images)
-  np.testing.assert_array_equal(out['affine'], out['none'])
-  np.testing.assert_allclose(out['plain'].mean(-1), 0, atol=1e-5)
-
-
-def test_registers_come_after_the_cls_token_and_have_no_position():
-  model = shrunk('dinov2-with-registers-base')
-  images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
-  embed = trees.flatten(variables['params'])
-  assert embed['embed/prefix'].shape == (1, 32)
-  assert embed['embed/prefix_positions'].shape == (1, 32)
-  assert embed['embed/registers'].shape == (4, 32)
-  assert embed['embed/positions'].size == 4 * 4 * 32
