@@ -49,7 +49,7 @@ def by_torch(state, discriminator, z, target):
   """(gradients [p e] at the head's weight of both losses, their balance)."""
   w = {name: x.double() for name, x in state.items()}
   kernel = w['decoder_pred.weight'].requires_grad_()
-  images = torch_rae.painted(
+  images = torch_rae.decode(
     w, torch.from_numpy(z).double().flatten(1, 2), HEADS, *PIXELS
   )
   error = images - torch.from_numpy(target)

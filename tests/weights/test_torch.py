@@ -441,18 +441,6 @@ def test_a_file_larger_than_memory_opens(tmp_path):
   np.testing.assert_array_equal(files.read_all(path)['w'], FOUR)
 
 
-def test_a_flipped_bit_of_a_value(tmp_path):
-  """It is found when the value is read."""
-  path = saved(tmp_path, {'w': BASE, 'b': torch.arange(6.0)})
-  broken = bytearray(path.read_bytes())
-  broken[broken.index(as_numpy(BASE).tobytes()) + 50] ^= 4
-  path.write_bytes(broken)
-  source = open_weights(path)
-  np.testing.assert_array_equal(source['b'].read(), np.arange(6.0))
-  with pytest.raises(UserError, match='CRC'):
-    source['w'].read()
-
-
 def test_a_file_that_changes_under_a_handle(tmp_path):
   path = saved(tmp_path, {'w': BASE}, 'old')
   source = open_weights(path)
