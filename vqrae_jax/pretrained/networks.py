@@ -127,9 +127,7 @@ def _convnext_rows() -> list[Rule]:
     rows += naming.norm(f'{block}.block.2', f'{ours}/norm')
     rows += naming.dense(f'{block}.block.3', f'{ours}/fc1')
     rows += naming.dense(f'{block}.block.5', f'{ours}/fc2')
-    rows.append(
-      Rule(f'{block}.layer_scale', f'{ours}/scale[{{i}}]', 'channels')
-    )
+    rows.append(Rule(f'{block}.layer_scale', f'{ours}/scale', 'channels'))
   rows += naming.norm('classifier.0', 'norm')
   return rows + naming.dense('classifier.2', 'head')
 
