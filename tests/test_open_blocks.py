@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common, simvq_siglip_l
+from configs import simvq_siglip_l
 from vqrae_jax import optim
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
@@ -18,13 +18,6 @@ from vqrae_jax.train import config as config_lib
 BIAS = 'encoder/transformer/blocks/mlp/fc2/bias'
 POSITIONS = 'encoder/embed/positions'
 HEAD = 'decoder/head/bias'
-
-
-def test_layerwise():
-  assert common.layerwise(1.0, 3) == (1.0, 1.0, 1.0)
-  assert common.layerwise(0.5, 4) == (0.125, 0.25, 0.5, 1.0)
-  assert common.layerwise(0.5, 4, last=2) == (None, None, 0.5, 1.0)
-  assert common.layerwise(0.5, 4, last=1) == (None, None, None, 1.0)
 
 
 @pytest.fixture(scope='module')

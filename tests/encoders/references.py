@@ -73,8 +73,8 @@ KINDS = {
 }
 
 
-def build(kind, *, width, depth, heads, mlp, pixels, patch):
-  """The model at its initial values. DINOv2's mlp is 4 x width, or SwiGLU's."""
+def config(kind, *, width, depth, heads, mlp, pixels, patch):
+  """transformers' config. DINOv2's mlp is 4 x width, or SwiGLU's."""
   k = KINDS[kind]
   sizes = dict(hidden_size=width, num_hidden_layers=depth, patch_size=patch)
   sizes['num_attention_heads'] = heads
@@ -84,8 +84,7 @@ def build(kind, *, width, depth, heads, mlp, pixels, patch):
     sizes['image_size'] = pixels
   if not kind.startswith('dinov2'):
     sizes['intermediate_size'] = mlp
-  config = getattr(transformers, f'{k.classes}Config')(**sizes, **k.config)
-  return getattr(transformers, f'{k.classes}Model')(config)
+  return getattr(transformers, f'{k.classes}Config')(**sizes, **k.config)
 
 
 def randomise(model, seed=0):
@@ -106,7 +105,15 @@ def randomise(model, seed=0):
 
 
 def make(kind, seed=0, **sizes):
-  return randomise(build(kind, **sizes), seed)
+  build = getattr(transformers, f'{KINDS[kind].classes}Model')
+  return randomise(build(config(kind, **sizes)), seed)
+
+
+def sizes_of(vit) -> dict:
+  """A `ViTSpec`'s sizes as `config` takes them."""
+  sizes = dict(width=vit.width, depth=vit.depth, heads=vit.num_heads)
+  side, p = vit.grid[0], vit.patch_size
+  return sizes | dict(mlp=vit.mlp_dim, pixels=side * p, patch=p)
 
 
 TINY = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)
@@ -189,46 +196,42 @@ def big_vision(model, stacked=False):
   """{key: array} of a SigLIP as big_vision's `.npz` files have it."""
   state = {k: v.numpy() for k, v in model.state_dict().items()}
   heads = model.config.num_attention_heads
-  top, layers = 'params/img/', model.config.num_hidden_layers
   kernel = state['embeddings.patch_embedding.weight']
-  positions = state['embeddings.position_embedding.weight']
   out = {
-    f'{top}embedding/kernel': kernel.transpose(2, 3, 1, 0),
-    f'{top}embedding/bias': state['embeddings.patch_embedding.bias'],
-    f'{top}pos_embedding': positions[None],
-    f'{top}MAPHead_0/probe': np.zeros((1, 1, 4), np.float32),
-    f'{top}Transformer/encoder_norm/scale': state['post_layernorm.weight'],
-    f'{top}Transformer/encoder_norm/bias': state['post_layernorm.bias'],
-    'params/txt/Embed_0/embedding': np.zeros((3, 4), np.float32),
-    'params/t': np.zeros([1], np.float32),
-    'params/b': np.zeros([1], np.float32),
+    'img/embedding/kernel': kernel.transpose(2, 3, 1, 0),
+    'img/embedding/bias': state['embeddings.patch_embedding.bias'],
+    'img/pos_embedding': state['embeddings.position_embedding.weight'][None],
+    'img/MAPHead_0/probe': np.zeros((1, 1, 4), np.float32),
+    'img/Transformer/encoder_norm/scale': state['post_layernorm.weight'],
+    'img/Transformer/encoder_norm/bias': state['post_layernorm.bias'],
+    'txt/Embed_0/embedding': np.zeros((3, 4), np.float32),
+    't': np.zeros([1], np.float32),
+    'b': np.zeros([1], np.float32),
   }
   blocks = []
-  for i in range(layers):
-    theirs, ours = f'encoder.layers.{i}.', {}
-    for name in ('query', 'key', 'value', 'out'):
-      q = name if name == 'out' else name[0]
-      w = state[f'{theirs}self_attn.{q}_proj.weight'].T
-      b = state[f'{theirs}self_attn.{q}_proj.bias']
-      if q == 'out':
+  for i in range(model.config.num_hidden_layers):
+    ours = {}
+
+    def add(name, theirs, leaf='kernel', at=f'encoder.layers.{i}.', ours=ours):
+      w, b = (state[f'{at}{theirs}.{kind}'].T for kind in ('weight', 'bias'))
+      if name == 'out':
         w = w.reshape(heads, -1, w.shape[1])
-      else:
+      elif name in ('query', 'key', 'value'):
         w, b = w.reshape(len(w), heads, -1), b.reshape(heads, -1)
-      at = f'MultiHeadDotProductAttention_0/{name}'
-      ours |= {f'{at}/kernel': w, f'{at}/bias': b}
+      if 'attn' in theirs:
+        name = f'MultiHeadDotProductAttention_0/{name}'
+      ours |= {f'{name}/{leaf}': w, f'{name}/bias': b}
+
+    for name, q in dict(query='q', key='k', value='v', out='out').items():
+      add(name, f'self_attn.{q}_proj')
     for n in (0, 1):
-      mlp, norm = f'{theirs}mlp.fc{n + 1}', f'{theirs}layer_norm{n + 1}'
-      ours |= {
-        f'MlpBlock_0/Dense_{n}/kernel': state[f'{mlp}.weight'].T,
-        f'MlpBlock_0/Dense_{n}/bias': state[f'{mlp}.bias'],
-        f'LayerNorm_{n}/scale': state[f'{norm}.weight'],
-        f'LayerNorm_{n}/bias': state[f'{norm}.bias'],
-      }
+      add(f'MlpBlock_0/Dense_{n}', f'mlp.fc{n + 1}')
+      add(f'LayerNorm_{n}', f'layer_norm{n + 1}', 'scale')
     blocks.append(ours)
-  at = f'{top}Transformer/encoderblock'
+  at = 'img/Transformer/encoderblock'
   if stacked:
     every = {k: np.stack([block[k] for block in blocks]) for k in blocks[0]}
-    return out | {f'{at}/{key}': value for key, value in every.items()}
-  for i, block in enumerate(blocks):
+    out |= {f'{at}/{key}': value for key, value in every.items()}
+  for i, block in enumerate(() if stacked else blocks):
     out |= {f'{at}_{i}/{key}': value for key, value in block.items()}
-  return out
+  return {f'params/{key}': value for key, value in out.items()}

@@ -8,6 +8,7 @@ compares. The parity figures are those of encoder_parity.json, {row: figure}.
 
 import json
 import pathlib
+import re
 
 from tests.golden import make_encoder_params as params
 from vqrae_jax.encoders import ENCODERS, PUBLISHED
@@ -39,40 +40,30 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _figure(value: object) -> str:
-  return f'{value:.1e}' if isinstance(value, float) else str(value)
-
-
 def _row(name: str, count: int, parity: dict) -> str:
-  spec, row = params.encoder(name).spec, PUBLISHED[name]
-  vit = spec.vit
+  spec, row = params.spec_of(name), PUBLISHED[name]
+  vit, figure = spec.vit, parity.get(name, '—')
+  # The published size, in the name: 384 for a grid of 27 patches of 14.
+  pixels = re.search(r'(\d{3})(px|$)', name)
   cells = (
     f'`{name}`',
     f'{count:,}',
     vit.width,
     vit.depth,
     vit.patch_size,
-    _pixels(name, vit),
+    pixels[1] if pixels else vit.grid[0] * vit.patch_size,
     spec.resize,
     f'[{row.hub}]({row.url})',
     row.licence,
-    _figure(parity.get(name, '—')),
+    f'{figure:.1e}' if isinstance(figure, float) else figure,
   )
   return f'| {" | ".join(map(str, cells))} |\n'
-
-
-def _pixels(name: str, vit) -> int:
-  """The published size, from the name: 384 for a grid of 27 patches of 14."""
-  side = vit.grid[0] * vit.patch_size
-  numbers = [int(w) for w in name.replace('px', '').split('-') if w.isdigit()]
-  near = [n for n in numbers if 0 <= n - side < vit.patch_size]
-  return near[0] if near else side
 
 
 def page() -> str:
   """The text of docs/encoders.md."""
   counts = json.loads(params.PATH.read_text())
-  parity = json.loads(PARITY.read_text()) if PARITY.is_file() else {}
+  parity = json.loads(PARITY.read_text())
   head = f'| {" | ".join(_COLUMNS)} |\n|{"---|" * len(_COLUMNS)}\n'
   rows = (_row(n, counts[n], parity) for n in ENCODERS)
   return _HEAD + head + ''.join(rows)

@@ -460,11 +460,9 @@ def test_damage_of_any_kind_is_one_line(tmp_path, form):
   rng, failed = np.random.default_rng(0), 0
   for n in range(200):
     broken, at = bytearray(data), int(rng.integers(len(data)))
-    if n % 4 < 2:
-      broken[at] ^= 1 << int(rng.integers(8))
-    else:
-      size, times = int(rng.integers(1, 40)), 2 * (n % 2)
-      broken[at : at + size] = broken[at : at + size] * times
+    size, times = int(rng.integers(1, 40)), n % 3  # times 0 or 2: gone, doubled
+    broken[at : at + size] = broken[at : at + size] * times
+    broken[at - 1] ^= (times == 1) << int(rng.integers(8))
     path.write_bytes(broken)
     try:
       have = files.read_all(path)

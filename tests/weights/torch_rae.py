@@ -33,16 +33,12 @@ class Draw:
 
 def sincos(width: int, side: int) -> torch.Tensor:
   """f32[1 1+side*side width]: cls row zero; column half, then row half."""
-  quarter = width // 4
-  rows = [[0.0] * width]
-  for r in range(side):
-    for c in range(side):
-      row = []
-      for position in (c, r):
-        angles = [position / 10000 ** (k / quarter) for k in range(quarter)]
-        row += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-      rows.append(row)
-  return torch.tensor(rows, dtype=torch.float64).float()[None]
+  frequency = 10000 ** -(torch.arange(width // 4).double() / (width // 4))
+  angles = torch.arange(side).double()[:, None] * frequency
+  waves = torch.cat([angles.sin(), angles.cos()], -1).float()
+  columns = waves.expand(side, side, -1)
+  table = torch.cat([columns, columns.transpose(0, 1)], -1).flatten(0, 1)
+  return torch.cat([torch.zeros(1, width), table])[None]
 
 
 def state_dict(
