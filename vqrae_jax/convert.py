@@ -394,33 +394,33 @@ def _call(model: Any, x: Any, patch: int) -> Any:
   return model(x)
 
 
+def _call_any_size(model: Any, x: Any, patch: int, **options: Any) -> Any:
+  return model(x, interpolate_pos_encoding=True, **options)
+
+
 def _call_unmasked(model: Any, x: Any, patch: int) -> Any:
   """ViT-MAE without masks, its tokens in the image's order."""
-  import torch
-
   model.config.mask_ratio = 0.0
   n = (x.shape[2] // patch) * (x.shape[3] // patch)
-  order = torch.arange(n, dtype=torch.float32).expand(x.shape[0], n)
-  return model(x, noise=order, interpolate_pos_encoding=True)
+  order = x.new_tensor(range(n)).expand(x.shape[0], n)
+  return _call_any_size(model, x, patch, noise=order)
 
 
 def _call_naflex(model: Any, x: Any, patch: int) -> Any:
   """NaFlex takes patches, a mask, and their grid."""
-  import torch
-
   b, c, h, w = x.shape
   gh, gw = h // patch, w // patch
   x = x.reshape(b, c, gh, patch, gw, patch).permute(0, 2, 4, 3, 5, 1)
   x = x.reshape(b, gh * gw, patch * patch * c)
-  mask = torch.ones(b, gh * gw, dtype=torch.int32)
-  return model(x, mask, torch.tensor([[gh, gw]] * b))
+  grid = x.new_tensor([[gh, gw]] * b).int()
+  return model(x, x.new_ones(b, gh * gw).int(), grid)
 
 
 # config.json's model_type -> transformers' class, and how it is called. For a
 # model around an encoder, the class opens the encoder alone.
-_REFERENCES: dict[str, tuple[str, Callable]] = {
-  'siglip': ('SiglipVisionModel', _call),
-  'siglip_vision_model': ('SiglipVisionModel', _call),
+REFERENCES: dict[str, tuple[str, Callable]] = {
+  'siglip': ('SiglipVisionModel', _call_any_size),
+  'siglip_vision_model': ('SiglipVisionModel', _call_any_size),
   'siglip2': ('Siglip2VisionModel', _call_naflex),
   'siglip2_vision_model': ('Siglip2VisionModel', _call_naflex),
   'dinov2': ('Dinov2Model', _call),
@@ -440,9 +440,9 @@ def _reference_latents(
   if len(files) < 2:
     raise _NotMeasured('the source has no config.json or no model.safetensors')
   kind = read_json(folder / 'config.json').get('model_type')
-  if kind not in _REFERENCES:
+  if kind not in REFERENCES:
     raise _NotMeasured(f'transformers has no model "{kind}"')
-  name, call = _REFERENCES[kind]
+  name, call = REFERENCES[kind]
   try:
     import torch
     import transformers

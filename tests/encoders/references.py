@@ -9,11 +9,13 @@ import functools
 import math
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import transformers
+
+from vqrae_jax import convert
 
 torch = pytest.importorskip('torch')
 
@@ -21,53 +23,29 @@ HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def _call(model, x, patch, **options):
-  return model(x, **options)
-
-
-_interpolated = functools.partial(_call, interpolate_pos_encoding=True)
-
-
-def _mae(model, x, patch):
-  """Without masks, and in the image's own order."""
-  n = (x.shape[2] // patch) * (x.shape[3] // patch)
-  noise = torch.arange(n, dtype=torch.float32).expand(x.shape[0], n)
-  return _interpolated(model, x, patch, noise=noise)
-
-
-def _naflex(model, x, patch):
-  b, c, h, w = x.shape
-  gh, gw = h // patch, w // patch
-  x = x.reshape(b, c, gh, patch, gw, patch).permute(0, 2, 4, 3, 5, 1)
-  x = x.reshape(b, gh * gw, patch * patch * c)
-  mask = torch.ones(b, gh * gw, dtype=torch.int32)
-  return model(x, mask, torch.tensor([[gh, gw]] * b))
-
-
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A family: its classes, how its model is called, where its last norm is."""
+  """A family: its classes, where its last norm is, its pixels."""
 
   classes: str
   norm: str = 'layernorm'
   pixels: Mapping = dataclasses.field(default_factory=lambda: IMAGENET)
   prefix: int = 1
-  call: Callable = _call
   config: Mapping = dataclasses.field(default_factory=dict)
 
 
 SWIGLU = dict(use_swiglu_ffn=True)
 LARGE = dict(attention_bias=False, use_qk_norm=True, norm_type='rms_norm')
 KINDS = {
-  'siglip': Kind('SiglipVision', 'post_layernorm', HALF, 0, _interpolated),
-  'naflex': Kind('Siglip2Vision', 'post_layernorm', HALF, 0, _naflex),
+  'siglip': Kind('SiglipVision', 'post_layernorm', HALF, 0),
+  'naflex': Kind('Siglip2Vision', 'post_layernorm', HALF, 0),
   'dinov2': Kind('Dinov2'),
   'dinov2-swiglu': Kind('Dinov2', config=SWIGLU),
   'dinov2-registers': Kind('Dinov2WithRegisters', prefix=5),
   'dinov2-registers-swiglu': Kind(
     'Dinov2WithRegisters', prefix=5, config=SWIGLU
   ),
-  'mae': Kind('ViTMAE', call=_mae, config=dict(mask_ratio=0.0)),
+  'mae': Kind('ViTMAE'),
   'internvit-300m': Kind('InternVLVision', config=dict(attention_bias=True)),
   'internvit-6b': Kind('InternVLVision', config=LARGE),
 }
@@ -153,7 +131,8 @@ def latents(kind, model, images, patch, output_norm='affine', dtype=None):
     with torch.no_grad():
       if dtype is not None:
         model, x = model.to(dtype), x.to(dtype)
-      out = k.call(model, x, patch).last_hidden_state[:, k.prefix :]
+      _, call = convert.REFERENCES[model.config.model_type]
+      out = call(model, x, patch).last_hidden_state[:, k.prefix :]
   finally:
     setattr(model, k.norm, published)
   gh, gw = images.shape[1] // patch, images.shape[2] // patch
@@ -192,10 +171,30 @@ def original_names(model):
   return out
 
 
+def _big_vision_block(state, at, heads):
+  out = {}
+  for name, q in dict(query='q', key='k', value='v', out='out').items():
+    w = state[f'{at}self_attn.{q}_proj.weight'].T
+    b = state[f'{at}self_attn.{q}_proj.bias']
+    if name == 'out':
+      w = w.reshape(heads, -1, w.shape[1])
+    else:
+      w, b = w.reshape(len(w), heads, -1), b.reshape(heads, -1)
+    ours = f'MultiHeadDotProductAttention_0/{name}'
+    out |= {f'{ours}/kernel': w, f'{ours}/bias': b}
+  for n in (0, 1):
+    for ours, theirs, leaf in (
+      (f'MlpBlock_0/Dense_{n}', f'mlp.fc{n + 1}', 'kernel'),
+      (f'LayerNorm_{n}', f'layer_norm{n + 1}', 'scale'),
+    ):
+      out[f'{ours}/{leaf}'] = state[f'{at}{theirs}.weight'].T
+      out[f'{ours}/bias'] = state[f'{at}{theirs}.bias']
+  return out
+
+
 def big_vision(model, stacked=False):
   """{key: array} of a SigLIP as big_vision's `.npz` files have it."""
   state = {k: v.numpy() for k, v in model.state_dict().items()}
-  heads = model.config.num_attention_heads
   kernel = state['embeddings.patch_embedding.weight']
   out = {
     'img/embedding/kernel': kernel.transpose(2, 3, 1, 0),
@@ -208,30 +207,16 @@ def big_vision(model, stacked=False):
     't': np.zeros([1], np.float32),
     'b': np.zeros([1], np.float32),
   }
-  blocks = []
-  for i in range(model.config.num_hidden_layers):
-    ours = {}
-
-    def add(name, theirs, leaf='kernel', at=f'encoder.layers.{i}.', ours=ours):
-      w, b = (state[f'{at}{theirs}.{kind}'].T for kind in ('weight', 'bias'))
-      if name == 'out':
-        w = w.reshape(heads, -1, w.shape[1])
-      elif name in ('query', 'key', 'value'):
-        w, b = w.reshape(len(w), heads, -1), b.reshape(heads, -1)
-      if 'attn' in theirs:
-        name = f'MultiHeadDotProductAttention_0/{name}'
-      ours |= {f'{name}/{leaf}': w, f'{name}/bias': b}
-
-    for name, q in dict(query='q', key='k', value='v', out='out').items():
-      add(name, f'self_attn.{q}_proj')
-    for n in (0, 1):
-      add(f'MlpBlock_0/Dense_{n}', f'mlp.fc{n + 1}')
-      add(f'LayerNorm_{n}', f'layer_norm{n + 1}', 'scale')
-    blocks.append(ours)
+  c = model.config
+  blocks = [
+    _big_vision_block(state, f'encoder.layers.{i}.', c.num_attention_heads)
+    for i in range(c.num_hidden_layers)
+  ]
   at = 'img/Transformer/encoderblock'
-  if stacked:
-    every = {k: np.stack([block[k] for block in blocks]) for k in blocks[0]}
-    out |= {f'{at}/{key}': value for key, value in every.items()}
-  for i, block in enumerate(() if stacked else blocks):
-    out |= {f'{at}_{i}/{key}': value for key, value in block.items()}
+  for key in blocks[0]:
+    values = [block[key] for block in blocks]
+    if stacked:
+      out[f'{at}/{key}'] = np.stack(values)
+    else:
+      out |= {f'{at}_{i}/{key}': value for i, value in enumerate(values)}
   return {f'params/{key}': value for key, value in out.items()}

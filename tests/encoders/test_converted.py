@@ -17,7 +17,7 @@ from tests.encoders import references
 from tests.encoders.conftest import COMMIT
 from tests.encoders.references import model, saved
 from tests.encoders.test_parity_tiny import check_equal, check_parity
-from vqrae_jax import convert, encoders, export, sharding
+from vqrae_jax import convert, encoders, export
 from vqrae_jax.encoders import converted
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
@@ -76,18 +76,6 @@ def test_every_family(kind, run):
   assert have[0].spec == want[0].spec
   check_equal(have, want)
   check_parity(kind, *have)
-
-
-@pytest.mark.parametrize('output_norm', ('plain', 'none'))
-def test_other_norms_types_and_layouts(output_norm, ours):
-  mesh = sharding.make_mesh('fsdp+tp', tensor=2)
-  options = dict(param_dtype='bfloat16', dtype='bfloat16', remat=True)
-  have, want = (
-    vqrae_jax.load_encoder(str(s), output_norm, mesh=mesh, **options)
-    for s in (ours, saved('siglip'))
-  )
-  assert have[0].spec == want[0].spec
-  check_equal(have, want)
 
 
 def test_config_json_is_the_spec_without_run_options(ours):
