@@ -13,7 +13,6 @@ import sys
 import tracemalloc
 import zipfile
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -57,23 +56,17 @@ def written(tmp_path, form, value):
   return legacy(tmp_path / 'w.pt', value, RUNS)
 
 
-def as_numpy(value: torch.Tensor) -> np.ndarray:
-  value = value.detach()
-  if value.dtype == torch.bfloat16:
-    raw = value.contiguous().view(torch.int16).numpy()
-    return raw.view(ml_dtypes.bfloat16)
-  return value.numpy()
-
-
 def as_torch_reads(path):
   """{key: array} of ours, equal to torch's."""
   have, want = files.read_all(path), torch.load(path, map_location='cpu')
   assert list(have) == list(want)
   for key, handle in open_weights(path).items():
-    value = as_numpy(want[key])
-    assert have[key].dtype == handle.dtype == value.dtype
+    value = want[key].detach().contiguous()
+    assert have[key].dtype == handle.dtype
+    assert str(value.dtype) == f'torch.{handle.dtype.name}'
     assert have[key].shape == handle.shape == value.shape
-    assert have[key].tobytes() == value.tobytes(), key
+    raw = value.flatten().view(torch.uint8).numpy()
+    assert have[key].tobytes() == raw.tobytes(), key
   return have
 
 
