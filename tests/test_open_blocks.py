@@ -7,26 +7,17 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from configs import common, simvq_siglip_l
+from configs import simvq_siglip_l
 from vqrae_jax import optim
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 
 BIAS = 'encoder/transformer/blocks/mlp/fc2/bias'
-KERNEL = 'encoder/transformer/blocks/attention/out/kernel'
 POSITIONS = 'encoder/embed/positions'
 HEAD = 'decoder/head/bias'
-
-
-def test_layerwise():
-  assert common.layerwise(1.0, 3) == (1.0, 1.0, 1.0)
-  assert common.layerwise(0.5, 4) == (0.125, 0.25, 0.5, 1.0)
-  assert common.layerwise(0.5, 4, last=2) == (None, None, 0.5, 1.0)
-  assert common.layerwise(0.5, 4, last=1) == (None, None, None, 1.0)
 
 
 @pytest.fixture(scope='module')
@@ -39,56 +30,17 @@ def shapes():
   return trees.flatten(variables['params'])
 
 
-def moved(shapes, arguments):
-  """{leaf name: (which slices kept every bit in three steps of the recipe's
-  optimizer, the rate)} of four leaves; absent if frozen.
-
-  The leaves have their names, axes and depth, and few channels. Their values
-  are small, as the first steps of the warm-up are.
-  """
-  spec = config_lib.read_config(simvq_siglip_l.get_config(arguments))
-  every = optim.match_schedules(spec.schedule_rows(), list(shapes))
-  names = [n for n in (BIAS, KERNEL, POSITIONS, HEAD) if every[n] is not None]
-  key = jax.random.key(0)
-  sizes = {n: (shapes[n].shape[0], *(4,) * (shapes[n].ndim - 1)) for n in names}
-  before = {n: 1e-4 * jax.random.normal(key, sizes[n]) for n in names}
-  tx, numbers = optim.make_optimizer(
-    spec.optim, {n: every[n] for n in names}, before, 10_000, 1000
-  )
-  after, state = before, tx.init(before)
-  for _ in range(3):
-    grads = jax.tree.map(jnp.ones_like, before)
-    updates, state = tx.update(numbers, grads, state, after)
-    after = optax.apply_updates(after, updates)
-  rates, found = tx.rates(numbers, 5000), {}
-  for name, index, _ in tx.leaves:
-    old, new = np.asarray(before[name]), np.asarray(after[name])
-    slices = [a.tobytes() == b.tobytes() for a, b in zip(old, new, strict=True)]
-    found[name] = slices, float(rates[index])
-  return found
-
-
-def test_the_last_six_blocks_open(shapes):
-  """Of 24 blocks 18 keep every bit, weight decay notwithstanding."""
-  found = moved(shapes, 'stage=2,open=6')
-  assert found.keys() == {BIAS, KERNEL, HEAD}
-  for name in (BIAS, KERNEL):
-    still, rate = found[name]
-    assert still == [True] * 18 + [False] * 6
-    assert rate == found[HEAD][1]
-
-
-def test_all_blocks_open_by_default(shapes):
-  found = moved(shapes, 'stage=2')
-  assert found.keys() == {BIAS, KERNEL, POSITIONS, HEAD}
-  for still, rate in found.values():
-    assert not any(still) and rate == found[HEAD][1]
-
-
-@pytest.mark.parametrize('last', [6, 24])
-def test_each_block_learns_slower_than_the_one_above(shapes, last):
+@pytest.mark.parametrize(
+  'arguments, want',
+  [
+    ('stage=2', [1] * 24),
+    ('stage=2,open=6', [0] * 18 + [1] * 6),
+    ('stage=2,open=6,decay=0.8', [0] * 18 + [0.8**n for n in range(6)][::-1]),
+    ('stage=2,open=24,decay=0.8', [0.8**n for n in range(24)][::-1]),
+  ],
+)
+def test_rates_of_blocks(shapes, arguments, want):
   """The first update of AdamW is the rate itself where there is no decay."""
-  arguments = f'stage=2,open={last},decay=0.8'
   spec = config_lib.read_config(simvq_siglip_l.get_config(arguments))
   every = optim.match_schedules(spec.schedule_rows(), list(shapes))
   names = [n for n in (BIAS, POSITIONS, HEAD) if every[n] is not None]
@@ -100,13 +52,12 @@ def test_each_block_learns_slower_than_the_one_above(shapes, last):
   updates, _ = tx.update(numbers, grads, tx.init(zeros), zeros)
   unit = float(updates[HEAD][0])
   assert unit < 0
-  want = [0.0] * (24 - last) + [0.8**n for n in range(last)][::-1]
   np.testing.assert_allclose(updates[BIAS][:, 0] / unit, want, rtol=1e-5)
-  if last == 24:  # the step below the lowest block
+  assert (POSITIONS in names) == all(want)
+  if all(want):  # one step below the lowest block, if they differ
     ratio = updates[POSITIONS].ravel()[0] / unit
-    np.testing.assert_allclose(ratio, 0.8**24, rtol=1e-5)
-  else:
-    assert POSITIONS not in names
+    lowest = want[0] * (0.8 if 'decay' in arguments else 1)
+    np.testing.assert_allclose(ratio, lowest, rtol=1e-5)
 
 
 def test_the_readmes_example_is_the_recipes():

@@ -7,10 +7,10 @@ random; no bias, norm, cls token or gain is trivial.
 
 import math
 
-import numpy as np
 import pytest
 
 from tests.weights import torch_rae
+from tests.weights.torch_rae import Draw, dense, norm
 
 torch = pytest.importorskip('torch')
 F = torch.nn.functional
@@ -22,26 +22,6 @@ FORMS = (
   'vq', 'vq-gradient', 'vq-conv', 'simvq-l2', 'simvq-cosine', 'simvq-mapped',
   'fsq', 'fsq-clip', 'fsq-latent-conv', 'fsq-code-conv', 'fsq-mlp-fourier',
 )  # fmt: skip
-
-
-class Draw:
-  """Random tensors by name."""
-
-  def __init__(self, seed):
-    self.g = torch.Generator().manual_seed(seed)
-    self.state = {}
-
-  def new(self, name, *shape, scale=1.0, around=0.0):
-    value = around + scale * torch.randn(*shape, generator=self.g)
-    self.state[name] = value
-
-  def dense(self, name, fan_out, fan_in):
-    self.new(f'{name}.weight', fan_out, fan_in, scale=fan_in**-0.5)
-    self.new(f'{name}.bias', fan_out, scale=0.3)
-
-  def norm(self, name, width):
-    self.new(f'{name}.weight', width, scale=0.3, around=1.0)
-    self.new(f'{name}.bias', width, scale=0.3)
 
 
 def quantizer_state(d, form):
@@ -99,16 +79,6 @@ def state_dict(form, encoder, seed=0):
     WIDTH, DEPTH, MLP, PATCH, SIDE, latent=WIDTH, seed=seed + 1
   )
   return encoder | d.state | {f'decoder.{k}': v for k, v in decoder.items()}
-
-
-def dense(w, name, x):
-  return F.linear(x, w[f'{name}.weight'], w[f'{name}.bias'])
-
-
-def norm(w, name, x, eps):
-  return F.layer_norm(
-    x, x.shape[-1:], w[f'{name}.weight'], w[f'{name}.bias'], eps
-  )
 
 
 def quantize(w, z, form):
@@ -173,5 +143,4 @@ def decode(w, z_q, mean, std):
   """z_q [b n d] -> the reconstruction f32[b h w 3]."""
   at = 'decoder.'
   decoder = {k.removeprefix(at): v for k, v in w.items() if k.startswith(at)}
-  mean, std = (np.asarray(x, 'f4') for x in (mean, std))
-  return torch_rae.decode(decoder, z_q.numpy(), HEADS, mean, std)
+  return torch_rae.decode(decoder, z_q, HEADS, mean, std).numpy()

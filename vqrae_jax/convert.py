@@ -25,9 +25,10 @@ beside the weights never runs.
 """
 
 import ast
+import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -46,14 +47,9 @@ from vqrae_jax.ops import trees
 from vqrae_jax.paths import check_writable
 from vqrae_jax.pretrained import encoders, rae, vqrae_torch
 from vqrae_jax.specs import DTYPES, EncoderSpec
-from vqrae_jax.weights import (
-  LazyArray,
-  Pretrained,
-  WeightFile,
-  open_weights,
-  parse_source,
-  write_safetensors,
-)
+from vqrae_jax.weights.files import WeightFile, open_weights, write_safetensors
+from vqrae_jax.weights.hub import parse_source
+from vqrae_jax.weights.load import Pretrained
 
 MODULE = 'vqrae_jax.convert'
 EXAMPLE = (
@@ -154,18 +150,13 @@ def _quantizer_fields(text: str) -> dict[str, Any]:
     ) from None
 
 
-def _write_arrays(out: pathlib.Path, arrays: dict) -> None:
+def _write_arrays(out: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes a single file."""
-  from safetensors.numpy import save
-
-  arrays = {
-    k: np.ascontiguousarray(v).reshape(v.shape) for k, v in arrays.items()
-  }
   with atomic_write(out) as file:
     if out.suffix == '.npz':
       np.savez(file, **arrays)
     else:
-      file.write(save(arrays))
+      write_safetensors(file, arrays, arrays.__getitem__)
   print(f'wrote {out}: {len(arrays)} arrays')
 
 
@@ -205,14 +196,14 @@ def convert_encoder(
     raise UserError(f'{source} is already converted; load_encoder opens it')
   spec = encoders.spec_of(found)
   in_f32 = encoders.fit_encoder(found, spec)
-  fit = encoders.fit_encoder(found, spec, encoders.target_of(spec, dtype))
+  fit = encoders.fit_encoder(found, spec, dtype)
   report_keys(in_f32.source, {'encoder': in_f32})
   origin = {'source': source, 'revision': found.revision, 'row': found.row}
   if found.row in PUBLISHED:
     origin['licence'] = PUBLISHED[found.row].licence
   origin = {key: value for key, value in origin.items() if value is not None}
   print('\n'.join(f'{key}: {value}' for key, value in origin.items()))
-  report_roundtrip(fit.backwards())
+  report_roundtrip({'encoder': fit})
   report_parity(found.path, spec, in_f32)
   with (
     export.written_whole(out) as folder,
@@ -223,7 +214,8 @@ def convert_encoder(
       bar.update()
       return fit.read(name)
 
-    write_safetensors(folder / export.WEIGHTS, fit.target, read)
+    with (folder / export.WEIGHTS).open('wb') as file:
+      write_safetensors(file, fit.target, read)
     config = {
       'format_version': converted.FORMAT_VERSION,
       **origin,
@@ -278,9 +270,7 @@ def _convert_tokenizer(
       'losses.codebook=0.25)'
     )
   variables = trees.unflatten(vqrae_torch.load(fits))
-  theirs = vqrae_torch.to_torch(tokenizer, variables)
-  skipped = {k for f in fits.values() for k in f.ignored}
-  report_roundtrip(_pairs(source, theirs, skipped))
+  report_roundtrip(fits)
   print('parity with PyTorch: not measured')
   fingerprint = export.save_tokenizer(tokenizer, variables, out)
   print(f'wrote {out}, fingerprint {fingerprint[:12]}…')
@@ -294,10 +284,9 @@ def _convert_decoder(
   spec = tokenizer.decoder_spec
   fit = rae.fit_decoder(source, spec, tokenizer.latent_dim)
   report_keys(source, {'decoder': fit})
-  theirs = rae.export_rae_decoder(fit.load(), spec)
-  report_roundtrip(_pairs(source, theirs, fit.ignored))
+  report_roundtrip({'decoder': fit})
   print('parity with PyTorch: not measured')
-  _write_arrays(out, theirs)
+  _write_arrays(out, rae.export_rae_decoder(fit.load(), spec))
   print(f'to start a run from it: --config.init.decoder=rae:{out}')
 
 
@@ -307,16 +296,6 @@ def _convert_statistics(source: WeightFile, out: pathlib.Path) -> None:
   print(f'read {source.name}: mean and var of shape {arrays["mean"].shape}')
   _write_arrays(out, arrays)
   print(f'to start a run with them: --config.init.latents={out}')
-
-
-def _pairs(
-  source: WeightFile, theirs: Mapping[str, np.ndarray], skipped: Iterable[str]
-) -> Iterator[tuple[LazyArray, np.ndarray]]:
-  """(the file's array, ours) of each key; the file's may have prefixes."""
-  for key in source.keys() - set(skipped):
-    suffixes = [k for k in theirs if key.endswith(k)]
-    if suffixes:
-      yield source[key], theirs[max(suffixes, key=len)]
 
 
 # -------------------------------------------------------------------- report
@@ -346,16 +325,15 @@ def report_keys(source: WeightFile, fits: Mapping[str, Pretrained]) -> None:
       print(f'  skipped {", ".join(keys[:_SHOWN_KEYS])}{more}: {why}')
 
 
-def report_roundtrip(pairs: Iterable[tuple[LazyArray, np.ndarray]]) -> None:
-  """Prints how many arrays our leaves give back bit for bit.
+def report_roundtrip(fits: Mapping[str, Pretrained]) -> None:
+  """Prints how many arrays of a file our leaves give back bit for bit.
 
-  Args:
-    pairs: (an array of the file, the same made of our leaves); if the leaves'
-      type holds less than the file's, the file's is rounded to it first.
+  If the leaves' type holds less than the file's, the file's arrays are rounded
+  to it first.
   """
   equal = total = 0
   rounded = ''
-  for array, ours in pairs:
+  for array, ours in itertools.chain(*(f.backwards() for f in fits.values())):
     value = array.read()
     cast = value.astype(ours.dtype)
     if cast.astype(value.dtype).tobytes() != value.tobytes():
@@ -416,33 +394,33 @@ def _call(model: Any, x: Any, patch: int) -> Any:
   return model(x)
 
 
+def _call_any_size(model: Any, x: Any, patch: int, **options: Any) -> Any:
+  return model(x, interpolate_pos_encoding=True, **options)
+
+
 def _call_unmasked(model: Any, x: Any, patch: int) -> Any:
   """ViT-MAE without masks, its tokens in the image's order."""
-  import torch
-
   model.config.mask_ratio = 0.0
   n = (x.shape[2] // patch) * (x.shape[3] // patch)
-  order = torch.arange(n, dtype=torch.float32).expand(x.shape[0], n)
-  return model(x, noise=order, interpolate_pos_encoding=True)
+  order = x.new_tensor(range(n)).expand(x.shape[0], n)
+  return _call_any_size(model, x, patch, noise=order)
 
 
 def _call_naflex(model: Any, x: Any, patch: int) -> Any:
   """NaFlex takes patches, a mask, and their grid."""
-  import torch
-
   b, c, h, w = x.shape
   gh, gw = h // patch, w // patch
   x = x.reshape(b, c, gh, patch, gw, patch).permute(0, 2, 4, 3, 5, 1)
   x = x.reshape(b, gh * gw, patch * patch * c)
-  mask = torch.ones(b, gh * gw, dtype=torch.int32)
-  return model(x, mask, torch.tensor([[gh, gw]] * b))
+  grid = x.new_tensor([[gh, gw]] * b).int()
+  return model(x, x.new_ones(b, gh * gw).int(), grid)
 
 
 # config.json's model_type -> transformers' class, and how it is called. For a
 # model around an encoder, the class opens the encoder alone.
-_REFERENCES: dict[str, tuple[str, Callable]] = {
-  'siglip': ('SiglipVisionModel', _call),
-  'siglip_vision_model': ('SiglipVisionModel', _call),
+REFERENCES: dict[str, tuple[str, Callable]] = {
+  'siglip': ('SiglipVisionModel', _call_any_size),
+  'siglip_vision_model': ('SiglipVisionModel', _call_any_size),
   'siglip2': ('Siglip2VisionModel', _call_naflex),
   'siglip2_vision_model': ('Siglip2VisionModel', _call_naflex),
   'dinov2': ('Dinov2Model', _call),
@@ -462,9 +440,9 @@ def _reference_latents(
   if len(files) < 2:
     raise _NotMeasured('the source has no config.json or no model.safetensors')
   kind = read_json(folder / 'config.json').get('model_type')
-  if kind not in _REFERENCES:
+  if kind not in REFERENCES:
     raise _NotMeasured(f'transformers has no model "{kind}"')
-  name, call = _REFERENCES[kind]
+  name, call = REFERENCES[kind]
   try:
     import torch
     import transformers

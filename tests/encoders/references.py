@@ -5,12 +5,17 @@ values, a bias in the wrong place changes nothing.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+import pathlib
+import tempfile
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import transformers
+
+from vqrae_jax import convert
 
 torch = pytest.importorskip('torch')
 
@@ -18,76 +23,46 @@ HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def _call(model, x, patch):
-  return model(x)
-
-
-def _interpolated(model, x, patch):
-  return model(x, interpolate_pos_encoding=True)
-
-
-def _mae(model, x, patch):
-  """Without masks, and in the image's own order."""
-  n = (x.shape[2] // patch) * (x.shape[3] // patch)
-  noise = torch.arange(n, dtype=torch.float32).expand(x.shape[0], n)
-  return model(x, noise=noise, interpolate_pos_encoding=True)
-
-
-def _naflex(model, x, patch):
-  b, c, h, w = x.shape
-  gh, gw = h // patch, w // patch
-  x = x.reshape(b, c, gh, patch, gw, patch).permute(0, 2, 4, 3, 5, 1)
-  x = x.reshape(b, gh * gw, patch * patch * c)
-  mask = torch.ones(b, gh * gw, dtype=torch.int32)
-  return model(x, mask, torch.tensor([[gh, gw]] * b))
-
-
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A family: its classes, how its model is called, where its last norm is."""
+  """A family: its classes, where its last norm is, its pixels."""
 
   classes: str
   norm: str = 'layernorm'
   pixels: Mapping = dataclasses.field(default_factory=lambda: IMAGENET)
   prefix: int = 1
-  call: Callable = _call
   config: Mapping = dataclasses.field(default_factory=dict)
 
 
 SWIGLU = dict(use_swiglu_ffn=True)
 LARGE = dict(attention_bias=False, use_qk_norm=True, norm_type='rms_norm')
 KINDS = {
-  'siglip': Kind('SiglipVision', 'post_layernorm', HALF, 0, _interpolated),
-  'naflex': Kind('Siglip2Vision', 'post_layernorm', HALF, 0, _naflex),
+  'siglip': Kind('SiglipVision', 'post_layernorm', HALF, 0),
+  'naflex': Kind('Siglip2Vision', 'post_layernorm', HALF, 0),
   'dinov2': Kind('Dinov2'),
   'dinov2-swiglu': Kind('Dinov2', config=SWIGLU),
   'dinov2-registers': Kind('Dinov2WithRegisters', prefix=5),
   'dinov2-registers-swiglu': Kind(
     'Dinov2WithRegisters', prefix=5, config=SWIGLU
   ),
-  'mae': Kind('ViTMAE', call=_mae, config=dict(mask_ratio=0.0)),
+  'mae': Kind('ViTMAE'),
   'internvit-300m': Kind('InternVLVision', config=dict(attention_bias=True)),
   'internvit-6b': Kind('InternVLVision', config=LARGE),
 }
 
 
-def build(kind, *, width, depth, heads, mlp, pixels, patch):
-  """The model at its initial values. DINOv2's mlp is 4 x width, or SwiGLU's."""
+def config(kind, *, width, depth, heads, mlp, pixels, patch):
+  """transformers' config. DINOv2's mlp is 4 x width, or SwiGLU's."""
   k = KINDS[kind]
-  sizes = dict(
-    hidden_size=width,
-    num_hidden_layers=depth,
-    num_attention_heads=heads,
-    patch_size=patch,
-  )
+  sizes = dict(hidden_size=width, num_hidden_layers=depth, patch_size=patch)
+  sizes['num_attention_heads'] = heads
   if kind == 'naflex':
     sizes['num_patches'] = (pixels // patch) ** 2
   else:
     sizes['image_size'] = pixels
   if not kind.startswith('dinov2'):
     sizes['intermediate_size'] = mlp
-  config = getattr(transformers, f'{k.classes}Config')(**sizes, **k.config)
-  return getattr(transformers, f'{k.classes}Model')(config)
+  return getattr(transformers, f'{k.classes}Config')(**sizes, **k.config)
 
 
 def randomise(model, seed=0):
@@ -108,7 +83,33 @@ def randomise(model, seed=0):
 
 
 def make(kind, seed=0, **sizes):
-  return randomise(build(kind, **sizes), seed)
+  build = getattr(transformers, f'{KINDS[kind].classes}Model')
+  return randomise(build(config(kind, **sizes)), seed)
+
+
+def sizes_of(vit) -> dict:
+  """A `ViTSpec`'s sizes as `config` takes them."""
+  sizes = dict(width=vit.width, depth=vit.depth, heads=vit.num_heads)
+  side, p = vit.grid[0], vit.patch_size
+  return sizes | dict(mlp=vit.mlp_dim, pixels=side * p, patch=p)
+
+
+TINY = dict(width=32, depth=2, heads=4, mlp=48, pixels=16, patch=4)
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def model(kind):
+  """A tiny model, the same for all tests."""
+  return make(kind, **TINY)
+
+
+@functools.cache
+def saved(kind) -> pathlib.Path:
+  """The folder that its `save_pretrained` wrote."""
+  folder = pathlib.Path(_FOLDER.name, kind)
+  model(kind).save_pretrained(folder)
+  return folder
 
 
 def latents(kind, model, images, patch, output_norm='affine', dtype=None):
@@ -130,7 +131,8 @@ def latents(kind, model, images, patch, output_norm='affine', dtype=None):
     with torch.no_grad():
       if dtype is not None:
         model, x = model.to(dtype), x.to(dtype)
-      out = k.call(model, x, patch).last_hidden_state[:, k.prefix :]
+      _, call = convert.REFERENCES[model.config.model_type]
+      out = call(model, x, patch).last_hidden_state[:, k.prefix :]
   finally:
     setattr(model, k.norm, published)
   gh, gw = images.shape[1] // patch, images.shape[2] // patch
@@ -169,51 +171,52 @@ def original_names(model):
   return out
 
 
+def _big_vision_block(state, at, heads):
+  out = {}
+  for name, q in dict(query='q', key='k', value='v', out='out').items():
+    w = state[f'{at}self_attn.{q}_proj.weight'].T
+    b = state[f'{at}self_attn.{q}_proj.bias']
+    if name == 'out':
+      w = w.reshape(heads, -1, w.shape[1])
+    else:
+      w, b = w.reshape(len(w), heads, -1), b.reshape(heads, -1)
+    ours = f'MultiHeadDotProductAttention_0/{name}'
+    out |= {f'{ours}/kernel': w, f'{ours}/bias': b}
+  for n in (0, 1):
+    for ours, theirs, leaf in (
+      (f'MlpBlock_0/Dense_{n}', f'mlp.fc{n + 1}', 'kernel'),
+      (f'LayerNorm_{n}', f'layer_norm{n + 1}', 'scale'),
+    ):
+      out[f'{ours}/{leaf}'] = state[f'{at}{theirs}.weight'].T
+      out[f'{ours}/bias'] = state[f'{at}{theirs}.bias']
+  return out
+
+
 def big_vision(model, stacked=False):
   """{key: array} of a SigLIP as big_vision's `.npz` files have it."""
   state = {k: v.numpy() for k, v in model.state_dict().items()}
-  heads = model.config.num_attention_heads
-  top, layers = 'params/img/', model.config.num_hidden_layers
   kernel = state['embeddings.patch_embedding.weight']
-  positions = state['embeddings.position_embedding.weight']
   out = {
-    f'{top}embedding/kernel': kernel.transpose(2, 3, 1, 0),
-    f'{top}embedding/bias': state['embeddings.patch_embedding.bias'],
-    f'{top}pos_embedding': positions[None],
-    f'{top}MAPHead_0/probe': np.zeros((1, 1, 4), np.float32),
-    f'{top}Transformer/encoder_norm/scale': state['post_layernorm.weight'],
-    f'{top}Transformer/encoder_norm/bias': state['post_layernorm.bias'],
-    'params/txt/Embed_0/embedding': np.zeros((3, 4), np.float32),
-    'params/t': np.zeros([1], np.float32),
-    'params/b': np.zeros([1], np.float32),
+    'img/embedding/kernel': kernel.transpose(2, 3, 1, 0),
+    'img/embedding/bias': state['embeddings.patch_embedding.bias'],
+    'img/pos_embedding': state['embeddings.position_embedding.weight'][None],
+    'img/MAPHead_0/probe': np.zeros((1, 1, 4), np.float32),
+    'img/Transformer/encoder_norm/scale': state['post_layernorm.weight'],
+    'img/Transformer/encoder_norm/bias': state['post_layernorm.bias'],
+    'txt/Embed_0/embedding': np.zeros((3, 4), np.float32),
+    't': np.zeros([1], np.float32),
+    'b': np.zeros([1], np.float32),
   }
-  blocks = []
-  for i in range(layers):
-    theirs, ours = f'encoder.layers.{i}.', {}
-    for q in ('q', 'k', 'v', 'out'):
-      w = state[f'{theirs}self_attn.{q}_proj.weight'].T
-      b = state[f'{theirs}self_attn.{q}_proj.bias']
-      if q == 'out':
-        w = w.reshape(heads, -1, w.shape[1])
-      else:
-        w, b = w.reshape(len(w), heads, -1), b.reshape(heads, -1)
-      name = dict(q='query', k='key', v='value').get(q, q)
-      at = f'MultiHeadDotProductAttention_0/{name}'
-      ours |= {f'{at}/kernel': w, f'{at}/bias': b}
-    for n in (0, 1):
-      mlp, norm = f'{theirs}mlp.fc{n + 1}', f'{theirs}layer_norm{n + 1}'
-      ours |= {
-        f'MlpBlock_0/Dense_{n}/kernel': state[f'{mlp}.weight'].T,
-        f'MlpBlock_0/Dense_{n}/bias': state[f'{mlp}.bias'],
-        f'LayerNorm_{n}/scale': state[f'{norm}.weight'],
-        f'LayerNorm_{n}/bias': state[f'{norm}.bias'],
-      }
-    blocks.append(ours)
-  at = f'{top}Transformer/encoderblock'
-  if stacked:
-    for key in blocks[0]:
-      out[f'{at}/{key}'] = np.stack([block[key] for block in blocks])
-  else:
-    for i, block in enumerate(blocks):
-      out |= {f'{at}_{i}/{key}': value for key, value in block.items()}
-  return out
+  c = model.config
+  blocks = [
+    _big_vision_block(state, f'encoder.layers.{i}.', c.num_attention_heads)
+    for i in range(c.num_hidden_layers)
+  ]
+  at = 'img/Transformer/encoderblock'
+  for key in blocks[0]:
+    values = [block[key] for block in blocks]
+    if stacked:
+      out[f'{at}/{key}'] = np.stack(values)
+    else:
+      out |= {f'{at}_{i}/{key}': value for i, value in enumerate(values)}
+  return {f'params/{key}': value for key, value in out.items()}

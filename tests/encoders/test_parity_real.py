@@ -27,34 +27,24 @@ import pytest
 import vqrae_jax
 from tests import tiny
 from tests.encoders import references
+from vqrae_jax.encoders import ENCODERS
+from vqrae_jax.specs import EncoderSpec, build_spec
 
 torch = pytest.importorskip('torch')
 
 pytestmark = pytest.mark.slow
 
 
-# (kind, (width, depth, heads, mlp, pixels, patch), a shape of ratio 2:1)
+# row: (kind, a shape of ratio 2:1)
 CASES = {
-  'siglip-large-patch16-256': (
-    'siglip', (1024, 24, 16, 4096, 256, 16), (192, 384)
-  ),
-  'siglip2-so400m-patch14-384': (
-    'siglip', (1152, 27, 16, 4304, 384, 14), (224, 448)
-  ),
-  'dinov2-with-registers-base': (
-    'dinov2-registers', (768, 12, 12, 0, 518, 14), (224, 448)
-  ),
-  'dinov2-giant': ('dinov2-swiglu', (1536, 40, 24, 0, 518, 14), (224, 448)),
-  'vit-mae-base': ('mae', (768, 12, 12, 3072, 224, 16), (160, 320)),
-  'internvit-300m-448px': (
-    'internvit-300m', (1024, 24, 16, 4096, 448, 14), (224, 448)
-  ),
-  # Two of its 45 layers, at full width.
-  'internvit-6b-448px-v2_5': (
-    'internvit-6b', (3200, 2, 25, 12800, 448, 14), (224, 448)
-  ),
-}  # fmt: skip
-_SIZES = ('width', 'depth', 'heads', 'mlp', 'pixels', 'patch')
+  'siglip-large-patch16-256': ('siglip', (192, 384)),
+  'siglip2-so400m-patch14-384': ('siglip', (224, 448)),
+  'dinov2-with-registers-base': ('dinov2-registers', (224, 448)),
+  'dinov2-giant': ('dinov2-swiglu', (224, 448)),
+  'vit-mae-base': ('mae', (160, 320)),
+  'internvit-300m-448px': ('internvit-300m', (224, 448)),
+  'internvit-6b-448px-v2_5': ('internvit-6b', (224, 448)),
+}
 
 
 def _jit(encoder):
@@ -64,10 +54,13 @@ def _jit(encoder):
 
 @pytest.mark.parametrize('name', CASES)
 def test_parity(name, tmp_path):
-  kind, numbers, wide = CASES[name]
-  *_, pixels, patch = numbers
+  kind, wide = CASES[name]
+  sizes = references.sizes_of(build_spec(EncoderSpec, ENCODERS[name], name).vit)
+  if kind == 'internvit-6b':  # two of its 45 layers, at full width
+    sizes['depth'] = 2
+  pixels, patch = sizes['pixels'], sizes['patch']
   native = (pixels, pixels)
-  model = references.make(kind, **dict(zip(_SIZES, numbers, strict=True)))
+  model = references.make(kind, **sizes)
   model.save_pretrained(tmp_path)
   row = None if name.startswith('internvit') else name
   encoder, variables = vqrae_jax.load_encoder(str(tmp_path), row=row)

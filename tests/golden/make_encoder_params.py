@@ -15,20 +15,18 @@ import jax
 
 from vqrae_jax.encoders import ENCODERS
 from vqrae_jax.models.encoder import Encoder
-from vqrae_jax.specs import EncoderSpec, build_spec, merge_sections
+from vqrae_jax.specs import EncoderSpec, build_spec
 
 PATH = pathlib.Path(__file__).with_name('encoder_params.json')
 
 
-def encoder(name: str, **fields) -> Encoder:
-  """The module of a row, some of its spec's fields changed."""
-  section = merge_sections(ENCODERS[name], fields)
-  return Encoder(build_spec(EncoderSpec, section, name))
+def spec_of(name: str) -> EncoderSpec:
+  return build_spec(EncoderSpec, ENCODERS[name], name)
 
 
 def count(name: str) -> int:
   """Parameters of a row, by shapes alone."""
-  spec = encoder(name).spec
+  spec = spec_of(name)
   return _count(EncoderSpec(vit=spec.vit, final_norm=spec.final_norm))
 
 

@@ -21,6 +21,7 @@ from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import IMAGENET_NORM, DecoderSpec, ViTSpec
 from vqrae_jax.types import LossInputs
+from vqrae_jax.weights.files import arrays
 
 torch = pytest.importorskip('torch')
 
@@ -48,7 +49,7 @@ def by_torch(state, discriminator, z, target):
   """(gradients [p e] at the head's weight of both losses, their balance)."""
   w = {name: x.double() for name, x in state.items()}
   kernel = w['decoder_pred.weight'].requires_grad_()
-  images = torch_rae.painted(
+  images = torch_rae.decode(
     w, torch.from_numpy(z).double().flatten(1, 2), HEADS, *PIXELS
   )
   error = images - torch.from_numpy(target)
@@ -59,17 +60,17 @@ def by_torch(state, discriminator, z, target):
   return r, g, torch.clamp(r.norm() / (g.norm() + 1e-6), 0, 1e4)
 
 
-def test_it_equals_two_autograd_passes_of_torch(tmp_path):
+def test_it_equals_two_autograd_passes_of_torch():
   torch.manual_seed(0)
   state = torch_rae.state_dict(latent=LATENT)
-  torch.save(state, tmp_path / 'decoder.pt')
+  file = arrays('w.pt', {k: x.numpy() for k, x in state.items()})
   reference = torch_discriminators.PatchGAN(**PATCH)
   rng = np.random.default_rng(0)
   z = rng.normal(size=(3, 4, 4, LATENT)).astype(np.float32)
   target = rng.random((3, 16, 16, 3), np.float32)
   *want, balance = by_torch(state, reference, z, target)
 
-  leaves = rae.load_rae_decoder(tmp_path / 'decoder.pt', SPEC, LATENT)
+  leaves = rae.fit_decoder(file, SPEC, LATENT).load()
   params, disc = map(trees.unflatten, (leaves, reference.leaves()))
   head_gradient = functools.partial(
     adversarial.head_gradient, std=IMAGENET_NORM.std, patch=4, prefix=1

@@ -13,7 +13,8 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.nn.vgg import WIDTHS
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import networks
-from vqrae_jax.weights import export, hub
+from vqrae_jax.weights import hub
+from vqrae_jax.weights.load import export
 
 torch = pytest.importorskip('torch')
 

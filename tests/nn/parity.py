@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from vqrae_jax.ops import trees
-from vqrae_jax.weights import Pretrained
 from vqrae_jax.weights.files import arrays
+from vqrae_jax.weights.load import Pretrained
 
 torch = pytest.importorskip('torch')
 

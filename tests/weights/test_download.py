@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import importlib
 import os
 import re
 import stat
@@ -13,14 +12,11 @@ import pytest
 
 from vqrae_jax import fetch_weights
 from vqrae_jax.errors import UserError
+from vqrae_jax.pretrained import networks
 from vqrae_jax.weights import hub
 
 DATA = np.random.default_rng(0).bytes(3 << 20)
 HASH = hashlib.sha256(DATA).hexdigest()
-
-LPIPS = ('vgg16', 'lpips-vgg')
-BOTH = (*LPIPS, 'convnext-small')
-DINO = (*LPIPS, 'dino-s8')
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -222,37 +218,9 @@ def test_needs_of_losses_and_of_encoders_given_elsewhere():
   assert needed(dict(model=model, init=dict(encoder='/a/path'))) == []
 
 
-@pytest.mark.parametrize(
-  'name, encoder, files',
-  [
-    ('simvq_siglip_l', 'siglip-large-patch16-384', DINO),
-    ('simvq_siglip_l:stage=2', 'siglip-large-patch16-384', LPIPS),
-    ('simvq_siglip2_l', 'siglip2-large-patch16-256', DINO),
-    ('simvq_siglip2_l:stage=2', 'siglip2-large-patch16-256', LPIPS),
-    ('simvq_siglip2_l:preset=paper', 'siglip2-large-patch16-256', BOTH),
-    ('simvq_siglip2_l:preset=paper,stage=2', 'siglip2-large-patch16-256', BOTH),
-    ('vq_dinov2_b', 'dinov2-with-registers-base', DINO),
-    ('vq_dinov2_b_decxl', 'dinov2-with-registers-base', DINO),
-    ('rae_dinov2_b', 'dinov2-with-registers-base', DINO),
-    ('vqvae_16k', 'siglip-large-patch16-384', DINO),
-    ('fsq_siglip_l', 'siglip-large-patch16-384', DINO),
-    ('fsq_cosmos_64k', 'siglip2-base-patch16-256', DINO),
-    ('internvit_6b', 'internvit-6b-448px-v2_5', BOTH),
-    ('internvit_6b:stage=2', 'internvit-6b-448px-v2_5', BOTH),
-    ('paper_siglip2_so400m', 'siglip2-so400m-patch16-256', BOTH),
-    ('paper_siglip2_so400m:stage=2', 'siglip2-so400m-patch16-256', BOTH),
-    ('paper_internvit_300m', 'internvit-300m-448px-v2_5', BOTH),
-    ('paper_internvit_300m:stage=2', 'internvit-300m-448px-v2_5', BOTH),
-    ('finetune_decoder', 'siglip-large-patch16-384', DINO),
-  ],
-)
-def test_what_each_recipe_needs(name, encoder, files):
-  """All that a run of it opens: none of it is met only after hours."""
-  name, _, arguments = name.partition(':')
-  recipe = importlib.import_module(f'configs.{name}')
-  config = recipe.get_config(arguments or None)
-  first, *others = fetch_weights.needed(config)
-  assert first == encoder and sorted(others) == sorted(files)
+def test_needs_are_what_the_losses_open():
+  for term, parts in networks.PARTS.items():
+    assert hub.NEEDS[term] == tuple(row for row, _ in parts.values())
 
 
 def test_the_hub_out_of_reach(monkeypatch):

@@ -17,38 +17,18 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import UserError
 from vqrae_jax.specs import LATER_FIELDS, RUN_OPTIONS, EncoderSpec, ViTSpec
-from vqrae_jax.weights import Rule, Table, ignore
+from vqrae_jax.weights.rules import Rule, Table, ignore
 
 FORMAT_VERSION = 1
 # A section that a tokenizer's config.json does not have.
 KEY = 'encoder'
 
-_KERNELS = (
-  'embed/linear',
-  *(f'{BLOCKS}attention/{n}' for n in ('query', 'key', 'value', 'out')),
-  *(f'{BLOCKS}mlp/{n}' for n in ('gate', 'fc1', 'fc2')),
-)
-_NORMS = (f'{BLOCKS}norm1', f'{BLOCKS}norm2')
-LEAVES = (
-  'embed/positions',
-  'embed/prefix',
-  'embed/prefix_positions',
-  'embed/registers',
-  *(f'{at}/{leaf}' for at in _KERNELS for leaf in ('kernel', 'bias')),
-  *(f'{at}/{leaf}' for at in _NORMS for leaf in ('scale', 'bias')),
-  *(f'{BLOCKS}attention/{n}_norm/scale' for n in ('query', 'key')),
-  *(f'{BLOCKS}scale{n}' for n in '12'),
-)
-
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """Every leaf that an encoder may have, unchanged."""
-  del shapes
-  rows: list = [Rule(name, name) for name in LEAVES]
+  """Every leaf of the file, unchanged."""
+  rows: list = [Rule(name, name) for name in shapes]
   if why := spec.final_norm and naming.FINAL_NORM[spec.output_norm]:
     rows.append(ignore('norm/.*', why))
-  else:
-    rows += [Rule(f'norm/{n}', f'norm/{n}') for n in ('scale', 'bias')]
   return Table(tuple(rows), ())
 
 

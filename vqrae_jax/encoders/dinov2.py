@@ -15,7 +15,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Rule, Table, ignore
+from vqrae_jax.weights.rules import Rule, Table, ignore
 
 _SIZES = {
   'small': dict(width=384, depth=12, num_heads=6, mlp_dim=1536),
@@ -47,28 +47,24 @@ ROWS = {f'dinov2-{size}': _row(size, 0) for size in _SIZES} | {
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """The hub's names."""
-  del shapes
   layer = 'encoder.layer.{i}.'
-  swiglu = spec.vit.act == 'swiglu'
-  linears = (
-    {'mlp.weights_out': 'mlp/fc2'} if swiglu else naming.fc_layers('mlp.')
-  )
-  norms = {f'norm{n}': f'norm{n}' for n in '12'}
-  rows = [
+  linears, gated = naming.fc_layers('mlp.'), []
+  if spec.vit.act == 'swiglu':
+    ours = f'{BLOCKS}mlp/gate', f'{BLOCKS}mlp/fc1'
+    linears = {'mlp.weights_out': 'mlp/fc2'}
+    gated = naming.dense(f'{layer}mlp.weights_in', *ours)
+  rows = (
     *naming.hf_embeddings(),
     Rule('embeddings.register_tokens', 'embed/registers', 'batched'),
     ignore(r'embeddings\.mask_token', 'no patch is masked here'),
-    *naming.blocks(layer, naming.HF_ATTENTION | linears, norms),
-  ]
-  if swiglu:
-    ours = (f'{BLOCKS}mlp/gate', f'{BLOCKS}mlp/fc1')
-    rows += naming.dense(f'{layer}mlp.weights_in', ours)
-  for n in '12':
-    scale = f'{layer}layer_scale{n}.lambda1'
-    rows.append(Rule(scale, f'{BLOCKS}scale{n}[{{i}}]'))
-  rows += naming.final_norm(spec, 'layernorm')
-  rows.append(ignore(r'classifier\..*', 'a head: latents are taken before it'))
-  return Table(tuple(rows))
+    *naming.blocks(layer, naming.HF_ATTENTION | linears),
+    *gated,
+    Rule(f'{layer}layer_scale1.lambda1', f'{BLOCKS}scale1'),
+    Rule(f'{layer}layer_scale2.lambda1', f'{BLOCKS}scale2'),
+    *naming.final_norm(spec, 'layernorm'),
+    ignore(r'classifier\..*', 'a head: latents are taken before it'),
+  )
+  return Table(rows)
 
 
 KEY_FORMATS = (naming.KeyFormat('DINOv2', r'\.layer_scale1\.lambda1$', table),)

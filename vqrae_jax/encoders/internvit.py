@@ -18,16 +18,10 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import choose
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Rule, Table, ignore
+from vqrae_jax.weights.rules import Rule, Table, ignore
 
-_6B = dict(
-  width=3200,
-  num_heads=25,
-  mlp_dim=12800,
-  norm='rms',
-  qkv_bias=False,
-  qk_norm=True,
-)
+_6B = dict(width=3200, num_heads=25, mlp_dim=12800)
+_6B |= dict(norm='rms', qkv_bias=False, qk_norm=True)
 
 
 def _spec_fields(vit: dict, final_norm: bool = False) -> dict:
@@ -57,7 +51,6 @@ _OTHERS = ignore(
   r'(language_model|mlp1|multi_modal_projector|lm_head)\..*',
   'the language model around the encoder',
 )
-_QKV = tuple(f'{BLOCKS}attention/{name}' for name in ('query', 'key', 'value'))
 
 
 def _rows(
@@ -66,24 +59,22 @@ def _rows(
   """The blocks; `scale` and `qk_norm` name LayerScale and the norms of q, k."""
   rows = naming.blocks(layer, linears | naming.fc_layers('mlp.'), norms)
   for n in '12':
-    rows.append(Rule(f'{layer}{scale}{n}', f'{BLOCKS}scale{n}[{{i}}]'))
-  for q, ours in zip('qk', _QKV, strict=False):
+    rows.append(Rule(f'{layer}{scale}{n}', f'{BLOCKS}scale{n}'))
+  for q, ours in zip('qk', naming.QKV, strict=False):
     norm = f'{layer}{qk_norm}.{q}_norm.weight'
-    rows.append(Rule(norm, f'{ours}_norm/scale[{{i}}]'))
+    rows.append(Rule(norm, f'{ours}_norm/scale'))
   return rows
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """The authors' names."""
-  del spec, shapes
   layer = 'encoder.layers.{i}.'
-  norms = {f'norm{n}': f'norm{n}' for n in '12'}
   rows = (
     *naming.convolution('embeddings.patch_embedding'),
     Rule('embeddings.class_embedding', 'embed/prefix', 'batched'),
     naming.positions('embeddings.position_embedding'),
-    *naming.dense(f'{layer}attn.qkv', _QKV),
-    *_rows(layer, {'attn.proj': 'attention/out'}, norms, 'ls', 'attn'),
+    *naming.dense(f'{layer}attn.qkv', *naming.QKV),
+    *_rows(layer, {'attn.proj': 'attention/out'}, naming.NORMS, 'ls', 'attn'),
     _OTHERS,
   )
   return Table(rows)
@@ -91,18 +82,14 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
 
 def hf_table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """The names of the hub's "-hf" models."""
-  del shapes
   layer = 'encoder.layer.{i}.'
-  linears = {
-    f'attention.{n[0]}_proj': f'attention/{n}'
-    for n in ('query', 'key', 'value')
-  }
-  linears['attention.projection_layer'] = 'attention/out'
-  norms = {'layernorm_before': 'norm1', 'layernorm_after': 'norm2'}
+  linears = naming.qkv_layers(
+    'attention.{1}_proj', 'attention.projection_layer'
+  )
   rows = (
     *naming.hf_embeddings(),
     ignore(r'embeddings\.mask_token', 'no patch is masked here'),
-    *_rows(layer, linears, norms, 'lambda_', 'attention'),
+    *_rows(layer, linears, naming.HF_NORMS, 'lambda_', 'attention'),
     *naming.final_norm(spec, 'layernorm'),
     _OTHERS,
   )
@@ -114,33 +101,19 @@ KEY_FORMATS = (
   naming.KeyFormat('InternViT ("-hf")', r'\d\.lambda_1$', hf_table),
 )
 
-_DEFAULTS = {
-  'intern_vit_6b': dict(
-    hidden_size=3200,
-    num_hidden_layers=48,
-    num_attention_heads=25,
-    intermediate_size=12800,
-    norm_type='rms_norm',
-    qkv_bias=False,
-    qk_normalization=True,
-  ),
-  'internvl_vision': dict(
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    norm_type='layer_norm',
-    attention_bias=False,
-    use_qk_norm=False,
-    use_mean_pooling=True,
-  ),
-}
-
 
 def fields(config: Mapping[str, Any]) -> dict:
   """An `EncoderSpec`'s fields from a `config.json` of either kind."""
-  c = dict(layer_norm_eps=1e-6) | _DEFAULTS[config['model_type']] | config
   hf = config['model_type'] == 'internvl_vision'
+  if hf:
+    c = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
+    c |= dict(intermediate_size=4096, norm_type='layer_norm')
+    c |= dict(attention_bias=False, use_qk_norm=False, use_mean_pooling=True)
+  else:
+    c = dict(hidden_size=3200, num_hidden_layers=48, num_attention_heads=25)
+    c |= dict(intermediate_size=12800, norm_type='rms_norm')
+    c |= dict(qkv_bias=False, qk_normalization=True)
+  c = dict(layer_norm_eps=1e-6) | c | config
   norms = {'layer_norm': 'layer', 'rms_norm': 'rms'}
   vit = naming.vit_fields(
     c, qkv_bias='attention_bias' if hf else 'qkv_bias'

@@ -13,7 +13,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Table, ignore
+from vqrae_jax.weights.rules import Table, ignore
 
 _HUGE = dict(width=1280, depth=32, num_heads=16, mlp_dim=5120)
 
@@ -40,7 +40,6 @@ ROWS = {
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """The hub's names, of the encoder alone or of the pre-training model."""
-  del shapes
   rows = (
     *naming.hf_embeddings(),
     *naming.hf_vit('encoder.layer.{i}.'),

@@ -13,7 +13,7 @@ from typing import Any
 
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
-from vqrae_jax.weights import Rule, Table, ignore
+from vqrae_jax.weights.rules import Rule, Table, ignore
 
 BLOCKS = 'transformer/blocks/'
 FINAL_NORM = {
@@ -28,6 +28,10 @@ SIZES = {
   'base': dict(width=768, depth=12, num_heads=12, mlp_dim=3072),
   'large': dict(width=1024, depth=24, num_heads=16, mlp_dim=4096),
 }
+_QKV = ('query', 'key', 'value')
+QKV = tuple(f'{BLOCKS}attention/{name}' for name in _QKV)
+NORMS = {'norm1': 'norm1', 'norm2': 'norm2'}
+HF_NORMS = {'layernorm_before': 'norm1', 'layernorm_after': 'norm2'}
 CLS_TOKEN = dict(num_prefix_tokens=1, prefix_has_posemb=True)
 IMAGENET_PIXELS = dataclasses.asdict(IMAGENET_NORM)
 
@@ -50,30 +54,23 @@ class KeyFormat:
     return any(re.search(self.signature, key) for key in shapes)
 
 
-def dense(theirs: str, ours: str | tuple[str, ...]) -> list[Rule]:
-  """A linear layer of PyTorch; several names of ours cut its outputs."""
-  return _weight_and_bias(theirs, ours, 'kernel', 'linear')
+def dense(
+  theirs: str, *ours: str, transform: str = 'linear', weight: str = 'kernel'
+) -> list[Rule]:
+  """A layer of PyTorch; several names of ours cut its outputs."""
+  return [
+    Rule(f'{theirs}.weight', tuple(f'{n}/{weight}' for n in ours), transform),
+    Rule(f'{theirs}.bias', tuple(f'{n}/bias' for n in ours)),
+  ]
 
 
 def norm(theirs: str, ours: str) -> list[Rule]:
   """A LayerNorm of PyTorch; an RMSNorm has the weight only."""
-  return _weight_and_bias(theirs, ours, 'scale', 'same')
-
-
-def _weight_and_bias(
-  theirs: str, ours: str | tuple[str, ...], weight: str, transform: str
-) -> list[Rule]:
-  row = '[{i}]' if '{i}' in theirs else ''
-  names = (ours,) if isinstance(ours, str) else ours
-  return [
-    Rule(f'{theirs}.weight', tuple(f'{n}/{weight}{row}' for n in names),
-         transform),
-    Rule(f'{theirs}.bias', tuple(f'{n}/bias{row}' for n in names)),
-  ]  # fmt: skip
+  return dense(theirs, ours, transform='same', weight='scale')
 
 
 def blocks(
-  layer: str, linears: Mapping[str, str], norms: Mapping[str, str]
+  layer: str, linears: Mapping[str, str], norms: Mapping[str, str] = NORMS
 ) -> list[Rule]:
   """The linear layers and norms of every block, {their name: ours}."""
   rows = []
@@ -89,27 +86,25 @@ def fc_layers(prefix: str) -> dict[str, str]:
   return {f'{prefix}fc{n}': f'mlp/fc{n}' for n in '12'}
 
 
+def qkv_layers(layers: str, out: str) -> dict[str, str]:
+  """An attention's linear layers; `layers` has {} for query, key and value."""
+  names = {layers.format(n, n[0]): f'attention/{n}' for n in _QKV}
+  return names | {out: 'attention/out'}
+
+
 # The attention of transformers' ViT: DINOv2 and ViT-MAE have it.
-HF_ATTENTION = {
-  **{f'attention.attention.{n}': f'attention/{n}'
-     for n in ('query', 'key', 'value')},
-  'attention.output.dense': 'attention/out',
-}  # fmt: skip
+HF_ATTENTION = qkv_layers('attention.attention.{0}', 'attention.output.dense')
 
 
 def hf_vit(layer: str) -> list[Rule]:
   """The blocks of transformers' ViT: ViT-MAE's, and those of RAE's decoders."""
   mlp = {'intermediate.dense': 'mlp/fc1', 'output.dense': 'mlp/fc2'}
-  norms = {'layernorm_before': 'norm1', 'layernorm_after': 'norm2'}
-  return blocks(layer, HF_ATTENTION | mlp, norms)
+  return blocks(layer, HF_ATTENTION | mlp, HF_NORMS)
 
 
 def convolution(theirs: str) -> list[Rule]:
   """The convolution that embeds patches."""
-  return [
-    Rule(f'{theirs}.weight', 'embed/linear/kernel', 'conv_patch'),
-    Rule(f'{theirs}.bias', 'embed/linear/bias'),
-  ]
+  return dense(theirs, 'embed/linear', transform='conv_patch')
 
 
 def positions(theirs: str) -> Rule:
@@ -138,11 +133,8 @@ def final_norm(spec: EncoderSpec, theirs: str) -> list:
   return [ignore(rf'{theirs}\..*', why)] if why else norm(theirs, 'norm')
 
 
-_ACTS = {
-  'gelu': 'gelu',
-  'gelu_pytorch_tanh': 'gelu_tanh',
-  'gelu_new': 'gelu_tanh',
-}
+_TANH = dict.fromkeys(('gelu_pytorch_tanh', 'gelu_new'), 'gelu_tanh')
+_ACTS = {'gelu': 'gelu', **_TANH}
 
 
 def vit_fields(

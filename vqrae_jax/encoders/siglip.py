@@ -21,7 +21,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import Rule, Table, by_heads, ignore
+from vqrae_jax.weights.rules import Rule, Table, by_heads, ignore
 
 _SIZES = naming.SIZES | {
   'so400m': dict(width=1152, depth=27, num_heads=16, mlp_dim=4304)
@@ -73,56 +73,42 @@ ROWS = {
   },
 }
 
-_LINEARS = {
-  **{f'self_attn.{n[0]}_proj': f'attention/{n}'
-     for n in ('query', 'key', 'value')},
-  'self_attn.out_proj': 'attention/out',
-  **naming.fc_layers('mlp.'),
-}  # fmt: skip
+_LINEARS = naming.qkv_layers('self_attn.{1}_proj', 'self_attn.out_proj')
+_LINEARS |= naming.fc_layers('mlp.')
 _NORMS = {f'layer_norm{n}': f'norm{n}' for n in '12'}
-_PATCH = 'embeddings.patch_embedding'
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """The hub's names; a patch embedding with two axes is NaFlex's."""
-  flat = any(
-    k.endswith(f'{_PATCH}.weight') and len(s) == 2 for k, s in shapes.items()
-  )
-  embed = naming.dense(_PATCH, 'embed/linear')
-  rows = [*(embed if flat else naming.convolution(_PATCH))]
-  rows.append(
-    Rule('embeddings.position_embedding.weight', 'embed/positions', 'grid')
-  )
-  rows += naming.blocks('encoder.layers.{i}.', _LINEARS, _NORMS)
-  rows += naming.final_norm(spec, 'post_layernorm')
-  rows += [
+  embed = 'embeddings.patch_embedding'
+  ndim = {len(s) for k, s in shapes.items() if k.endswith(f'{embed}.weight')}
+  layout = 'linear' if ndim == {2} else 'conv_patch'
+  rows = (
+    *naming.dense(embed, 'embed/linear', transform=layout),
+    Rule('embeddings.position_embedding.weight', 'embed/positions', 'grid'),
+    *naming.blocks('encoder.layers.{i}.', _LINEARS, _NORMS),
+    *naming.final_norm(spec, 'post_layernorm'),
     ignore(r'head\..*', 'the pooling head: latents are taken before it'),
     ignore(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
     ignore(r'embeddings\.position_ids', 'a list of numbers, 0, 1, 2, …'),
-  ]
-  return Table(tuple(rows))
+  )
+  return Table(rows)
 
 
-def _big_vision_block(theirs: str, row: str, heads: int) -> list[Rule]:
-  attention = f'{theirs}MultiHeadDotProductAttention_0/'
+def _big_vision_block(theirs: str, heads: int) -> list[Rule]:
+  split, joined = by_heads(heads, -1), by_heads(heads, -2)
   rows = []
   for name in ('query', 'key', 'value', 'out'):
-    out = name == 'out'
-    split = by_heads(heads, -2 if out else -1)
-    for leaf, transform in (
-      ('kernel', split),
-      ('bias', 'same' if out else split),
-    ):
-      ours = f'{BLOCKS}attention/{name}/{leaf}{row}'
-      rows.append(Rule(f'{attention}{name}/{leaf}', ours, transform))
+    layouts = (joined, 'same') if name == 'out' else (split, split)
+    for leaf, layout in zip(('kernel', 'bias'), layouts, strict=True):
+      key = f'{theirs}MultiHeadDotProductAttention_0/{name}/{leaf}'
+      rows.append(Rule(key, f'{BLOCKS}attention/{name}/{leaf}', layout))
   for n in (0, 1):
-    for layer, ours, leaves in (
-      (f'MlpBlock_0/Dense_{n}', f'mlp/fc{n + 1}', ('kernel', 'bias')),
-      (f'LayerNorm_{n}', f'norm{n + 1}', ('scale', 'bias')),
-    ):
+    layers = {f'MlpBlock_0/Dense_{n}': 'mlp/fc', f'LayerNorm_{n}': 'norm'}
+    for layer, ours in layers.items():
       rows += [
-        Rule(f'{theirs}{layer}/{leaf}', f'{BLOCKS}{ours}/{leaf}{row}')
-        for leaf in leaves
+        Rule(f'{theirs}{layer}/{leaf}', f'{BLOCKS}{ours}{n + 1}/{leaf}')
+        for leaf in ('kernel', 'scale', 'bias')
       ]
   return rows
 
@@ -135,17 +121,14 @@ def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
     Rule('embedding/kernel', 'embed/linear/kernel', 'flax patch'),
     Rule('embedding/bias', 'embed/linear/bias'),
     Rule('pos_embedding', 'embed/positions', 'batched grid'),
-    *_big_vision_block(block, '' if stacked else '[{i}]', spec.vit.num_heads),
-  ]
-  last = 'Transformer/encoder_norm'
-  if why := naming.FINAL_NORM[spec.output_norm]:
-    rows.append(ignore(f'{last}/.*', why))
-  else:
-    rows += [Rule(f'{last}/{n}', f'norm/{n}') for n in ('scale', 'bias')]
-  rows += [
+    *_big_vision_block(block, spec.vit.num_heads),
+    Rule('Transformer/encoder_norm/scale', 'norm/scale'),
+    Rule('Transformer/encoder_norm/bias', 'norm/bias'),
     ignore('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
     ignore('txt/.*|t|b', 'the text tower'),
   ]
+  if why := naming.FINAL_NORM[spec.output_norm]:
+    rows.append(ignore('Transformer/encoder_norm/.*', why))
   return Table(tuple(rows), ('params/', 'opt/target/', 'img/'))
 
 

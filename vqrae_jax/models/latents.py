@@ -17,9 +17,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vqrae_jax import weights
 from vqrae_jax.errors import UserError
 from vqrae_jax.specs import LatentsSpec
+from vqrae_jax.weights import files as weights
 
 EPS = 1e-5  # RAE's, added to the variance
 COMMAND = 'python -m vqrae_jax.latent_stats'

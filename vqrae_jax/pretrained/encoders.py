@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vqrae_jax import encoders, sharding, weights
+from vqrae_jax import encoders, sharding
 from vqrae_jax.encoders import converted
 from vqrae_jax.errors import UserError, choose, did_you_mean, read_json
 from vqrae_jax.models.encoder import Encoder
@@ -28,6 +28,8 @@ from vqrae_jax.specs import (
   merge_sections,
 )
 from vqrae_jax.weights import hub
+from vqrae_jax.weights.files import open_weights
+from vqrae_jax.weights.load import Pretrained
 
 CONFIG, PIXELS = hub.CONFIGS
 _RESAMPLE = {'2': 'bilinear', '3': 'bicubic'}  # PIL's numbers
@@ -38,8 +40,7 @@ class EncoderSource:
   """Where an encoder's files are, and what describes it.
 
   Attributes:
-    source: as the caller gave it.
-    path: what `weights.open_weights` opens.
+    path: what `open_weights` opens.
     row: a row of the table, or None.
     fields: an `EncoderSpec`'s fields as `config.json` has them, or None.
     revision: the commit of the hub's snapshot, also of the one that a
@@ -47,7 +48,6 @@ class EncoderSource:
     converted: whether `convert` wrote it.
   """
 
-  source: str
   path: pathlib.Path
   row: str | None = None
   fields: dict | None = None
@@ -67,13 +67,13 @@ def find_encoder(source: str, row: str | None = None) -> EncoderSource:
   """
   if row is not None:
     choose(encoders.ENCODERS, row, 'encoder')
-  parsed = weights.parse_source(source, encoders.ENCODERS)
+  parsed = hub.parse_source(source, encoders.ENCODERS)
   if parsed.kind in ('row', 'hf'):
     name = parsed.value
     if parsed.kind == 'row':
       row, name = name, encoders.PUBLISHED[name].hub
     path, commit = hub.snapshot(name, parsed.revision)
-    found = _describe(source, path, row or encoders.row_of(name))
+    found = _describe(path, row or encoders.row_of(name))
     return dataclasses.replace(found, revision=commit)
   if parsed.kind != 'path':
     raise UserError(
@@ -83,23 +83,20 @@ def find_encoder(source: str, row: str | None = None) -> EncoderSource:
   path = pathlib.Path(parsed.value)
   if not path.exists():
     raise UserError(f'no encoder at {path}: there is no such file or folder')
-  return _describe(source, path, row)
+  return _describe(path, row)
 
 
-def _describe(
-  source: str, path: pathlib.Path, row: str | None
-) -> EncoderSource:
+def _describe(path: pathlib.Path, row: str | None) -> EncoderSource:
   """A file, or a folder with the fields of its `config.json`."""
   if not (path / CONFIG).is_file():
-    return EncoderSource(source, path, row)
+    return EncoderSource(path, row)
   config = read_json(path / CONFIG)
   if 'format_version' not in config:
-    fields = _published_fields(path, config)
-    return EncoderSource(source, path, row, fields)
+    return EncoderSource(path, row, _published_fields(path, config))
   fields, revision = converted.fields(config, str(path)), config.get('revision')
   if not isinstance(revision, str | None):
     raise UserError(f'{path / CONFIG} is damaged: revision={revision!r}')
-  return EncoderSource(source, path, row, fields, revision, converted=True)
+  return EncoderSource(path, row, fields, revision, converted=True)
 
 
 def _published_fields(path: pathlib.Path, config: dict) -> dict:
@@ -119,31 +116,28 @@ def _published_fields(path: pathlib.Path, config: dict) -> dict:
   return fields
 
 
-def _check_fields(found: EncoderSource, spec: EncoderSpec, other: str) -> None:
-  """The `config.json` must describe the spec of `other`."""
-  if found.fields is None:
-    return
-  theirs = build_spec(EncoderSpec, found.fields, CONFIG)
+def _check_fields(found: EncoderSource, spec: EncoderSpec) -> None:
+  """The `config.json`, if there is one, must describe the spec."""
 
   def compared(spec: EncoderSpec) -> dict[str, Any]:
-    vit = {
-      f'vit.{f.name}': getattr(spec.vit, f.name)
-      for f in dataclasses.fields(spec.vit)
-      if f.name not in RUN_OPTIONS
-    }
+    vit = dataclasses.asdict(spec.vit)
     # Of LayerScale only the presence: its initial value has no effect here.
-    vit['LayerScale'] = vit.pop('vit.layer_scale') is not None
-    return vit | {'final_norm': spec.final_norm}
+    vit['layer_scale'] = spec.vit.layer_scale is not None
+    fields = {f'vit.{k}': v for k, v in vit.items() if k not in RUN_OPTIONS}
+    return fields | {'final_norm': spec.final_norm}
 
-  want = compared(spec)
+  if found.fields is None:
+    return
+  have, want = build_spec(EncoderSpec, found.fields, CONFIG), compared(spec)
   differ = [
     f'{name}={value}, not {want[name]}'
-    for name, value in compared(theirs).items()
+    for name, value in compared(have).items()
     if value != want[name]
   ]
   if differ:
     raise UserError(
-      f'{found.path / CONFIG} is not {other}: it has {"; ".join(differ[:6])}'
+      f'{found.path / CONFIG} is not {found.row or "the model"}: it has '
+      f'{"; ".join(differ[:6])}'
     )
 
 
@@ -151,7 +145,7 @@ def spec_of(found: EncoderSource, output_norm: str = 'affine') -> EncoderSpec:
   """The spec of an encoder: its row's, else that of its `config.json`.
 
   Raises:
-    UserError: there is neither, or they disagree.
+    UserError: there is neither.
   """
   if found.row is not None:
     fields = encoders.ENCODERS[found.row]
@@ -165,23 +159,15 @@ def spec_of(found: EncoderSource, output_norm: str = 'affine') -> EncoderSpec:
       f'that has both {CONFIG} and the weights'
     )
   section = merge_sections(fields, {'output_norm': output_norm})
-  spec = build_spec(EncoderSpec, section, found.row or CONFIG)
-  if found.row is not None:
-    _check_fields(found, spec, f'the encoder {found.row}')
-  return spec
-
-
-def shapes_of(spec: EncoderSpec) -> Any:
-  """The parameters of an encoder as a tree of ShapeDtypeStructs, f32."""
-  side = spec.vit.patch_size
-  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-  shapes = jax.eval_shape(Encoder(spec).init, jax.random.key(0), image)
-  return shapes['params']
+  return build_spec(EncoderSpec, section, found.row or CONFIG)
 
 
 def fit_encoder(
-  found: EncoderSource, spec: EncoderSpec, target: Any = None
-) -> weights.Pretrained:
+  found: EncoderSource,
+  spec: EncoderSpec,
+  dtype: str = 'float32',
+  mesh: jax.sharding.Mesh | None = None,
+) -> Pretrained:
   """Matches the files with all of `spec`'s leaves; reads no value yet.
 
   `.ignored` lists keys that are not used and why; `.read` and `.load` give
@@ -190,39 +176,37 @@ def fit_encoder(
   Args:
     found: from `find_encoder`.
     spec: the encoder to fill.
-    target: its parameters as ShapeDtypeStructs, in another type or with
-      shardings; f32 on the host by default.
+    dtype: of its leaves.
+    mesh: where they are to lie; None: on the host.
 
   Raises:
     UserError: a damaged file, or one that does not fit; shows both sides.
   """
-  _check_fields(found, spec, 'the model')
-  source = weights.open_weights(found.path)
+  _check_fields(found, spec)
+  source = open_weights(found.path)
   shapes = {key: array.shape for key, array in source.items()}
   if found.converted:
     (key_format,) = converted.KEY_FORMATS
   else:
     key_format = encoders.key_format(shapes, source.name)
-  return weights.Pretrained(
+
+  def leaf(name: str, like: Any) -> jax.ShapeDtypeStruct:
+    placed = None
+    if mesh is not None:
+      axes = sharding.spec_for(f'encoder/{name}', like.shape, mesh)
+      placed = jax.sharding.NamedSharding(mesh, axes)
+    return jax.ShapeDtypeStruct(like.shape, jnp.dtype(dtype), sharding=placed)
+
+  side = spec.vit.patch_size
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  target = jax.eval_shape(Encoder(spec).init, jax.random.key(0), image)
+  return Pretrained(
     source,
     key_format.table(spec, shapes),
-    shapes_of(spec) if target is None else target,
+    trees.map_named(leaf, target['params']),
     hint=f'the file has the names of {key_format.name}, the model has '
     f'width {spec.vit.width}, depth {spec.vit.depth}, grid {spec.vit.grid}',
   )
-
-
-def target_of(spec: EncoderSpec, dtype: str, mesh: Any = None) -> Any:
-  """`shapes_of` in another type, with shardings if there is a mesh."""
-
-  def leaf(name, shape):
-    placed = None
-    if mesh is not None:
-      spec = sharding.spec_for(f'encoder/{name}', shape.shape, mesh)
-      placed = jax.sharding.NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype), sharding=placed)
-
-  return trees.map_named(leaf, shapes_of(spec))
 
 
 def load_encoder(
@@ -268,6 +252,9 @@ def load_encoder(
   found = find_encoder(source, row)
   spec = spec_of(found, output_norm)
   spec = dataclasses.replace(spec, vit=dataclasses.replace(spec.vit, **options))
-  fit = fit_encoder(found, spec, target_of(spec, param_dtype, mesh))
-  leaves = fit.load() if mesh is not None else fit.load_on_device()
+  fit = fit_encoder(found, spec, param_dtype, mesh)
+  if mesh is not None:
+    leaves = fit.load()
+  else:  # the default device, uncommitted
+    leaves = {name: jnp.asarray(fit.read(name)) for name in fit.target}
   return Encoder(spec), {'params': trees.unflatten(leaves)}

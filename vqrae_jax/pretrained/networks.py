@@ -17,16 +17,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vqrae_jax import weights
+from vqrae_jax.encoders import naming
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.nn import vgg
 from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.nn.dino import Backbone
 from vqrae_jax.ops import trees
 from vqrae_jax.types import Tree
-from vqrae_jax.weights import Pretrained, Rule, Table, hub, ignore, open_weights
+from vqrae_jax.weights import hub
+from vqrae_jax.weights.files import open_weights
+from vqrae_jax.weights.load import Pretrained
+from vqrae_jax.weights.rules import Rule, Table, ignore
 
 # ----------------------------------------------------------------------------
 # DINO ViT-S/8 (arXiv 2104.14294) as the discriminator's backbone.
@@ -36,75 +38,29 @@ from vqrae_jax.weights import Pretrained, Rule, Table, hub, ignore, open_weights
 # does not see them.
 
 _LAYER = 'blocks.{i}.'
-_BLOCKS = 'transformer/blocks/'
-_QKV = ('query', 'key', 'value')
-
-
-def _qkv() -> tuple[Rule, Rule]:
-  homes = [f'{_BLOCKS}attention/{name}' for name in _QKV]
-  theirs = f'{_LAYER}attn.qkv'
-  return (
-    Rule(
-      f'{theirs}.weight', tuple(f'{h}/kernel[{{i}}]' for h in homes), 'linear'
+TABLE = Table(
+  (
+    *naming.convolution('patch_embed.proj'),
+    Rule('cls_token', 'embed/prefix', 'batched'),
+    naming.positions('pos_embed'),
+    *naming.blocks(
+      _LAYER, naming.fc_layers('mlp.') | {'attn.proj': 'attention/out'}
     ),
     Rule(
-      f'{theirs}.bias',
-      tuple(f'{h}/bias[{{i}}]' for h in homes),
+      f'{_LAYER}attn.qkv.weight',
+      tuple(f'{name}/kernel' for name in naming.QKV),
+      'linear',
+    ),
+    Rule(
+      f'{_LAYER}attn.qkv.bias',
+      tuple(f'{name}/bias' for name in naming.QKV),
       ('same', 'zeros', 'same'),
     ),
-  )
-
-
-def _pair(
-  theirs: str, ours: str, weight: str, transform: str = 'same'
-) -> list[Rule]:
-  """A layer's weight, under our name for it, and its bias."""
-  row = '[{i}]' if '{i}' in theirs else ''
-  return [
-    Rule(f'{theirs}.weight', f'{ours}/{weight}{row}', transform),
-    Rule(f'{theirs}.bias', f'{ours}/bias{row}'),
-  ]
-
-
-def _layer(theirs: str, ours: str, transform: str) -> list[Rule]:
-  return _pair(theirs, ours, 'kernel', transform)
-
-
-def _norm(theirs: str, ours: str) -> list[Rule]:
-  return _pair(theirs, ours, 'scale')
-
-
-_ROWS = (
-  *_layer('patch_embed.proj', 'embed/linear', 'conv_patch'),
-  Rule('cls_token', 'embed/prefix', 'batched'),
-  Rule(
-    'pos_embed',
-    ('embed/prefix_positions', 'embed/positions'),
-    ('batched', 'batched grid'),
+    ignore(r'norm\..*', 'the final norm: features are taken before it'),
+    ignore(r'head\..*', 'the head that DINO trained with'),
   ),
-  *_norm(f'{_LAYER}norm1', f'{_BLOCKS}norm1'),
-  *_qkv(),
-  *_layer(f'{_LAYER}attn.proj', f'{_BLOCKS}attention/out', 'linear'),
-  *_norm(f'{_LAYER}norm2', f'{_BLOCKS}norm2'),
-  *_layer(f'{_LAYER}mlp.fc1', f'{_BLOCKS}mlp/fc1', 'linear'),
-  *_layer(f'{_LAYER}mlp.fc2', f'{_BLOCKS}mlp/fc2', 'linear'),
-  ignore(r'norm\..*', 'the final norm: features are taken before it'),
-  ignore(r'head\..*', 'the head that DINO trained with'),
+  ('module.', '_orig_mod.', 'backbone.'),
 )
-TABLE = weights.Table(_ROWS, ('module.', '_orig_mod.', 'backbone.'))
-
-
-def _image(backbone: Backbone) -> jax.ShapeDtypeStruct:
-  s = backbone.spec
-  size = [n * s.patch_size for n in s.grid]
-  return jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-
-
-def random_backbone(key: jax.Array, backbone: Backbone) -> Tree:
-  """A collection "backbone" at random, for tests and trials."""
-  image = _image(backbone)
-  init = jax.jit(lambda k: backbone.init(k, jnp.zeros(image.shape)))
-  return init(key)['params']
 
 
 def load_backbone(
@@ -122,10 +78,11 @@ def load_backbone(
   Raises:
     UserError: no file, a damaged one, or one that does not fit.
   """
-  path = hub.locate('dino-s8') if path is None else path
-  shapes = jax.eval_shape(backbone.init, jax.random.key(0), _image(backbone))
-  fitted = weights.Pretrained(
-    weights.open_weights(path),
+  side = backbone.spec.patch_size
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  shapes = jax.eval_shape(backbone.init, jax.random.key(0), image)
+  fitted = Pretrained(
+    open_weights(path or hub.locate('dino-s8')),
     TABLE,
     shapes['params'],
     hint='give the ViT-S/8 that DINO published, its backbone alone',
@@ -146,7 +103,9 @@ def _vgg_rows() -> list[Rule]:
   rows, layer = [], 0
   for group, count in enumerate(vgg.CONVOLUTIONS, 1):
     for n in range(1, count + 1):
-      rows += _layer(f'features.{layer}', f'conv{group}_{n}', 'conv')
+      rows += naming.dense(
+        f'features.{layer}', f'conv{group}_{n}', transform='conv'
+      )
       layer += 2
     layer += 1
   return rows
@@ -154,23 +113,23 @@ def _vgg_rows() -> list[Rule]:
 
 def _convnext_rows() -> list[Rule]:
   """torchvision's layers: what halves the resolution, blocks, and so on."""
-  rows = _layer('features.0.0', 'embed', 'conv')
-  rows += _norm('features.0.1', 'norm1')
+  rows = naming.dense('features.0.0', 'embed', transform='conv')
+  rows += naming.norm('features.0.1', 'norm1')
   for level in range(1, 5):
     if level > 1:
       down = f'features.{2 * level - 2}'
-      rows += _norm(f'{down}.0', f'norm{level}')
-      rows += _layer(f'{down}.1', f'down{level}', 'conv')
+      rows += naming.norm(f'{down}.0', f'norm{level}')
+      rows += naming.dense(f'{down}.1', f'down{level}', transform='conv')
     block, ours = f'features.{2 * level - 1}.{{i}}', f'blocks{level}'
-    rows += _layer(f'{block}.block.0', f'{ours}/depthwise', 'conv')
-    rows += _norm(f'{block}.block.2', f'{ours}/norm')
-    rows += _layer(f'{block}.block.3', f'{ours}/fc1', 'linear')
-    rows += _layer(f'{block}.block.5', f'{ours}/fc2', 'linear')
-    rows.append(
-      Rule(f'{block}.layer_scale', f'{ours}/scale[{{i}}]', 'channels')
+    rows += naming.dense(
+      f'{block}.block.0', f'{ours}/depthwise', transform='conv'
     )
-  rows += _norm('classifier.0', 'norm')
-  return rows + _layer('classifier.2', 'head', 'linear')
+    rows += naming.norm(f'{block}.block.2', f'{ours}/norm')
+    rows += naming.dense(f'{block}.block.3', f'{ours}/fc1')
+    rows += naming.dense(f'{block}.block.5', f'{ours}/fc2')
+    rows.append(Rule(f'{block}.layer_scale', f'{ours}/scale', 'channels'))
+  rows += naming.norm('classifier.0', 'norm')
+  return rows + naming.dense('classifier.2', 'head')
 
 
 VGG16_TABLE = Table(
@@ -262,17 +221,12 @@ def load(
     hint = f'bring the published one with: {hub.command(name)}'
     leaves = Pretrained(open_weights(path), table, target[part], hint).load()
     tree[part] = trees.unflatten(leaves)
-    if part == 'heads':
-      _check_heads(leaves, path)
+    if part == 'heads' and any((w < 0).any() for w in leaves.values()):
+      raise UserError(
+        f'{path} holds negative weights; the heads of LPIPS are not negative, '
+        'or a distance would be'
+      )
   return tree
-
-
-def _check_heads(leaves: Mapping[str, np.ndarray], path: Any) -> None:
-  if min(float(w.min()) for w in leaves.values()) < 0:
-    raise UserError(
-      f'{path} holds negative weights; the heads of LPIPS are not negative, '
-      'or a distance would be'
-    )
 
 
 def installed_heads() -> pathlib.Path | None:

@@ -7,20 +7,20 @@ loaded, and a schedule of None keeps it fixed. A file does not contain the
 number of heads and the activation: the spec has them, and must have RAE's.
 """
 
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax import weights
 from vqrae_jax.encoders import naming
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.ops import posemb
 from vqrae_jax.specs import DecoderSpec
-from vqrae_jax.weights import Rule, computed, ignore
+from vqrae_jax.weights.files import WeightFile
+from vqrae_jax.weights.load import Pretrained, export
+from vqrae_jax.weights.rules import Rule, Table, computed, ignore
 
 _POSITIONS = 'decoder_pos_embed'
 # Fields that all published decoders have, and that no shape shows.
@@ -31,11 +31,10 @@ def _fixed_positions(spec: DecoderSpec) -> np.ndarray:
   """f32[1 1+gh*gw d]: a zero row for the cls token, then the grid's."""
   s = spec.vit
   table = posemb.sincos2d(s.width, s.grid, s.grid)
-  prefix = np.zeros((s.num_prefix_tokens, s.width), np.float32)
-  return np.concatenate([prefix, table])[None]
+  return np.pad(table, ((s.num_prefix_tokens, 0), (0, 0)))[None]
 
 
-def rae_table(spec: DecoderSpec) -> weights.Table:
+def rae_table(spec: DecoderSpec) -> Table:
   """The rows of a published RAE decoder, for a decoder of `spec`."""
   if spec.vit.posemb == 'learned':
     positions = naming.positions(_POSITIONS)
@@ -60,7 +59,7 @@ def rae_table(spec: DecoderSpec) -> weights.Table:
       'a part of the tokenizer other than its decoder',
     ),
   )
-  return weights.Table(rows, ('module.', '_orig_mod.', 'decoder.'))
+  return Table(rows, ('module.', '_orig_mod.', 'decoder.'))
 
 
 def _check_spec(spec: DecoderSpec) -> None:
@@ -85,80 +84,60 @@ def _check_spec(spec: DecoderSpec) -> None:
       )
 
 
-def _sizes(source: weights.WeightFile) -> str:
+def _sizes(source: WeightFile) -> str:
   """The sizes in a file's shapes, as the hint of a misfit."""
 
-  def shape(suffix: str, ndim: int) -> tuple[int, ...] | None:
-    found = [h.shape for k, h in source.items() if k.endswith(suffix)]
-    return found[0] if found and len(found[0]) == ndim else None
+  def shape(suffix: str) -> tuple[int, ...]:
+    return next((x.shape for k, x in source.items() if k.endswith(suffix)), ())
 
-  embed = shape('decoder_embed.weight', 2)
-  hidden = shape('.intermediate.dense.weight', 2)
-  head = shape('decoder_pred.weight', 2)
-  table = shape(_POSITIONS, 3)
-  layers = [
-    int(m[1]) for k in source if (m := re.search(r'decoder_layers\.(\d+)\.', k))
-  ]
-  if not (embed and hidden and head and table and layers):
+  try:
+    width, latent_dim = shape('decoder_embed.weight')
+    mlp_dim, _ = shape('.intermediate.dense.weight')
+    values, _ = shape('decoder_pred.weight')
+    _, positions, _ = shape(_POSITIONS)
+    layers = re.findall(r'decoder_layers\.(\d+)\.', ' '.join(source))
+    depth = 1 + max(map(int, layers))
+  except ValueError:
     return 'it is not an RAE decoder; give the file that RAE published'
-  patch = round((head[0] / 3) ** 0.5)
   return (
-    f'the file is a decoder for latents of {embed[1]} channels with '
-    f'width={embed[0]}, depth={1 + max(layers)}, mlp_dim={hidden[0]}, '
-    f'patch_size={patch} and {table[1] - 1} positions: set model.decoder.vit, '
-    'or the encoder, to these'
+    f'the file is a decoder for latents of {latent_dim} channels with '
+    f'width={width}, depth={depth}, mlp_dim={mlp_dim}, '
+    f'patch_size={round((values / 3) ** 0.5)} and {positions - 1} positions: '
+    'set model.decoder.vit, or the encoder, to these'
   )
 
 
-def fit_rae_decoder(
-  path: str | pathlib.Path, spec: DecoderSpec, latent_dim: int
-) -> weights.Pretrained:
+def fit_decoder(
+  source: WeightFile, spec: DecoderSpec, latent_dim: int
+) -> Pretrained:
   """Matches a published RAE decoder with `spec`; reads no value yet.
 
   `.source.note` names the section of a training file that is read, `.ignored`
   the keys that are not used and why; `.read` and `.load` give leaves.
 
   Args:
-    path: the `.pt` (or `.safetensors`), flat or under "decoder.", or a
-      training file, whose "ema" is preferred to its "model".
+    source: the opened file, flat or under "decoder.", or a training file,
+      whose "ema" is preferred to its "model".
     spec: the decoder to fill, with the file's `grid`.
     latent_dim: channels of the latents that it decodes.
 
   Raises:
-    UserError: no such file, a damaged one, or one that does not fit.
+    UserError: a file that does not fit.
   """
-  return fit_decoder(weights.open_weights(path), spec, latent_dim)
-
-
-def fit_decoder(
-  source: weights.WeightFile, spec: DecoderSpec, latent_dim: int
-) -> weights.Pretrained:
-  """`fit_rae_decoder` of an opened file."""
   _check_spec(spec)
   latents = jax.ShapeDtypeStruct((1, *spec.vit.grid, latent_dim), jnp.float32)
   target = jax.eval_shape(Decoder(spec).init, jax.random.key(0), latents)
-  return weights.Pretrained(
+  return Pretrained(
     source, rae_table(spec), target['params'], hint=_sizes(source)
   )
 
 
-def load_rae_decoder(
-  path: str | pathlib.Path, spec: DecoderSpec, latent_dim: int
-) -> dict[str, np.ndarray]:
-  """{leaf name under params/decoder: array}; see `fit_rae_decoder`.
-
-  Raises:
-    UserError: also for a value that is NaN or infinite.
-  """
-  return fit_rae_decoder(path, spec, latent_dim).load()
-
-
 def export_rae_decoder(leaves: dict, spec: DecoderSpec) -> dict:
-  """{RAE's key: array}: the bitwise inverse of `load_rae_decoder`.
+  """{RAE's key: array}: the bitwise inverse of `fit_decoder`.
 
   Args:
     leaves: {leaf name under params/decoder: array}, or the tree.
     spec: the decoder's; with "sincos2d" the positions are computed.
   """
   _check_spec(spec)
-  return weights.export(rae_table(spec), leaves)
+  return export(rae_table(spec), leaves)

@@ -17,13 +17,14 @@ It neither opens nor writes files (`weights`, `convert.py`).
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from vqrae_jax import encoders, quantizers, weights
+from vqrae_jax import encoders, quantizers
 from vqrae_jax.encoders import dinov2, internvit, mae, naming, siglip
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.errors import UserError
@@ -31,15 +32,9 @@ from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights import (
-  PREFIXES,
-  Pretrained,
-  Rule,
-  Table,
-  WeightFile,
-  computed,
-  ignore,
-)
+from vqrae_jax.weights.files import WeightFile
+from vqrae_jax.weights.load import Pretrained, export
+from vqrae_jax.weights.rules import PREFIXES, Rule, Table, computed, ignore
 
 # ------------------------------------------------------------------ encoders
 
@@ -82,14 +77,6 @@ def encoder_family(spec: EncoderSpec) -> str:
   )
 
 
-def _encoder_table(spec: EncoderSpec, source: WeightFile) -> tuple[Table, str]:
-  """The table for a file's keys, and the name of their format."""
-  shapes = {key: array.shape for key, array in source.items()}
-  key_format = encoders.key_format(shapes, source.name)
-  table = key_format.table(spec, shapes)
-  return dataclasses.replace(table, prefixes=_PREFIXES), key_format.name
-
-
 def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
   """{key in the project's complete model: array} of an encoder.
 
@@ -105,7 +92,7 @@ def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
   """
   family = encoder_family(spec)
   table, prefix = _FAMILIES[family]
-  theirs = weights.export(table(spec, {}), leaves)
+  theirs = export(table(spec, {}), leaves)
   if family == 'DINOv2':
     mask = np.zeros((1, spec.vit.width), np.float32)
     theirs['embeddings.mask_token'] = mask
@@ -262,11 +249,10 @@ def _fsq_rows(q: quantizers.FSQ) -> list:
 def fsq_buffers(levels: tuple[int, ...]) -> dict[str, np.ndarray]:
   """FSQ's buffers there, which its levels determine."""
   tops = np.asarray([(n - 1) / 2 for n in levels], np.float32)
-  axes = [np.arange(n) - top for n, top in zip(levels, tops, strict=True)]
-  grid = np.meshgrid(*axes, indexing='ij')
+  digits = np.indices(levels, np.float32).reshape(len(levels), -1).T
   basis = np.cumprod([1, *levels[:0:-1]])[::-1]
   return {
-    'quantizer.codebook': np.stack([g.ravel() for g in grid], -1).astype('f4'),
+    'quantizer.codebook': digits - tops,
     'quantizer.basis': basis.astype(np.int64),
     'quantizer.scales': tops,
   }
@@ -326,12 +312,8 @@ def _check_simvq(q: quantizers.SimVQ) -> None:
 def initial_state(
   q: quantizers.Quantizer, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Training state of the project's quantizer at its initial values.
-
-  Args:
-    q: the quantizer.
-    arrays: its exported weights.
-  """
+  """Training state of the project's quantizer, of these arrays, at its initial
+  values."""
   if isinstance(q, quantizers.VQ) and q.update == 'ema':
     codes = arrays[_TABLES['ema']]
     counts = np.ones(q.num_codes, np.float32)
@@ -352,7 +334,7 @@ _OURS = {
   'quantizer': '',
   'decoder': 'params/decoder/',
 }
-_WRAPPERS = ('module.', '_orig_mod.')
+_WRAPPERS = r'^((module|_orig_mod)\.)+'
 # Training state, in no file of theirs.
 _TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
@@ -365,9 +347,7 @@ def split(source: WeightFile) -> dict[str, WeightFile]:
   """
   parts: dict[str, dict] = {p: {} for p in _OURS}
   for key in source:
-    plain = key
-    while plain.startswith(_WRAPPERS):
-      plain = plain.split('.', 1)[1]
+    plain = re.sub(_WRAPPERS, '', key)
     part = plain.split('.', 1)[0]
     parts[part if part in _OURS else 'quantizer'][plain] = source[key]
   for part in ('encoder', 'decoder'):
@@ -402,14 +382,16 @@ def fit(source: WeightFile, tokenizer: Tokenizer) -> dict[str, Pretrained]:
   image = jax.ShapeDtypeStruct((1, p, p, 3), np.float32)
   shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
   targets = _by_part(trees.flatten(shapes))
-  table, names = _encoder_table(tokenizer.encoder_spec, parts['encoder'])
+  keys = {key: array.shape for key, array in parts['encoder'].items()}
+  found = encoders.key_format(keys, source.name)
+  table = found.table(tokenizer.encoder_spec, keys)
   return {
     'encoder': Pretrained(
       parts['encoder'],
-      table,
+      dataclasses.replace(table, prefixes=_PREFIXES),
       targets['encoder'],
-      f'it has the names of {names}: set model.encoder to the one that the '
-      'model was trained with (output_norm="plain" if it has no last norm)',
+      f'it has the names of {found.name}: set model.encoder to the one that '
+      'the model was trained with (output_norm="plain" if it has no last norm)',
     ),
     'quantizer': Pretrained(
       parts['quantizer'],
@@ -457,7 +439,7 @@ def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   parts, q = _by_part(leaves), tokenizer.quantizer
   encoder = export_encoder(parts['encoder'], tokenizer.encoder_spec)
   decoder = rae.export_rae_decoder(parts['decoder'], tokenizer.decoder_spec)
-  arrays = weights.export(quantizer_table(q), parts['quantizer'])
+  arrays = export(quantizer_table(q), parts['quantizer'])
   return {
     **encoder,
     **{f'decoder.{k}': x for k, x in decoder.items()},

@@ -40,7 +40,8 @@ from vqrae_jax.train.reporting import read_summary
 from vqrae_jax.train.setup import Setup, with_rules
 from vqrae_jax.train.state import random_variables
 from vqrae_jax.types import Frozen, TrainState
-from vqrae_jax.weights import parse_source
+from vqrae_jax.weights.files import open_weights
+from vqrae_jax.weights.hub import parse_source
 
 Leaves = dict[str, Any]
 
@@ -369,8 +370,8 @@ def decoder_from(tokenizer: Tokenizer, word: str) -> InitialWeights:
       f'init.decoder={word}: a decoder comes from "rae:FILE", a published RAE '
       'decoder; a whole tokenizer from init_from'
     )
-  fit = rae.fit_rae_decoder(
-    source.value, tokenizer.decoder_spec, tokenizer.latent_dim
+  fit = rae.fit_decoder(
+    open_weights(source.value), tokenizer.decoder_spec, tokenizer.latent_dim
   )
   leaves = {f'params/decoder/{n}': x for n, x in fit.load().items()}
   skipped = f', without {len(fit.ignored)} others' if fit.ignored else ''

@@ -9,22 +9,20 @@ model (`rules.py`). PyTorch's two formats are in `torch.py`.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import struct
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
 from vqrae_jax.errors import UserError
-
-# One (start, stop) per axis, with 0 <= start <= stop <= size.
-Bounds = tuple[tuple[int, int], ...]
 
 
 def printable(text: object, width: int = 90) -> str:
@@ -49,37 +47,16 @@ def as_user_error(path: pathlib.Path, what: str) -> Iterator[None]:
     ) from None
 
 
-def bounds(index: Sequence[slice] | None, shape: Sequence[int]) -> Bounds:
-  """Slices of step one, as `jax.make_array_from_callback` gives them, as
-  numbers; axes beyond the last slice are complete."""
-  index = tuple(index or ())
-  if len(index) > len(shape) or any(s.step not in (None, 1) for s in index):
-    raise ValueError(f'{index} is no block of an array of shape {shape}')
-  index += (slice(None),) * (len(shape) - len(index))
-  pairs = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-  return tuple((start, max(start, stop)) for start, stop in pairs)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-  """An array in a file: its shape, its type, and how to read a block of it."""
+  """An array in a file: its shape, its type, and what reads its values.
+
+  `read()` gives them in that type, or a `UserError` where the file is damaged.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype
-  fetch: Callable[[Bounds], np.ndarray]
-
-  def read(self, index: Sequence[slice] | None = None) -> np.ndarray:
-    """The block `index` (all of it: None), in the file's own type.
-
-    Raises:
-      UserError: the file is damaged there.
-    """
-    block = bounds(index, self.shape)
-    shape = tuple(stop - start for start, stop in block)
-    return np.zeros(shape, self.dtype) if 0 in shape else self.fetch(block)
-
-  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-    return self.read(index)
+  read: Callable[[], np.ndarray]
 
   def __array__(self, dtype: Any = None, copy: bool | None = None):
     return self.read().astype(dtype or self.dtype, copy=False)
@@ -112,13 +89,11 @@ class WeightFile(dict[str, LazyArray]):
 def arrays(name: str, values: Mapping[str, np.ndarray]) -> WeightFile:
   """A source over arrays in memory, so that they pass the same checks."""
 
-  def handle(value: np.ndarray) -> LazyArray:
-    def fetch(block: Bounds) -> np.ndarray:
-      return np.asarray(value[tuple(slice(*pair) for pair in block)])
-
-    return LazyArray(tuple(value.shape), value.dtype, fetch)
-
-  return WeightFile(name, {k: handle(np.asarray(v)) for k, v in values.items()})
+  handles = {
+    key: LazyArray(x.shape, x.dtype, functools.partial(np.asarray, x))
+    for key, x in values.items()
+  }
+  return WeightFile(name, handles)
 
 
 # ----------------------------------------------------------------------------
@@ -167,12 +142,12 @@ def _npz_handle(path: pathlib.Path, file: Any, key: str) -> LazyArray:
       'the file is damaged, download it again'
     )
 
-  def fetch(block: Bounds) -> np.ndarray:
+  def read() -> np.ndarray:
     with as_user_error(path, _NPZ):
-      part = np.asarray(file[key][tuple(slice(*pair) for pair in block)])
-      return part.view(native) if dtype.kind == 'V' else part.astype(native)
+      values = file[key]
+    return values.view(native) if dtype.kind == 'V' else values.astype(native)
 
-  return LazyArray(shape, native, fetch)
+  return LazyArray(shape, native, read)
 
 
 # ----------------------------------------------------------------------------
@@ -216,27 +191,25 @@ def _safetensors_handle(path: pathlib.Path, file: Any, key: str) -> LazyArray:
       f'there are: {", ".join(_DTYPES)}'
     )
 
-  def fetch(block: Bounds) -> np.ndarray:
+  def read() -> np.ndarray:
     with as_user_error(path, '.safetensors file'):
-      if not block:
-        return np.asarray(file.get_tensor(key))
-      return np.asarray(part[tuple(slice(*pair) for pair in block)])
+      return file.get_tensor(key)
 
-  return LazyArray(tuple(part.get_shape()), np.dtype(dtype), fetch)
+  return LazyArray(tuple(part.get_shape()), np.dtype(dtype), read)
 
 
 def write_safetensors(
-  path: pathlib.Path,
+  file: BinaryIO,
   shapes: Mapping[str, Any],
   read: Callable[[str], np.ndarray],
 ) -> None:
-  """Writes one `.safetensors` file; no two of its arrays are held at once.
+  """Writes a `.safetensors` file; no two of its arrays are held at once.
 
   The library's writer wants all of them, which a large encoder's conversion
   has no memory for.
 
   Args:
-    path: the file, replaced if it is there.
+    file: opened for writing.
     shapes: {name: has .shape and .dtype}.
     read: name -> its array, of that shape and type; called in order of names.
   """
@@ -249,14 +222,10 @@ def write_safetensors(
     at = end
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)  # values begin at a multiple of 8
-  with path.open('wb') as file:
-    file.write(struct.pack('<Q', len(text)) + text)
-    for name, entry in header.items():
-      array = read(name)
-      have = dict(entry, dtype=names[array.dtype], shape=list(array.shape))
-      if have != entry:
-        raise ValueError(f'{name} is {array.dtype}{array.shape}, not {entry}')
-      file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  file.write(struct.pack('<Q', len(text)) + text)
+  for name in header:
+    array = np.ascontiguousarray(read(name))
+    file.write(array.reshape(-1).view(np.uint8).data)
 
 
 # ----------------------------------------------------------------------------
@@ -267,9 +236,7 @@ _ZIP, _PICKLE, _SAFE = 'a zip archive', 'a pickle', 'safetensors'
 _MEANT = {
   '.safetensors': (_SAFE,),
   '.npz': (_ZIP,),
-  '.pt': (_ZIP, _PICKLE),
-  '.pth': (_ZIP, _PICKLE),
-  '.bin': (_ZIP, _PICKLE),
+  **dict.fromkeys(('.pt', '.pth', '.bin'), (_ZIP, _PICKLE)),
 }
 _INDEX = '.index.json'
 # In a directory, the first of these that is there.

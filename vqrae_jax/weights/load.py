@@ -1,36 +1,25 @@
 """A weight file as a model's leaves, and a model's leaves as a weight file.
 
-`match` holds the keys of a file to a table and a model, both ways, before a
-value is read; `Pretrained` then reads leaves or blocks of them, with one leaf
-at a time on the host. `export` runs the same table backwards. Values pass
-unchanged but for the cast to the model's type; a NaN or an infinity is an
-error.
+`Pretrained` holds the keys of a file to a table and a model, both ways, before
+a value is read; it then reads leaves, one at a time on the host. `export` runs
+the same table backwards. Values pass unchanged but for the cast to the model's
+type; a NaN or an infinity is an error.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
-from vqrae_jax.weights.files import (
-  Bounds,
-  LazyArray,
-  WeightFile,
-  bounds,
-  printable,
-)
+from vqrae_jax.weights.files import LazyArray, WeightFile, printable
 from vqrae_jax.weights.rules import (
-  TRANSFORMS,
   Computed,
-  Constant,
-  Destination,
   Ignore,
   Rule,
   Shape,
@@ -39,6 +28,7 @@ from vqrae_jax.weights.rules import (
 )
 
 _LISTED = 4  # names of a kind in an error
+_TOLERANCE = 1e-5  # of arrays that the model computes
 
 # ----------------------------------------------------------------------------
 # What a table wants of a file, for one model.
@@ -46,49 +36,15 @@ _LISTED = 4  # names of a kind in an error
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Rows [start, stop) of a leaf (all: axis 0 complete) and their part of a
-  key.
-
-  `single` is a row of a stacked leaf, whose own shape lacks axis 0. The part
-  is [offset, offset + its size) along the transform's axis of the key's
-  array. A piece without a key is a constant.
-  """
+  """A leaf, or layer `index` of a stacked one, of that shape; and its part of
+  a key's array: its transform's shape, from `offset` along the axis."""
 
   leaf: str
-  start: int
-  stop: int
-  single: bool
+  index: int | tuple[()]
   shape: Shape
   transform: Transform
-  key: str = ''
-  offset: int = 0
-  cut: bool = False
-  value: float = 0.0
-
-  @classmethod
-  def of(
-    cls,
-    at: Destination,
-    layer: int,
-    target: Mapping[str, Any],
-    transform: Transform,
-    **fields: Any,
-  ) -> 'Piece':
-    shape = tuple(target[at.leaf].shape)
-    if at.stacked:
-      rows, shape = (layer, layer + 1), shape[1:]
-    elif at.rows is None:
-      rows = (0, shape[0] if shape else 1)
-    else:
-      rows, shape = at.rows, (at.rows[1] - at.rows[0], *shape[1:])
-    return cls(at.leaf, *rows, at.stacked, shape, transform, **fields)
-
-  @property
-  def index(self) -> int | slice | tuple[()]:
-    """Where it lies in its leaf."""
-    if self.single:
-      return self.start
-    return slice(self.start, self.stop) if self.shape else ()
+  key: str
+  offset: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,37 +52,24 @@ class Expected:
   """What a table wants of a file, for one model."""
 
   shapes: dict[str, Shape]  # source key: shape
-  pieces: dict[str, tuple[Piece, ...]]  # leaf: pieces in order of rows
+  pieces: dict[str, list[Piece]]  # leaf: pieces in order of layers
   computed: dict[str, Computed]
-  unfilled: tuple[str, ...]  # leaves, or rows of them, that no row fills
+  unfilled: list[str]  # leaves that no row fills
 
 
-def _rule_pieces(
-  rule: Rule, layer: int, target: Mapping[str, Any]
+def _pieces(
+  rule: Rule, key: str, index: int | tuple[()], target: Mapping[str, Any]
 ) -> tuple[list[Piece], Shape]:
   """The pieces that one source array becomes, and its shape."""
   pieces, shape, offset = [], [], 0
-  cut = len(rule.destinations) > 1
-  for at, transform in zip(rule.destinations, rule.transforms, strict=True):
-    piece = Piece.of(
-      at, layer, target, transform, key=rule.key(layer), offset=offset, cut=cut
-    )
-    pieces.append(piece)
-    size = list(transform.shape(piece.shape))
-    if cut:
-      offset += size[transform.axis]
-      size[transform.axis] = offset
-    shape = size if not shape or cut else shape
+  for leaf, transform in zip(rule.leaves, rule.transforms, strict=True):
+    ours = tuple(target[leaf].shape)[0 if index == () else 1 :]
+    pieces.append(Piece(leaf, index, ours, transform, key, offset))
+    shape = list(transform.shape(ours))
+    if len(rule.leaves) > 1:
+      offset += shape[transform.axis]
+      shape[transform.axis] = offset
   return pieces, tuple(shape)
-
-
-def _layers(rule: Rule, target: Mapping[str, Any]) -> range:
-  if '{i}' not in rule.source:
-    return range(1)
-  depths = {target[at.leaf].shape[0] for at in rule.destinations}
-  if len(depths) > 1:
-    raise ValueError(f'{rule} fills leaves of {depths} layers')
-  return range(depths.pop())
 
 
 def expand(table: Table, target: Mapping[str, Any]) -> Expected:
@@ -136,96 +79,52 @@ def expand(table: Table, target: Mapping[str, Any]) -> Expected:
   has them, are unknown to the model.
 
   Raises:
-    ValueError: the table is at fault: two rows want one key or fill one row.
+    ValueError: the table is at fault: two rows want one key or fill one leaf.
   """
-  shapes: dict[str, Shape] = {}
-  pieces: list[Piece] = []
-  computed = {
-    row.source: row for row in table.rows if isinstance(row, Computed)
-  }
-  for row in table.rows:
-    if isinstance(row, Constant) and row.parsed.leaf in target:
-      same = TRANSFORMS['same']
-      pieces.append(Piece.of(row.parsed, 0, target, same, value=row.value))
-    if not isinstance(row, Rule) or any(
-      at.leaf not in target for at in row.destinations
-    ):
+  computed = {r.source: r for r in table.rows if isinstance(r, Computed)}
+  shapes = {key: row.value().shape for key, row in computed.items()}
+  pieces: dict[str, list[Piece]] = {leaf: [] for leaf in target}
+  for rule in table.rows:
+    if not isinstance(rule, Rule) or not pieces.keys() >= {*rule.leaves}:
       continue
-    for layer in _layers(row, target):
-      key = row.key(layer)
-      if key in shapes or key in computed:
+    layers: Sequence[int | tuple[()]] = [()]
+    if '{i}' in rule.source:
+      layers = range(target[rule.leaves[0]].shape[0])
+    for index in layers:
+      key = rule.source.replace('{i}', str(index))
+      if key in shapes:
         raise ValueError(f'two rows of the table want {key}')
-      made, shapes[key] = _rule_pieces(row, layer, target)
-      pieces += made
-  by_leaf: dict[str, list[Piece]] = {leaf: [] for leaf in target}
-  for piece in sorted(pieces, key=lambda p: p.start):
-    by_leaf[piece.leaf].append(piece)
-  unfilled = []
-  for leaf, found in by_leaf.items():
-    unfilled += _gaps(leaf, found, (*target[leaf].shape, 1)[0])
-  ordered = {leaf: tuple(found) for leaf, found in by_leaf.items()}
-  return Expected(shapes, ordered, computed, tuple(unfilled))
-
-
-def _gaps(leaf: str, pieces: Sequence[Piece], rows: int) -> list[str]:
-  """Rows that no piece fills, as names; a row filled twice is a fault."""
-  at, gaps = 0, []
-  for piece in pieces:
-    if piece.start < at or piece.stop > rows:
-      raise ValueError(
-        f'the table fills {leaf}[{piece.start}:{piece.stop}] twice, or past '
-        f'its {rows} rows'
-      )
-    if piece.start > at:
-      gaps.append(f'{leaf}[{at}:{piece.start}]')
-    at = piece.stop
-  if at < rows:
-    gaps.append(f'{leaf}[{at}:{rows}]' if at else leaf)
-  return gaps
-
-
-# ----------------------------------------------------------------------------
-# A file held to it.
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-  """A file that fits: the file's own key for each expected one."""
-
-  expected: Expected
-  keys: dict[str, str]
-  ignored: dict[str, str]  # the file's key: why
+      made, shapes[key] = _pieces(rule, key, index, target)
+      for piece in made:
+        if any(p.index == index for p in pieces[piece.leaf]):
+          raise ValueError(f'two rows of the table fill {piece.leaf}')
+        pieces[piece.leaf].append(piece)
+  unfilled = [leaf for leaf, found in pieces.items() if not found]
+  return Expected(shapes, pieces, computed, unfilled)
 
 
 def _claim(
-  key: str, expected: Expected, table: Table
+  key: str, wanted: Container[str], table: Table
 ) -> tuple[str, str | None, str]:
-  """(prefix stripped, expected key or None, reason to ignore or '')."""
+  """(prefix stripped, wanted key or None, reason to ignore or '')."""
   rules = [r for r in table.rows if isinstance(r, Ignore)]
   prefix, rest = '', key
   while True:
     reasons = [r.why for r in rules if re.fullmatch(r.pattern, rest)]
-    wanted = rest in expected.shapes or rest in expected.computed
-    if len(reasons) + wanted > 1:
+    if len(reasons) + (rest in wanted) > 1:
       raise ValueError(f'two rows of the table match {rest}')
-    if wanted or reasons:
-      return prefix, rest if wanted else None, ''.join(reasons)
+    if reasons or rest in wanted:
+      return prefix, rest, ''.join(reasons)
     strip = next((p for p in table.prefixes if rest.startswith(p)), None)
     if strip is None:
       return '', None, ''
     prefix, rest = prefix + strip, rest[len(strip) :]
 
 
-def match(
-  source: WeightFile, table: Table, target: Mapping[str, Any], hint: str = ''
-) -> Match:
-  """Holds a file to a table and a model; reads no value.
-
-  Args:
-    source: the file.
-    table: its rows.
-    target: {leaf name: has .shape and .dtype}.
-    hint: what to do about a file that does not fit, for the error.
+def _match(
+  source: WeightFile, table: Table, target: Mapping[str, Any], hint: str
+) -> tuple[Expected, dict[str, str], dict[str, str]]:
+  """(what is expected, the file's key of each, {the file's key: why ignored}).
 
   Raises:
     UserError: one line with what is missing, unknown or of another shape.
@@ -236,7 +135,7 @@ def match(
   prefixes: dict[str, str] = {}
   unknown = []
   for key in source:
-    prefix, name, why = _claim(key, expected, table)
+    prefix, name, why = _claim(key, expected.shapes, table)
     if why:
       ignored[key] = why
     elif name is None:
@@ -254,50 +153,53 @@ def match(
     raise UserError(
       f'{source.name} mixes prefixes: {mixed}; save the weights of one model'
     )
-  missing = [''.join(prefixes) + k for k in expected.shapes if k not in keys]
-  kinds = {p.key: target[p.leaf] for ps in expected.pieces.values() for p in ps}
+  absent = expected.shapes.keys() - keys.keys() - expected.computed.keys()
+  missing = [''.join(prefixes) + k for k in expected.shapes if k in absent]
+  types = {p.key: target[p.leaf].dtype for p in _flat(expected)}
   other = []
   for name, key in keys.items():
-    have, want = source[key], expected.shapes.get(name, source[key].shape)
+    have, want = source[key], expected.shapes[name]
+    dtype = types.get(name, have.dtype)
     if have.shape != want:
       other.append(f'{printable(key)} is {have.shape}, the model wants {want}')
-    elif name in kinds and _is_integer(have) and not _is_integer(kinds[name]):
-      other.append(
-        f'{printable(key)} is {have.dtype}, the model wants {kinds[name].dtype}'
-      )
-  parts = [
-    what + _names(names)
-    for what, names in (
-      ('missing in it: ', missing),
-      ("no row fills the model's ", expected.unfilled),
-      ('unknown to the model: ', unknown),
+    elif _is_integer(have.dtype) and not _is_integer(dtype):
+      other.append(f'{printable(key)} is {have.dtype}, the model wants {dtype}')
+  faults = [
+    what + _names(names, width)
+    for what, names, width in (
+      ('missing in it: ', missing, 90),
+      ("nothing in it fills the model's ", expected.unfilled, 90),
+      ('unknown to the model: ', unknown, 90),
+      ('', other, 250),
     )
     if names
   ]
-  parts += other[:_LISTED]
-  parts += [f'and {len(other) - _LISTED} more'] if len(other) > _LISTED else []
-  if parts:
-    parts += [hint] if hint else []
-    raise UserError(f'{source.name} does not fit: {"; ".join(parts)}')
-  return Match(expected, keys, ignored)
+  if faults:
+    faults += [hint] if hint else []
+    raise UserError(f'{source.name} does not fit: {"; ".join(faults)}')
+  return expected, keys, ignored
 
 
-def _is_integer(leaf: Any) -> bool:
-  return np.dtype(leaf.dtype).kind in 'biu'
+def _flat(expected: Expected) -> list[Piece]:
+  return [p for pieces in expected.pieces.values() for p in pieces]
 
 
-def _names(names: Sequence[str]) -> str:
+def _is_integer(dtype: Any) -> bool:
+  return np.dtype(dtype).kind in 'biu'
+
+
+def _names(names: Sequence[str], width: int = 90) -> str:
   more = len(names) - _LISTED
   tail = f' and {more} more' if more > 0 else ''
-  return ', '.join(map(printable, names[:_LISTED])) + tail
+  return ', '.join(printable(n, width) for n in names[:_LISTED]) + tail
 
 
 # ----------------------------------------------------------------------------
-# Its values.
+# A file's values.
 
 
 class Pretrained:
-  """A source that fits a model; `read` gives any block of any leaf.
+  """A source that fits a model; `read` gives any leaf.
 
   Attributes:
     target: {leaf name: ShapeDtypeStruct}.
@@ -320,162 +222,86 @@ class Pretrained:
     """
     self.source = source
     self.target = trees.flatten(target)
-    found = match(source, table, self.target, hint)
-    self.ignored = dict(found.ignored)
-    self._table = table
-    self._pieces, self._keys = found.expected.pieces, found.keys
-    for name, row in found.expected.computed.items():
-      if name in found.keys:
-        self._compare(found.keys[name], row, f'; {hint}' if hint else '')
-        self.ignored[found.keys[name]] = row.why
+    self._expected, self._keys, self.ignored = _match(
+      source, table, self.target, hint
+    )
+    for name, row in self._expected.computed.items():
+      if key := self._keys.get(name):
+        have = self._read(key, np.dtype('float32'))
+        off = float(np.max(np.abs(have - row.value()), initial=0))
+        if off > _TOLERANCE:
+          raise UserError(
+            f'{source.name}: {printable(key)} differs by up to {off:.3g} from '
+            f'what the model computes ({row.why})'
+            f'{f"; {row.hint}" if row.hint else ""}'
+          )
+        self.ignored[key] = row.why
 
-  def _compare(self, key: str, row: Computed, hint: str) -> None:
-    want, handle = row.value(), self.source[key]
-    where = f'{self.source.name}: {printable(key)}'
-    if handle.shape != want.shape:
+  def _read(self, key: str, dtype: Any) -> np.ndarray:
+    """An array of the file in another type, which it must not exceed."""
+    with np.errstate(over='ignore', invalid='ignore'):
+      values = self.source[key].read().astype(dtype)
+    if not _is_integer(dtype) and not np.isfinite(values).all():
+      count = int(values.size - np.isfinite(values).sum())
       raise UserError(
-        f'{where} is {handle.shape}, the model computes {want.shape} '
-        f'({row.why}){hint}'
+        f'{self.source.name}: {printable(key)} holds {count} values that are '
+        f'NaN, infinite or too large for {values.dtype}; take an earlier '
+        'checkpoint'
       )
-    have = _finite(handle.read().astype(np.float32), where)
-    off = float(np.max(np.abs(have - want), initial=0))
-    if off > row.tolerance:
-      raise UserError(
-        f'{where} differs by up to {off:.3g} from what the model computes '
-        f'({row.why}){f"; {row.hint}" if row.hint else ""}'
-      )
+    return values
 
-  def read(self, leaf: str, index: Sequence[slice] | None = None) -> np.ndarray:
-    """The block `index` of a leaf (all of it: None), in the model's type.
+  def _part(self, piece: Piece) -> np.ndarray:
+    key, axis = self._keys[piece.key], piece.transform.axis
+    values = self._read(key, self.target[piece.leaf].dtype)
+    part = piece.transform.shape(piece.shape)
+    if values.shape != part:
+      stop = piece.offset + part[axis]
+      values = values[(slice(None),) * axis + (slice(piece.offset, stop),)]
+    return piece.transform.forward(values, piece.shape)
 
-    Only the layers that the block touches are read, one after another.
+  def read(self, leaf: str) -> np.ndarray:
+    """A leaf in the model's type, one layer read after another.
 
     Raises:
       UserError: the file is damaged, or a value is NaN or infinite.
     """
-    target = self.target[leaf]
-    block = bounds(index, target.shape)
-    dtype = np.dtype(target.dtype)
-    pieces = self._pieces[leaf]
-    if not block:
-      return self._part(pieces[0], (), dtype)
-    out = np.empty([stop - start for start, stop in block], dtype)
-    (first, last), *rest = block
-    others = tuple(slice(*pair) for pair in rest)
-    for piece in pieces:
-      low, high = max(first, piece.start), min(last, piece.stop)
-      if low >= high:
-        continue
-      rows = (slice(low - piece.start, high - piece.start),)
-      part = self._part(piece, others if piece.single else rows + others, dtype)
-      out[low - first : high - first] = part
+    out = np.empty(self.target[leaf].shape, self.target[leaf].dtype)
+    for piece in self._expected.pieces[leaf]:
+      out[piece.index] = self._part(piece)
     return out
-
-  def _part(
-    self, piece: Piece, block: tuple[slice, ...], dtype: np.dtype
-  ) -> np.ndarray:
-    """A block of a piece, in the piece's own coordinates."""
-    if not piece.key:
-      return np.full([b.stop - b.start for b in block], piece.value, dtype)
-    transform, ours = piece.transform, piece.shape
-    inner = tuple(slice(0, n) for n in transform.shape(ours))
-    if transform.index is not None:
-      inner = transform.index(block)
-      ours = tuple(b.stop - b.start for b in block)
-    if piece.cut:
-      axis, shift = transform.axis, piece.offset
-      moved = slice(inner[axis].start + shift, inner[axis].stop + shift)
-      inner = (*inner[:axis], moved, *inner[axis + 1 :])
-    key = self._keys[piece.key]
-    values = self.source[key].read(inner)
-    with np.errstate(over='ignore', invalid='ignore'):
-      values = np.asarray(values.astype(dtype))
-    _finite(values, f'{self.source.name}: {printable(key)}')
-    values = transform.forward(values, ours)
-    return values if transform.index is not None else values[block]
 
   def load(self) -> dict[str, Any]:
     """{leaf name: array}: all leaves, or none if the file is damaged.
 
     A leaf whose target has a sharding becomes a `jax.Array` laid out so, any
-    other a NumPy array. One leaf at a time is on the host, or its blocks for
-    this process's devices.
+    other a NumPy array. One leaf at a time is on the host.
     """
     found = {}
     for name, leaf in self.target.items():
-      sharding = getattr(leaf, 'sharding', None)
-      if sharding is None:
-        found[name] = self.read(name)
-        continue
-      # A compressed or checksummed member is read for each of its blocks: all
-      # at once where all are wanted.
-      if sharding.is_fully_addressable:
-        read = self.read(name).__getitem__
-      else:
-        read = _once_each(self.lazy()[name])
-      found[name] = jax.block_until_ready(
-        jax.make_array_from_callback(tuple(leaf.shape), sharding, read)
-      )
+      found[name] = values = self.read(name)
+      if (sharding := getattr(leaf, 'sharding', None)) is not None:
+        found[name] = jax.block_until_ready(
+          jax.make_array_from_callback(
+            values.shape, sharding, values.__getitem__
+          )
+        )
     return found
 
-  def load_on_device(self) -> dict[str, jax.Array]:
-    """{leaf name: array} on the default device, uncommitted.
-
-    One leaf at a time is on the host.
-    """
-    return {
-      name: jax.block_until_ready(jnp.asarray(self.read(name)))
-      for name in self.target
-    }
-
   def lazy(self) -> dict[str, LazyArray]:
-    """{leaf name: what reads it}: a block at a time, nothing kept."""
-
-    def fetch(name: str, block: Bounds) -> np.ndarray:
-      return self.read(name, [slice(*pair) for pair in block])
-
+    """{leaf name: what reads it}; nothing is kept."""
     return {
       name: LazyArray(
         tuple(leaf.shape),
         np.dtype(leaf.dtype),
-        functools.partial(fetch, name),
+        functools.partial(self.read, name),
       )
       for name, leaf in self.target.items()
     }
 
   def backwards(self) -> Iterator[tuple[LazyArray, np.ndarray]]:
     """(an array of the file, the same made out of our leaves), of each key."""
-
-    def read(piece: Piece) -> np.ndarray:
-      rows = [slice(piece.start, piece.stop)] if piece.index != () else None
-      block = self.read(piece.leaf, rows)
-      return np.asarray(block[0]) if piece.single else block
-
-    for key, pieces in _by_key(self._pieces).items():
-      yield self.source[self._keys[key]], _gather(pieces, read)
-
-
-def _once_each(handle: LazyArray) -> Any:
-  """Reads a block once for all devices that hold a replica of it."""
-  blocks: dict[Bounds, np.ndarray] = {}
-
-  def read(index: tuple[slice, ...]) -> np.ndarray:
-    block = bounds(index, handle.shape)
-    if block not in blocks:
-      blocks[block] = handle.read(index)
-    return blocks[block]
-
-  return read
-
-
-def _finite(values: np.ndarray, where: str) -> np.ndarray:
-  if values.dtype.kind in 'biu' or np.isfinite(values).all():
-    return values
-  count = int(values.size - np.isfinite(values).sum())
-  raise UserError(
-    f'{where} holds {count} values that are NaN, infinite or too large for '
-    f'{values.dtype}; take an earlier checkpoint'
-  )
+    for key, array in _gather(self._expected, self._part):
+      yield self.source[self._keys[key]], array
 
 
 # ----------------------------------------------------------------------------
@@ -494,8 +320,7 @@ def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
     where the layout allows: copy before changing them.
 
   Raises:
-    UserError: the table has no key for a leaf, or a `constant` of the table
-      has been trained away.
+    UserError: the table has no key for a leaf.
   """
   flat = {n: np.asarray(v) for n, v in trees.flatten(leaves).items()}
   expected = expand(table, flat)
@@ -504,35 +329,20 @@ def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
       f'this format of weights has no place for {_names(expected.unfilled)}; '
       'save the model as a tokenizer directory instead'
     )
-  for piece in (p for pieces in expected.pieces.values() for p in pieces):
-    if not piece.key and (flat[piece.leaf][piece.index] != piece.value).any():
-      whys = {r.why for r in table.rows if isinstance(r, Constant)}
-      raise UserError(
-        f'this format of weights keeps {piece.leaf}[{piece.start}:{piece.stop}]'
-        f' at {piece.value} ({"; ".join(whys)}), and training has moved it; '
-        'freeze it to write this format'
-      )
-  out = {
-    key: _gather(pieces, lambda p: np.asarray(flat[p.leaf][p.index]))
-    for key, pieces in _by_key(expected.pieces).items()
-  }
+  out = dict(_gather(expected, lambda p: np.asarray(flat[p.leaf][p.index])))
   return out | {key: row.value() for key, row in expected.computed.items()}
 
 
-def _by_key(pieces: Mapping[str, Sequence[Piece]]) -> dict[str, list[Piece]]:
-  found: dict[str, list[Piece]] = {}
-  for piece in (p for of_leaf in pieces.values() for p in of_leaf):
-    if piece.key:
-      found.setdefault(piece.key, []).append(piece)
-  return found
-
-
 def _gather(
-  pieces: Sequence[Piece], read: Callable[[Piece], np.ndarray]
-) -> np.ndarray:
-  """One source array out of the pieces that it becomes."""
-  pieces = sorted(pieces, key=lambda p: p.offset)
-  parts = [p.transform.backward(read(p)) for p in pieces]
-  axis = pieces[0].transform.axis
-  array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
-  return np.ascontiguousarray(array).reshape(array.shape)
+  expected: Expected, read: Callable[[Piece], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Each source key, and its array out of the pieces that it becomes."""
+  by_key: dict[str, list[Piece]] = {}
+  for piece in _flat(expected):
+    by_key.setdefault(piece.key, []).append(piece)
+  for key, pieces in by_key.items():
+    pieces = sorted(pieces, key=lambda p: p.offset)
+    parts = [p.transform.backward(read(p)) for p in pieces]
+    axis = pieces[0].transform.axis
+    array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+    yield key, np.ascontiguousarray(array).reshape(array.shape)

@@ -18,6 +18,7 @@ import math
 import pathlib
 import pickle
 import re
+import types
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,6 @@ import numpy as np
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.weights.files import (
-  Bounds,
   LazyArray,
   WeightFile,
   as_user_error,
@@ -78,13 +78,6 @@ class Tensor:
   offset: int
   shape: tuple[int, ...]
   strides: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Call:
-  """A global that REDUCE may call: one of the functions below."""
-
-  function: Callable[..., Any]
 
 
 class _Dict(dict):
@@ -142,12 +135,12 @@ def _size(shape: Any) -> tuple:
   return shape
 
 
-_NAMES = {
-  'torch._utils._rebuild_tensor': _Call(_tensor),
-  'torch._utils._rebuild_tensor_v2': _Call(_tensor),
-  'torch._utils._rebuild_parameter': _Call(_parameter),
-  'collections.OrderedDict': _Call(_ordered_dict),
-  'torch.Size': _Call(_size),
+_NAMES: dict[str, Any] = {
+  'torch._utils._rebuild_tensor': _tensor,
+  'torch._utils._rebuild_tensor_v2': _tensor,
+  'torch._utils._rebuild_parameter': _parameter,
+  'collections.OrderedDict': _ordered_dict,
+  'torch.Size': _size,
   **{f'torch.{k}Storage': np.dtype(v) for k, v in _DTYPES.items()},
 }
 
@@ -202,9 +195,10 @@ class _Unpickler(pickle._Unpickler):
 
   def _reduce(self) -> None:
     args, call = self.stack.pop(), self.stack[-1]
-    if type(call) is not _Call or type(args) is not tuple:
+    # The functions above are the only ones that `find_class` gives.
+    if type(call) is not types.FunctionType or type(args) is not tuple:
       raise _Refused('calls something that is not part of a tensor')
-    self.stack[-1] = call.function(*args)
+    self.stack[-1] = call(*args)
 
   def _build(self) -> None:
     self.stack.pop()  # `_metadata`: versions of modules
@@ -435,11 +429,10 @@ def _lazy(path: pathlib.Path, key: str, t: Tensor, read: _Read) -> LazyArray:
   dtype = t.storage.dtype
   strides = [step * dtype.itemsize for step in t.strides]
 
-  def fetch(block: Bounds) -> np.ndarray:
+  def values() -> np.ndarray:
+    if 0 in t.shape:
+      return np.zeros(t.shape, dtype)
     flat = read(t.storage)[t.offset :]
-    view = np.lib.stride_tricks.as_strided(
-      flat, t.shape, strides, writeable=False
-    )
-    return np.array(view[tuple(slice(*pair) for pair in block)], order='C')
+    return np.array(np.lib.stride_tricks.as_strided(flat, t.shape, strides))
 
-  return LazyArray(t.shape, dtype, fetch)
+  return LazyArray(t.shape, dtype, values)
