@@ -52,6 +52,7 @@ setup(
     'orbax-checkpoint>=0.11',
     'pillow>=10',
     'pooch',  # single files of weights from the web
+    'protobuf',  # tf.train.Example in ArrayRecord files
     'safetensors',
     'tensorboardX',  # scalars and pictures without tensorflow
     'tqdm',  # progress bar

@@ -45,9 +45,7 @@ def main():
   )
   parser.add_argument('--data', required=True, help='a folder, a glob, …')
   parser.add_argument('--size', type=int, default=224)
-  parser.add_argument(
-    '--resize', type=int, help='shorter side; --size if unset'
-  )
+  parser.add_argument('--resize', type=int, help='shorter side, or --size')
   parser.add_argument('--batch_size', type=int, default=64)
   parser.add_argument('--batches', type=int, default=40)
   parser.add_argument('--rounds', type=int, default=3)
@@ -56,9 +54,8 @@ def main():
   opened = time.perf_counter()
   source = sources.open_source(flags.data)
   opened = time.perf_counter() - opened
-  augment = pipeline.Augment(
-    (flags.size, flags.size), resize=flags.resize or flags.size
-  )
+  size = (flags.size, flags.size)
+  augment = pipeline.Augment(size, resize=flags.resize or flags.size)
   batches = pipeline.TrainBatches(
     source, augment, batch_size=flags.batch_size, seed=0
   )
@@ -86,9 +83,8 @@ def main():
     def bare(work, encoded=encoded):
       parts = [encoded[i::threads] for i in range(threads)]
       with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        list(
-          pool.map(lambda part: collections.deque(map(work, part), 0), parts)
-        )
+        drain = lambda part: collections.deque(map(work, part), 0)  # noqa: E731
+        list(pool.map(drain, parts))
 
     found = {
       'pipeline': cost(len(encoded), read, steps),
@@ -100,9 +96,8 @@ def main():
   for name, (wall, cpu) in best.items():
     print(f'{name:<23}{1 / wall:7.0f} images/s{cpu * 1e6:7.0f} us CPU an image')
   for name in ('bare decode', 'bare decode and resize'):
-    wall, cpu = (
-      b / p for b, p in zip(best[name], best['pipeline'], strict=True)
-    )
+    pairs = zip(best[name], best['pipeline'], strict=True)
+    wall, cpu = (b / p for b, p in pairs)
     print(f'pipeline / {name}: {wall:.2f} by the clock, {cpu:.2f} by CPU time')
 
 

@@ -37,14 +37,9 @@ KINDS = {
 
 def continuous():
   """The encoder and decoder, with nothing between."""
-  return build_tokenizer(
-    dict(
-      encoder=dict(name='dinov2-with-registers-base', output_norm='plain'),
-      quantizer=dict(name='none'),
-      decoder=dict(name='B'),
-      scan=False,
-    )
-  )
+  encoder = dict(name='dinov2-with-registers-base', output_norm='plain')
+  ends = dict(encoder=encoder, decoder=dict(name='B'), scan=False)
+  return build_tokenizer(ends | dict(quantizer=dict(name='none')))
 
 
 def count(tree):
@@ -68,14 +63,9 @@ def main():
 
   tokenizer = continuous()
   variables = jax.jit(tokenizer.init)(key, images[:1, :16, :16])
-  said = {
-    'forward': add(
-      'forward',
-      lambda v, x: tokenizer.apply(v, x).images,
-      (variables, images),
-      count(variables['params']),
-    )
-  }
+  forward = lambda v, x: tokenizer.apply(v, x).images  # noqa: E731
+  size = count(variables['params'])
+  said = {'forward': add('forward', forward, (variables, images), size)}
   del variables
   for name, section in KINDS.items():
     quantizer = quantizers.build(section, latents.shape[-1], 'float32')

@@ -2,15 +2,15 @@
 
 Both stages of `configs/two_stages_small.py` with and without each term, one run
 after another: the base, five runs with the encoder frozen, three with it open,
-which are half as long, and `longer`, which goes on as long as those at their
-rate with the encoder still frozen. `--only=open,l2` trains those and what they
-begin with. Runs that are finished are not run again; `--report` runs none, and
-reports of those. Writes OUT/table.md, OUT/curves.svg
-(held-out PSNR and the losses over steps) and OUT/reconstructions.png (two
-images of the scikit-image wheel, which no run has seen, by each run).
+half as long, and `longer`, as long as those at their rate, the encoder frozen.
+`--only=open,l2` trains those and what they begin with. Finished runs are not
+run again; `--report` runs none. Writes OUT/table.md, OUT/curves.svg (held-out
+PSNR and losses over steps) and OUT/reconstructions.png (two images of the
+scikit-image wheel, which no run has seen, by each run).
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import subprocess
@@ -19,15 +19,12 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = 'configs/two_stages_small.py'
 
+L2 = 'stage=1,lpips=False,gan=False'
 # name: (the config's arguments, the run it begins with, what else is set)
 RUNS = {
   'base': ('stage=0', None),
-  'l2': ('stage=1,lpips=False,gan=False', 'base'),
-  'l2-commit': (
-    'stage=1,lpips=False,gan=False',
-    'base',
-    '--config.losses.commit=0.25',
-  ),
+  'l2': (L2, 'base'),
+  'l2-commit': (L2, 'base', '--config.losses.commit=0.25'),
   'l2-lpips': ('stage=1,gan=False', 'base'),
   'l2-gan': ('stage=1,lpips=False', 'base'),
   'l2-lpips-gan': ('stage=1', 'base'),
@@ -60,16 +57,16 @@ def command(name, options):
   return words + more
 
 
+def summary(name, options):
+  """The figures of a run, {} if they are not there."""
+  path = pathlib.Path(options.out) / name / 'summary.json'
+  return json.loads(path.read_bytes()) if path.exists() else {}
+
+
 def finished(options):
   """Names of the runs whose figures are there, after as many steps."""
-
-  def done(name):
-    path = pathlib.Path(options.out) / name / 'summary.json'
-    if not path.exists():
-      return False
-    return json.loads(path.read_bytes())['steps'] == steps_of(name, options)
-
-  return [name for name in RUNS if done(name)]
+  steps = {name: summary(name, options).get('steps') for name in RUNS}
+  return [n for n, count in steps.items() if count == steps_of(n, options)]
 
 
 def run(name, options):
@@ -123,8 +120,7 @@ def table(options, tiles):
   ]
   commands = []
   for name in finished(options):
-    path = pathlib.Path(options.out) / name / 'summary.json'
-    x = json.loads(path.read_text())
+    x = summary(name, options)
     codes = 'continuous | –'
     if 'usage' in x:
       codes = f'{x["usage"]:.3f} | {x["perplexity"]:.0f}'
@@ -137,59 +133,51 @@ def table(options, tiles):
   return '\n'.join([*lines, '', *commands, ''])
 
 
-def line(points, box, colour):
-  """An SVG polyline of [(x, y)] in data units, scaled into the box."""
-  (x0, x1), (y0, y1), left, top, width, height = box
-  scaled = ' '.join(
-    f'{left + (x - x0) / max(x1 - x0, 1e-9) * width:.1f},'
-    f'{top + height - (y - y0) / max(y1 - y0, 1e-9) * height:.1f}'
-    for x, y in points
-  )
-  return (
-    f'<polyline points="{scaled}" fill="none" stroke="{colour}" '
-    'stroke-width="1.5"/>'
-  )
+def points(figure, name, options):
+  """[(step, value)] of a run."""
+  if (figure, name) == ('eval/psnr', 'base'):
+    return []  # continuous, and so far above the others
+  late = figure in ('loss/gan', 'gan_balance')
+  return [
+    (r['step'], r[figure])
+    for r in rows(name, options)
+    if r.get(figure) is not None and (r.get('weight/gan') or not late)
+  ]
 
 
 def curves(options):
   """SVG: a panel a figure, a line a run."""
   width, height, gap = 300, 170, 60
-  colours = dict(zip(RUNS, COLOURS, strict=True))
-  parts, panels = [], [(i % 2, i // 2) for i in range(len(CURVES))]
-  for figure, (column, row) in zip(CURVES, panels, strict=True):
-    found = {
-      name: [
-        (r['step'], r[figure])
-        for r in rows(name, options)
-        if r.get(figure) is not None
-        and (figure not in ('loss/gan', 'gan_balance') or r.get('weight/gan'))
-      ]
-      for name in finished(options)
-      # Continuous, and so far above the others.
-      if not (figure == 'eval/psnr' and name == 'base')
-    }
-    values = [y for points in found.values() for _, y in points]
+  colours, parts = dict(zip(RUNS, COLOURS, strict=True)), []
+  for i, figure in enumerate(CURVES):
+    row, column = divmod(i, 2)
+    found = {n: points(figure, n, options) for n in finished(options)}
+    values = [y for line in found.values() for _, y in line]
     if not values:
       continue
     left, top = gap + column * (width + gap), 30 + row * (height + gap)
-    span = (min(values), max(values))
-    box = ((0, options.steps), span, left, top, width, height)
+    low, high = min(values), max(values)
+    scale = height / max(high - low, 1e-9)
     parts.append(
       f'<rect x="{left}" y="{top}" width="{width}" height="{height}" '
       'fill="none" stroke="#ccc"/>'
       f'<text x="{left}" y="{top - 8}">{figure}</text>'
       f'<text x="{left - 6}" y="{top + 10}" text-anchor="end">'
-      f'{span[1]:.3g}</text>'
+      f'{high:.3g}</text>'
       f'<text x="{left - 6}" y="{top + height}" text-anchor="end">'
-      f'{span[0]:.3g}</text>'
+      f'{low:.3g}</text>'
       f'<text x="{left + width}" y="{top + height + 15}" text-anchor="end">'
       f'{options.steps} steps</text>'
     )
-    parts += [
-      line(points, box, colours[name])
-      for name, points in found.items()
-      if points
-    ]
+    for name, line in found.items():
+      at = ' '.join(
+        f'{left + x * width / options.steps:.1f},{top + (high - y) * scale:.1f}'
+        for x, y in line
+      )
+      parts.append(
+        f'<polyline points="{at}" fill="none" stroke="{colours[name]}" '
+        'stroke-width="1.5"/>'
+      )
   left, top = gap + (width + gap), 30 + 2 * (height + gap)
   for i, name in enumerate(finished(options)):
     y = top + 10 + 18 * i
@@ -228,13 +216,8 @@ def page(options):
   columns, labels = [large(crops)], ['original']
   for name in finished(options):
     tokenizer, variables = opened(name, options)
-    recon = [
-      visualize.to_uint8(
-        evaluator.reconstruct_tiled(tokenizer, variables, x, 32)[1]
-      )
-      for x in crops
-    ]
-    columns.append(large(recon))
+    run = functools.partial(evaluator.reconstruct_tiled, tokenizer, variables)
+    columns.append(large([visualize.to_uint8(run(x, 32)[1]) for x in crops]))
     labels.append(name)
   sheet = np.concatenate(columns, axis=1)
   image = Image.new('RGB', (sheet.shape[1], sheet.shape[0] + 22), 'white')

@@ -58,16 +58,16 @@ def base() -> ml_collections.ConfigDict:
   return config
 
 
-def vit(*, width: int, depth: int, patch: int, pixels: int, **fields) -> dict:
-  """A plain ViT: heads of 64 channels, an MLP four times as wide."""
+def small_model(patch: int, pixels: int, quantizer: dict) -> dict:
+  """Two plain ViTs of two blocks, heads of 64 channels."""
+  vit = dict(width=192, depth=2, mlp_dim=768, num_heads=3, patch_size=patch)
+  vit |= dict(grid=(pixels // patch, pixels // patch))
   return dict(
-    width=width,
-    depth=depth,
-    mlp_dim=4 * width,
-    num_heads=width // 64,
-    patch_size=patch,
-    grid=(pixels // patch, pixels // patch),
-    **fields,
+    encoder=dict(vit=vit),
+    quantizer=quantizer,
+    decoder=dict(vit=vit | dict(posemb='sincos2d')),
+    dtype='float32',
+    remat=False,
   )
 
 

@@ -3,9 +3,8 @@
 FSQ with 64,000 codes on SigLIP2-B/16: levels 8, 8, 8, 5, 5, 5 in the paper's
 convention (arXiv 2309.15505, as in NVIDIA Cosmos), learned projections, a
 1 x 1 convolution on the codes (post_quant), a ViT-XL decoder; 256 pixels,
-16 x 16 tokens. The convention has no auxiliary loss.
-
-The encoder is RAE's SigLIP2 (2510.11690), the training `common.original`'s.
+16 x 16 tokens. The convention has no auxiliary loss. The encoder is RAE's
+SigLIP2 (2510.11690), the training `common.original`'s.
 """
 
 from configs import common

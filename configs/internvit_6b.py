@@ -10,8 +10,7 @@ The training is VQRAE's for InternViT (`common.vqrae`, 2511.23386): batch 768,
 45,000 steps; `:stage=2` opens the encoder for 60,000 (after `:decoder=D` it is
 `:decoder=D,stage=2` with `--config.init_from=runs/internvit_6b-decoder=D`).
 `:decoder=symmetric` mirrors the encoder as the paper does (5.5 billion
-parameters more to train); XL is this recipe's, `:decoder=B` and `:decoder=L` are
-smaller.
+parameters more to train); XL is this recipe's, B and L are smaller.
 
 Parameters lie over all devices ("fsdp") and blocks are recomputed in the
 backward pass (`remat`): the frozen encoder alone is 22 GB in f32.

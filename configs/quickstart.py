@@ -1,13 +1,12 @@
 """python -m vqrae_jax.train --config=configs/quickstart.py
 
-A small tokenizer from scratch on eight images, on two CPU cores, in
-minutes: 64-pixel crops, patch 8, FSQ with 64,000 codes, l2. Three images
-stay out of training and are what it is measured on. Arguments: `:steps=1000`,
-`:lr=5e-4`.
+A small tokenizer from scratch on eight images, on two CPU cores, in minutes:
+64-pixel crops, patch 8, FSQ with 64,000 codes, l2. Three other images are what
+it is measured on. Arguments: `:steps=1000`, `:lr=5e-4`.
 
 What made a short run work, by trial: many small steps (batch 16), a second
-moment that forgets the first large gradients (b2 = .95), images scaled
-down at random, so that crops hold detail, and two blocks a side, not four.
+moment that forgets the first large gradients (b2 = .95), images scaled down at
+random, so that crops hold detail, and two blocks a side.
 """
 
 from configs import common
@@ -18,14 +17,8 @@ HELD_OUT = ('astronaut', 'chelsea', 'coffee')
 def get_config(arguments=None):
   arg = common.arguments(arguments, steps=1000, lr=5e-4)
   config = common.base()
-  vit = common.vit(width=192, depth=2, patch=8, pixels=64)
-  config.model = dict(
-    encoder=dict(vit=vit),
-    quantizer=dict(name='fsq', levels=(8, 8, 8, 5, 5, 5), convention='cosmos'),
-    decoder=dict(vit=vit | dict(posemb='sincos2d')),
-    dtype='float32',
-    remat=False,
-  )
+  levels = dict(levels=(8, 8, 8, 5, 5, 5), convention='cosmos')
+  config.model = common.small_model(8, 64, dict(name='fsq', **levels))
   config.data.update(
     source='bundled:photos', exclude=HELD_OUT, image_size=64, resize=(100, 400)
   )

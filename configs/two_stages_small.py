@@ -8,12 +8,12 @@ first batch has tokens. The encoder is that of a continuous autoencoder:
     …:stage=1 --config.init.encoder=runs/A   frozen encoder, SimVQ, LPIPS, GAN
     …:stage=2 --config.init_from=runs/B      open, with distillation
 
-A and B are the workdirs before, A `runs/two_stages_small-stage=0` without
-`--workdir`. Arguments: `:steps=1000`, `:lpips=False`, `:gan=False`,
-`:distill=teacher` ("self", "none"), `:frozen=True` (stage 2 with the encoder
-still frozen); `benchmarks/two_stages.py` compares them. Images whose name
-matches `HELD_OUT` (ImageNet's names) are only measured on; other sets have
-`--config.data.exclude="('A*',)"` and `--config.eval.include="('A*',)"`.
+A and B are the workdirs before, A `runs/two_stages_small-stage=0` by default.
+Arguments: `:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher`
+("self", "none"), `:frozen=True` (stage 2, the encoder frozen), compared by
+`benchmarks/two_stages.py`. Images named as `HELD_OUT` (ImageNet's names) are
+only measured on; other sets have `--config.data.exclude="('A*',)"` and the same
+for `eval.include`.
 
 Weights: L2 1; LPIPS .1, a tenth of the large recipes', since VGG16's features
 are random here (`init.networks`; "published" takes the published file); GAN .3
@@ -28,25 +28,13 @@ HELD_OUT = ('n*15_*',)  # of ImageNet's names
 
 
 def get_config(arguments=None):
-  arg = common.arguments(
-    arguments,
-    stage=(1, 0, 2),
-    steps=1000,
-    lpips=True,
-    gan=True,
-    distill=('teacher', 'self', 'none'),
-    frozen=False,
-  )
+  defaults = dict(steps=1000, lpips=True, gan=True, frozen=False)
+  defaults |= dict(stage=(1, 0, 2), distill=('teacher', 'self', 'none'))
+  arg = common.arguments(arguments, **defaults)
   config = common.base()
-  vit = common.vit(width=192, depth=2, patch=4, pixels=32)
   quantizer = dict(name='simvq', num_codes=1024, code_dim=64, distance='l2')
-  config.model = dict(
-    encoder=dict(vit=vit),
-    quantizer=quantizer if arg.stage else dict(name='none'),
-    decoder=dict(vit=vit | dict(posemb='sincos2d')),
-    dtype='float32',
-    remat=False,
-  )
+  quantizer = quantizer if arg.stage else dict(name='none')
+  config.model = common.small_model(4, 32, quantizer)
   config.data.update(exclude=HELD_OUT, image_size=32, resize=(100, 400))
   config.losses = dict(l2=1.0)
   config.duration = f'{arg.steps} steps'

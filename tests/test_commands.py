@@ -1,11 +1,9 @@
 """Command lines as a user types them: help, flags, the config, exit codes."""
 
-import os
 import pathlib
-import subprocess
 import sys
+from unittest import mock
 
-import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
@@ -45,26 +43,6 @@ def test_vqrae_lists_the_commands(monkeypatch, capsys):
     cli.vqrae()
 
 
-def test_a_process_ends_with_one_line_and_exit_code_2(tmp_path):
-  done = subprocess.run(
-    [sys.executable, '-m', 'vqrae_jax.train', '--confg=x'],
-    capture_output=True,
-    text=True,
-    cwd=tmp_path,
-    env=os.environ | {'PYTHONPATH': str(ROOT)},
-  )
-  assert (done.returncode, done.stdout) == (2, '')
-  assert done.stderr == 'error: unknown flag --confg; did you mean "config"?\n'
-  assert not list(tmp_path.iterdir())
-
-
-def raising(error):
-  def main(_):
-    raise error
-
-  return main
-
-
 @pytest.mark.parametrize(
   'error, code, line',
   [
@@ -76,15 +54,12 @@ def raising(error):
 )
 def test_exit_codes(error, code, line, capsys):
   with pytest.raises(SystemExit) as stop:
-    cli.run(raising(error))
+    cli.run(mock.Mock(side_effect=error))
   assert stop.value.code == code
   assert capsys.readouterr().err.startswith(line)
-
-
-@pytest.mark.parametrize('error', (ZeroDivisionError(), ConnectionError('x')))
-def test_other_errors_keep_their_traceback(error):
-  with pytest.raises(type(error)):
-    cli.run(raising(error))
+  for other in (ZeroDivisionError, ConnectionError):  # with a traceback
+    with pytest.raises(other):
+      cli.run(mock.Mock(side_effect=other))
 
 
 def test_the_installed_configs_are_found_from_anywhere(tmp_path, monkeypatch):
@@ -96,7 +71,6 @@ def test_the_installed_configs_are_found_from_anywhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'argv, words',
   [
-    ([], '--config'),
     (['--config'], '--config'),
     (['--config=configs/quickstrt.py'], '"configs/quickstart.py"'),
     (['--config', 'configs/quickstrt.py'], '"configs/quickstart.py"'),
@@ -118,7 +92,6 @@ def test_the_installed_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     ([CONFIG, '--dry_run=maybe'], 'dry_run=maybe'),
     ([CONFIG, '--workdri=x'], '"workdir"'),
     ([CONFIG, '--workdir='], '--workdir'),
-    ([CONFIG, '--workdir=/dev/null/x'], '/dev/null'),
     ([CONFIG, 'words'], '"words"'),
     (['--config=configs/simvq_siglip_l.py:stage=3'], 'stage=2'),
     (['--config=configs/simvq_siglip_l.py:stage=2'], '--config.init_from'),
@@ -201,65 +174,63 @@ def test_overrides_reach_the_config(monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def tokenizer_dir(tmp_path_factory):
+def reconstruct(tmp_path_factory):
+  """(images, out, *flags) -> None, by a tokenizer of tiles of 16 px."""
   folder = tmp_path_factory.mktemp('run') / 'tokenizer'
   export.save_tokenizer(*tiny.built(tiny.model()), folder)
-  return folder
+
+  def run(images, out, *flags, tokenizer=folder):
+    argv = [f'--tokenizer={tokenizer}', f'--images={images}', f'--out={out}']
+    reconstruct_images.main([*argv, *flags])
+
+  return run
 
 
-@pytest.mark.parametrize('tile', ([], ['--tile=0'], ['--tile=8']))
-def test_reconstruct_images(tile, tokenizer_dir, tmp_path, capsys):
-  photos = tmp_path / 'photos'
-  photos.mkdir()
+def photo(path, h=16, w=16):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(tiny.images(1, h, w)[0]).save(path)
+
+
+@pytest.mark.parametrize('tile', (16, 0, 8))
+def test_reconstruct_images(tile, reconstruct, tmp_path, capsys):
   for i, (h, w) in enumerate(((30, 41), (16, 16), (64, 20))):
-    Image.fromarray(tiny.images(1, h, w)[0]).save(photos / f'p{i}.png')
+    photo(tmp_path / 'photos' / f'p{i}.png', h, w)
   out = tmp_path / 'out'
-  flags = [f'--tokenizer={tokenizer_dir}', f'--images={photos}', f'--out={out}']
-  reconstruct_images.main([*flags, *tile])
+  flags = [f'--tile={tile}'] if tile < 16 else []
+  reconstruct(tmp_path / 'photos', out, *flags)
   assert {p.name for p in out.iterdir()} == {
     'comparison.png', 'p0.png', 'p1.png', 'p2.png'
   }  # fmt: skip
-  side = {(): 16, ('--tile=0',): 4, ('--tile=8',): 8}[tuple(tile)]
+  side = tile or 4
   with Image.open(out / 'p0.png') as image:
     assert image.size == (41 // side * side, 30 // side * side)
   printed = capsys.readouterr().out
   assert printed.count(' dB ') == 3 and 'comparison.png' in printed
 
 
-def test_tiles_have_the_grid_that_statistics_are_of(tmp_path):
+def test_tiles_have_the_grid_that_statistics_are_of(reconstruct, tmp_path):
   """The decoder's own grid is 4x4, the statistics' 2x2: tiles of 8 px."""
+  here, path = tmp_path / 'tokenizer', tmp_path / 'p.png'
   tokenizer = tiny.normalised('fsq-cosmos', 'position', grid=(2, 2))
-  export.save_tokenizer(*tokenizer, tmp_path / 'tokenizer')
-  Image.fromarray(tiny.images(1, 17, 25)[0]).save(tmp_path / 'p.png')
-  flags = [f'--tokenizer={tmp_path}/tokenizer', f'--images={tmp_path}/p.png']
-  reconstruct_images.main([*flags, f'--out={tmp_path}/out'])
+  export.save_tokenizer(*tokenizer, here)
+  photo(path, 17, 25)
+  reconstruct(path, tmp_path / 'out', tokenizer=here)
   with Image.open(tmp_path / 'out' / 'p.png') as image:
     assert image.size == (24, 16)
   with pytest.raises(UserError, match='4x4'):
-    reconstruct_images.main([*flags, f'--out={tmp_path}/x', '--tile=16'])
+    reconstruct(path, tmp_path / 'x', '--tile=16', tokenizer=here)
 
 
-def test_originals_are_never_overwritten(tokenizer_dir, tmp_path):
+def test_originals_are_never_overwritten(reconstruct, tmp_path):
   photos = tmp_path / 'photos'
-  (photos / 'deep').mkdir(parents=True)
   for name in ('a.png', 'deep/a.png'):
-    Image.fromarray(tiny.images(1)[0]).save(photos / name)
+    photo(photos / name)
   before = (photos / 'a.png').read_bytes()
-  flags = [f'--tokenizer={tokenizer_dir}']
-  for argv in (
-    [f'--images={photos}', f'--out={tmp_path}/out'],
-    [f'--images={photos}/a.png', f'--out={photos}'],
+  for images, out in (
+    (photos, tmp_path / 'out'),
+    (photos / 'a.png', photos),
   ):
     with pytest.raises(UserError, match='a.png'):
-      reconstruct_images.main(flags + argv)
+      reconstruct(images, out)
   assert (photos / 'a.png').read_bytes() == before
   assert not (tmp_path / 'out').exists()
-
-
-def test_an_image_smaller_than_a_tile_is_named(tokenizer_dir, tmp_path):
-  Image.fromarray(np.zeros((3, 9, 3), np.uint8)).save(tmp_path / 'p.png')
-  with pytest.raises(UserError, match='3x9'):
-    reconstruct_images.main(
-      [f'--tokenizer={tokenizer_dir}', f'--images={tmp_path / "p.png"}',
-       f'--out={tmp_path / "out"}']
-    )  # fmt: skip

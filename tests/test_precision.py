@@ -12,7 +12,7 @@ import pytest
 from tests import tiny
 from vqrae_jax import losses, quantizers
 from vqrae_jax.losses import adversarial, perceptual
-from vqrae_jax.ops import codes, images, posemb
+from vqrae_jax.ops import codes, images
 from vqrae_jax.types import LossInputs
 
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
@@ -93,7 +93,7 @@ def test_adaptive_weight_and_resampling():
   norm = (1.0, 1.0, 1.0)
   for fn, args in (
     (lambda g, f: adversarial.head_gradient(g, f, norm, 4, 1), (g, features)),
-    (lambda t: posemb.resample(t, (4, 9), 'bicubic', False), (g[0],)),
+    (lambda t: images.resize(t, (4, 9), 'bicubic', False), (g[0],)),
     (lambda x: images.resize_exact(x, (5, 9), 'bicubic'), (g,)),
     (jax.grad(lambda x: images.resize_exact(x, (5, 9), 'bicubic').sum()), (g,)),
     (codes.nearest_code, (jnp.zeros((9, 4)), jnp.zeros((7, 4)))),

@@ -1,6 +1,7 @@
-"""Indices do not depend on the batch they travel in, up to the margin.
+"""Indices depend neither on their batch nor on devices, up to the margin.
 
-The same images at batch 1, 3 and 24, equal parameters, f32: wherever the
+The same images at batch 1 and 24, equal parameters, f32, and the last of
+these with both laid over 8 devices: wherever the
 score of the best code beats the second by more than 1e-4 of the score scale,
 the index must be the same. One quantizer per kind of assignment.
 """
@@ -14,20 +15,25 @@ import pytest
 
 import vqrae_jax
 from tests import tiny
+from vqrae_jax import sharding
 
-BATCHES, IMAGES = (1, 3, 24), 24
+BATCHES, IMAGES = (1, 24), 24
 
 
 def margins(tokenizer, variables, images):
   """(margin f64[n], scale): gaps between the two best choices of a token."""
-  latents = vqrae_jax.encode(tokenizer, variables, images)
 
-  def code_space(t, z):
-    y = t.quantizer.to_code_space(z)
-    surrogate = t.quantizer(z).codes, t.quantizer._assign(y, False, None)[0]
-    return surrogate[1], t.quantizer.baked_codebook()
+  @jax.jit
+  def code_space(variables, images):
+    def read(t, z):
+      tokens = t.quantizer.to_code_space(z)
+      surrogate, _ = t.quantizer._assign(tokens, False, None)
+      return surrogate, t.quantizer.baked_codebook()
 
-  z, baked = tokenizer.apply(variables, latents, method=code_space)
+    latents = vqrae_jax.encode(tokenizer, variables, images)
+    return tokenizer.apply(variables, latents, method=read)
+
+  z, baked = code_space(variables, images)
   z = np.asarray(z, np.float64).reshape(-1, z.shape[-1])
   if baked:
     table = np.asarray(baked['codes'], np.float64)
@@ -35,13 +41,8 @@ def margins(tokenizer, variables, images):
     best = np.sort(scores, axis=1)
     return best[:, 1] - best[:, 0], np.abs(scores).mean()
   # FSQ: how far a channel is from the next rounding border, in its step.
-  q = tokenizer.quantizer
-  step = 1.0
-  if q.convention == 'cosmos':
-    z = z * (np.array(q.levels) // 2)
-  else:
-    z = z + (np.array(q.levels) - 1) / 2
-  return np.abs(z - np.floor(z) - 0.5).min(-1), step
+  z = z * (np.array(tokenizer.quantizer.levels) // 2)  # "cosmos"
+  return np.abs(z - np.floor(z) - 0.5).min(-1), 1.0
 
 
 @pytest.mark.parametrize('kind', ('fsq-cosmos', 'vq-ema', 'simvq-cosine'))
@@ -58,8 +59,13 @@ def test_indices_at_any_batch_size(kind):
     ).ravel()
     for b in BATCHES
   }
+  mesh = sharding.make_mesh('fsdp+tp', tensor=2)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(variables, sharding.shardings_for(variables, mesh))
+    batch = sharding.place_batch({'images': images}, mesh)['images']
+    found['on 8 devices'] = np.ravel(encode(placed, batch))
   margin, scale = margins(tokenizer, variables, jnp.asarray(images))
   clear = margin > 1e-4 * scale
   assert clear.mean() > 0.9, 'the test has too few clear choices'
-  for b in BATCHES[1:]:
-    np.testing.assert_array_equal(found[b][clear], found[1][clear])
+  for name, indices in found.items():
+    np.testing.assert_array_equal(indices[clear], found[1][clear], str(name))

@@ -239,7 +239,7 @@ def load_tokenizer(
   except (SafetensorError, OSError, ValueError) as e:
     raise UserError(f'{path / WEIGHTS} cannot be read: {e}') from None
   tokenizer = build_tokenizer(config['model'] | options)
-  trees.merge_params(variable_shapes(tokenizer), leaves, str(path))
+  trees.check_same(variable_shapes(tokenizer), leaves, str(path))
   found = fingerprint(config['model'], leaves)
   if found != config['fingerprint']:
     raise UserError(

@@ -122,12 +122,8 @@ def main(argv: list[str]) -> None:
   values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
   cli.required(values, 'config', 'out')
   out = cli.new_file(values.out, '.npz')
-  for name in ('images', 'batch_size'):
-    if values[name].value is not None and values[name].value < 1:
-      raise UserError(f'--{name}={values[name].value} must be above 0')
   cli.join_hosts(values)
-  about = (values.data, values.position, values.images, values.batch_size)
-  measure(values.config, out, *about)
+  measure(values, out)
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -141,9 +137,9 @@ def _flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_bool('position', False, text, **keys)
   text = 'so many images, evenly spaced in the listing; all if left out'
-  flags.DEFINE_integer('images', None, text, **keys)
+  flags.DEFINE_integer('images', None, text, lower_bound=1, **keys)
   text = 'images at once on each host'
-  flags.DEFINE_integer('batch_size', 32, text, **keys)
+  flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)
   cli.define_hosts(values)
 
 
@@ -191,23 +187,12 @@ def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
   return lambda images: encode(params, jax.device_put(images, rows))
 
 
-def measure(
-  config: Any,
-  out: pathlib.Path,
-  data: str | None = None,
-  position: bool = False,
-  images: int | None = None,
-  batch_size: int = 32,
-) -> None:
+def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
   """Measures the latents of a config's encoder and writes `out`.
 
   Args:
-    config: the run's.
+    values: the flags; batches are brought up to the host's devices.
     out: a file that is not there yet.
-    data: images, the config's if None.
-    position: by position; the model's section may say so too.
-    images: how many, all if None.
-    batch_size: images at once on a host, brought up to its devices.
 
   Raises:
     UserError: a config that cannot run, fewer images than asked for, or too
@@ -222,17 +207,19 @@ def measure(
   from vqrae_jax.train import config as config_lib
 
   sharding.compile_afresh_on_cpu()
-  spec = config_lib.read_config(config)
+  spec = config_lib.read_config(values.config)
   tokenizer, section = build_tokenizer(spec.model), spec.data
   grid = tokenizer.grid(*section.size)
   norms.check_grid(tokenizer.latents_spec, grid, 'data.image_size')
-  by_position = position or tokenizer.latents_spec.norm == 'position'
+  by_position = values.position or tokenizer.latents_spec.norm == 'position'
   shape = (*(grid if by_position else ()), tokenizer.latent_dim)
   own = section.source, section.include, section.exclude
-  source = open_source(*own) if data is None else open_source(data)
-  wanted, count = images or len(source), len(source)
+  source = open_source(*(own if values.data is None else [values.data]))
+  count = len(source)
+  wanted = values.images or count
   if wanted > count:
-    raise UserError(f'--images={images}, and "{data or own[0]}" holds {count}')
+    held = values.data or section.source
+    raise UserError(f'--images={wanted}, and "{held}" holds {count}')
   # Evenly spaced, for listings go class by class.
   chosen = [i * count // wanted for i in range(wanted)]
   mine = chosen[jax.process_index() :: jax.process_count()]
@@ -240,7 +227,7 @@ def measure(
     spec.mesh.layout, jax.local_devices(), spec.mesh.tensor
   )
   shards = mesh.shape['data'] * mesh.shape['fsdp']
-  batch_size = -(-batch_size // shards) * shards
+  batch_size = -(-values.batch_size // shards) * shards
   # The shortest side that an image may have and cover the crop.
   augment = pipeline.Augment(
     section.size, resize=min(section.size), crop='center', flip=False

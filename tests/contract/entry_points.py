@@ -136,7 +136,7 @@ def flags_of(help_text: str) -> dict[str, str | None]:
   return found
 
 
-def recipe(name: str, arguments: str | None) -> Any:
+def recipe(name: str, arguments: str | None = None) -> Any:
   """The config of a file in `configs/`, with its `:arguments`."""
   return importlib.import_module(f'configs.{name}').get_config(arguments)
 

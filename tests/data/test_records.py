@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.data import makers
-from vqrae_jax.data import records, sources
+from vqrae_jax.data import sources
 from vqrae_jax.data.decode import ImageDecodeError
 from vqrae_jax.errors import UserError
 
@@ -48,52 +48,6 @@ def test_anything_else_is_unreadable(tmp_path, record, reason):
   source = sources.open_source(str(path))
   with pytest.raises(ImageDecodeError, match=rf'x\.array_record:1: .*{reason}'):
     source[1]
-
-
-def test_examples_are_those_of_protobuf():
-  """Against messages made by the protobuf package from the same schema."""
-  descriptor_pb2 = pytest.importorskip('google.protobuf.descriptor_pb2')
-  from google.protobuf import descriptor_pool, message_factory
-
-  file = descriptor_pb2.FileDescriptorProto(name='e.proto', syntax='proto3')
-  field = descriptor_pb2.FieldDescriptorProto
-
-  def message(name, *fields):
-    made = file.message_type.add(name=name)
-    for number, (label, kind, of) in enumerate(fields, 1):
-      made.field.add(
-        name=f'f{number}', number=number, label=label, type=kind, type_name=of
-      )
-
-  one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
-  message('Bytes', (many, field.TYPE_BYTES, None))
-  message('Floats', (many, field.TYPE_FLOAT, None))
-  message('Ints', (many, field.TYPE_INT64, None))
-  kinds = [(one, field.TYPE_MESSAGE, n) for n in ('Bytes', 'Floats', 'Ints')]
-  message('Feature', *kinds)
-  message(
-    'Entry',
-    (one, field.TYPE_STRING, None),
-    (one, field.TYPE_MESSAGE, 'Feature'),
-  )
-  message('Features', (many, field.TYPE_MESSAGE, 'Entry'))
-  message('Example', (one, field.TYPE_MESSAGE, 'Features'))
-  pool = descriptor_pool.DescriptorPool()
-  pool.Add(file)
-  made = message_factory.GetMessageClass(
-    pool.FindMessageTypeByName('Example')
-  )()
-  for key, values in {
-    'scores': [0.5, 2.0],
-    'ids': [-1, 2**40, 7],
-    'empty': [],
-    'image': [b'i' * 70_000, b'second'],
-    'text': [b'x'],
-  }.items():
-    entry = made.f1.f1.add(f1=key)
-    part = {'scores': entry.f2.f2, 'ids': entry.f2.f3}.get(key, entry.f2.f1)
-    part.f1.extend(values)
-  assert records.image_bytes(made.SerializeToString()) == b'i' * 70_000
 
 
 def test_files_that_are_no_array_record(tmp_path):

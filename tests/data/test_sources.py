@@ -37,7 +37,6 @@ def test_folders_are_searched_in_depth_and_sorted(folder):
   assert len(kept) == 6 and 'photo0' not in kept.names
   kept = sources.open_source(str(folder), include=('photo[12]',))
   assert sorted(kept.names) == ['photo1', 'photo2']
-  assert [p.stem for p in kept.paths] == kept.names
   np.testing.assert_array_equal(kept[1], makers.photo(2))
   assert kept.name(1) == 'photo2.png' and kept.size(1) == (20, 24)
   assert kept.shared_with(source) == 2 == source.shared_with(kept)
@@ -204,11 +203,11 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
 
 
 def test_where_the_cache_lies(monkeypatch, tmp_path):
-  monkeypatch.setenv('VQRAE_JAX_CACHE', str(tmp_path))
-  assert paths.cache_folder() == tmp_path
-  monkeypatch.delenv('VQRAE_JAX_CACHE')
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  assert paths.cache_folder() == tmp_path / 'vqrae_jax'
-  monkeypatch.delenv('XDG_CACHE_HOME')
-  monkeypatch.setenv('HOME', str(tmp_path))
-  assert paths.cache_folder() == tmp_path / '.cache' / 'vqrae_jax'
+  for variable, below in (
+    ('HOME', '.cache/vqrae_jax'),
+    ('XDG_CACHE_HOME', 'vqrae_jax'),
+    ('VQRAE_JAX_CACHE', ''),
+  ):
+    monkeypatch.delenv('VQRAE_JAX_CACHE', raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / variable))
+    assert paths.cache_folder() == tmp_path / variable / below

@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny
 from vqrae_jax.losses import adversarial
+from vqrae_jax.models.decoder import Decoder
+from vqrae_jax.specs import DecoderSpec, build_spec
 
 torch = pytest.importorskip('torch')
 F = torch.nn.functional
 
 RNG = np.random.default_rng(0)
 REAL = jnp.asarray(RNG.normal(0.5, 1.5, (4, 7)), jnp.float32)
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 FAKE = jnp.asarray(RNG.normal(-0.3, 1.5, (4, 7)), jnp.float32)
 
 
@@ -117,6 +121,34 @@ def test_eight_bits():
   levels = np.asarray(adversarial.to_8_bits(x))[0, 0, :, 0]
   want = np.array([0, 26, 127, 255], np.float32) / 255
   np.testing.assert_allclose(levels, want, rtol=1e-6)
+
+
+def test_head_gradient_is_autograds():
+  """Of a loss on the image, at the kernel of a decoder's head; parts add."""
+  section = dict(vit=tiny.VIT | tiny.DECODER, pixel_norm=IMAGENET)
+  decoder = Decoder(build_spec(DecoderSpec, section, 'decoder'))
+  z = jnp.asarray(RNG.normal(size=(3, 4, 4, 24)), jnp.float32)
+  params = jax.jit(decoder.init)(jax.random.key(0), z)['params']
+
+  def loss(images):
+    return (images**3).mean()
+
+  def through(kernel, z):
+    changed = params | {'head': params['head'] | {'kernel': kernel}}
+    return loss(decoder.apply({'params': changed}, z)[0])
+
+  @jax.jit
+  def both(z):
+    images, features = decoder.apply({'params': params}, z)
+    g = jax.grad(loss)(images)
+    found = sum(
+      adversarial.head_gradient(g[n], features[n], IMAGENET['std'], 4, 1)
+      for n in (slice(1), slice(1, 3))
+    )
+    return found, jax.grad(through)(params['head']['kernel'], z)
+
+  found, want = both(z)
+  assert np.linalg.norm(found - want) < 1e-5 * np.linalg.norm(want)
 
 
 def test_the_weight_is_clipped():

@@ -1,7 +1,7 @@
 """The perceptual networks' files, and files that do not fit."""
 
 import functools
-import importlib.machinery
+import re
 import sys
 
 import jax
@@ -28,13 +28,9 @@ SIZES = {
 def states(term):
   """{row of the table: a random state dict under the published names}."""
   sizes = SIZES[term]
-  made = {
-    'lpips': {
-      'vgg16': torch_networks.VGG16,
-      'lpips-vgg': torch_networks.Heads,
-    },
-    'convnext': {'convnext-small': torch_networks.ConvNeXt},
-  }[term]
+  made = {'convnext-small': torch_networks.ConvNeXt}
+  if term == 'lpips':
+    made = {'vgg16': torch_networks.VGG16, 'lpips-vgg': torch_networks.Heads}
   return {
     row: torch_networks.randomised(network(**sizes)).state_dict()
     for row, network in made.items()
@@ -82,7 +78,7 @@ def test_random_arrays(term):
     assert head.min() >= 0
 
 
-def test_names_of_the_published_files():
+def test_names_and_sizes_of_the_published_files():
   """torchvision's numbers of VGG16's convolutions, LPIPS's of its heads."""
   sources = [
     r.source for r in networks.VGG16_TABLE.rows if hasattr(r, 'source')
@@ -94,20 +90,21 @@ def test_names_of_the_published_files():
   assert [r.source for r in networks.HEADS_TABLE.rows] == [
     f'lin{n}.model.1.weight' for n in range(5)
   ]
-  target = jax.eval_shape(
-    functools.partial(networks.random, 'lpips'), jax.random.key(0)
-  )
-  shapes = {n: x.shape for n, x in target['heads'].items()}
+  made = {
+    term: jax.eval_shape(
+      functools.partial(networks.random, term), jax.random.key(0)
+    )
+    for term in SIZES
+  }
+  shapes = {n: x.shape for n, x in made['lpips']['heads'].items()}
   assert shapes == {f'tap{n}': (w,) for n, w in enumerate(WIDTHS, 1)}
-
-
-def refused(term, files, *words):
-  with pytest.raises(UserError) as caught:
-    networks.load(term, files, **SIZES[term])
-  message = str(caught.value)
-  assert '\n' not in message
-  for word in words:
-    assert word in message, message
+  sizes = {
+    term: sum(x.size for x in jax.tree.leaves(tree['net']))
+    for term, tree in made.items()
+  }
+  # Of torchvision's VGG16 the classifier's 123,642,856 are left out.
+  wanted = dict(lpips=138_357_544 - 123_642_856, convnext=50_223_688)
+  assert sizes == wanted
 
 
 def test_files_that_do_not_fit(tmp_path):
@@ -121,15 +118,13 @@ def test_files_that_do_not_fit(tmp_path):
     ('lpips-vgg', vgg, tap[:4]),
     ('lpips-vgg', heads | {tap: -heads[tap]}, 'negative'),
   ):
-    refused('lpips', saved(tmp_path, 'lpips', **{row: state}), words)
-
-
-def test_another_size_of_convnext(tmp_path):
-  files = saved(tmp_path, 'convnext')
-  with pytest.raises(
-    UserError, match='missing in it: .*--names=convnext-small'
-  ):
-    networks.load('convnext', files)
+    files = saved(tmp_path, 'lpips', **{row: state})
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+      networks.load('lpips', files, **SIZES['lpips'])
+    assert '\n' not in str(caught.value)
+  # And a smaller ConvNeXt than the published.
+  with pytest.raises(UserError, match='missing in it: .*convnext-small'):
+    networks.load('convnext', saved(tmp_path, 'convnext'))
 
 
 def test_unknown_terms():
@@ -144,7 +139,9 @@ def cache(monkeypatch, tmp_path):
   return tmp_path
 
 
-def test_nothing_here_names_the_command(cache):
+def test_nothing_here_names_the_command(cache, monkeypatch):
+  # A module without a spec is no package with heads in it.
+  monkeypatch.setitem(sys.modules, 'lpips', type(sys)('lpips'))
   with pytest.raises(UserError, match='fetch_weights --names=vgg16'):
     networks.load('lpips')
   with pytest.raises(UserError, match='fetch_weights --names=convnext-small'):
@@ -172,10 +169,3 @@ def test_the_heads_of_an_installed_package(cache, monkeypatch):
   want = states('lpips')['lpips-vgg']['lin2.model.1.weight'].numpy()
   np.testing.assert_array_equal(tree['heads']['tap3'], want[0, :, 0, 0])
   assert 'lpips' not in sys.modules
-
-
-def test_a_module_without_a_spec(monkeypatch):
-  bare = type(sys)('lpips')
-  assert not isinstance(bare.__spec__, importlib.machinery.ModuleSpec)
-  monkeypatch.setitem(sys.modules, 'lpips', bare)
-  assert networks.installed_heads() is None

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tests.losses import torch_networks
-from tests.nn.parity import close
 from vqrae_jax.errors import UserError
 from vqrae_jax.losses import FROZEN_TERMS
 from vqrae_jax.losses.perceptual import _unit, convnext, lpips
@@ -62,7 +61,9 @@ def same(term, tree, loss, h, w):
   want = loss(a.requires_grad_(), b).mean()
   want.backward()
   assert float(value) == pytest.approx(want.item(), rel=1e-5)
-  close(gradient, a.grad.movedim(1, -1))
+  slope = a.grad.movedim(1, -1).numpy()
+  near = 1e-5 * abs(slope).max()
+  np.testing.assert_allclose(gradient, slope, rtol=0, atol=near)
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def test_lpips(tmp_path):
   }
   tree = networks.load('lpips', files)
   loss = functools.partial(torch_networks.lpips, *double(vgg(), heads))
-  same(lpips, tree, loss, 32, 48)
+  same(lpips, tree, loss, 33, 45)  # sides that two does not divide
 
 
 def test_lpips_with_its_published_heads(tmp_path):
@@ -97,18 +98,21 @@ def test_lpips_with_its_published_heads(tmp_path):
   same(lpips, tree, loss, 32, 32)
 
 
-@pytest.mark.parametrize('size', ((64, 64), (256, 320)))
-def test_convnext(tmp_path, size):
+@pytest.mark.parametrize(
+  'h, w, sizes',
+  [
+    (64, 64, SMALL),
+    (256, 320, SMALL),
+    pytest.param(45, 32, {}, marks=pytest.mark.slow),  # as published
+  ],
+)
+def test_convnext(tmp_path, h, w, sizes):
   """Smaller than 224, and larger, where antialias counts."""
-  net = torch_networks.randomised(torch_networks.ConvNeXt(**SMALL))
+  net = torch_networks.randomised(torch_networks.ConvNeXt(**sizes))
   files = {'convnext-small': saved(net, tmp_path / 'net.pth')}
-  tree = networks.load('convnext', files, **SMALL)
-  same(
-    convnext,
-    tree,
-    functools.partial(torch_networks.convnext, *double(net)),
-    *size,
-  )
+  tree = networks.load('convnext', files, **sizes)
+  loss = functools.partial(torch_networks.convnext, *double(net))
+  same(convnext, tree, loss, h, w)
 
 
 @functools.cache
@@ -149,19 +153,8 @@ def test_only_the_reconstruction_has_a_gradient(term):
     x = LossInputs(jnp.asarray(reconstruction), targets, {term: tree})
     return FROZEN_TERMS[term](x)
 
-  for g in jax.tree.leaves(
-    jax.jit(jax.grad(loss, (0, 1)))(targets, tiny(term))
-  ):
-    np.testing.assert_array_equal(g, 0)
-
-
-def test_features_that_are_all_zero():
-  """Dead everywhere: a distance of zero, and gradients that are numbers."""
-  dead = jax.tree.map(jnp.zeros_like, tiny('lpips')['net'])
-  tree = tiny('lpips') | {'net': dead}
-  value, gradient = ours(lpips, tree, *pair(32, 32))
-  assert value == 0
-  np.testing.assert_array_equal(gradient, 0)
+  grads = jax.jit(jax.grad(loss, (0, 1)))(targets, tiny(term))
+  assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
 def test_the_slope_at_zero_is_finite():
@@ -177,13 +170,11 @@ def test_the_slope_at_zero_is_finite():
 
 
 @pytest.mark.parametrize('term', FROZEN_TERMS)
-@pytest.mark.parametrize('weights', (None, {}, {'other': {}}))
-def test_no_weights(term, weights):
+def test_no_weights(term):
   _, targets = pair(32, 32, 1)
-  x = LossInputs(targets, targets, weights)
-  with pytest.raises(UserError, match=f'"{term}"') as e:
-    FROZEN_TERMS[term](x)
-  assert '\n' not in str(e.value)
+  for weights in (None, {'other': {}}):
+    with pytest.raises(UserError, match=f'"{term}"'):
+      FROZEN_TERMS[term](LossInputs(targets, targets, weights))
 
 
 def test_images_too_small_for_lpips():

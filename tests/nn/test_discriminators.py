@@ -1,6 +1,7 @@
 """Discriminators against torch: values, gradients, spectral norm over steps."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from tests.nn import torch_discriminators as references
 from vqrae_jax.errors import UserError
-from vqrae_jax.nn import discriminators, patchgan, spectral, vit
+from vqrae_jax.nn import discriminators, patchgan, spectral
 from vqrae_jax.nn.dino import DINO_S8, DinoDiscriminator
 from vqrae_jax.nn.patchgan import PatchGAN
 from vqrae_jax.ops import trees
@@ -82,23 +83,31 @@ def test_patchgan_equals_torch():
   trees.check_same(shapes['params'], params, 'the reference')
 
 
-@pytest.mark.parametrize('name', ('patch', 'dino'))
-def test_integers_are_refused(name):
-  """255 * 2 - 1 has no place in eight bits."""
-  x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+@pytest.mark.parametrize(
+  'name, logits, sizes',
+  [
+    ('patch', 256, dict(params=1_909_889)),
+    # DINO ViT-S/8 without its final norm.
+    (
+      'dino',
+      3920,
+      dict(params=7_386_245, backbone=21_670_272 - 768, spectral=24_965),
+    ),
+  ],
+)
+def test_the_defaults(name, logits, sizes):
   model = discriminators.build(dict(name=name))
-  with pytest.raises(UserError, match='type uint8; give floats'):
-    jax.eval_shape(model.init, jax.random.key(0), x)
-
-
-def test_patchgan_at_its_defaults():
+  init = functools.partial(model.init_with_output, jax.random.key(0))
   x = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-  model = discriminators.build(dict(name='patch'))
-  logits, variables = jax.eval_shape(
-    lambda x: model.init_with_output(jax.random.key(0), x), x
-  )
-  assert logits.shape == (2, 256) and set(variables) == {'params'}
-  assert sum(p.size for p in jax.tree.leaves(variables)) == 1_909_889
+  found, variables = jax.eval_shape(init, x)
+  assert found.shape == (2, logits)
+  have = {
+    k: sum(x.size for x in jax.tree.leaves(v)) for k, v in variables.items()
+  }
+  assert have == sizes
+  # 255 * 2 - 1 has no place in eight bits.
+  with pytest.raises(UserError, match='type uint8; give floats'):
+    jax.eval_shape(init, x.update(dtype=jnp.uint8))
 
 
 def test_blurred_halving_keeps_a_constant_inside_and_any_size():
@@ -156,12 +165,6 @@ def test_dino_equals_torch_over_three_steps(tmp_path):
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)
   have = dict(params=params, backbone=backbone, spectral=vectors)
   trees.check_same(dict(shapes), have, 'the reference')
-  # A flat tree of parameters, as a player holds it, gives a flat one.
-  advance = jax.jit(spectral.advance)
-  flat = advance(trees.flatten(params), trees.flatten(vectors))
-  want = trees.flatten(advance(params, vectors))
-  for name, leaf in flat.items():
-    np.testing.assert_array_equal(leaf, want[name])
   # Keys' biases of the file are not taken, the other two thirds are.
   attention = backbone['transformer']['blocks']['attention']
   bias = file['blocks.1.attn.qkv.bias'].numpy()
@@ -179,54 +182,24 @@ def test_dino_equals_torch_at_its_real_size(tmp_path):
   assert file['pos_embed'].shape == (1, 785, 384)
   # Of three million LeakyReLUs a few lie so near their kink that f32 and f64
   # fall to either side: torch's own f32 gradient at the images is 4.3e-3 off
-  # its f64 one (values 1.6e-5), ours 4.9e-4.
+  # its f64 one (values 1.6e-5), ours 4.9e-4 or, on another CPU, 3.2e-3.
   x = images(1, 256, 256, 3)
-  hold(reference, model, backbone, x, 1, values=1e-4, slopes=2e-3)
-
-
-def test_dino_at_its_defaults():
-  x = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-  model = discriminators.build(dict(name='dino'))
-  logits, variables = jax.eval_shape(
-    lambda x: model.init_with_output(jax.random.key(0), x), x
-  )
-  assert logits.shape == (2, 3920)
-  sizes = {
-    name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for name, tree in variables.items()
-  }
-  assert sizes['params'] == 7_386_245
-  # DINO ViT-S/8 without its final norm.
-  assert sizes['backbone'] == 21_670_272 - 768
+  hold(reference, model, backbone, x, 1, values=1e-4, slopes=5e-3)
 
 
 def test_a_fresh_sigma_is_positive_and_advancing_finds_the_largest_gain():
   model = DinoDiscriminator(VIT, TAPS, KERNEL)
   made = jax.jit(model.init)(jax.random.key(3), images(1, 16, 16, 3))
   kernel = made['params']['head1']['mix']['kernel']
-  vectors = made['spectral']
-  gains = []
-  advance = jax.jit(spectral.advance)
+  vectors, gains = made['spectral'], []
+  advance, sigma = jax.jit(spectral.advance), jax.jit(spectral.sigma)
   for _ in range(40):
-    pair = vectors['head1']['mix']
-    gains.append(float(spectral.sigma(kernel, pair['u'], pair['v'])))
+    gains.append(float(sigma(kernel, **vectors['head1']['mix'])))
     vectors = advance(made['params'], vectors)
   top = np.linalg.norm(np.asarray(kernel).reshape(-1, VIT.width), 2)
   assert 0 < gains[0] <= gains[1] <= top * 1.00001
   assert abs(gains[-1] - top) < 1e-2 * top
   assert spectral.advance(made['params'], {}) == {}
-
-
-def test_taps_are_the_blocks_outputs():
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 32)), jnp.float32)
-  taps = vit.IntermediateLayers(VIT, (2, 0))
-  variables = jax.jit(taps.init)(jax.random.key(0), x)
-  found = jax.jit(taps.apply)(variables, x)
-  for depth, row in ((3, 0), (1, 1)):
-    spec = dataclasses.replace(VIT, depth=depth)
-    cut = jax.tree.map(lambda leaf, depth=depth: leaf[:depth], variables)
-    want = jax.jit(vit.Transformer(spec).apply)(cut, x)
-    np.testing.assert_allclose(found[row], want, atol=1e-6)
 
 
 def test_a_section_builds_or_says_what_is_wrong():
@@ -236,11 +209,8 @@ def test_a_section_builds_or_says_what_is_wrong():
   for section, words in (
     (dict(name='dion'), 'did you mean "dino"'),
     (dict(), 'none given'),
-    (dict(name='patch', hiden=8), 'did you mean "hidden"'),
-    (dict(name='patch', hidden=48), 'multiple of'),
-    (dict(name='patch', halvings=0), 'above 0'),
+    (dict(name='patch', halvings=0), 'halvings=0'),
     (dict(name='patch', dtype='half'), 'bfloat16'),
-    (dict(name='dino', taps=(12,)), 'blocks from 0 to 11'),
     (dict(name='dino', kernel=8), 'must be odd'),
     (dict(name='dino', vit=dict(widht=3)), 'did you mean "width"'),
     (dict(name='dino', vit=3), 'section of fields'),
@@ -266,9 +236,13 @@ def test_bf16_and_remat_are_near_and_their_gradients_finite(name):
     model, half = (DinoDiscriminator(s, TAPS, KERNEL) for s in (VIT, spec))
   x = images(2, 16, 16, 3)
   variables = jax.jit(model.init)(jax.random.key(0), x)
-  want = jax.jit(model.apply)(variables, x)
-  found, pull = jax.vjp(jax.jit(lambda x: half.apply(variables, x)), x)
+
+  @jax.jit
+  def run(variables, x):
+    found, pull = jax.vjp(lambda x: half.apply(variables, x), x)
+    return model.apply(variables, x), found, pull(jnp.ones_like(found))[0]
+
+  want, found, gradient = run(variables, x)
   assert found.dtype == jnp.float32
   assert off(found, want) < 5e-2
-  gradient = pull(jnp.ones_like(found))[0]
   assert np.isfinite(gradient).all() and np.any(gradient)

@@ -19,10 +19,8 @@ from vqrae_jax.errors import UserError
 D = 32
 # dtype, post_quant kernel, grid of the latents
 CASES = (
-  ('float32', None, (4, 4)),
   ('float32', 3, (2, 6)),
-  ('bfloat16', None, (4, 4)),
-  ('bfloat16', 1, (8, 4)),
+  ('bfloat16', 1, (4, 4)),
 )
 
 
@@ -94,7 +92,6 @@ def test_continuous_passes_latents_and_has_no_indices():
       'quantizer.projection=True',
     ),
     ('fsq-centered', dict(levels=(8, 1)), 'levels'),
-    ('fsq-centered', dict(levels=()), 'levels'),
     ('fsq-centered', dict(levels=(64,) * 6), '2147483648'),
     ('fsq-centered', dict(levels='8,8'), 'levels'),
     ('fsq-centered', dict(level=(8, 8)), '"levels"'),
@@ -102,12 +99,10 @@ def test_continuous_passes_latents_and_has_no_indices():
     ('fsq-centered', dict(projection=False), '3 channels, latents 32'),
     ('fsq-cosmos', dict(levels=(8, 5), epsilon=0.5), 'epsilon=0.5'),
     ('fsq-cosmos', dict(levels=(2048, 4)), 'epsilon=0.001'),
-    ('vq-ema', dict(name='fqs'), '"fsq"'),
     ('vq-ema', dict(update='sgd'), 'gradient'),
     ('vq-ema', dict(decay=1.0), 'decay'),
     ('vq-ema', dict(num_codes=0), 'num_codes'),
     ('vq-ema', dict(epsilon=-1.0), 'epsilon'),
-    ('vq-ema', dict(epsilon=float('nan')), 'epsilon'),
     ('vq-ema', dict(code_dim=-3), 'code_dim=-3'),
     ('vq-ema', dict(code_dim=5), '5 channels, latents 32'),
     ('vq-ema', dict(latent_dim=7), 'latent_dim'),
@@ -116,7 +111,6 @@ def test_continuous_passes_latents_and_has_no_indices():
     ('vq-ema', dict(post_quant=dict(kernal=3)), '"kernel"'),
     ('vq-ema', dict(post_quant=dict(space='pixel')), 'post_quant.space'),
     ('simvq-l2', dict(basis_std=0.0), 'basis_std'),
-    ('simvq-l2', dict(distance='cos'), '"cosine"'),
     ('simvq-l2', dict(code_dim=0), 'code_dim'),
     ('simvq-l2', dict(code_scale='unit'), 'distance="cosine"'),
     ('simvq-cosine', dict(code_scale='one'), 'code_scale='),

@@ -1,1 +1,1 @@
-"""ImageSource to batches of uint8 on the host; no device is touched here."""
+"""Images to batches of uint8 on the host; no device is touched here."""

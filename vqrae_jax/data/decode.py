@@ -176,7 +176,7 @@ class EncodedImages:
 
   @property
   def paths(self) -> list[pathlib.Path]:
-    """The files that are read, in order."""
+    """All files of the source, in order, chosen or not."""
     return self._listing.paths
 
   def _place(self, row: int) -> tuple[int, int]:

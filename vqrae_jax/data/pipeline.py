@@ -19,11 +19,11 @@ import grain
 import numpy as np
 from PIL import Image
 
-from vqrae_jax.data.decode import ImageDecodeError
-from vqrae_jax.data.sources import Images, ImageSource
+from vqrae_jax.data.decode import EncodedImages, ImageDecodeError
 from vqrae_jax.errors import UserError
 
 CROPS = ('random', 'center')
+Images = EncodedImages | Sequence[np.ndarray]  # each uint8 [h w 3]
 # So many unreadable draws in a row are no accident.
 MAX_DRAWS = 16
 
@@ -135,7 +135,7 @@ class TrainBatches:
 
   def __init__(
     self,
-    source: ImageSource,
+    source: EncodedImages,
     augment: Augment,
     *,
     batch_size: int,
@@ -146,17 +146,10 @@ class TrainBatches:
     """Args:
     source: the images.
     augment: how each becomes an image.
-    batch_size: B, over all hosts.
+    batch_size: B, over all hosts: a multiple of P.
     seed: of the order and of the crops.
     process_index, process_count: p and P.
     """
-    if batch_size % process_count:
-      raise UserError(
-        f'batch_size={batch_size} must be a multiple of the {process_count} '
-        'hosts'
-      )
-    if not len(source):
-      raise UserError('the source holds no image')
     local = batch_size // process_count
     self._source, self._seed = source, seed
     self._unreadable: dict[str, str] = {}

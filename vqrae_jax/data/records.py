@@ -3,24 +3,51 @@
 A record is the bytes of an encoded image, or a tf.train.Example with one in a
 bytes feature. Arrays of raw pixels are not read.
 
-Examples are read without tensorflow: the wire format is protobuf's
-(protobuf.dev/programming-guides/encoding), the messages are those of
-tensorflow/core/example/{example,feature}.proto: Example holds Features in
-field 1, Features a map<string, Feature> in field 1, and a Feature's field 1 is
-a BytesList, whose field 1 are the values.
+Examples are read without tensorflow, by protobuf and the messages of
+tensorflow/core/example/{example,feature}.proto.
 """
 
 import concurrent.futures
+import functools
 import io
 import pathlib
-from collections.abc import Iterator
 
 from vqrae_jax.data.decode import EncodedImages, ImageDecodeError, is_encoded
 from vqrae_jax.data.listing import Listing
 from vqrae_jax.errors import UserError
 
+# Example's bytes features; its other fields are unknown here, and skipped.
+_MESSAGES = """
+  name: "example" syntax: "proto3"
+  message_type { name: "Example"
+    field { name: "features" number: 1 type_name: "Features" } }
+  message_type { name: "Features" field { name: "feature"
+    number: 1 label: LABEL_REPEATED type_name: "Entry" } }
+  message_type { name: "Entry"
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type_name: "Feature" } }
+  message_type { name: "Feature"
+    field { name: "bytes_list" number: 1 type_name: "BytesList" } }
+  message_type { name: "BytesList" field { name: "value"
+    number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+"""
 # As TFDS, the TFRecord convention and webdataset call an encoded image.
 KEYS = ('image', 'image/encoded', 'jpg', 'jpeg', 'png', 'webp')
+
+
+@functools.cache
+def _example_class() -> type:
+  from google.protobuf import (
+    descriptor_pb2,
+    descriptor_pool,
+    message_factory,
+    text_format,
+  )
+
+  file = text_format.Parse(_MESSAGES, descriptor_pb2.FileDescriptorProto())
+  pool = descriptor_pool.DescriptorPool()
+  pool.Add(file)
+  return message_factory.GetMessageClass(pool.FindMessageTypeByName('Example'))
 
 
 def image_bytes(record: bytes) -> bytes:
@@ -29,12 +56,16 @@ def image_bytes(record: bytes) -> bytes:
   Raises:
     ValueError: no Example, or none of `KEYS` in it.
   """
+  from google.protobuf.message import DecodeError
+
   try:
-    features = _bytes_features(memoryview(record))
-  except (IndexError, ValueError):
+    entries = _example_class().FromString(record).features.feature
+  except DecodeError:
     raise ValueError(
       'a record that is neither an encoded image nor a tf.train.Example'
     ) from None
+  features = {e.key: [*e.value.bytes_list.value] for e in entries}
+  features = {key: values[0] for key, values in features.items() if values}
   for key in KEYS:
     if features.get(key):
       return features[key]
@@ -43,53 +74,6 @@ def image_bytes(record: bytes) -> bytes:
     f'its tf.train.Example has none of the bytes features {", ".join(KEYS)}; '
     f'it has {held}'
   )
-
-
-def _bytes_features(record: memoryview) -> dict[str, bytes]:
-  found = {}
-  for features in _fields(record, 1):
-    for entry in _fields(features, 1):
-      key = b''.join(_fields(entry, 1)).decode()
-      for feature in _fields(entry, 2):
-        for values in _fields(feature, 1):
-          first = next(_fields(values, 1), None)
-          if first is not None:
-            found[key] = bytes(first)
-  return found
-
-
-def _fields(message: memoryview, number: int) -> Iterator[memoryview]:
-  """What the length-delimited fields of this number hold."""
-  at = 0
-  while at < len(message):
-    tag, at = _varint(message, at)
-    kind = tag & 7
-    if kind == 0:
-      _, at = _varint(message, at)
-      continue
-    if kind == 2:
-      size, at = _varint(message, at)
-    elif kind in (1, 5):
-      size = 8 if kind == 1 else 4
-    else:
-      raise ValueError(f'wire type {kind}')
-    if at + size > len(message):
-      raise ValueError('a field ends after its message')
-    if kind == 2 and tag >> 3 == number:
-      yield message[at : at + size]
-    at += size
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-  value, shift = 0, 0
-  while True:
-    byte = message[at]
-    value |= (byte & 0x7F) << shift
-    at, shift = at + 1, shift + 7
-    if byte < 0x80:
-      return value, at
-    if shift > 63:
-      raise ValueError('a number of over 64 bits')
 
 
 class Records(EncodedImages):

@@ -11,7 +11,6 @@ import importlib.util
 import io
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,11 +31,6 @@ class ImageFiles(EncodedImages):
     """`keep` holds decoded images in memory: for a few files only."""
     super().__init__(listing, [len(listing.names)])
     self._kept: dict[int, np.ndarray] | None = {} if keep else None
-
-  @property
-  def paths(self) -> list[pathlib.Path]:
-    """The files, in the order of their indices; a new list at each call."""
-    return [pathlib.Path(self._where(row)) for row in self._rows.tolist()]
 
   def _open(self, row: int) -> io.IOBase:
     return open(self._where(row), 'rb')
@@ -68,25 +62,6 @@ _BUNDLED = (
   ('sklearn', 'datasets/images', 'china.jpg flower.jpg'),
 )
 _KINDS = {'image': ImageFiles, 'tar': TarShards, 'record': Records}
-
-
-@runtime_checkable
-class Images(Protocol):
-  """Random access to uint8 [h w 3], a list of arrays for instance."""
-
-  def __len__(self) -> int:
-    """How many there are."""
-
-  def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h w 3]; raises `decode.ImageDecodeError` if it cannot be had."""
-
-
-@runtime_checkable
-class ImageSource(Images, Protocol):
-  """What the pipeline reads: images that have names."""
-
-  def name(self, index: int) -> str:
-    """What tells it from all others, for messages and logs."""
 
 
 def _bundled() -> list[pathlib.Path]:

@@ -17,7 +17,6 @@ import numpy as np
 from vqrae_jax import inference
 from vqrae_jax.data import pipeline
 from vqrae_jax.data.decode import EncodedImages, ImageDecodeError
-from vqrae_jax.data.sources import Images
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import metrics
 from vqrae_jax.models.tokenizer import Tokenizer
@@ -68,31 +67,19 @@ def bits_per_image(tokenizer: Tokenizer, h: int, w: int) -> float:
   return tokens * math.log2(tokenizer.codebook_size)
 
 
-def tiles_of(source: Images, tile: int) -> np.ndarray:
-  """uint8 [n tile tile 3]: all tiles at once, of a few images.
-
-  Raises:
-    UserError: no image holds a tile.
-  """
-  cut = [pipeline.tiles(source[i], (tile, tile)) for i in range(len(source))]
-  tiles = np.concatenate(cut)
-  if not len(tiles):
-    raise UserError(f'no image holds a tile of {tile} px')
-  return tiles
+def tiles_of(source: pipeline.Images, tile: int) -> np.ndarray:
+  """uint8 [n tile tile 3]: all tiles at once, of a few images."""
+  images = map(source.__getitem__, range(len(source)))
+  return np.concatenate([pipeline.tiles(x, (tile, tile)) for x in images])
 
 
 def tile_batches(
-  source: Images, tile: int, batch_size: int
+  source: pipeline.Images, tile: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
   """(uint8 [batch_size tile tile 3], how many of its rows count): every image
   cut from its top left corner, remainders dropped."""
   cut = functools.partial(pipeline.tiles, size=(tile, tile))
   return pipeline.eval_batches(source, cut, batch_size)
-
-
-def _compare(images, tiles: np.ndarray, count: int) -> metrics.Sums:
-  targets = tiles.astype(np.float32) / 255
-  return metrics.compare(images, targets, np.arange(len(tiles)) < count)
 
 
 def measure(
@@ -123,11 +110,11 @@ def measure(
   for tiles, count in batches:
     if not tokenizer.codebook_size:
       images = read(run(inference.reconstruct, tiles).images)
-      total = total.merge(_compare(images, tiles, count))
+      total = total.merge(metrics.compare(images, tiles, count))
       continue
     found = read(run(inference.encode_to_indices, tiles))
     images = read(run(inference.decode_from_indices, found))
-    sums = _compare(images, tiles, count)
+    sums = metrics.compare(images, tiles, count)
     indices.append(np.array(found[:count]))
     columns = indices[-1].reshape(-1, tokenizer.quantizer.codes_per_token).T
     k = tokenizer.codebook_size
@@ -139,7 +126,7 @@ def measure(
 def evaluate_tiles(
   tokenizer: Tokenizer,
   variables: Tree,
-  source: Images,
+  source: pipeline.Images,
   tile: int,
   batch_size: int = 32,
 ) -> dict[str, float]:
@@ -167,7 +154,7 @@ def evaluate_tiles(
     nonlocal baseline
     for tiles, count in tile_batches(source, tile, batch_size):
       means = block_mean(tiles.astype(np.float32) / 255, tokenizer.patch_size)
-      baseline = baseline.merge(_compare(means, tiles, count))
+      baseline = baseline.merge(metrics.compare(means, tiles, count))
       yield tiles, count
 
   total, indices = measure(tokenizer, variables, batches())
@@ -184,7 +171,7 @@ def evaluate_tiles(
     rows = np.zeros_like(indices, shape=(batch_size, *indices.shape[1:]))
     rows[:count] = order[at : at + count]
     images, at = decode(tokenizer, variables, rows), at + count
-    shuffled = shuffled.merge(_compare(images, tiles, count))
+    shuffled = shuffled.merge(metrics.compare(images, tiles, count))
   return figures | {
     'psnr_shuffled': shuffled.results()['psnr'],
     'bits_per_image': bits_per_image(tokenizer, tile, tile),

@@ -6,6 +6,7 @@ in [0, 1], clipped. SSIM: gaussian window of 11, sigma 1.5, data range 1.
 
 import dataclasses
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ class Sums:
     squared: the summed squared error over values.
     psnr: the sum of each image's PSNR in dB (mse at least 1e-10).
     ssim: the sum of each image's SSIM; NaN if images are under 11 pixels.
-    counts: int64[q k] code counts, or None.
+    counts: int64[q k] code counts; 0 without codes.
   """
 
   images: int = 0
@@ -32,21 +33,11 @@ class Sums:
   squared: float = 0.0
   psnr: float = 0.0
   ssim: float = 0.0
-  counts: np.ndarray | None = None
+  counts: np.ndarray | int = 0
 
   def merge(self, other: 'Sums') -> 'Sums':
     """Both sets as one."""
-    counts = self.counts
-    if other.counts is not None:
-      counts = other.counts if counts is None else counts + other.counts
-    return Sums(
-      self.images + other.images,
-      self.pixels + other.pixels,
-      self.squared + other.squared,
-      self.psnr + other.psnr,
-      self.ssim + other.ssim,
-      counts,
-    )
+    return Sums(*map(operator.add, vars(self).values(), vars(other).values()))
 
   def results(self) -> dict[str, float]:
     """psnr (of the pooled MSE), psnr_mean (over images), ssim (of images of
@@ -61,7 +52,7 @@ class Sums:
     }
     if math.isfinite(self.ssim):
       results['ssim'] = self.ssim / n
-    if self.counts is not None:
+    if np.ndim(self.counts):
       used = (self.counts > 0).sum(-1)
       p = self.counts / np.maximum(self.counts.sum(-1, keepdims=True), 1)
       entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
@@ -90,19 +81,15 @@ def _batch_sums(images, targets, valid):
   return jnp.where(valid, rows, 0.0).sum(1)
 
 
-def compare(images, targets, valid=None) -> Sums:
+def compare(images, targets, count: int) -> Sums:
   """The sums of one batch.
 
   Args:
     images: f[b h w 3], clipped here to [0, 1].
-    targets: f[b h w 3] in [0, 1].
-    valid: bool[b], False for rows that only pad a batch.
+    targets: uint8 [b h w 3].
+    count: so many rows count; the others only pad the batch.
   """
-  if valid is None:
-    valid = np.ones(images.shape[0], bool)
-  squared, psnr, ssim = np.asarray(
-    _batch_sums(images, targets, valid), np.float64
-  )
-  n = int(np.sum(valid))
-  pixels = n * math.prod(images.shape[1:])
-  return Sums(n, pixels, float(squared), float(psnr), float(ssim))
+  targets = targets.astype(np.float32) / 255
+  sums = _batch_sums(images, targets, np.arange(len(targets)) < count)
+  pixels = count * math.prod(targets.shape[1:])
+  return Sums(count, pixels, *np.asarray(sums, np.float64).tolist())

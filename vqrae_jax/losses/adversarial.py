@@ -15,38 +15,34 @@ from jaxtyping import Array, Float
 from vqrae_jax.ops import images as image_ops
 
 HIGHEST = jax.lax.Precision.HIGHEST
-LeCamState = dict[str, Float[Array, '']]
+Scalar = Float[Array, '']
+Logits = Float[Array, '...']
+LeCamState = dict[str, Scalar]
 
 MAX_WEIGHT = 1e4  # of the adaptive weight
 
 
-def d_hinge(
-  real: Float[Array, '*r'], fake: Float[Array, '*f']
-) -> Float[Array, '']:
+def d_hinge(real: Logits, fake: Logits) -> Scalar:
   """(mean relu(1 - real) + mean relu(1 + fake)) / 2."""
   return (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean()) / 2
 
 
-def d_non_saturating(
-  real: Float[Array, '*r'], fake: Float[Array, '*f']
-) -> Float[Array, '']:
+def d_non_saturating(real: Logits, fake: Logits) -> Scalar:
   """mean softplus(-real) + mean softplus(fake): cross-entropy, summed."""
   return jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean()
 
 
-def d_vanilla(
-  real: Float[Array, '*r'], fake: Float[Array, '*f']
-) -> Float[Array, '']:
+def d_vanilla(real: Logits, fake: Logits) -> Scalar:
   """(mean softplus(-real) + mean softplus(fake)) / 2."""
   return d_non_saturating(real, fake) / 2
 
 
-def g_hinge(fake: Float[Array, '*f']) -> Float[Array, '']:
+def g_hinge(fake: Logits) -> Scalar:
   """-mean fake."""
   return -fake.mean()
 
 
-def g_softplus(fake: Float[Array, '*f']) -> Float[Array, '']:
+def g_softplus(fake: Logits) -> Scalar:
   """mean softplus(-fake): -log of the chance that it is real."""
   return jax.nn.softplus(-fake).mean()
 
@@ -63,9 +59,7 @@ def lecam_init() -> LeCamState:
   return {'real': jnp.zeros(()), 'fake': jnp.zeros(())}
 
 
-def lecam(
-  real: Float[Array, '*r'], fake: Float[Array, '*f'], state: LeCamState
-) -> Float[Array, '']:
+def lecam(real: Logits, fake: Logits, state: LeCamState) -> Scalar:
   """LeCam's regulariser of the discriminator (arXiv 2104.03310).
 
   mean relu(real - average of fake)^2 + mean relu(average of real - fake)^2,
@@ -78,10 +72,7 @@ def lecam(
 
 
 def lecam_update(
-  state: LeCamState,
-  real_mean: Float[Array, ''],
-  fake_mean: Float[Array, ''],
-  decay: float = 0.999,
+  state: LeCamState, real_mean: Scalar, fake_mean: Scalar, decay: float = 0.999
 ) -> LeCamState:
   """The averages after one step, from the means of its global batch."""
   means = {'real': real_mean, 'fake': fake_mean}
@@ -90,7 +81,7 @@ def lecam_update(
 
 def r1_penalty(
   logits: Callable[[Array], Array], images: Float[Array, 'b h w 3']
-) -> Float[Array, '']:
+) -> Scalar:
   """mean over images of |gradient of the sum of an image's logits|^2.
 
   R1 (arXiv 1801.04406) without its factor gamma/2. The gradient is that with
@@ -144,12 +135,12 @@ def head_gradient(
 
 
 def adaptive_weight(
-  norm_rec: Float[Array, ''],
-  norm_gan: Float[Array, ''],
+  norm_rec: Scalar,
+  norm_gan: Scalar,
   eps: float = 1e-6,
   low: float = 0.0,
   high: float = MAX_WEIGHT,
-) -> Float[Array, '']:
+) -> Scalar:
   """clip(norm_rec / (norm_gan + eps), low, high) (arXiv 2012.09841).
 
   Args:

@@ -31,7 +31,8 @@ def stats_shape(spec: LatentsSpec, d: int) -> tuple[int, ...]:
 
 
 class LatentNorm(nn.Module):
-  """Normalizes latents f[b gh gw d], and inverts it for the decoder.
+  """Normalizes latents f[b gh gw d], and inverts it for the decoder; with the
+  norm "none" the identity, without leaves.
 
   Both compute in f32; the leaves are codebook/latents/{mean,std}, f32[d] or
   f32[gh gw d].
@@ -41,6 +42,8 @@ class LatentNorm(nn.Module):
   latent_dim: int
 
   def setup(self):
+    if self.spec.norm == 'none':
+      return
     shape = stats_shape(self.spec, self.latent_dim)
     self.mean = self.variable('codebook', 'mean', jnp.zeros, shape)
     self.std = self.variable('codebook', 'std', jnp.ones, shape)
@@ -48,11 +51,13 @@ class LatentNorm(nn.Module):
   def normalise(
     self, latents: Float[Array, 'b gh gw d']
   ) -> Float[Array, 'b gh gw d']:
-    """f[b gh gw d] -> f32, (z - mean) / std.
+    """f[b gh gw d] -> f32, (z - mean) / std: as the quantizer reads them.
 
     Raises:
       UserError: statistics by position, of another grid.
     """
+    if self.spec.norm == 'none':
+      return latents
     z = latents.astype(jnp.float32)
     # Initialization uses an image of one token, and only its shapes.
     if self.is_initializing():
@@ -63,12 +68,12 @@ class LatentNorm(nn.Module):
   def inverse(
     self, z_q: Float[Array, 'b gh gw d']
   ) -> Float[Array, 'b gh gw d']:
-    """f[b gh gw d] -> the same type, z * std + mean.
+    """f[b gh gw d] -> the same type, z * std + mean: as the decoder reads it.
 
     Raises:
       UserError: as `normalise`.
     """
-    if self.is_initializing():
+    if self.spec.norm == 'none' or self.is_initializing():
       return z_q
     check_grid(self.spec, z_q.shape[1:3], 'the image')
     z = z_q.astype(jnp.float32) * self.std.value + self.mean.value

@@ -56,8 +56,7 @@ class Tokenizer(nn.Module):
   def setup(self):
     self.encoder = Encoder(self.encoder_spec)
     self.decoder = Decoder(self.decoder_spec)
-    if self.latents_spec.norm != 'none':
-      self.latents = LatentNorm(self.latents_spec, self.latent_dim)
+    self.latents = LatentNorm(self.latents_spec, self.latent_dim)
 
   @property
   def patch_size(self) -> int:
@@ -103,31 +102,17 @@ class Tokenizer(nn.Module):
     images = image_ops.resize_exact(images, size, self.encoder_spec.resize)
     return self.encoder(images)
 
-  def decode(self, z_q: Array) -> tuple[Array, Array]:
-    """z_q f[b gh gw d] -> (images f32[b h w 3] not clipped, features)."""
-    return self.decoder(z_q)
-
-  def _normalize(self, latents: Array) -> Array:
-    """Latents f[b gh gw d] as the quantizer reads them."""
-    if self.latents_spec.norm == 'none':
-      return latents
-    return self.latents.normalise(latents)
-
-  def _denormalize(self, z_q: Array) -> Array:
-    """The quantizer's z_q f[b gh gw d] as the decoder reads it."""
-    if self.latents_spec.norm == 'none':
-      return z_q
-    return self.latents.inverse(z_q)
-
   def project_to_code_space(self, images: ArrayLike) -> Array:
     """Images -> f32[n c], the tokens that codes are compared with."""
-    z = self.quantizer.to_code_space(self._normalize(self.encode(images)))
+    z = self.quantizer.to_code_space(
+      self.latents.normalise(self.encode(images))
+    )
     return z.reshape(-1, z.shape[-1])
 
   def encode_to_indices(self, images: ArrayLike) -> Array:
     """Images -> i32[b gh gw]; needs no decoder variables."""
     latents = jax.lax.optimization_barrier(self.encode(images))
-    z = jax.lax.optimization_barrier(self._normalize(latents))
+    z = jax.lax.optimization_barrier(self.latents.normalise(latents))
     return self.quantizer.latents_to_indices(z)
 
   def decode_from_indices(self, indices: ArrayLike) -> Array:
@@ -137,7 +122,7 @@ class Tokenizer(nn.Module):
   def decode_codes(self, codes: Array) -> tuple[Array, Array]:
     """Codes f32[b gh gw c] -> (images f32[b h w 3] not clipped, features)."""
     codes = jax.lax.optimization_barrier(codes)
-    z_q = self._denormalize(self.quantizer.codes_to_latents(codes))
+    z_q = self.latents.inverse(self.quantizer.codes_to_latents(codes))
     return jax.lax.optimization_barrier(self.decoder(z_q))
 
   def __call__(
@@ -161,15 +146,15 @@ class Tokenizer(nn.Module):
     if not train:
       latents = jax.lax.optimization_barrier(latents)
     z = latents if noise is None else latents + noise.astype(latents.dtype)
-    z = self._normalize(z)
+    z = self.latents.normalise(z)
     if not train:
       z = jax.lax.optimization_barrier(z)
     out = self.quantizer(z, train=train, rngs=rngs)
-    out = out.replace(z_q=self._denormalize(out.z_q))
+    out = out.replace(z_q=self.latents.inverse(out.z_q))
     if out.quantized is not None:
-      out = out.replace(quantized=self._denormalize(out.quantized))
+      out = out.replace(quantized=self.latents.inverse(out.quantized))
     if train:
-      images, features = self.decode(out.z_q)
+      images, features = self.decoder(out.z_q)
     else:
       images, features = self.decode_codes(out.codes)
     return TokenizerOutput(

@@ -59,23 +59,6 @@ class Backbone(nn.Module):
     return x[:, :, s.num_prefix_tokens :]
 
 
-class InstanceNorm(nn.Module):
-  """Each channel of each image over its tokens to mean 0 and variance 1.
-
-  [b n c]; then scale and bias. The variance is two-pass, over n.
-  """
-
-  eps: float = 1e-6
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b n c']:
-    scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
-    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
-    x = x - x.mean(1, keepdims=True)
-    x = x / jnp.sqrt(jnp.mean(x * x, axis=1, keepdims=True) + self.eps)
-    return x * scale + bias
-
-
 class Head(nn.Module):
   """Tokens f32[b n c] of one tap -> logits f32[b n]."""
 
@@ -85,7 +68,10 @@ class Head(nn.Module):
   def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b n']:
     def layer(x, kernel, name):
       y = SpectralConv(x.shape[-1], kernel, name=name)(x)
-      y = InstanceNorm(name=f'{name}_norm')(y)
+      # Over tokens; its variance is two-pass.
+      y = nn.InstanceNorm(
+        epsilon=1e-6, use_fast_variance=False, name=f'{name}_norm'
+      )(y)
       return nn.leaky_relu(y, 0.2)
 
     x = layer(x, 1, 'enter')

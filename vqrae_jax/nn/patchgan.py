@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 from vqrae_jax.errors import UserError
 from vqrae_jax.nn.spectral import uniform
 from vqrae_jax.ops.images import need_floats
+from vqrae_jax.specs import DTYPES, at_least, one_of
 
 BLUR = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 
@@ -69,20 +70,14 @@ class PatchGAN(nn.Module):
   dtype: str = 'float32'
 
   def __post_init__(self):
-    if min(self.hidden, self.halvings, self.groups) < 1 or self.pool < 0:
-      raise UserError(
-        f'discriminator.fields: hidden={self.hidden}, halvings={self.halvings} '
-        f'and groups={self.groups} must be above 0, pool={self.pool} not below'
-      )
+    where = 'discriminator.fields.'
+    at_least(1, where, self, 'hidden', 'halvings', 'groups')
+    at_least(0, where, self, 'pool')
+    one_of(f'{where}dtype', self.dtype, DTYPES)
     if self.hidden % self.groups:
       raise UserError(
-        f'discriminator.fields.hidden={self.hidden} must be a multiple of '
-        f'discriminator.fields.groups={self.groups}'
-      )
-    if self.dtype not in ('float32', 'bfloat16'):
-      raise UserError(
-        f'discriminator.fields.dtype={self.dtype!r} must be "float32" or '
-        '"bfloat16"'
+        f'{where}hidden={self.hidden} must be a multiple of '
+        f'{where}groups={self.groups}'
       )
     super().__post_init__()
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vqrae_jax.ops import posemb
+from vqrae_jax.ops import images, posemb
 from vqrae_jax.specs import ViTSpec
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -179,9 +179,8 @@ class PatchEmbed(nn.Module):
       positions = posemb.sincos2d(s.width, tuple(grid), s.grid)
     else:
       table = self.param('positions', small, (*s.grid, s.width))
-      positions = posemb.resample(
-        table, tuple(grid), method=self.resize, antialias=self.antialias
-      )
+      table = images.resize(table, tuple(grid), self.resize, self.antialias)
+      positions = table.reshape(-1, s.width)
     x = x + jnp.asarray(positions, x.dtype)
     prefixes = []
     if others := s.num_prefix_tokens - s.num_registers:

@@ -7,8 +7,6 @@ generator's. Each sample's draws come from a key and that sample's id, so that
 neither its device nor its microbatch changes them.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
@@ -18,26 +16,10 @@ from vqrae_jax.ops.images import need_floats
 TRANSLATION = 0.125  # of a side, at most, in either direction
 
 
-class Draws(NamedTuple):
-  """One row a sample; what lies in [0, 1) is scaled by the image's size.
-
-  Attributes:
-    shift: f32[b 2] in [0, 1), rows and columns: where in ±.125 of a side.
-    brightness: f32[b] in [-.5, .5), added.
-    saturation: f32[b] in [0, 2), scales the distance from the pixel's grey.
-    contrast: f32[b] in [.5, 1.5), scales the distance from the image's mean.
-    hole: f32[b 2] in [0, 1): the middle of the cutout.
-  """
-
-  shift: Array
-  brightness: Array
-  saturation: Array
-  contrast: Array
-  hole: Array
-
-
-def draw(key: Key[Array, ''], sample_ids: Int[Array, ' b']) -> Draws:
-  """The draws of each sample.
+def draw(
+  key: Key[Array, ''], sample_ids: Int[Array, ' b']
+) -> Float[Array, 'b 7']:
+  """Seven numbers in [0, 1) a sample, for `apply`.
 
   Args:
     key: of this step and use: real and reconstructed images need two.
@@ -47,14 +29,7 @@ def draw(key: Key[Array, ''], sample_ids: Int[Array, ' b']) -> Draws:
   def draw_one(index):
     return jax.random.uniform(jax.random.fold_in(key, index), (7,))
 
-  u = jax.vmap(draw_one)(sample_ids)
-  return Draws(
-    shift=u[:, :2],
-    brightness=u[:, 2] - 0.5,
-    saturation=2 * u[:, 3],
-    contrast=u[:, 4] + 0.5,
-    hole=u[:, 5:],
-  )
+  return jax.vmap(draw_one)(sample_ids)
 
 
 def _translate(x: Array, shift: Array) -> Array:
@@ -88,7 +63,9 @@ def _cut_out(x: Array, hole: Array, share: float) -> Array:
 
 
 def apply(
-  images: Shaped[Array, 'b h w 3'], draws: Draws, cutout: float = 0.0
+  images: Shaped[Array, 'b h w 3'],
+  draws: Float[Array, 'b 7'],
+  cutout: float = 0.0,
 ) -> Float[Array, 'b h w 3']:
   """Augmented images, differentiable in `images`.
 
@@ -98,7 +75,11 @@ def apply(
 
   Args:
     images: f32 in [0, 1]; values beyond are kept as they are.
-    draws: from `draw`, one row an image.
+    draws: from `draw`, one row an image: where in ±.125 of a side the image is
+      moved to (rows, columns); the brightness that is added, in ±.5; the
+      factors of the distance from a pixel's grey (saturation), up to 2, and
+      from the image's mean (contrast), .5 to 1.5; the middle of the hole (rows,
+      columns).
     cutout: the hole's side as a share of the image's; 0 for none.
 
   Returns:
@@ -109,18 +90,16 @@ def apply(
   """
   need_floats(images, 'images to augment')
 
-  def each(values):
-    return values[:, None, None, None]
-
+  brightness, saturation, contrast = draws.T[2:5, :, None, None, None]
   x = 2 * images.astype(jnp.float32) - 1
-  x = _translate(x, draws.shift)
-  x = x + each(draws.brightness)
+  x = _translate(x, draws[:, :2])
+  x = x + (brightness - 0.5)
   grey = x.mean(-1, keepdims=True)
-  x = each(draws.saturation) * (x - grey) + grey
+  x = 2 * saturation * (x - grey) + grey
   mean = x.mean((1, 2, 3), keepdims=True)
-  x = each(draws.contrast) * (x - mean) + mean
+  x = (contrast + 0.5) * (x - mean) + mean
   if cutout:
-    x = _cut_out(x, draws.hole, cutout)
+    x = _cut_out(x, draws[:, 5:], cutout)
   return (x + 1) / 2
 
 

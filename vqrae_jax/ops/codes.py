@@ -128,11 +128,7 @@ def sum_by_code(
   """f32[k c]: the sum of the tokens assigned to each code."""
   flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
   index = indices.reshape(math.prod(indices.shape))
-  return (
-    jnp.zeros((size, z.shape[-1]), jnp.float32)
-    .at[index]
-    .add(flat.astype(jnp.float32))
-  )
+  return jax.ops.segment_sum(flat.astype(jnp.float32), index, size)
 
 
 def usage(counts: Int[Array, '*q k']) -> Float[Array, ' *q']:

@@ -164,14 +164,12 @@ def resize(
   antialias: bool = True,
 ) -> Float[Array, '... i j c']:
   """Resamples [... h w c] to `size` in f32; the identity at equal sizes."""
-  h, w = images.shape[-3:-1]
   x = images.astype(jnp.float32)
-  if h != size[0]:
-    rows = resize_matrix(h, size[0], method, antialias).astype(np.float32)
-    x = jnp.einsum('...hwc,ih->...iwc', x, rows, precision=HIGHEST)
-  if w != size[1]:
-    cols = resize_matrix(w, size[1], method, antialias).astype(np.float32)
-    x = jnp.einsum('...hwc,jw->...hjc', x, cols, precision=HIGHEST)
+  for axis, products in (-3, '...hwc,ih->...iwc'), (-2, '...hwc,jw->...hjc'):
+    old, new = x.shape[axis], size[axis + 3]
+    if old != new:
+      weights = resize_matrix(old, new, method, antialias).astype(np.float32)
+      x = jnp.einsum(products, x, weights, precision=HIGHEST)
   return x
 
 
@@ -252,24 +250,13 @@ def resize_exact(
   if (h, w) == tuple(size):
     return images.astype(jnp.float32)
   x = jnp.clip(jnp.round(images.astype(jnp.float32) * 255.0), 0.0, 255.0)
-
-  def columns(x):
-    if w == size[1]:
-      return x
-    digits = _digits(w, size[1], method)
-    return _round(
-      jnp.einsum('...hwc,njw->n...hjc', x, digits, precision=HIGHEST)
-    )
-
-  def rows(x):
-    if h == size[0]:
-      return x
-    digits = _digits(h, size[0], method)
-    return _round(
-      jnp.einsum('...hwc,nih->n...iwc', x, digits, precision=HIGHEST)
-    )
-
-  x = columns(rows(x)) if _rows_first(h, w, size) else rows(columns(x))
+  columns = w, size[1], '...hwc,njw->n...hjc'
+  rows = h, size[0], '...hwc,nih->n...iwc'
+  order = (rows, columns) if _rows_first(h, w, size) else (columns, rows)
+  for old, new, products in order:
+    if old != new:
+      digits = _digits(old, new, method)
+      x = _round(jnp.einsum(products, x, digits, precision=HIGHEST))
   return x / 255.0
 
 

@@ -1,4 +1,4 @@
-"""Position embeddings on a 2-d grid: fixed sin-cos, and learned ones resampled.
+"""Fixed sin-cos position embeddings on a 2-d grid.
 
 Sin-cos follows the layout of MAE (arXiv 2111.06377) and of RAE's decoder: the
 first half of the channels encodes the column, the second the row, each as
@@ -6,9 +6,6 @@ first half of the channels encodes the column, the second the row, each as
 """
 
 import numpy as np
-from jaxtyping import Array, Float
-
-from vqrae_jax.ops import images
 
 
 def _coordinates(n: int, native: int) -> np.ndarray:
@@ -36,14 +33,3 @@ def sincos2d(
   by_row = np.broadcast_to(line(rows)[:, None], (*grid, width // 2))
   table = np.concatenate([by_col, by_row], axis=-1)
   return table.reshape(-1, width).astype(np.float32)
-
-
-def resample(
-  table: Float[Array, 'gh gw d'],
-  grid: tuple[int, int],
-  method: str,
-  antialias: bool,
-) -> Float[Array, 'n d']:
-  """A learned table [gh gw d] on another grid, flattened, in f32."""
-  table = images.resize(table, grid, method=method, antialias=antialias)
-  return table.reshape(grid[0] * grid[1], table.shape[-1])

@@ -92,13 +92,7 @@ def partition(
 
 def merge(*parts: Mapping[str, Any]) -> dict:
   """Nested dicts out of disjoint flat parts."""
-  leaves: dict[str, Any] = {}
-  for part in parts:
-    twice = leaves.keys() & part.keys()
-    if twice:
-      raise ValueError(f'leaves in two parts: {sorted(twice)[:4]}')
-    leaves.update(part)
-  return unflatten(leaves)
+  return unflatten({n: leaf for part in parts for n, leaf in part.items()})
 
 
 def check_same(target: Any, source: Any, what: str) -> None:
@@ -125,14 +119,3 @@ def check_same(target: Any, source: Any, what: str) -> None:
     shown = '; '.join(sorted(report)[:6])
     more = f'; and {len(report) - 6} more' if len(report) > 6 else ''
     raise UserError(f'{what} does not fit the model: {shown}{more}')
-
-
-def merge_params(target: Any, source: Any, what: str) -> Any:
-  """`source`'s leaves in `target`'s structure and types.
-
-  Raises:
-    UserError: as `check_same` does.
-  """
-  check_same(target, source, what)
-  have = flatten(source)
-  return map_named(lambda n, w: have[n].astype(w.dtype), target)

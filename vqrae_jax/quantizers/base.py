@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST
-from vqrae_jax.specs import PostQuantSpec
+from vqrae_jax.specs import PostQuantSpec, one_of
 from vqrae_jax.types import QuantizerOutput
 
 
@@ -56,11 +56,7 @@ class Quantizer(nn.Module):
 
   def __post_init__(self):
     for field, options in self.choices:
-      value = getattr(self, field)
-      if value not in options:
-        raise UserError(
-          f'quantizer.{field}={value!r}{did_you_mean(value, options)}'
-        )
+      one_of(f'quantizer.{field}', getattr(self, field), options)
     for field in self.positive:
       value = getattr(self, field)
       if value is not None and not 0 < value < math.inf:
@@ -98,6 +94,12 @@ class Quantizer(nn.Module):
   def setup_codes(self) -> None:
     """Makes the subclass's parameters and codebook."""
 
+  def table(self, name: str, std: float, shape: tuple[int, ...]) -> nn.Variable:
+    """A normal f32 table of the collection "codebook"."""
+    init = nn.initializers.normal(std)
+    make = lambda: init(self.make_rng('params'), shape)  # noqa: E731
+    return self.variable('codebook', name, make)
+
   def _assign(self, z: Array, train: bool, rngs: Any) -> tuple[Array, Array]:
     """f32[... c] -> (surrogate f32[... c], indices i32[...])."""
     raise NotImplementedError
@@ -105,10 +107,6 @@ class Quantizer(nn.Module):
   def _lookup(self, indices: Array) -> Array:
     """i32[...] -> codes f32[... c]."""
     raise NotImplementedError
-
-  def _losses(self, surrogate: Array, codes: Array) -> dict[str, Array]:
-    """Unweighted scalars named as in `loss_names`."""
-    return {}
 
   def _stats(self, z: Array, indices: Array, train: bool) -> dict[str, Array]:
     """Sums over the batch: counts i32[q k], and what the update needs."""
@@ -197,7 +195,7 @@ class Quantizer(nn.Module):
     z = self.to_code_space(latents)
     surrogate, indices = self._assign(z, train, rngs)
     codes = self._lookup(indices)
-    losses = self._losses(surrogate, codes)
+    losses = {n: LOSSES[n](surrogate, codes) for n in self.loss_names}
     quantized = None
     if train:
       quantized = self.codes_to_latents(codes)
@@ -234,6 +232,9 @@ def codebook_loss(surrogate: Array, codes: Array) -> Array:
   return jnp.mean((jax.lax.stop_gradient(surrogate) - codes) ** 2)
 
 
+LOSSES = {'commit': commitment, 'codebook': codebook_loss}
+
+
 def init_codes_from_data(z: Array, num_codes: int, rng: Array) -> Array:
   """Codes f32[num_codes c] at tokens f32[n c] of a batch, drawn by `rng`.
 
@@ -247,6 +248,27 @@ def init_codes_from_data(z: Array, num_codes: int, rng: Array) -> Array:
   repeated = (jnp.arange(k) >= n)[:, None]
   noise = jax.random.normal(noise_key, codes.shape) * z.std(0) * 0.01
   return codes + jnp.where(repeated, noise, 0.0)
+
+
+class TableQuantizer(Quantizer):
+  """The nearest of the `num_codes` rows of a table f32[k c]."""
+
+  @property
+  def codebook_size(self):
+    return self.num_codes
+
+  def _table(self) -> Array:
+    """f32[k c], the codes."""
+    raise NotImplementedError
+
+  def _lookup(self, indices):
+    return self._table()[indices]
+
+  def baked_codebook(self):
+    return {'codes': self._table()}
+
+  def codes_to_indices(self, codes):
+    return code_ops.nearest_code(codes.astype(jnp.float32), self._table())
 
 
 class Continuous(Quantizer):

@@ -115,7 +115,7 @@ class FSQ(base.Quantizer):
   def __post_init__(self):
     super().__post_init__()
     levels, cosmos = tuple(self.levels), self.convention == 'cosmos'
-    if not levels or any(not isinstance(n, int) or n < 2 for n in levels):
+    if not levels or min(levels) < 2:
       raise UserError(
         f'quantizer.levels={levels} must be whole numbers of at least 2'
       )
@@ -159,12 +159,8 @@ class FSQ(base.Quantizer):
   def setup_codes(self):
     if self.adapter_out == 'fourier':
       shape = (self.code_width, FREQUENCIES)
-      init = nn.initializers.normal(FREQUENCY_STD)
-      self.frequencies = self.variable(
-        'codebook',
-        'frequencies',
-        lambda: init(self.make_rng('params'), shape, jnp.float32),
-      ).value
+      made = self.table('frequencies', FREQUENCY_STD, shape)
+      self.frequencies = made.value
 
   def to_code_space(self, latents):
     z = super().to_code_space(latents)
@@ -195,50 +191,39 @@ class FSQ(base.Quantizer):
       self.levels, last_is_least=self.convention == 'centered'
     )
 
+  @property
+  def _grid(self):
+    """(offset, scale), f32[c] each: a code is (digit - offset) / scale."""
+    radix = np.asarray(self.levels, np.float32)
+    if self.convention == 'centered':
+      return (radix - 1) / 2, np.ones_like(radix)
+    return radix // 2, radix // 2
+
   def bounded(self, z):
     """f32[... c] -> (surrogate in code units, digits i32[... c])."""
-    radix = np.asarray(self.levels, np.float64)
+    radix, (offset, scale) = np.asarray(self.levels, np.float64), self._grid
     if self.convention == 'centered':
-      half = ((radix - 1) / 2).astype(np.float32)
-      bounded = jnp.tanh(z) * half if self.bound == 'tanh' else z
-      digits = jnp.clip(jnp.round(bounded + half), 0, 2 * half)
-      return bounded, digits.astype(jnp.int32)
-    half = (radix - 1) * (1 + self.epsilon) / 2
-    off = np.where(radix % 2 == 0, 0.5, 0.0)
-    shift = np.arctanh(off / half).astype(np.float32)
-    unit, top = ((radix // 2).astype('f4'), (radix - 1).astype('f4'))
-    off, half = off.astype(np.float32), half.astype(np.float32)
-    bounded = jnp.tanh(z + shift) * half - off
-    digits = jnp.clip(jnp.round(bounded) + unit, 0, top)
-    return bounded / unit, digits.astype(jnp.int32)
-
-  def _from_digits(self, digits):
-    radix = np.asarray(self.levels, np.float32)
-    x = digits.astype(jnp.float32)
-    if self.convention == 'centered':
-      return x - (radix - 1) / 2
-    return (x - radix // 2) / (radix // 2)
+      x = jnp.tanh(z) * offset if self.bound == 'tanh' else z
+      digits = jnp.round(x + offset)
+    else:
+      half = (radix - 1) * (1 + self.epsilon) / 2
+      off = np.where(radix % 2 == 0, 0.5, 0.0)
+      shift = np.arctanh(off / half).astype(np.float32)
+      x = jnp.tanh(z + shift) * half.astype('f4') - off.astype('f4')
+      digits = jnp.round(x) + offset
+    digits = jnp.clip(digits, 0, (radix - 1).astype('f4'))
+    return x / scale, digits.astype(jnp.int32)
 
   def _assign(self, z, train, rngs):
     surrogate, digits = self.bounded(z)
     return surrogate, code_ops.digits_to_index(digits, self._strides)
 
   def _lookup(self, indices):
-    return self._from_digits(
-      code_ops.index_to_digits(indices, self._strides, self.levels)
-    )
-
-  def _losses(self, surrogate, codes):
-    if self.convention == 'cosmos':
-      return {}
-    return {'commit': base.commitment(surrogate, codes)}
+    digits = code_ops.index_to_digits(indices, self._strides, self.levels)
+    offset, scale = self._grid
+    return (digits.astype(jnp.float32) - offset) / scale
 
   def codes_to_indices(self, codes):
-    radix = np.asarray(self.levels, np.float32)
-    x = codes.astype(jnp.float32)
-    if self.convention == 'centered':
-      x = x + (radix - 1) / 2
-    else:
-      x = x * (radix // 2) + radix // 2
-    digits = jnp.round(x).astype(jnp.int32)
-    return code_ops.digits_to_index(digits, self._strides)
+    offset, scale = self._grid
+    digits = jnp.round(codes.astype(jnp.float32) * scale + offset)
+    return code_ops.digits_to_index(digits.astype(jnp.int32), self._strides)

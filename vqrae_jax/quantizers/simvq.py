@@ -39,7 +39,7 @@ def _identity(key, shape):
   return jnp.eye(*shape)
 
 
-class SimVQ(base.Quantizer):
+class SimVQ(base.TableQuantizer):
   """The nearest of `num_codes` rows of basis @ W + b.
 
   Attributes:
@@ -81,10 +81,6 @@ class SimVQ(base.Quantizer):
         'quantizer.distance="cosine"'
       )
 
-  @property
-  def codebook_size(self):
-    return self.num_codes
-
   def setup_codes(self):
     c = self.code_dim
     tokens = self.basis_init == 'tokens'
@@ -94,12 +90,7 @@ class SimVQ(base.Quantizer):
     if self.token_map:
       self.map_tokens = nn.Dense(c, precision=HIGHEST)
     if self.is_initializing():
-      init = nn.initializers.normal(self.basis_std)
-      self.variable(
-        'codebook',
-        'basis',
-        lambda: init(self.make_rng('params'), (self.num_codes, c), jnp.float32),
-      )
+      self.table('basis', self.basis_std, (self.num_codes, c))
 
   def init_codebook(self, codebook, z, rng):
     """The basis at tokens of the batch, as they are compared."""
@@ -137,18 +128,3 @@ class SimVQ(base.Quantizer):
     if self.normalize or self.distance == 'cosine':
       z = _unit_rms(z)
     return z, code_ops.nearest_code(z, table)
-
-  def _lookup(self, indices):
-    return self._table()[indices]
-
-  def _losses(self, surrogate, codes):
-    return {
-      'commit': base.commitment(surrogate, codes),
-      'codebook': base.codebook_loss(surrogate, codes),
-    }
-
-  def baked_codebook(self):
-    return {'codes': self._table()}
-
-  def codes_to_indices(self, codes):
-    return code_ops.nearest_code(codes.astype(jnp.float32), self._table())

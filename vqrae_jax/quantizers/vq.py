@@ -21,7 +21,7 @@ from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.quantizers import base
 
 
-class VQ(base.Quantizer):
+class VQ(base.TableQuantizer):
   """The nearest of `num_codes` codes in squared L2.
 
   Attributes:
@@ -51,10 +51,6 @@ class VQ(base.Quantizer):
       raise UserError(f'quantizer.decay={self.decay} must lie in [0, 1)')
 
   @property
-  def codebook_size(self):
-    return self.num_codes
-
-  @property
   def loss_names(self):
     return ('commit',) if self.update == 'ema' else ('commit', 'codebook')
 
@@ -64,15 +60,10 @@ class VQ(base.Quantizer):
 
   def setup_codes(self):
     shape = (self.num_codes, self.code_width)
-    init = nn.initializers.normal(1.0)
     if self.update == 'gradient':
-      self.codes = self.param('codes', init, shape)
+      self.codes = self.param('codes', nn.initializers.normal(1.0), shape)
       return
-    table = self.variable(
-      'codebook',
-      'codes',
-      lambda: init(self.make_rng('params'), shape, jnp.float32),
-    )
+    table = self.table('codes', 1.0, shape)
     self.codes = table.value
     # The state of the average: absent from a tokenizer on disk.
     if self.is_initializing():
@@ -82,14 +73,8 @@ class VQ(base.Quantizer):
   def _assign(self, z, train, rngs):
     return z, code_ops.nearest_code(z, self.codes)
 
-  def _lookup(self, indices):
-    return self.codes[indices]
-
-  def _losses(self, surrogate, codes):
-    losses = {'commit': base.commitment(surrogate, codes)}
-    if self.update == 'gradient':
-      losses['codebook'] = base.codebook_loss(surrogate, codes)
-    return losses
+  def _table(self):
+    return self.codes
 
   def _stats(self, z, indices, train):
     stats = super()._stats(z, indices, train)
@@ -131,9 +116,3 @@ class VQ(base.Quantizer):
     won = (count > 0)[:, None]
     codes = jnp.where(won, sums / (smooth * total)[:, None], codebook['codes'])
     return {'codes': codes, 'counts': counts, 'sums': sums}
-
-  def baked_codebook(self):
-    return {'codes': self.codes}
-
-  def codes_to_indices(self, codes):
-    return code_ops.nearest_code(codes.astype(jnp.float32), self.codes)
