@@ -3,6 +3,7 @@
 import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -52,6 +53,30 @@ def test_what_is_opened_is_what_was_saved(kind, saved):
     path / export.WEIGHTS
   ).read_bytes()
   assert {p.name for p in path.parent.iterdir()} == {'tokenizer', 'again'}
+
+
+@pytest.mark.parametrize('kind', ('vq-ema', 'simvq-cosine'))
+def test_the_table_is_baked(kind, saved):
+  """No projection of it is left to the decoding."""
+  tokenizer, variables = made(kind)
+  _, opened = vqrae_jax.load_tokenizer(saved(kind))
+  want = tokenizer.apply(variables, method='baked_codebook')['codes']
+  tables = opened['codebook']['quantizer']
+  np.testing.assert_allclose(tables['codes'], want, atol=1e-6)
+  decode = functools.partial(vqrae_jax.decode_from_indices, tokenizer)
+  program = jax.make_jaxpr(decode)(opened, np.zeros((1, 4, 4), np.int32))
+  dots = [e for e in program.jaxpr.eqns if e.primitive.name == 'dot_general']
+  assert not any(f'f32[{tokenizer.codebook_size},' in str(e) for e in dots)
+
+
+def test_run_options_change_neither_file_nor_fingerprint(tmp_path):
+  _, variables = made('fsq-cosmos')
+  prints = set()
+  for options in ({}, dict(dtype='bfloat16'), dict(scan=False, remat=True)):
+    model = tiny.model('fsq-cosmos', 1, post_quant=dict(kernel=3), **options)
+    tokenizer = vqrae_jax.build_tokenizer(model)
+    prints.add(export.save_tokenizer(tokenizer, variables, tmp_path / 'x'))
+  assert len(prints) == 1
 
 
 def test_the_fingerprint_is_pinned():
