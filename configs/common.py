@@ -47,25 +47,25 @@ def base() -> ml_collections.ConfigDict:
     every=50, images_every=1000, usage_window=100, tensorboard=True
   )
   config.checkpoint = dict(every=1000, keep=3)
-  config.eval = dict(
-    source=optional(str),
-    tile=optional(int),
-    include=(),
-    exclude=(),
-    batch_size=32,
-    every=0,
-  )
+  config.eval = dict(source=optional(str), tile=optional(int), every=0)
+  config.eval.update(include=(), exclude=(), batch_size=32)
   return config
 
 
+def vit(*, width: int, depth: int, patch: int, pixels: int, **fields) -> dict:
+  """A plain ViT: heads of 64 channels, an MLP four times as wide."""
+  sizes = dict(mlp_dim=4 * width, num_heads=width // 64, patch_size=patch)
+  grid = (pixels // patch, pixels // patch)
+  return dict(width=width, depth=depth, grid=grid, **sizes, **fields)
+
+
 def small_model(patch: int, pixels: int, quantizer: dict) -> dict:
-  """Two plain ViTs of two blocks, heads of 64 channels."""
-  vit = dict(width=192, depth=2, mlp_dim=768, num_heads=3, patch_size=patch)
-  vit |= dict(grid=(pixels // patch, pixels // patch))
+  """A quantizer between two plain ViTs of two blocks, from scratch."""
+  ends = vit(width=192, depth=2, patch=patch, pixels=pixels)
   return dict(
-    encoder=dict(vit=vit),
+    encoder=dict(vit=ends),
     quantizer=quantizer,
-    decoder=dict(vit=vit | dict(posemb='sincos2d')),
+    decoder=dict(vit=ends | dict(posemb='sincos2d')),
     dtype='float32',
     remat=False,
   )
@@ -168,13 +168,8 @@ def original_second(config) -> dict:
   """
   second_stage(config, duration='10 epochs')
   rate = dict(lr=1e-5, end_lr=1e-6, warmup=1000)
-  config.losses = dict(
-    l2=1.0,
-    lpips=0.5,
-    codebook=1.0,
-    commit=0.25,
-    distill=dict(weight=2.0, target='self'),
-  )
+  config.losses = dict(l2=1.0, lpips=0.5, codebook=1.0, commit=0.25)
+  config.losses.distill = dict(weight=2.0, target='self')
   config.schedules = ((r'.*', rate),)
   config.batch_size = 4096
   config.optim.update(b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0)
