@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data import makers
 from vqrae_jax.data import sources, tar
@@ -249,3 +250,15 @@ def test_many_threads_leave_no_file_open(tmp_path):
   with concurrent.futures.ThreadPoolExecutor(6) as pool:
     list(pool.map(read, range(6)))
   assert len(os.listdir('/proc/self/fd')) <= before
+
+
+def test_real_shards(shared_data):
+  path = shared_data / 'cifar10_wds' / 'test-00000.tar'
+  source = sources.open_source(str(path))
+  with tarfile.open(path) as file:
+    members = [m for m in file if m.name.endswith('.jpg')]
+    assert len(source) == len(members) == 1500
+    for i in (0, 700, 1499):
+      assert source.name(i) == f'test-00000.tar:{members[i].name}'
+      image = np.asarray(Image.open(file.extractfile(members[i])))
+      np.testing.assert_array_equal(source[i], image)
