@@ -166,7 +166,7 @@ def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
     shapes, places = trees.flatten(jax.eval_shape(fresh)), trees.flatten(places)
 
     def load(name, leaf):
-      source = given.leaves[f'params/encoder/{name}']
+      source = np.asarray(given.leaves[f'params/encoder/{name}'])
       read = lambda index: np.asarray(source[index], leaf.dtype)  # noqa: E731
       return jax.make_array_from_callback(leaf.shape, places[name], read)
 

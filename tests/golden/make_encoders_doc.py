@@ -35,7 +35,7 @@ def _row(name: str, count: int, parity: dict) -> str:
     vit.patch_size,
     pixels[1] if pixels else vit.grid[0] * vit.patch_size,
     spec.resize,
-    f'[{row.hub}]({row.url})',
+    f'[{row.hub}](https://huggingface.co/{row.hub})',
     row.licence,
     f'{figure:.1e}' if isinstance(figure, float) else figure,
   )

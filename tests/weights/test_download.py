@@ -204,10 +204,10 @@ def test_needs_of_losses_and_of_encoders_given_elsewhere():
   patch = config | dict(discriminator=dict(name='patch'))
   assert needed(patch) == ['vit-mae-base', *lpips]
   # Neither the teacher of its own start nor one named twice is another file.
-  for teacher in ('init', 'vit-mae-base', None):
-    assert needed(patch | dict(teacher=teacher)) == needed(patch)
-  taught = patch | dict(teacher='dinov2-base')
-  assert needed(taught) == ['vit-mae-base', 'dinov2-base', *lpips]
+  teachers = {'init': [], 'vit-mae-base': [], 'dinov2-base': ['dinov2-base']}
+  for teacher, more in teachers.items():
+    want = ['vit-mae-base', *more, *lpips]
+    assert needed(patch | dict(teacher=teacher)) == want
   blind = config | dict(init=dict(networks='random'))
   assert needed(blind) == ['vit-mae-base']
   assert needed(blind | dict(eval=dict(rfid=True))) == [
@@ -241,9 +241,8 @@ def test_the_hub_out_of_reach(monkeypatch):
 
 def test_the_table(capsys):
   fetch_weights.main(['--list'])
-  lines = capsys.readouterr().out.splitlines()
-  for name in ('siglip-large-patch16-384', *hub.FILES):
-    assert any(line.startswith(f'{name} ') for line in lines)
+  words = capsys.readouterr().out.split()
+  assert {'siglip-large-patch16-384', *hub.FILES} <= {*words}
   for rows in hub.NEEDS.values():
     assert set(rows) <= set(hub.FILES)
   for row in hub.FILES.values():

@@ -100,10 +100,6 @@ class Published:
   hub: str
   licence: str
 
-  @property
-  def url(self) -> str:
-    return f'https://huggingface.co/{self.hub}'
-
 
 _MAE_LICENCE = "see the hub's page; the authors' repository is CC BY-NC 4.0"
 # First part of a row's name -> (owner on the hub, licence).
