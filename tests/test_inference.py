@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import json
-import statistics
 import subprocess
 import sys
 
@@ -21,27 +19,19 @@ from vqrae_jax.ops import codes
 
 HEAVY = ('orbax', 'grain', 'optax', 'torch', 'transformers', 'tensorflow')
 
+# Its two functions count as well: a downstream pipeline touches them.
 PROBE = """
-import json, sys, time
-import jax, flax.linen
-start = time.perf_counter()
+import sys
 import vqrae_jax
 vqrae_jax.encode_to_indices, vqrae_jax.build_tokenizer
-print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))
+print(*sys.modules)
 """
 
 
 def test_import_is_light():
-  """Beyond jax and flax.linen: at most 0.3 s (median of 3), nothing heavy.
-
-  The pure functions count as well: a downstream pipeline touches them.
-  """
-  runs = [
-    json.loads(subprocess.check_output([sys.executable, '-c', PROBE]))
-    for _ in range(3)
-  ]
-  assert not {*HEAVY} & {*runs[0][1]}
-  assert statistics.median(seconds for seconds, _ in runs) <= 0.3
+  """`benchmarks/compare_checkouts.py` has its seconds."""
+  modules = subprocess.check_output([sys.executable, '-c', PROBE], text=True)
+  assert not {*HEAVY} & {*modules.split()}
 
 
 @pytest.mark.parametrize('kind', ('fsq-cosmos', 'simvq-cosine'))

@@ -8,10 +8,11 @@ C++ stack: at once where process 0 is gone, else when its heartbeats are missed
 process says it: it waits at a pipe for a word that an orderly end writes.
 """
 
-import atexit
 import contextlib
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -30,8 +31,8 @@ _SAYS_SO = re.compile('Gloo|NCCL|UNAVAILABLE|heartbeat|coordination service')
 def loss_reported() -> Iterator[None]:
   """`with loss_reported(): …` around all work that needs other hosts.
 
-  Raises:
-    UserError: a collective failed since another host is gone.
+  Ends the process, by a line and exit code 2, if a collective failed since
+  another host is gone.
   """
   if jax.process_count() == 1:
     yield
@@ -46,8 +47,10 @@ def loss_reported() -> Iterator[None]:
   except (jax.errors.JaxRuntimeError, ValueError) as e:
     if isinstance(e, UserError) or not _SAYS_SO.search(str(e)):
       raise
-    # It would wait for the lost host, and then abort.
-    atexit.unregister(jax.distributed.shutdown)
-    raise UserError(LOST) from e
+    # Not by an exception: until Python has shut down, the service's own
+    # threads may still abort this process, and their stack hide the line.
+    print(f'error: {LOST}', file=sys.stderr, flush=True)
+    watch.communicate(b'done\n')
+    os._exit(2)
   finally:
     watch.communicate(b'done\n')

@@ -140,7 +140,7 @@ def _cut(x, crop):
 def test_pixels_are_those_of_the_published_processor(name, real_images):
   transformers = pytest.importorskip('transformers')
   kind, fields = PROCESSORS[name]
-  spec = golden.encoder(name).spec
+  spec = golden.spec_of(name)
   processor = getattr(transformers, f'{kind}ImageProcessorPil')(**fields)
   crop = tuple(fields.get('crop_size', fields['size']).values())
   std = np.array(fields['image_std'])
