@@ -29,7 +29,7 @@ print(*sys.modules)
 
 
 def test_import_is_light():
-  """`benchmarks/compare_checkouts.py` has its seconds."""
+  """Nothing that only training or conversion needs is imported."""
   modules = subprocess.check_output([sys.executable, '-c', PROBE], text=True)
   assert not {*HEAVY} & {*modules.split()}
 
