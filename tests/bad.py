@@ -194,6 +194,9 @@ def make(root: pathlib.Path) -> pathlib.Path:
   (root / 'broken.py').write_text('def get_config(:\n')
   (root / 'fails.py').write_text('def get_config():\n  return 1 / 0\n')
   (root / 'none.py').write_text('config = {}\n')
+  for name, value in (('list', '[1]'), ('value', "int('abc')")):
+    text = f'def get_config():\n  return {value}\n'
+    (root / f'{name}.py').write_text(text)
   _runs(root)
   _tokenizers(root / 'tok', root / 'tokenizer')
   return root

@@ -174,6 +174,7 @@ BUILD = [
     'losses.codebook',
   ),
   (quantizer(name='vqq'), '"vq"'),
+  (quantizer(levels=(8, 5)), 'quantizer ""; there are: fsq, none'),
   (quantizer(name='fsq', levels=()), 'levels'),
   (quantizer(name='simvq', distance='cosin'), '"cosine"'),
   (
@@ -222,7 +223,7 @@ BUILD = [
   (dict(init=dict(latents='s.npz')), 'init.latents=s.npz'),
   (data(image_size=18), '18x18'),
   (data(source='nowhere'), 'data.source'),
-  (data(include=('cat*',)), 'cat*'),
+  (data(include=('cat*',)), 'include=("cat*",)'),
   (data(exclude=('*',)), 'exclude'),
   (dict(eval=dict(source='bundled:photos', tile=18)), '18x18'),
   (dict(eval=dict(source='bundled:photos', tile=4096)), 'eval.tile=4096'),

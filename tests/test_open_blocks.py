@@ -42,7 +42,7 @@ def shapes():
 def test_rates_of_blocks(shapes, arguments, want):
   """The first update of AdamW is the rate itself where there is no decay."""
   spec = config_lib.read_config(simvq_siglip_l.get_config(arguments))
-  every = optim.match_schedules(spec.schedule_rows(), list(shapes))
+  every = trees.first_match(spec.schedule_rows(), list(shapes), 'schedules')
   names = [n for n in (BIAS, POSITIONS, HEAD) if every[n] is not None]
   zeros = {n: jnp.zeros(shapes[n].shape) for n in names}
   tx, numbers = optim.make_optimizer(

@@ -8,6 +8,7 @@ import pytest
 
 from vqrae_jax import optim
 from vqrae_jax.errors import UserError
+from vqrae_jax.ops import trees
 
 
 def params():
@@ -20,7 +21,7 @@ def params():
 
 
 def optimizer(rows, p, total=10, **adam):
-  schedules = optim.match_schedules(rows, list(p))
+  schedules = trees.first_match(rows, list(p), 'schedules')
   return optim.make_optimizer(optim.AdamWConfig(**adam), schedules, p, total, 5)
 
 
@@ -132,9 +133,9 @@ def test_durations_that_are_none(text):
 def test_every_leaf_is_claimed():
   names = list(params())
   with pytest.raises(UserError, match='decoder/head/kernel'):
-    optim.match_schedules([('encoder/.*', None)], names)
+    trees.first_match([('encoder/.*', None)], names, 'schedules')
   rows = [('encoder/.*', None), ('.*', optim.Schedule(1.0))]
-  found = optim.match_schedules(rows, names)
+  found = trees.first_match(rows, names, 'schedules')
   assert [n for n, s in found.items() if s is None] == names[:2]
 
 

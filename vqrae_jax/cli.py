@@ -162,16 +162,20 @@ def load_config(source: str) -> Any:
   Raises:
     UserError: no such file, or the file raises: its author has to fix it.
   """
+  from ml_collections import ConfigDict
+
   path, colon, args = source.partition(':')
   file = find_config(path)
   try:
-    return runpy.run_path(file)['get_config'](*[args] * len(colon))
-  except ValueError as e:  # of its arguments
-    raise UserError(str(e)) from None
+    found = runpy.run_path(file)['get_config'](*[args] * len(colon))
+    if not hasattr(found, 'items'):
+      raise TypeError(f'get_config returned {found!r}, not a ConfigDict')
+    return ConfigDict(found)
   except Exception as e:
     frames = traceback.extract_tb(e.__traceback__)
     at = ''.join([f':{f.lineno}' for f in frames if f.filename == file][-1:])
-    raise UserError(f'{path}{at}: {type(e).__name__}: {e}') from None
+    kind = '' if isinstance(e, ValueError) else f'{type(e).__name__}: '
+    raise UserError(f'{path}{at}: {kind}{e}') from None
 
 
 def parse_config_flag(
@@ -192,7 +196,7 @@ def parse_config_flag(
   Raises:
     UserError: an unknown flag or key, or a bad value.
   """
-  from ml_collections import ConfigDict, config_flags
+  from ml_collections import config_flags
 
   first, values = flags.FlagValues(), flags.FlagValues()
   flags.DEFINE_string('config', None, about, first)
@@ -201,7 +205,7 @@ def parse_config_flag(
   if first.config is None:
     flags.DEFINE_string('config', None, about, values)
   else:
-    config = ConfigDict(load_config(first.config))
+    config = load_config(first.config)
     _check_overrides(config, argv)
     config_flags.DEFINE_config_dict(
       'config', config, about, values, sys_argv=['', *argv]
@@ -282,7 +286,8 @@ def vqrae() -> None:
     return run(importlib.import_module(f'vqrae_jax.{name}{end}').main)
   if name not in ('-h', '--help'):
     near = did_you_mean(name, COMMANDS)
-    sys.exit(f'error: unknown command "{name}"{near}')
+    print(f'error: unknown command "{name}"{near}', file=sys.stderr)
+    sys.exit(2)
   print('vqrae COMMAND --help shows the flags of a command:\n')
   for command, about in COMMANDS.items():
     print(f'  {command:20}{about}')

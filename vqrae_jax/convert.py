@@ -125,7 +125,10 @@ def main(argv: list[str]) -> None:
   else:
     file = open_weights(source.value)
     if source.kind == 'rae' and set(file) <= {'mean', 'var'}:
-      return _convert_statistics(file, cli.new_file(str(out), '.npz'))
+      out, arrays = cli.new_file(str(out), '.npz'), read_statistics(file)
+      print(f'read {file.name}: mean and var of shape {arrays["mean"].shape}')
+      _write_arrays(out, arrays)  # RAE's latents, bitwise
+      return print(f'to start a run with them: --config.init.latents={out}')
     cli.required(values, 'config')
     model = values.config.to_dict().get('model')
     if not isinstance(model, dict):
@@ -288,14 +291,6 @@ def _convert_decoder(
   print('parity with PyTorch: not measured')
   _write_arrays(out, rae.export_rae_decoder(fit.load(), spec))
   print(f'to start a run from it: --config.init.decoder=rae:{out}')
-
-
-def _convert_statistics(source: WeightFile, out: pathlib.Path) -> None:
-  """RAE's mean and variance of latents, as .npz; bitwise."""
-  arrays = read_statistics(source)
-  print(f'read {source.name}: mean and var of shape {arrays["mean"].shape}')
-  _write_arrays(out, arrays)
-  print(f'to start a run with them: --config.init.latents={out}')
 
 
 # -------------------------------------------------------------------- report

@@ -250,7 +250,7 @@ def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
     check(len(skipped), wanted)  # no need to read the rest
 
   first = jax.process_index() == 0
-  bar = tqdm(total=len(mine), unit='img', disable=not first)
+  bar = tqdm(total=len(mine), unit='img', disable=None if first else True)
   with jax.set_mesh(mesh), bar:
     stats = sum_latents(
       _encoder(spec, tokenizer, mesh),

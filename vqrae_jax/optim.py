@@ -15,7 +15,7 @@ the static `Optimizer`.
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,6 @@ import numpy as np
 import optax
 
 from vqrae_jax.errors import UserError, did_you_mean
-from vqrae_jax.ops import trees
 from vqrae_jax.specs import at_least, one_of
 
 UNITS = ('steps', 'epochs')
@@ -88,13 +87,6 @@ class Schedule:
       raise UserError(f'layers={self.layers} must be 0 or more, None if frozen')
     if self.layers and not any(self.layers):
       raise UserError(f'layers={self.layers} moves no block; None freezes all')
-
-
-def match_schedules(
-  rows: Sequence[tuple[str, Schedule | None]], names: Sequence[str]
-) -> dict[str, Schedule | None]:
-  """{leaf name: its schedule, None if frozen}; every leaf is claimed."""
-  return trees.first_match(rows, names, 'schedules')
 
 
 def decays(name: str, leaf: Any) -> bool:
@@ -320,8 +312,3 @@ def make_optimizer(
     leaves=tuple(rows),
     updates=updates,
   ), numbers
-
-
-def updates_of(opt_state: Any) -> jax.Array:
-  """i32[], how many updates an `Optimizer` has made."""
-  return opt_state[-1]['schedule_count']

@@ -77,7 +77,7 @@ def reconstruct_folder(
     )
   names, columns, skipped = source.names, [], []
   for i, image in tqdm(
-    each_image(source), total=len(source), unit='img', disable=len(source) < 4
+    each_image(source), total=len(source), unit='img', disable=None
   ):
     name = names[i]
     if isinstance(image, ImageDecodeError):
@@ -109,9 +109,11 @@ def reconstruct_folder(
 
 
 def _check_outputs(source, out: pathlib.Path) -> None:
-  """No file replaces an original, and no two images share a name."""
+  """No file lies among the originals, and no two images share a name."""
   taken = {'comparison': out / 'comparison.png'}
-  originals = {p.resolve() for p in source.paths}
+  for path in source.paths:
+    if out.resolve() in path.resolve().parents:
+      raise UserError(f'--out={out} holds {path}; name a folder of its own')
   for i, name in enumerate(source.names):
     if name in taken:
       raise UserError(
@@ -119,11 +121,6 @@ def _check_outputs(source, out: pathlib.Path) -> None:
         'reconstruct them in two runs, or rename one'
       )
     taken[name] = source.name(i)
-    if (out / f'{name}.png').resolve() in originals:
-      raise UserError(
-        f'--out={out} would overwrite {out / name}.png, one of the images; '
-        'name another folder'
-      )
 
 
 if __name__ == '__main__':

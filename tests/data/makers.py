@@ -1,4 +1,4 @@
-"""Small photographs, folders, tars and ArrayRecord files for the tests."""
+"""Small images, folders, tars and ArrayRecord files for the tests."""
 
 import io
 import os

@@ -209,7 +209,7 @@ def test_a_section_builds_or_says_what_is_wrong():
   assert hash(made) == hash(DinoDiscriminator(made.vit))
   for section, words in (
     (dict(name='dion'), 'did you mean "dino"'),
-    (dict(), 'none given'),
+    (dict(), 'there are: dino'),
     (dict(name='patch', halvings=0), 'halvings=0'),
     (dict(name='patch', dtype='half'), 'bfloat16'),
     (dict(name='dino', kernel=8), 'must be odd'),

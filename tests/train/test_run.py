@@ -137,7 +137,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(run_config, tmp_path):
   want = loop.train(config, tmp_path)
   whole = list(map(tiny.without_clocks, rows(tmp_path)))
   shutil.rmtree(tmp_path / 'checkpoints/00000004')
-  again = loop.train(config, tmp_path)
+  again = loop.train(config, tmp_path, profile=(1, 4))  # what is left of them
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
   assert list(map(tiny.without_clocks, rows(tmp_path))) == whole
   assert again['fingerprint'] == want['fingerprint']
 
@@ -308,6 +309,8 @@ def test_a_stopped_runs_tokenizer_can_be_exported(ran, config, tmp_path):
   assert found == figures['fingerprint']
   with pytest.raises(UserError, match='--run='):
     run_export.export_run(tmp_path, tmp_path / 'other')
+  with pytest.raises(UserError, match='--out=.*out exists'):
+    run_export.export_run(tmp_path / 'run', tmp_path / 'out')
 
 
 @pytest.fixture

@@ -105,10 +105,11 @@ def open_source(
     return source
   names, patterns = source.names, (*include, *exclude)
   matches = np.array([[fnmatch.fnmatch(n, p) for n in names] for p in patterns])
-  for pattern, row in zip(patterns, matches, strict=True):
+  for i, (pattern, row) in enumerate(zip(patterns, matches, strict=True)):
     if not row.any():
+      key = 'include' if i < len(include) else 'exclude'
       raise UserError(
-        f'no image of "{data}" is named "{pattern}"'
+        f'{key}=("{pattern}",) names no image of "{data}"'
         f'{did_you_mean(pattern, names[:50])}'
       )
   kept = ~matches[len(include) :].any(0)

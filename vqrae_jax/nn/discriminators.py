@@ -29,7 +29,7 @@ def build(section: Mapping, where: str = 'discriminator') -> Discriminator:
     UserError: an unknown name, field or value.
   """
   fields = {k: v for k, v in section.items() if k != 'name'}
-  cls = choose(DISCRIMINATORS, section.get('name', '(none given)'), where)
+  cls = choose(DISCRIMINATORS, section.get('name', ''), where)
   where = f'{where}.fields'
   if cls is DinoDiscriminator and 'vit' in fields:
     given = fields['vit']

@@ -28,7 +28,7 @@ def build(section: Mapping, latent_dim: int, dtype: str) -> Quantizer:
     UserError: an unknown name or field.
   """
   fields = {k: v for k, v in section.items() if k != 'name'}
-  cls = choose(QUANTIZERS, section.get('name', '(none given)'), 'quantizer')
+  cls = choose(QUANTIZERS, section.get('name', ''), 'quantizer')
   for key in ('latent_dim', 'dtype'):
     if key in fields:
       raise UserError(

@@ -34,11 +34,6 @@ def _unit_rms(x):
   return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
-def _identity(key, shape):
-  del key
-  return jnp.eye(*shape)
-
-
 class SimVQ(base.TableQuantizer):
   """The nearest of `num_codes` rows of basis @ W + b.
 
@@ -83,8 +78,9 @@ class SimVQ(base.TableQuantizer):
 
   def setup_codes(self):
     c = self.code_dim
-    tokens = self.basis_init == 'tokens'
-    init = _identity if tokens else nn.initializers.lecun_normal()
+    init = nn.initializers.lecun_normal()
+    if self.basis_init == 'tokens':
+      init = lambda _, shape: jnp.eye(*shape)  # noqa: E731
     self.kernel = self.param('kernel', init, (c, c))
     self.bias = self.param('bias', nn.initializers.zeros, (c,))
     if self.token_map:

@@ -11,6 +11,7 @@ from absl import flags
 
 from vqrae_jax import cli, export
 from vqrae_jax.errors import UserError
+from vqrae_jax.files import to_path
 from vqrae_jax.ops import trees
 from vqrae_jax.train import initialize
 
@@ -28,6 +29,8 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
   workdir = initialize.reachable(run, '--run')
   if not (workdir / 'checkpoints').is_dir():
     raise UserError(f"--run={run} has no checkpoints; name a run's workdir")
+  if to_path(out).exists() and to_path(out) != workdir / 'tokenizer':
+    raise UserError(f'--out={out} exists and is not replaced; name another')
   tokenizer, weights = initialize.of_run(workdir, key='--run')
   variables = trees.unflatten(weights.leaves)
   print(weights.summary)

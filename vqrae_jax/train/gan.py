@@ -202,7 +202,7 @@ class Gan:
     numbers = hparams['discriminator']
 
     def update(network):
-      updates = optim.updates_of(network.opt_state)
+      updates = network.opt_state[-1]['schedule_count']
       rates = self.optimizer.rates(
         numbers['optimizer'], updates // self.optimizer.updates
       )

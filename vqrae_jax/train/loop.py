@@ -274,10 +274,14 @@ def run(
   state, step_fn = started.state, setup.train_step()
   hparams = setup_lib.f32(setup.hparams)
   batches = setup.batches.iterate(position.step)
-  with contextlib.closing(loop.report), stop_requests() as stop:
+  with (
+    contextlib.closing(loop.report),
+    stop_requests() as stop,
+    contextlib.ExitStack() as trace,
+  ):
     for number in range(position.step + 1, total + 1):
-      if profile and number == profile[0]:
-        jax.profiler.start_trace(str(workdir / 'profile'))
+      if profile and number == max(profile[0], position.step + 1):
+        trace.enter_context(jax.profiler.trace(str(workdir / 'profile')))
       asked = time.perf_counter()
       batch = next(batches)
       loop.waited += time.perf_counter() - asked
@@ -290,9 +294,10 @@ def run(
         jax.block_until_ready(metrics)
         # Compiled: speed is measured from here.
         loop.ready, loop.waited = time.perf_counter(), 0.0
+        loop.report.measure_from(number)
       if profile and number == profile[1]:
         jax.block_until_ready(metrics)
-        jax.profiler.stop_trace()
+        trace.close()
       loop.show(state, number)
       stopped_by = stop(number) if number < total else None
       last = number == total or stopped_by
@@ -408,8 +413,8 @@ class _Loop:
     here = reversed(setup.batches.unreadable.items())
     name, reason = next(here, ('another host', 'see its log'))
     raise UserError(
-      f'{position.skipped} images of {samples} samples could not be read, more '
-      f'than data.max_skipped={share} allows; the last was {name}: {reason}; '
+      f'{position.skipped} unreadable images were drawn for {samples} samples, '
+      f'more than data.max_skipped={share}; the last was {name}: {reason}; '
       f'{self.workdir}/unreadable.jsonl names them: repair or remove them, or '
       'raise data.max_skipped'
     )

@@ -62,9 +62,9 @@ class _Lines:
     """`keep` says which of the file's rows stay in it."""
     self.rows: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-      with contextlib.suppress(ValueError, TypeError):
-        self.rows.append(dict(json.loads(line)))
-    self.rows = [row for row in self.rows if keep(row)]
+      with contextlib.suppress(ValueError, TypeError, KeyError):
+        if keep(row := dict(json.loads(line))):
+          self.rows.append(row)
     self._path, self._remote = path, is_url(path)
     self._text = ''.join(json.dumps(row) + '\n' for row in self.rows)
     if path.exists():
@@ -91,7 +91,7 @@ class Report:
     self._unreadable_lines = _Lines(workdir / name, lambda _: start_step > 0)
     listed = self._unreadable_lines.rows
     self._unreadable = {str(row.get('name')) for row in listed}
-    self._since = (time.perf_counter(), start_step)
+    self.measure_from(start_step)
     self._bar = tqdm(
       total=self._total * self._batch,
       initial=start_step * self._batch,
@@ -106,11 +106,9 @@ class Report:
     if process:
       return
 
-    def is_before(row):
-      step = row.get('step')
-      return isinstance(step, int) and step <= start_step
-
-    self._rows = _Lines(workdir / 'metrics.jsonl', is_before)
+    self._rows = _Lines(
+      workdir / 'metrics.jsonl', lambda row: row['step'] <= start_step
+    )
     if setup.config.log.tensorboard:
       from tensorboardX import SummaryWriter
 
@@ -131,6 +129,10 @@ class Report:
         self._unreadable.add(name)
         logging.warning('%s is replaced by another image: %s', name, reason)
         self._unreadable_lines.add({'name': name, 'reason': reason})
+
+  def measure_from(self, step: int) -> None:
+    """Images per second count from here."""
+    self._since = (time.perf_counter(), step)
 
   def row(self, step: int, metrics: dict[str, Any], waited: float) -> None:
     """A row for a completed step.

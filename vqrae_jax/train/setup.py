@@ -221,7 +221,8 @@ def _open_data(
     try:
       return open_source(spec.source, spec.include, spec.exclude)
     except UserError as e:
-      raise UserError(f'{e} (--config.{section}.source)') from None
+      keys = f'--config.{section}.source, .include, .exclude'
+      raise UserError(f'{e} ({keys})') from None
 
   source = opened('data', config.data)
   if config.eval is None:
@@ -253,7 +254,9 @@ def plan_step(
   leaves = trees.flatten(shapes['params'])
   # A table that follows an average has no rate, but may be frozen too.
   tables = [f'quantizer/{n}' for n in tokenizer.quantizer.ema_tables]
-  schedules = optim.match_schedules(config.schedule_rows(), [*leaves, *tables])
+  schedules = trees.first_match(
+    config.schedule_rows(), [*leaves, *tables], 'schedules'
+  )
   trainable = {n: leaf for n, leaf in leaves.items() if schedules[n]}
   if not trainable:
     raise UserError('schedules freeze every leaf: there is nothing to train')

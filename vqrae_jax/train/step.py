@@ -75,9 +75,7 @@ def _passes(
     variables = {'params': trees.merge(params, frozen.params)}
     if state.codebook:
       variables['codebook'] = state.codebook
-    out = spec.tokenizer.apply(
-      variables, images, train=True, rngs={'quantizer': key}, noise=noise
-    )
+    out = spec.tokenizer.apply(variables, images, train=True, noise=noise)
     inputs = LatentInputs(out, teacher)
     latent = {name: LATENT_TERMS[name](inputs) for name in spec.latent_losses}
     # Without an image loss nothing may pretend to reach the decoder.
