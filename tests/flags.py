@@ -16,6 +16,8 @@ OPTIONS = {
 }
 if tuple(map(int, jaxlib.__version__.split('.')[:2])) < (0, 11):
   OPTIONS['xla_cpu_use_fusion_emitters'] = ('false', True)
+  # On a busy machine 8 devices meet late; XLA would end the process.
+  OPTIONS['xla_cpu_collective_call_terminate_timeout_seconds'] = ('600', 40)
 
 QUICK = ' '.join(f'--{name}={value}' for name, (value, _) in OPTIONS.items())
 AS_USERS = {name: value for name, (_, value) in OPTIONS.items()}
