@@ -45,12 +45,16 @@ def result(plan, state, frozen, mesh, steps=STEPS):
       sharding.place_batch({'x': tiny.images(8, seed=i)}, mesh)['x']
       for i in range(steps)
     ]
-    indices = encode(state_lib.variables_of(state, frozen), batches[0])
+    # Read at once: two programs that run side by side on fake devices can each
+    # wait for threads that the other holds.
+    indices = np.asarray(
+      encode(state_lib.variables_of(state, frozen), batches[0])
+    )
     step = pieces.jitted_on(plan, state, mesh)
     for batch in batches:
       state, metrics = step(state, frozen, batch)
       rows.append([float(metrics[f'loss/{n}']) for n in plan.spec.losses])
-  return np.array(rows), np.asarray(indices).ravel()
+  return np.array(rows), indices.ravel()
 
 
 @functools.cache
