@@ -280,7 +280,7 @@ def run(
     contextlib.ExitStack() as trace,
   ):
     for number in range(position.step + 1, total + 1):
-      if profile and number == max(profile[0], position.step + 1):
+      if profile and number == max(profile[0], position.step + 1) <= profile[1]:
         trace.enter_context(jax.profiler.trace(str(workdir / 'profile')))
       asked = time.perf_counter()
       batch = next(batches)
