@@ -13,8 +13,8 @@ import re
 import jax
 import pytest
 
-from tests.contract import make
-from tests.contract.entry_points import recipe as get
+from tests.contract import today
+from tests.contract.today import recipe as get
 from vqrae_jax import sharding
 from vqrae_jax.losses import FROZEN_TERMS
 from vqrae_jax.models.tokenizer import build_tokenizer
@@ -32,10 +32,12 @@ NAMES = sorted(
 )
 SMALL = {'quickstart', 'two_stages_small'}  # from scratch, of no paper
 LARGE = [n for n in NAMES if n not in SMALL]
-# What else a recipe can be asked for; None is the recipe itself. All of them
-# are resolved, by the contract.
-VARIANTS = make.ARGUMENTS | {'finetune_decoder': ('recipe=vq_dinov2_b',)}
-ALL = [(n, a) for n in NAMES for a in (None, *VARIANTS.get(n, ()))]
+# With what else they can be asked for; None is the recipe itself.
+ALL = [(n, None) for n in NAMES] + [
+  tuple(row.split(':'))
+  for row in (*today.golden('recipes'), 'finetune_decoder:recipe=vq_dinov2_b')
+  if ':' in row
+]
 FAST = [
   ('quickstart', None), ('vq_dinov2_b', None), ('simvq_siglip_l', 'stage=2'),
 ]  # fmt: skip
@@ -115,7 +117,7 @@ def test_launch_lines_are_commands(name):
   """A second stage starts where the first, by its line, has left its run."""
   lines = list(launch_lines(name))
   asked = [source.partition(':')[2] for source, _ in lines]
-  staged = 'stage=2' in VARIANTS.get(name, ())
+  staged = (name, 'stage=2') in ALL
   assert any('stage=2' in a for a in asked) == staged
   for (source, flags), arguments in zip(lines, asked, strict=True):
     assert source.partition(':')[0] == f'configs/{name}.py'

@@ -13,7 +13,7 @@ import re
 import pytest
 
 import vqrae_jax
-from tests.contract import entry_points, make
+from tests.contract import today
 from vqrae_jax import types
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.quantizers import QUANTIZERS, Quantizer
@@ -26,7 +26,7 @@ CLASSES = {
   c.__name__: c
   for c in (types.QuantizerOutput, types.TokenizerOutput, Quantizer, Tokenizer)
 }
-flags = functools.cache(make.command_flags)
+flags = functools.cache(today.command_flags)
 
 
 def rows():
@@ -56,9 +56,9 @@ def column(head):
 def keys():
   """All keys of a config and their sections; a quantizer's of any."""
   found = {'model.encoder.name', 'model.decoder.name', 'model.dtype'}
-  for key in entry_points.config_keys():
+  for key in today.config_keys():
     key = re.sub(r'^model\.quantizer\.\w+', 'model.quantizer', key)
-    losses = entry_points.CHOICES['loss'] if '*' in key else ['']
+    losses = today.CHOICES['loss'] if '*' in key else ['']
     found |= {key.replace('*', name) for name in losses}
   parts = (key.split('.') for key in found)
   return {'.'.join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
@@ -92,7 +92,7 @@ def check_command(line):
     assert name in flags()[module.removeprefix('vqrae_jax.')], word
     if name == 'config':
       path, _, arguments = value.partition(':')
-      recipe = entry_points.recipe(pathlib.Path(path).stem, arguments or None)
+      recipe = today.recipe(pathlib.Path(path).stem, arguments or None)
       config_lib.read_config(recipe)
 
 

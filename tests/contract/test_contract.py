@@ -1,6 +1,13 @@
-"""What a user had at 0d4c29b is still so: `make.py` says what, and for how
-long. A renamed key, flag or metric is a row of `renames.py`; what is new needs
+"""What a user had at 0d4c29b is still so: tokenizers and encoders as they lie
+on disk, with what they compute; recipes as resolved; names of leaves, flags,
+config keys and metrics; random weights; the order of samples; 20 steps of four
+runs. A renamed key, flag or metric is a row of `renames.py`; what is new needs
 no row, what is lost fails here.
+
+The golden files were written once, by `tests/contract/make.py` of 145a03d, on
+the code as it was. A format that is added gets its file from the code that
+adds it: a tokenizer by `export.save_tokenizer`, with its images and what
+`today.outputs` says of them in an .npz of its name.
 
 Floats agree to 1e-5 relative: another CPU's sines and sums, and numbers that
 are traced instead of constant, move last bits. Counts, names, indices, samples
@@ -9,17 +16,15 @@ and fingerprints agree exactly.
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import vqrae_jax
-from tests.contract import entry_points, make, renames
+from tests.contract import renames, today
+from vqrae_jax import export
 
 pytestmark = pytest.mark.usefixtures('one_device')
-
-
-def golden(name):
-  return json.loads((make.GOLDEN / f'{name}.json').read_text())
 
 
 def renamed(name, table):
@@ -37,10 +42,10 @@ def dotted(tree, prefix=''):
   """{dotted key: value} of nested sections; an empty section is a value."""
   if not isinstance(tree, dict) or not tree:
     return {prefix[:-1]: tree}
-  found = {}
+  rows = {}
   for key, value in tree.items():
-    found |= dotted(value, f'{prefix}{key}.')
-  return found
+    rows |= dotted(value, f'{prefix}{key}.')
+  return rows
 
 
 def kept(want, have, table):
@@ -51,22 +56,20 @@ def kept(want, have, table):
       assert have[name] == value, name
 
 
-def close(have, want, name=''):
+def close(have, want, name='', scale=None, rtol=1e-5):
   """To 1e-5 of the value, or of the largest beside it."""
-  scale = np.abs(want).max(initial=0)
+  scale = scale or np.abs(want).max(initial=0)
   np.testing.assert_allclose(
-    have, want, rtol=1e-5, atol=1e-5 * scale, err_msg=name
+    have, want, rtol=rtol, atol=1e-5 * scale, err_msg=name
   )
 
 
 # -- files of tokenizers and encoders ------------------------------------------
-@pytest.mark.parametrize('name', make.MODELS)
+@pytest.mark.parametrize('name', today.TOKENIZERS)
 def test_tokenizer(name, tmp_path):
-  path = make.tokenizer_path(name, tmp_path)
+  path, images, want = today.stored('tokenizers', name)
   tokenizer, variables = vqrae_jax.load_tokenizer(path)
-  with np.load(make.GOLDEN / 'tokenizers' / f'{name}.npz') as file:
-    want = dict(file)
-  have = make.outputs(tokenizer, variables, want.pop('images'))
+  have = today.outputs(tokenizer, variables, images)
   if 'indices' in want:
     np.testing.assert_array_equal(have.pop('indices'), want.pop('indices'))
     close(have.pop('decoded'), np.clip(want['reconstruction'], 0, 1))
@@ -74,108 +77,105 @@ def test_tokenizer(name, tmp_path):
   for key, value in want.items():
     close(have[key], value, key)
 
-  # What is built from the config, and saved again, is the same tokenizer.
+  # Saved again, it is the same tokenizer.
   config = json.loads((path / 'config.json').read_text())
-  tokenizer = vqrae_jax.build_tokenizer(make.MODELS[name])
-  mark = entry_points.save_tokenizer(tokenizer, variables, tmp_path / 'again')
+  mark = export.save_tokenizer(tokenizer, variables, tmp_path / 'again')
   again = json.loads((tmp_path / 'again' / 'config.json').read_text())
   if 'simvq' in config['model']['quantizer']['name']:  # its table is computed
-    _, found = vqrae_jax.load_tokenizer(tmp_path / 'again')
-    assert make.flat(found).keys() == make.flat(variables).keys()
+    _, loaded = vqrae_jax.load_tokenizer(tmp_path / 'again')
+    assert today.flat(loaded).keys() == today.flat(variables).keys()
     again['fingerprint'] = mark = config['fingerprint']
   assert again == config and mark == config['fingerprint']
 
 
-@pytest.mark.parametrize('kind', make.ENCODERS)
-def test_encoder(kind):
-  with np.load(make.GOLDEN / 'encoders' / f'{kind}.npz') as file:
-    want = dict(file)
-  have = make.features(make.GOLDEN / 'encoders' / kind, want.pop('images'))
-  assert have.keys() == want.keys()
+@pytest.mark.parametrize('name', today.FAMILIES)
+def test_encoder(name):
+  path, images, want = today.stored('encoders', name)
   for norm, value in want.items():
-    close(have[norm], value, norm)
+    encoder, variables = vqrae_jax.load_encoder(str(path), output_norm=norm)
+    close(jax.jit(encoder.apply)(variables, images), value, norm)
 
 
 # -- names ---------------------------------------------------------------------
 def test_recipes():
-  have = make.recipes()
-  for name, want in golden('recipes').items():
-    kept(dotted(want), dotted(have[name]), renames.CONFIG)
+  for name, want in today.golden('recipes').items():
+    recipe, _, arguments = name.partition(':')
+    have = today.resolved(today.recipe(recipe, arguments or None))
+    kept(dotted(want), dotted(have), renames.CONFIG)
 
 
 def test_leaves():
-  have = make.leaves()
-  for name, want in golden('leaves').items():
-    assert have[name] == want, name
+  for name, want in today.golden('leaves').items():
+    shapes = jax.eval_shape(today.init_of(name), jax.random.key(0))
+    have = today.flat(shapes).items()
+    assert {n: f'{x.dtype} {list(x.shape)}' for n, x in have} == want, name
 
 
 def test_flags():
-  kept(dotted(golden('flags')), dotted(make.command_flags()), renames.FLAGS)
+  want, have = today.golden('flags'), today.command_flags()
+  kept(dotted(want), dotted(have), renames.FLAGS)
 
 
 def test_names():
-  want, have = golden('names'), make.names()
-  kept(want['config'], have['config'], renames.CONFIG)
+  want = today.golden('names')
+  kept(want['config'], today.config_keys(), renames.CONFIG)
   for what, words in want['choices'].items():
-    assert set(words) <= set(have['choices'][what]), what
+    assert set(words) <= set(today.CHOICES[what]), what
   for name, parameters in want['api'].items():
-    assert have['api'][name][: len(parameters)] == parameters, name
+    assert today.parameters(name)[: len(parameters)] == parameters, name
 
 
 # -- random weights and samples ------------------------------------------------
 def test_initial_weights():
-  have = make.initial()
-  for name, want in golden('init').items():
-    assert have[name].keys() == want.keys(), name
+  for name, want in today.golden('init').items():
+    have = today.initial_weights(name, want)
+    assert have.keys() == want.keys(), name
     for leaf, marks in want.items():
-      close(have[name][leaf], marks, f'{name} {leaf}')
+      close(today.marks(have[leaf]), marks, f'{name} {leaf}')
 
 
 def test_samples(tmp_path, monkeypatch):
   monkeypatch.setenv('VQRAE_JAX_CACHE', str(tmp_path / 'cache'))
-  have = make.samples(tmp_path)
-  want = golden('data')
-  assert have.keys() == want.keys()
-  for kind, samples in want.items():
-    assert have[kind] == samples, kind
-  folder = str(tmp_path / 'folder')
-  two = make.rows(folder, make.CROPPED, seed=0, hosts=2)
-  assert two == want['folder seed 0']
+  sources, golden = today.write_sources(tmp_path), today.golden('data')
+  crop = dict(size=(16, 16))
+  for kind, data in sources.items():
+    for seed in (0, 1):
+      have = today.samples(data, crop, seed)
+      assert have == golden.pop(f'{kind} seed {seed}'), kind
+    if kind == 'folder':
+      assert today.samples(data, crop, seed, hosts=2) == have
+  resized = dict(size=(16, 12), resize=(16, 24))
+  have = today.samples(sources['folder'], resized, 0)
+  assert {'folder resized': have} == golden
 
 
 # -- runs ----------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   """name -> the workdir of that run, trained at its first use."""
-  root, trained = tmp_path_factory.mktemp('runs'), set()
+  root = tmp_path_factory.mktemp('runs')
 
   def of(name):
-    if name not in trained:
-      if name == 'stage 2':
-        of('plain')
-      entry_points.train(make.RUNS[name](root), root / name)
-      trained.add(name)
+    if name == 'stage 2':
+      of('plain')
+    if not (root / name).exists():
+      today.train(name, root)
     return root / name
 
   return of
 
 
-@pytest.mark.parametrize('name', make.RUNS)
+@pytest.mark.parametrize('name', today.RUNS)
 def test_run(name, workdir):
-  rows = make.trajectory(workdir(name))
-  want = [
-    {renamed(k, renames.METRICS): v for k, v in row.items()}
-    for row in golden('trajectories')[name]
-  ]
-  assert len(rows) == len(want) == make.STEPS
-  scale = {}
-  for row in want:
-    for key, value in row.items():
-      scale[key] = max(scale.get(key, 0), abs(value))
+  lines = (workdir(name) / 'metrics.jsonl').read_text().splitlines()
+  rows, want = map(json.loads, lines), today.golden('trajectories')[name]
+  scale = {k: max(abs(r.get(k, 0)) for r in want) for k in want[-1]}
+  fields = set()
   for have, row in zip(rows, want, strict=True):
-    row.pop(None, None)
-    assert row.keys() <= have.keys(), row['step']
-    for key, value in row.items():
+    fields |= have.keys()
+    for old, value in row.items():
+      if (key := renamed(old, renames.METRICS)) is None:
+        continue
       if isinstance(value, int):
         assert have[key] == value, key
       else:
@@ -183,12 +183,9 @@ def test_run(name, workdir):
         # (2026-11-26), which moves held-out figures by up to 1.4e-4.
         near_tie = name == 'plain' and key.startswith('eval/')
         rtol = 2.5e-4 if near_tie else 1e-5
-        np.testing.assert_allclose(
-          have[key], value, rtol=rtol, atol=1e-5 * scale[key],
-          err_msg=f'{key} of step {row["step"]}',
-        )  # fmt: skip
-  found = {key for row in rows for key in row}
-  fields = (renamed(k, renames.METRICS) for k in golden('metrics')[name])
-  assert set(filter(None, fields)) <= found
-  leaves = entry_points.checkpoint_leaves(workdir(name), make.STEPS)
-  assert leaves == golden('checkpoints')[name]
+        close(have[key], value, f'{key} of {row["step"]}', scale[old], rtol)
+  for old in today.golden('metrics')[name]:
+    key = renamed(old, renames.METRICS)
+    assert key is None or key in fields, f'{old} is lost'
+  leaves = today.checkpoint_leaves(workdir(name))
+  assert leaves == today.golden('checkpoints')[name]
