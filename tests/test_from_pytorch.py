@@ -5,7 +5,6 @@ name in backticks is looked up in the package.
 """
 
 import ast
-import functools
 import pathlib
 import re
 
@@ -22,30 +21,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs' / 'from_pytorch.md').read_text()
 
 
-def rows():
-  """[{head: cell}] of all tables on the page."""
-  found, heads = [], None
-  for line in PAGE.splitlines():
-    cells = [c.strip() for c in line.strip().strip('|').split('|')]
-    if not line.startswith('|'):
-      heads = None
-    elif heads is None:
-      heads = cells
-    elif not set(line) <= set('|- '):
-      found.append(dict(zip(heads, cells, strict=True)))
+def column(head):
+  """[(name in backticks, {head: cell} of its row)] of all tables with it."""
+  found = []
+  for table in re.findall(r'(?:^\|.*\n)+', PAGE, re.M):
+    heads, _, *rows = (
+      [cell.strip() for cell in line.strip('|').split('|')]
+      for line in table.splitlines()
+    )
+    for row in (dict(zip(heads, cells, strict=True)) for cells in rows):
+      found += [(n, row) for n in re.findall(r'`([^`]+)`', row.get(head, ''))]
   return found
 
 
-def column(head):
-  """[(name in backticks, its row)] of every table with that column."""
-  return [
-    (name, row)
-    for row in rows()
-    for name in re.findall(r'`([^`]+)`', row.get(head, ''))
-  ]
-
-
-@functools.cache
 def keys():
   """All keys of a config and their sections; a quantizer's of any."""
   found = {'model.encoder.name', 'model.decoder.name', 'model.dtype'}
@@ -79,15 +67,15 @@ def test_every_name_exists(head, known, least):
 def test_every_command_is_one():
   lines = [line for line, _ in column('command here')]
   assert len(lines) >= 6, 'the parser lost a table'
-  flags, makefile = make.command_flags(), (ROOT / 'Makefile').read_text()
+  flags, known = make.command_flags(), keys()
   for first, *words in map(str.split, lines):
     if first == 'make':
-      assert f'\n{words[0]}:' in makefile
+      assert f'\n{words[0]}:' in (ROOT / 'Makefile').read_text()
       continue
     for word in words[2:]:
       name, _, value = word.removeprefix('--').partition('=')
       if name.startswith('config.'):
-        assert name.removeprefix('config.') in keys()
+        assert name.removeprefix('config.') in known
       else:
         assert name in flags[words[1].removeprefix('vqrae_jax.')], word
       if name == 'config':

@@ -22,9 +22,6 @@ HASH = hashlib.sha256(DATA).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  def log_message(self, *args):
-    pass
-
   def do_GET(self):
     site = self.server
     site.asked.append(self.path)
