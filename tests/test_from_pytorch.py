@@ -5,8 +5,6 @@ name in backticks is looked up in the package.
 """
 
 import ast
-import dataclasses
-import functools
 import pathlib
 import re
 
@@ -22,37 +20,20 @@ from vqrae_jax.train import config as config_lib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs' / 'from_pytorch.md').read_text()
 
-CLASSES = {
-  c.__name__: c
-  for c in (types.QuantizerOutput, types.TokenizerOutput, Quantizer, Tokenizer)
-}
-flags = functools.cache(today.command_flags)
 
-
-def rows():
-  """[{head: cell}] of all tables on the page."""
-  found, heads = [], None
-  for line in PAGE.splitlines():
-    cells = [c.strip() for c in line.strip().strip('|').split('|')]
-    if not line.startswith('|'):
-      heads = None
-    elif heads is None:
-      heads = cells
-    elif not set(line) <= set('|- '):
-      found.append(dict(zip(heads, cells, strict=True)))
+def column(head):
+  """[(name in backticks, {head: cell} of its row)] of all tables with it."""
+  found = []
+  for table in re.findall(r'(?:^\|.*\n)+', PAGE, re.M):
+    heads, _, *rows = (
+      [cell.strip() for cell in line.strip('|').split('|')]
+      for line in table.splitlines()
+    )
+    for row in (dict(zip(heads, cells, strict=True)) for cells in rows):
+      found += [(n, row) for n in re.findall(r'`([^`]+)`', row.get(head, ''))]
   return found
 
 
-def column(head):
-  """[(name in backticks, its row)] of every table with that column."""
-  return [
-    (name, row)
-    for row in rows()
-    for name in re.findall(r'`([^`]+)`', row.get(head, ''))
-  ]
-
-
-@functools.cache
 def keys():
   """All keys of a config and their sections; a quantizer's of any."""
   found = {'model.encoder.name', 'model.decoder.name', 'model.dtype'}
@@ -64,51 +45,43 @@ def keys():
   return {'.'.join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
 
 
-def check_key(dotted):
-  assert dotted in keys()
+def functions():
+  """The public functions, and the fields and methods of public classes."""
+  classes = types.QuantizerOutput, types.TokenizerOutput, Quantizer, Tokenizer
+  found = {f'vqrae_jax.{name}' for name in vqrae_jax.__all__}
+  for owner in classes:
+    names = {*dir(owner), *owner.__dataclass_fields__}
+    found |= {f'{owner.__name__}.{name}' for name in names}
+  return found
 
 
-def check_function(name):
-  owner, attribute = name.split('.')
-  if owner == 'vqrae_jax':
-    assert callable(getattr(vqrae_jax, attribute, None)), name
-  else:
-    fields = {f.name for f in dataclasses.fields(CLASSES[owner])}
-    assert attribute in fields or hasattr(CLASSES[owner], attribute), name
-
-
-def check_command(line):
-  if line.startswith('make '):
-    target = line.split()[1]
-    assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.M)
-    return
-  python, dash_m, module, *words = line.split()
-  assert (python, dash_m) == ('python', '-m')
-  for word in words:
-    name, _, value = word.removeprefix('--').partition('=')
-    if name.startswith('config.'):
-      check_key(name.removeprefix('config.'))
-      continue
-    assert name in flags()[module.removeprefix('vqrae_jax.')], word
-    if name == 'config':
-      path, _, arguments = value.partition(':')
-      recipe = today.recipe(pathlib.Path(path).stem, arguments or None)
-      config_lib.read_config(recipe)
-
-
-CHECKS = {
-  'key here': check_key,
-  'function here': check_function,
-  'command here': check_command,
-}
-
-
-@pytest.mark.parametrize('head, least', zip(CHECKS, (30, 14, 6), strict=True))
-def test_every_name_exists(head, least):
-  names = column(head)
+@pytest.mark.parametrize(
+  'head, known, least', [('key', keys, 30), ('function', functions, 14)]
+)
+def test_every_name_exists(head, known, least):
+  names = [name for name, _ in column(f'{head} here')]
   assert len(names) >= least, 'the parser lost a table'
-  for name, _ in names:
-    CHECKS[head](name)
+  assert {*names} <= known()
+
+
+def test_every_command_is_one():
+  lines = [line for line, _ in column('command here')]
+  assert len(lines) >= 6, 'the parser lost a table'
+  flags, known = today.command_flags(), keys()
+  for first, *words in map(str.split, lines):
+    if first == 'make':
+      assert f'\n{words[0]}:' in (ROOT / 'Makefile').read_text()
+      continue
+    for word in words[2:]:
+      name, _, value = word.removeprefix('--').partition('=')
+      if name.startswith('config.'):
+        assert name.removeprefix('config.') in known
+      else:
+        assert name in flags[words[1].removeprefix('vqrae_jax.')], word
+      if name == 'config':
+        path, _, arguments = value.partition(':')
+        recipe = today.recipe(pathlib.Path(path).stem, arguments or None)
+        config_lib.read_config(recipe)
 
 
 def test_defaults_and_usual_ranges_are_the_packages():
@@ -117,20 +90,13 @@ def test_defaults_and_usual_ranges_are_the_packages():
     section, _, field = key.rpartition('.')
     number = re.match(r'[\d.e-]+', row.get('default', ''))
     if section == 'model.quantizer' and number:
-      defaults = {
-        f.default
-        for cls in QUANTIZERS.values()
-        for f in dataclasses.fields(cls)
-        if f.name == field
-      }
+      defaults = [getattr(q, field, None) for q in QUANTIZERS.values()]
       assert ast.literal_eval(number[0]) in defaults, row
     if row.get('usual'):
-      seen.add(
-        (section == 'losses', field, *map(float, row['usual'].split('…')))
-      )
+      seen.add((field, *map(float, row['usual'].split('…'))))
   assert seen == {
-    (section == 'losses', field, *usual)
-    for section, fields in config_lib.RANGES.items()
+    (field, *usual)
+    for fields in config_lib.RANGES.values()
     for field, usual in fields.items()
   }
 

@@ -6,14 +6,9 @@ import math
 import pytest
 
 from tests import tiny
-from vqrae_jax.errors import UserError
-from vqrae_jax.specs import (
-  EncoderSpec,
-  PixelNorm,
-  ViTSpec,
-  build_spec,
-  merge_sections,
-)
+from tests.weights.files import error_of
+from vqrae_jax import specs
+from vqrae_jax.specs import EncoderSpec, ViTSpec, build_spec
 
 
 def test_nested_sections_and_lists_become_hashable_specs():
@@ -38,7 +33,6 @@ def test_nested_sections_and_lists_become_hashable_specs():
     (dict(norm='batch'), 'vit.norm'),
     (dict(norm_eps=math.nan), 'vit.norm_eps=nan'),
     (dict(norm_eps=0.0), 'vit.norm_eps=0'),
-    (dict(layer_scale=-math.inf), 'vit.layer_scale=-inf'),
     (dict(layer_scale=10**400), 'vit.layer_scale='),
     (dict(posemb='sincos2'), '"sincos2d"'),
     (dict(grid=(4,)), 'vit.grid'),
@@ -51,36 +45,29 @@ def test_nested_sections_and_lists_become_hashable_specs():
   ],
 )
 def test_a_wrong_value_is_named(change, key):
-  with pytest.raises(UserError) as error:
-    build_spec(ViTSpec, tiny.VIT | change, 'vit')
-  assert key in str(error.value)
+  assert key in error_of(build_spec, ViTSpec, tiny.VIT | change, 'vit')
 
 
 def test_all_missing_keys_are_named_at_once():
   required = {
-    f'encoder.vit.{f.name}'
+    f'"encoder.vit.{f.name}"'
     for f in dataclasses.fields(ViTSpec)
     if f.default is dataclasses.MISSING
   }
   for section in ({}, dict(vit={})):
-    with pytest.raises(UserError) as error:
-      build_spec(EncoderSpec, section, 'encoder')
-    assert all(f'"{name}"' in str(error.value) for name in required)
+    message = error_of(build_spec, EncoderSpec, section, 'encoder')
+    assert all(name in message for name in required)
 
 
 def test_elements_of_tuples_are_checked():
-  for std in (
-    ('a', 'b', 'c'),
-    (1, 1),
-    (1, math.nan, 1),
-    (1, 0, 1),
-    (1, None, 1),
-  ):
-    with pytest.raises(UserError, match=r'norm.*std='):
-      build_spec(PixelNorm, dict(std=std), 'pixel_norm')
+  for std in (('a', 'b', 'c'), (1, 1), (1, math.nan, 1), (1, 0, 1)):
+    message = error_of(build_spec, specs.PixelNorm, dict(std=std), 'pixel_norm')
+    assert 'norm' in message and 'std=' in message
 
 
 def test_sections_merge_deeply():
   base = dict(a=dict(b=1, c=2), d=3)
-  assert merge_sections(base, dict(a=dict(c=4))) == dict(a=dict(b=1, c=4), d=3)
+  assert specs.merge_sections(base, dict(a=dict(c=4))) == dict(
+    a=dict(b=1, c=4), d=3
+  )
   assert base['a']['c'] == 2

@@ -1,5 +1,6 @@
 """Weight files for tests, whole and broken: pickles and zips by hand."""
 
+import collections
 import io
 import pathlib
 import pickle
@@ -12,20 +13,39 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.weights.files import open_weights
 
 
-def refused(path, *words: str) -> str:
-  """Opening and reading all of `path` is one `UserError` line with `words`."""
+def error_of(fn, *args, **options) -> str:
+  """The one line of the `UserError` that a call must end with."""
   with pytest.raises(UserError) as caught:
-    read_all(path)
+    fn(*args, **options)
   message = str(caught.value)
-  assert '\n' not in message
-  assert len(message) < 600
+  assert '\n' not in message and len(message) < 700
+  return message
+
+
+def refused(path, *words: str):
+  """Opening and reading all of `path` is an error with its name and `words`."""
+  message = error_of(read_all, path)
   for word in (pathlib.Path(path).name, *words):
     assert word in message, message
-  return message
 
 
 def read_all(path) -> dict:
   return {key: handle.read() for key, handle in open_weights(path).items()}
+
+
+def equal(have: dict, want: dict):
+  """Arrays of the same names, types and shapes, bit for bit."""
+  assert have.keys() == want.keys()
+  for key, array in want.items():
+    assert (have[key].dtype, have[key].shape) == (array.dtype, array.shape), key
+    assert have[key].tobytes() == array.tobytes(), key
+
+
+def same(path, want: dict):
+  """A file's arrays are `want`, and so are its types and shapes unread."""
+  equal(read_all(path), want)
+  for key, handle in open_weights(path).items():
+    assert (handle.dtype, handle.shape) == (want[key].dtype, want[key].shape)
 
 
 class Calls:
@@ -38,11 +58,8 @@ class Calls:
     return self.parts
 
 
-class Reference:
-  """Pickles as a persistent id, as torch's storages do."""
-
-  def __init__(self, pid):
-    self.pid = pid
+# Pickles as a persistent id, as torch's storages do.
+Reference = collections.namedtuple('Reference', ['pid'])
 
 
 class _Pickler(pickle.Pickler):
@@ -59,12 +76,7 @@ def program(value, protocol: int = 2) -> bytes:
   return out.getvalue()
 
 
-def checkpoint(
-  path: pathlib.Path,
-  value,
-  members: dict[str, bytes],
-  compression: int = zipfile.ZIP_STORED,
-) -> pathlib.Path:
+def checkpoint(path, value, members, compression=zipfile.ZIP_STORED):
   """A PyTorch zip whose data.pkl is the program of `value`."""
   with zipfile.ZipFile(path, 'w', compression) as file:
     file.writestr('archive/data.pkl', program(value))
@@ -79,9 +91,7 @@ def checkpoint(
 HEAD = 0x1950A86A20F9469CFC6C, 1001, dict(little_endian=True)
 
 
-def legacy(
-  path: pathlib.Path, value, storages: dict, head=HEAD, keys=None, tail=b''
-) -> pathlib.Path:
+def legacy(path, value, storages, head=HEAD, keys=None, tail=b''):
   """A checkpoint of the format before 1.6; `storages` are (count, bytes)."""
   keys = list(storages) if keys is None else keys
   runs = [struct.pack('<q', n) + data for n, data in storages.values()]

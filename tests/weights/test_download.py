@@ -6,12 +6,14 @@ import os
 import re
 import stat
 import threading
+from unittest import mock
 
+import huggingface_hub
 import numpy as np
 import pytest
 
+from tests.weights.files import error_of
 from vqrae_jax import fetch_weights
-from vqrae_jax.errors import UserError
 from vqrae_jax.pretrained import networks
 from vqrae_jax.weights import hub
 
@@ -20,38 +22,29 @@ HASH = hashlib.sha256(DATA).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  def log_message(self, *args):
-    pass
-
   def do_GET(self):
     site = self.server
     site.asked.append(self.path)
-    if self.path == '/moved':
-      self.send_response(302)
+    codes = {'/file.pth': 200, '/moved.pth': 302}
+    self.send_response(codes.get(self.path, 404))
+    if self.path == '/moved.pth':
       self.send_header('Location', '/file.pth')
-      self.end_headers()
-      return
-    if self.path != '/file.pth':
-      self.send_error(404)
-      return
-    self.send_response(200)
-    if site.names_size:
+    elif site.names_size:
       self.send_header('Content-Length', str(len(site.data)))
     self.end_headers()
-    self.wfile.write(site.data[: site.cut])
+    if self.path == '/file.pth':
+      self.wfile.write(site.data[: site.cut])
 
 
 @pytest.fixture
 def site():
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  server.data, server.cut, server.names_size = DATA, None, True
-  server.asked = []
-  server.url = f'http://127.0.0.1:{server.server_address[1]}/file.pth'
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  yield server
-  server.shutdown()
-  server.server_close()
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+    server.data, server.cut, server.names_size = DATA, None, True
+    server.asked = []
+    server.url = f'http://127.0.0.1:{server.server_address[1]}/file.pth'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
 
 
 @pytest.fixture
@@ -60,24 +53,18 @@ def path(tmp_path):
 
 
 def names(path):
-  if not path.parent.exists():
-    return []
-  return sorted(p.name for p in path.parent.iterdir())
+  return sorted(p.name for p in path.parent.glob('*'))
 
 
 def refused(*args):
-  with pytest.raises(UserError) as caught:
-    hub.download(*args)
-  message = str(caught.value)
-  assert '\n' not in message and len(message) < 600
-  return message
+  return error_of(hub.download, *args)
 
 
 @pytest.mark.parametrize('known', (HASH, None))
 def test_a_file_comes_complete_and_its_hash_stays_beside_it(
   site, path, known, caplog
 ):
-  moved = site.url.replace('file.pth', 'moved')  # redirects are followed
+  moved = site.url.replace('file', 'moved')  # redirects are followed
   assert hub.download(moved, path, known)
   assert path.read_bytes() == DATA
   assert names(path) == ['file.pth', 'file.pth.sha256']
@@ -88,7 +75,7 @@ def test_a_file_comes_complete_and_its_hash_stays_beside_it(
   assert len(modes) == 1
   # A hash that nobody publishes is logged, once.
   assert caplog.text.count(HASH) == (known is None)
-  assert site.asked == ['/moved', '/file.pth']
+  assert site.asked == ['/moved.pth', '/file.pth']
   assert not hub.download(moved, path, known)
   assert len(site.asked) == 2 and caplog.text.count(HASH) == (known is None)
 
@@ -144,14 +131,13 @@ def row(site, monkeypatch, tmp_path):
 
 
 def test_a_missing_file_says_the_command_that_brings_it(row, capsys):
-  with pytest.raises(UserError, match='fetch_weights --names=vgg16'):
-    hub.locate('vgg16')
+  command = 'fetch_weights --names=vgg16'
+  assert command in error_of(hub.locate, 'vgg16')
   fetch_weights.main(['--names=vgg16'])
   assert HASH in capsys.readouterr().out
   assert hub.locate('vgg16') == row.path
   os.truncate(row.path, 100)
-  with pytest.raises(UserError, match='fetch_weights --names=vgg16'):
-    hub.locate('vgg16')
+  assert command in error_of(hub.locate, 'vgg16')
 
 
 def test_a_file_put_there_by_hand_is_recorded_at_first_use(
@@ -165,57 +151,53 @@ def test_a_file_put_there_by_hand_is_recorded_at_first_use(
     assert hub.locate('dino-s8') == unknown.path
   assert caplog.text.count(HASH) == 1
   unknown.path.write_bytes(DATA[1:])
-  with pytest.raises(UserError, match='fetch_weights --names=dino-s8'):
-    hub.locate('dino-s8')
+  assert 'fetch_weights --names=dino-s8' in error_of(hub.locate, 'dino-s8')
 
 
 def test_a_config_says_what_it_needs(monkeypatch, tmp_path, row, capsys):
-  asked = []
-
-  def snapshot_download(repo, *, revision, allow_patterns):
-    asked.append((repo, revision, allow_patterns))
-    (tmp_path / 'abc').mkdir(exist_ok=True)
-    (tmp_path / 'abc' / 'model.safetensors').write_bytes(bytes(1 << 20))
-    return str(tmp_path / 'abc')
-
-  import huggingface_hub
-
-  monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
-  files = []
+  (tmp_path / 'model.safetensors').write_bytes(bytes(1 << 20))
+  asked, files = mock.Mock(return_value=str(tmp_path)), []
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', asked)
   monkeypatch.setattr(fetch_weights, '_file', files.append)
   fetch_weights.main(['--config=configs/simvq_siglip2_l.py:preset=paper'])
-  assert [a[:2] for a in asked] == [('google/siglip2-large-patch16-256', None)]
+  asked.assert_called_once_with(
+    'google/siglip2-large-patch16-256', revision=None, allow_patterns=mock.ANY
+  )
+  assert not {'*.py', '*'} & {*asked.call_args.kwargs['allow_patterns']}
   assert sorted(files) == ['convnext-small', 'lpips-vgg', 'vgg16']
-  assert 'abc' in capsys.readouterr().out
-  assert not {'*.py', '*'} & set(asked[0][2])
+  assert tmp_path.name in capsys.readouterr().out
   fetch_weights.main(['--config=configs/quickstart.py'])
   assert 'needs no published weights' in capsys.readouterr().out
   fetch_weights.main(['--names=hf:me/mine@v2'])
-  assert asked[-1][:2] == ('me/mine', 'v2')
+  asked.assert_called_with('me/mine', revision='v2', allow_patterns=mock.ANY)
 
 
-def test_needs_of_losses_and_of_encoders_given_elsewhere():
-  needed = fetch_weights.needed
-  losses = dict(l2=1.0, lpips=1.0, convnext=0.0, gan=dict(weight=0.75))
-  model = dict(encoder=dict(name='vit-mae-base'))
-  config = dict(model=model, losses=losses, discriminator=dict(name='dino'))
-  lpips = ['vgg16', 'lpips-vgg']
-  assert needed(config) == ['vit-mae-base', *lpips, 'dino-s8']
-  patch = config | dict(discriminator=dict(name='patch'))
-  assert needed(patch) == ['vit-mae-base', *lpips]
-  # Neither the teacher of its own start nor one named twice is another file.
-  teachers = {'init': [], 'vit-mae-base': [], 'dinov2-base': ['dinov2-base']}
-  for teacher, more in teachers.items():
-    want = ['vit-mae-base', *more, *lpips]
-    assert needed(patch | dict(teacher=teacher)) == want
-  blind = config | dict(init=dict(networks='random'))
-  assert needed(blind) == ['vit-mae-base']
-  assert needed(blind | dict(eval=dict(rfid=True))) == [
-    'vit-mae-base', 'inception',
-  ]  # fmt: skip
-  init = dict(encoder='hf:me/mine')
-  assert needed(dict(model=model, init=init)) == ['hf:me/mine']
-  assert needed(dict(model=model, init=dict(encoder='/a/path'))) == []
+MAE, LPIPS = 'vit-mae-base', ('vgg16', 'lpips-vgg')
+RANDOM = dict(networks='random')
+
+
+@pytest.mark.parametrize(
+  ('keys', 'want'),
+  [
+    ({}, [MAE, *LPIPS, 'dino-s8']),
+    (dict(discriminator=dict(name='patch')), [MAE, *LPIPS]),
+    (dict(init=RANDOM), [MAE]),
+    (dict(init=RANDOM, eval=dict(rfid=True)), [MAE, 'inception']),
+    (dict(init=RANDOM, teacher='dinov2-base'), [MAE, 'dinov2-base']),
+    # Neither the teacher of its own start nor one named twice is another file.
+    (dict(init=RANDOM, teacher='init'), [MAE]),
+    (dict(init=RANDOM, teacher=MAE), [MAE]),
+    (dict(init=RANDOM | dict(encoder='hf:me/mine')), ['hf:me/mine']),
+    (dict(init=RANDOM | dict(encoder='/a/path')), []),
+  ],
+)
+def test_needs_of_losses_and_of_encoders_given_elsewhere(keys, want):
+  config = dict(
+    model=dict(encoder=dict(name=MAE)),
+    losses=dict(l2=1.0, lpips=1.0, convnext=0.0, gan=dict(weight=0.75)),
+    discriminator=dict(name='dino'),
+  )
+  assert fetch_weights.needed(config | keys) == want
 
 
 def test_needs_are_what_the_losses_open():
@@ -225,17 +207,12 @@ def test_needs_are_what_the_losses_open():
 
 def test_the_hub_out_of_reach(monkeypatch):
   """Its own message, which is long, ends between two words of it."""
-  import huggingface_hub
-
   words = [f'word{n}' for n in range(100)]
-
-  def fails(*args, **kwargs):
-    raise OSError('\n'.join(words))
-
+  fails = mock.Mock(side_effect=OSError('\n'.join(words)))
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', fails)
-  with pytest.raises(UserError, match='hf download facebook/vit-mae-b') as e:
-    fetch_weights.main(['--names=vit-mae-base'])
-  quoted = str(e.value).split('OSError: ')[1].split(' …')[0].split(' ')
+  message = error_of(fetch_weights.main, ['--names=vit-mae-base'])
+  assert 'hf download facebook/vit-mae-base' in message
+  quoted = message.split('OSError: ')[1].split(' …')[0].split(' ')
   assert 5 < len(quoted) < 50 and quoted == words[: len(quoted)]
 
 
@@ -250,7 +227,6 @@ def test_the_table(capsys):
     # PyTorch's files bear eight digits of it in their names.
     digits = re.search(r'-([0-9a-f]{8})\.\w+$', row.file)
     assert digits is None or row.sha256.startswith(digits[1])
-  with pytest.raises(UserError, match='did you mean "vgg16"'):
-    fetch_weights.main(['--names=vgg15'])
-  with pytest.raises(UserError, match='--config, --names or --list'):
-    fetch_weights.main([])
+  asked = error_of(fetch_weights.main, ['--names=vgg15'])
+  assert 'did you mean "vgg16"' in asked
+  assert '--config, --names or --list' in error_of(fetch_weights.main, [])

@@ -1,19 +1,19 @@
 """safetensors, shards, npz, and what `open_weights` says of other files."""
 
+import dataclasses
 import json
 import pickle
 import struct
-import tarfile
 import zipfile
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.weights.files import read_all, refused
-from vqrae_jax.errors import UserError
-from vqrae_jax.weights.files import open_weights, write_safetensors
+from tests.weights.files import error_of, read_all, refused, same
+from vqrae_jax.weights.files import write_safetensors
 from vqrae_jax.weights.hub import parse_source
 
 torch = pytest.importorskip('torch')
@@ -30,62 +30,34 @@ ARRAYS = {
 }
 
 
-def same(path, want=ARRAYS):
-  source = open_weights(path)
-  assert set(source) == set(want)
-  for key, value in want.items():
-    have, handle = source[key].read(), source[key]
-    assert handle.shape == have.shape == value.shape, key
-    assert handle.dtype == have.dtype == value.dtype, key
-    assert have.tobytes() == value.tobytes(), key
-
-
 def test_safetensors(tmp_path):
   save_file(ARRAYS, tmp_path / 'w.safetensors')
-  same(tmp_path / 'w.safetensors')
-  same(tmp_path)
-  same(str(tmp_path))
+  same(tmp_path / 'w.safetensors', ARRAYS)
+  same(str(tmp_path), ARRAYS)
 
 
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
 def test_npz(tmp_path, save):
-  extra = {'fortran': np.asfortranarray(ARRAYS['half'])}
-  save(tmp_path / 'w.npz', **ARRAYS, **extra)
+  save(tmp_path / 'w.npz', **ARRAYS, fortran=np.asfortranarray(ARRAYS['half']))
   same(tmp_path / 'w.npz', ARRAYS | {'fortran': ARRAYS['half']})
   save(tmp_path / 's.npz', wide=ARRAYS['wide'].astype('>f8'))
   same(tmp_path / 's.npz', {'wide': ARRAYS['wide']})
 
 
-@pytest.mark.parametrize(
-  'value',
-  [
-    np.array([{'a': 1}], object),
-    np.array(['text']),
-    np.zeros(2, [('a', 'f4')]),
-    np.zeros(2, 'V3'),
-    np.zeros(2, 'c16'),
-    np.zeros(2, 'M8[s]'),
-  ],
-  ids=lambda v: str(v.dtype),
-)
-def test_npz_holds_numbers_only(tmp_path, value):
-  np.savez(tmp_path / 'w.npz', good=np.ones(2), bad=value)
+@pytest.mark.parametrize('dtype', ('O', 'U4', 'V3', 'c16'))
+def test_npz_holds_numbers_only(tmp_path, dtype):
+  np.savez(tmp_path / 'w.npz', good=np.ones(2), bad=np.zeros(2, dtype))
   refused(tmp_path / 'w.npz', '"bad"')
 
 
 def test_written_safetensors_are_the_librarys(tmp_path):
   """An array at a time, in order of names, whatever its layout."""
   values = ARRAYS | {'turned': RNG.normal(size=(3, 4)).T}
-  path, asked = tmp_path / 'w.safetensors', []
-
-  def read(name):
-    asked.append(name)
-    return values[name]
-
-  with path.open('wb') as file:
+  read = mock.Mock(side_effect=values.get)
+  with (tmp_path / 'w.safetensors').open('wb') as file:
     write_safetensors(file, values, read)
-  assert asked == sorted(values)
-  same(path, values)  # read by the library
+  assert read.call_args_list == [mock.call(name) for name in sorted(values)]
+  same(tmp_path, values)  # read by the library
 
 
 def index(tmp_path, where):
@@ -97,12 +69,11 @@ def index(tmp_path, where):
 def test_shards(tmp_path):
   where = {k: f'model-{i % 2}.safetensors' for i, k in enumerate(ARRAYS)}
   for name in set(where.values()):
-    save_file(
-      {k: ARRAYS[k] for k in where if where[k] == name}, tmp_path / name
-    )
+    shard = {k: ARRAYS[k] for k in where if where[k] == name}
+    save_file(shard, tmp_path / name)
   path = index(tmp_path, where)
-  same(path)
-  same(tmp_path)
+  same(path, ARRAYS)
+  same(tmp_path, ARRAYS)
   for wrong, key in (
     (where | {'extra': 'model-0.safetensors'}, 'extra'),
     ({k: v for k, v in where.items() if k != 'wide'}, 'wide'),
@@ -119,15 +90,12 @@ def test_shards(tmp_path):
 @pytest.mark.parametrize(
   'content',
   [
-    '',
     '{',
     '[]',
     '{"weight_map": 3}',
     '{"weight_map": {"a": 3}}',
     '{"weight_map": {"a": ""}}',
-    '{"weight_map": {"a": ["b"]}}',
     '{"weight_map": {"a": "../x.safetensors"}}',
-    '{"weight_map": {"a": "/etc/passwd"}}',
     '{"weight_map": {"a": "model.safetensors.index.json"}}',
     '{"weight_map": {"a": ".."}}',
     '[' * 100_000,
@@ -139,7 +107,7 @@ def test_no_index(tmp_path, content):
   refused(path)
 
 
-def test_truncated_anywhere(tmp_path):
+def test_cut_anywhere_or_a_bit_flipped(tmp_path):
   save_file(ARRAYS, tmp_path / 'w.safetensors')
   np.savez(tmp_path / 'w.npz', **ARRAYS)
   for path in (tmp_path / 'w.safetensors', tmp_path / 'w.npz'):
@@ -147,15 +115,9 @@ def test_truncated_anywhere(tmp_path):
     for stop in (0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1):
       path.write_bytes(data[:stop])
       refused(path, 'empty' if stop == 0 else 'damaged')
-
-
-def test_a_flipped_bit_of_an_npz(tmp_path):
-  path = tmp_path / 'w.npz'
-  np.savez(path, **ARRAYS)
-  data = bytearray(path.read_bytes())
-  at = data.index(ARRAYS['wide'].tobytes())
-  data[at + 9] ^= 8
-  path.write_bytes(data)
+  flipped = bytearray(data)
+  flipped[data.index(ARRAYS['wide'].tobytes()) + 9] ^= 8
+  path.write_bytes(flipped)
   refused(path, 'CRC')
 
 
@@ -187,14 +149,9 @@ def test_names_and_contents_that_disagree(tmp_path):
   torch.save(state, old, _use_new_zipfile_serialization=False)
   assert read_all(old).keys() == state.keys()
   (tmp_path / 'a.pickle').write_bytes(pickle.dumps({'w': 1}))
-  with tarfile.open(
-    tmp_path / 'a.tar', 'w', format=tarfile.USTAR_FORMAT
-  ) as file:
-    file.add(old, 'storages')
   for old, new, words in (
     ('old.bin', 'd.npz', 'rename'),
     ('a.pickle', 'd.pt', 'torch.save'),
-    ('a.tar', 'e.pt', 'tar archive'),
     ('a.safetensors', 'b.pt', 'rename'),
     ('a.pt', 'b.safetensors', 'rename'),
     ('a.npz', 'c.pt', '"w.npy"'),
@@ -212,7 +169,8 @@ def test_names_and_contents_that_disagree(tmp_path):
     (b'version https://git-lfs.github.com/spec/v1\noid', 'Git LFS pointer'),
     (b'\n<!DOCTYPE html><html>', 'web page'),
     (b'\0' * 100, 'damaged'),
-    (b'\xff' * 8 + b'{', 'damaged'),
+    (bytes(257) + b'ustar', 'tar archive'),
+    (b'\xff' * 8 + b'{', ''),
     (b'PK\x05\x06' + bytes(18), ''),
   ],
 )
@@ -220,52 +178,38 @@ def test_names_and_contents_that_disagree(tmp_path):
 def test_contents_that_are_no_weights(tmp_path, content, words, ending):
   path = tmp_path / f'w.{ending}'
   path.write_bytes(content)
-  if content.startswith(b'\xff') and ending != 'safetensors':
-    words = 'rename'
   refused(path, words)
 
 
 def test_places_without_weights(tmp_path):
   refused(tmp_path / 'none.pt', 'there is no such file')
-  with pytest.raises(UserError, match='it has no model.safetensors'):
-    open_weights(tmp_path)
-  save_file({}, tmp_path / 'a.safetensors')
-  save_file({}, tmp_path / 'b.safetensors')
-  with pytest.raises(UserError, match='2 .safetensors files'):
-    open_weights(tmp_path)
+  refused(tmp_path, 'it has no model.safetensors')
+  for name in 'ab':
+    save_file({}, tmp_path / f'{name}.safetensors')
+  refused(tmp_path, '2 .safetensors files')
 
 
 @pytest.mark.parametrize(
   ('word', 'want'),
   [
-    ('hf:google/siglip-large', ('hf', 'google/siglip-large', None)),
     ('hf:a/b.c@refs/pr/1', ('hf', 'a/b.c', 'refs/pr/1')),
     ('rae:x/decoder.pt', ('rae', 'x/decoder.pt', None)),
-    ('vqrae_torch:m.pt', ('vqrae_torch', 'm.pt', None)),
-    ('./weights', ('path', 'weights', None)),
     ('a/b:c', ('path', 'a/b:c', None)),
-    ('siglip', ('row', 'siglip', None)),
   ],
 )
 def test_source_words(word, want):
-  parsed = parse_source(word, ('siglip', 'dinov2'))
-  assert (parsed.kind, parsed.value, parsed.revision) == want
+  assert dataclasses.astuple(parse_source(word)) == want
 
 
 @pytest.mark.parametrize(
   ('word', 'words'),
   [
-    ('ra:x.pt', 'did you mean "rae"'),
     ('s3://bucket/x', 'unknown scheme "s3:"'),
     ('rae:', 'rae:FILE'),
-    ('hf:google', 'hf:ORG/NAME'),
     ('hf:../x', 'hf:ORG/NAME'),
     ('hf:a/b@', 'hf:ORG/NAME'),
-    ('siglp', 'did you mean "siglip"'),
     (' ', 'an empty source'),
   ],
 )
 def test_source_words_that_are_none(word, words):
-  with pytest.raises(UserError) as caught:
-    parse_source(word, ('siglip', 'dinov2'))
-  assert words in str(caught.value) and '\n' not in str(caught.value)
+  assert words in error_of(parse_source, word)

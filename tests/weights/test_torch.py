@@ -23,8 +23,7 @@ from vqrae_jax.weights.files import open_weights
 
 torch = pytest.importorskip('torch')
 
-FORMS = ('zip', 'old')
-both_forms = pytest.mark.parametrize('form', FORMS)
+both_forms = pytest.mark.parametrize('form', ('zip', 'old'))
 FOUR = np.arange(4, dtype='<f4')
 DATA = {'archive/data/0': FOUR.tobytes()}
 RUNS = {'0': (4, FOUR.tobytes())}
@@ -38,15 +37,14 @@ def saved(tmp_path, value, form='zip'):
 
 
 def storage(form, kind=torch.FloatStorage, key='0', count=4, view=None):
-  """`view` is the sixth part, which the format before 1.6 has."""
+  """`view` is the sixth part, which the format before 1.6 alone has."""
   parts = 'storage', kind, key, 'cpu', count
-  return Reference(parts if form == 'zip' else (*parts, view))
+  return Reference(parts if form == 'zip' and view is None else (*parts, view))
 
 
-def tensor(form, store=None, offset=0, size=(4,), stride=(1,), *others):
-  return Calls(
-    REBUILD, store or storage(form), offset, size, stride, False, None, *others
-  )
+def tensor(form, store=None, offset=0, size=(4,), stride=(1,), more=()):
+  parts = store or storage(form), offset, size, stride, False, None, *more
+  return Calls(REBUILD, *parts)
 
 
 def written(tmp_path, form, value):
@@ -57,17 +55,14 @@ def written(tmp_path, form, value):
 
 
 def as_torch_reads(path):
-  """{key: array} of ours, equal to torch's."""
-  have, want = files.read_all(path), torch.load(path, map_location='cpu')
-  assert list(have) == list(want)
-  for key, handle in open_weights(path).items():
-    value = want[key].detach().contiguous()
-    assert have[key].dtype == handle.dtype
-    assert str(value.dtype) == f'torch.{handle.dtype.name}'
-    assert have[key].shape == handle.shape == value.shape
-    raw = value.flatten().view(torch.uint8).numpy()
-    assert have[key].tobytes() == raw.tobytes(), key
-  return have
+  """The arrays of a file; ours are torch's."""
+  want = {}
+  for key, value in torch.load(path, map_location='cpu').items():
+    raw = value.detach().contiguous().flatten().view(torch.uint8).numpy()
+    dtype = str(value.dtype).removeprefix('torch.')
+    want[key] = raw.view(dtype).reshape(value.shape)
+  files.same(path, want)
+  return want
 
 
 BASE = torch.arange(24.0).reshape(4, 6)
@@ -84,8 +79,6 @@ TENSORS = {
   'expanded': torch.ones(1, 3).expand(4, 3),
   'scalar': torch.tensor(3.5),
   'empty': torch.zeros(0, 3),
-  'parameter': torch.nn.Parameter(BASE + 1),
-  'cube': torch.randn(3, 4, 5).permute(2, 0, 1),
 }
 
 
@@ -93,7 +86,6 @@ TENSORS = {
 def test_tensors_of_every_form(tmp_path, form):
   module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
   as_torch_reads(saved(tmp_path, TENSORS, form))
-  as_torch_reads(saved(tmp_path, collections.OrderedDict(TENSORS), form))
   as_torch_reads(saved(tmp_path, module.state_dict(keep_vars=True), form))
 
 
@@ -179,13 +171,12 @@ def test_hand_written_files_are_what_torch_reads(tmp_path, form, value, want):
 
 
 STATE = b'}X\x08\0\0\0__code__Nsb'
-BROKEN = (
-  b'', b'.', b'\x80\x02', b'\x80\x02}', b'\x80\x02}h\x05.', b'\x80\x02t.',
-  b'\x80\x02}}.', b'\x80\x02X\x01\x00\x00\x00\xff.', b'\xfe\xfe',
-  files.program({'w': tensor('zip')})[:-1],
-  files.program({'w': tensor('zip')})[:40],
-)  # fmt: skip
 ODD = {
+  'nothing': b'',
+  'two values': b'}}',
+  'an empty memo': b'}h\x05',
+  'a tuple from nowhere': b't',
+  'text that is none': b'X\x01\x00\x00\x00\xff',
   'reduce with no tuple': ORDERED + b'}R',
   'call of a number': b'K\x01K\x01\x85R',
   'state of a function': TENSOR + STATE,
@@ -208,9 +199,9 @@ GADGETS = {
   'os.system': Calls(os.system, 'touch PWNED'),
   'eval': Calls(eval, "open('PWNED', 'w')"),
   'exec': Calls(exec, "open('PWNED', 'w')"),
-  'getattr': Calls(getattr, 'text', 'upper'),
   'partial': Calls(functools.partial, os.system, 'true'),
   'open': Calls(io.open, 'PWNED', 'w'),
+  'getattr': Calls(getattr, 'text', 'upper'),
   'defaultdict': collections.defaultdict(list),
   'Linear': torch.nn.Linear(2, 2),
   'a class of ours': Calls,
@@ -234,10 +225,8 @@ def malice(form):
     'storage of a function': storage(form, REBUILD),
     'storage without a class': storage(form, 'FloatStorage'),
     'storage of negative size': storage(form, count=-4),
-    'key that is a tuple': {(1,): None},
   }
   made |= {name: b'\x80\x02' + code + b'.' for name, code in ODD.items()}
-  made |= {f'broken {n}': code for n, code in enumerate(BROKEN)}
   return made | {
     f'{name}, protocol {n}': files.program({'w': value}, n)
     for name, value in GADGETS.items()
@@ -273,46 +262,36 @@ def test_no_pickle_of_the_old_format_runs(tmp_path, monkeypatch, at):
   assert not (tmp_path / 'PWNED').exists()
 
 
-def of(**parts):
-  return lambda form: tensor(form, storage(form, **parts))
-
-
-def shaped(*parts, offset=0):
-  return lambda form: tensor(form, None, offset, *parts)
-
-
-def part(*view):
-  return lambda form: tensor('old', storage('old', view=view))
-
-
 @both_forms
 @pytest.mark.parametrize(
-  'made',
+  ('parts', 'stored'),
   [
-    shaped((5,)),
-    shaped(offset=1),
-    shaped((2, 2), (3, 1)),
-    shaped((4,), (-1,)),
-    shaped((2, 2), (1,)),
-    shaped((10**6, 10**6), (0, 0)),
-    shaped((2**30, 2**30), (0, 0)),
-    shaped((0, 1 << 62), (7, 1)),  # no bytes, and NumPy has no such array
-    shaped((1,) * 33, (0,) * 33),
-    shaped((4,), (1,), {'neg': True}),
-    of(count=8),
-    of(count=2**31 - 1),
-    of(key='1'),
-    of(key='../x'),
-    of(kind=torch.ComplexFloatStorage),
-    lambda form: tensor('old', PART, 1, (3,)),
-    part('1', 2, 3),
-    part('1', 1),
-    part(1, 2),
-    lambda form: tensor('old', storage('old', view=1)),
+    (dict(size=(5,)), {}),
+    (dict(offset=1), {}),
+    (dict(size=(2, 2), stride=(3, 1)), {}),
+    (dict(stride=(-1,)), {}),
+    (dict(size=(2, 2)), {}),
+    (dict(size=(10**6, 10**6), stride=(0, 0)), {}),
+    (dict(size=(2**30, 2**30), stride=(0, 0)), {}),
+    # No bytes, and NumPy has no such array.
+    (dict(size=(0, 1 << 62), stride=(7, 1)), {}),
+    (dict(size=(1,) * 33, stride=(0,) * 33), {}),
+    (dict(more=({'neg': True},)), {}),
+    ({}, dict(count=8)),
+    ({}, dict(count=2**31 - 1)),
+    ({}, dict(key='1')),
+    ({}, dict(key='../x')),
+    ({}, dict(kind=torch.ComplexFloatStorage)),
+    (dict(offset=1, size=(3,)), dict(view=('1', 1, 3))),
+    ({}, dict(view=('1', 2, 3))),
+    ({}, dict(view=('1', 1))),
+    ({}, dict(view=(1, 2))),
+    ({}, dict(view=1)),
   ],
 )
-def test_tensors_that_lie_about_their_storage(tmp_path, made, form):
-  refused(written(tmp_path, form, {'w': made(form)}))
+def test_tensors_that_lie_about_their_storage(tmp_path, parts, stored, form):
+  lie = tensor(form, storage(form, **stored), **parts)
+  refused(written(tmp_path, form, {'w': lie}))
 
 
 @pytest.mark.parametrize(
@@ -432,8 +411,7 @@ def test_a_file_that_changes_under_a_handle(tmp_path):
   path = saved(tmp_path, {'w': BASE}, 'old')
   source = open_weights(path)
   path.write_bytes(path.read_bytes()[:-8])
-  with pytest.raises(UserError, match=path.name):
-    source['w'].read()
+  assert path.name in files.error_of(source['w'].read)
 
 
 @both_forms
@@ -458,7 +436,5 @@ def test_damage_of_any_kind_is_one_line(tmp_path, form):
       failed += 1
       continue
     if form == 'zip':  # the old format has no checksums
-      assert have.keys() == good.keys()
-      for key in good:
-        assert have[key].tobytes() == good[key].tobytes(), at
+      files.equal(have, good)
   assert failed > 80
