@@ -1,10 +1,8 @@
 """Small images, folders, tars and ArrayRecord files for the tests."""
 
 import io
-import os
 import struct
 import tarfile
-import time
 import zlib
 
 import numpy as np
@@ -142,11 +140,3 @@ def example(**features):
     entry = _field(1, key.replace('__', '/').encode()) + _field(2, feature)
     entries += _field(1, entry)
   return _field(1, entries)
-
-
-def settle(folder, seconds=60):
-  """Sets times of a tree's folders and tars back: nothing just changed."""
-  then = time.time() - seconds
-  for where, _, files in os.walk(folder, topdown=False):
-    for name in (*(f for f in files if f.endswith('.tar')), '.'):
-      os.utime(os.path.join(where, name), (then, then))
