@@ -7,22 +7,29 @@ free: a row holds the key, its value or the nearest right name.
 import math
 import re
 
-import ml_collections
 import pytest
 
 from tests import bad, tiny
 from vqrae_jax.errors import UserError
-from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import loop
 
 NAN, INF, HUGE = math.nan, math.inf, 10**30
+RATE = dict(lr=1e-3)
 PATCH = dict(name='patch')
 DISTILL = dict(l2=1.0, distill=1.0)
+SELF = dict(weight=1.0, target='self')
+POSITION = dict(norm='position', grid=(4, 4))
+STATS = dict(init=dict(latents='s.npz'))
+RANDOM = dict(init=dict(networks='random'))
 
 
 def data(**keys):
   return dict(data=dict(source='bundled:photos', image_size=16) | keys)
+
+
+def tiles(side):
+  return dict(eval=dict(source='bundled:photos', tile=side))
 
 
 def losses(**terms):
@@ -33,35 +40,34 @@ def l2(**fields):
   return losses(l2=dict(weight=1.0) | fields)
 
 
+def rows(*schedules):
+  return dict(schedules=schedules)
+
+
 def rate(**fields):
-  return dict(schedules=(('.*', dict(lr=1e-3) | fields),))
+  return rows(('.*', RATE | fields))
+
+
+def layers(*factors):
+  return rows(('.*/transformer/.*', RATE | dict(layers=factors)), ('.*', RATE))
 
 
 def gan(term=0.5, **fields):
-  return dict(
-    losses=dict(l2=1.0, gan=term), discriminator=dict(PATCH, **fields)
-  )
-
-
-def quantizer(terms=None, **fields):
-  keys = dict(model=tiny.model(depth=1) | dict(quantizer=fields))
-  return keys | (dict(losses=terms) if terms else {})
+  return losses(l2=1.0, gan=term) | dict(discriminator=PATCH | fields)
 
 
 def model(**keys):
   return dict(model=tiny.model(depth=1) | keys)
 
 
-def layers(*factors):
-  row = dict(lr=1e-3, layers=factors)
-  return dict(schedules=(('.*/transformer/.*', row), ('.*', dict(lr=1e-3))))
+def quantizer(**fields):
+  return model(quantizer=fields)
 
 
 # What `read_config` alone refuses.
 READ = [
   (dict(colour=3), 'config.colour'),
   (dict(batch_size=0), 'batch_size=0'),
-  (dict(batch_size=HUGE), 'config.batch_size='),
   (dict(batch_size='8'), "config.batch_size='8'"),
   (dict(accumulate=0), 'accumulate=0'),
   (dict(seed=-1), 'seed=-1'),
@@ -70,7 +76,6 @@ READ = [
   (dict(ema=-0.5), 'ema=-0.5'),
   (dict(noise_tau=-0.5), 'noise_tau=-0.5'),
   (dict(noise_tau=NAN), 'noise_tau=nan'),
-  (dict(noise_tau=HUGE), 'config.noise_tau='),
   (dict(duration=None), 'config.duration'),
   (dict(max_nonfinite=-1), 'max_nonfinite=-1'),
   (dict(model=None), 'config.model'),
@@ -78,12 +83,8 @@ READ = [
   (losses(), 'losses is empty'),
   (losses(lpisp=1.0), '"lpips"'),
   (losses(l1=0.0, l2=1.0), 'losses.l1.weight=0.0'),
-  (losses(l2=-1.0), 'losses.l2.weight=-1.0'),
   (losses(l2=INF), 'losses.l2.weight=inf'),
-  (losses(l2=NAN), 'losses.l2.weight=nan'),
   (losses(l2=HUGE), 'losses.l2.weight='),
-  (losses(l2='much'), 'losses.l2.weight'),
-  (losses(l1=1.0, l2=None), 'losses.l2.weight=None'),
   (losses(l2=dict(start=3)), 'losses.l2.weight'),
   (l2(weigth=1.0), '"weight"'),
   (l2(start=1, unit='epocs'), '"epochs"'),
@@ -94,12 +95,9 @@ READ = [
   (dict(teacher='init'), 'teacher=init'),
   (losses(**DISTILL) | dict(teacher='init'), 'teacher="init"'),
   (dict(schedules=dict(lr=1e-3)), 'config.schedules'),
-  (dict(schedules=(('.*',),)), 'schedules'),
-  (dict(schedules=(('.*', 3),)), 'schedules[".*"]=3'),
-  (dict(schedules=('.*',)), 'schedules'),
-  (dict(schedules=((None, None),)), 'schedules'),
+  (rows(('.*',)), 'schedules'),
+  (rows(('.*', 3)), 'schedules[".*"]=3'),
   (rate(rate=1e-3), 'schedules[".*"].rate'),
-  (rate(lr=-1.0), 'lr=-1.0'),
   (rate(lr=NAN), 'schedules[".*"].lr=nan'),
   (rate(lr=0.0), 'lr=0'),
   (rate(decay='exp'), "decay='exp'"),
@@ -109,7 +107,6 @@ READ = [
   (dict(optim=3), 'config.optim=3'),
   (dict(optim=dict(b1=1.0)), 'optim.b1=1.0'),
   (dict(optim=dict(clip=0.0)), 'optim.clip=0.0'),
-  (dict(optim=dict(clip=NAN)), 'optim.clip=nan'),
   (dict(optim=dict(weight_decay=-1.0)), 'optim.weight_decay=-1.0'),
   (dict(mesh=dict(layot='dp')), '"layout"'),
   (dict(checkpoint=dict(every=-1)), 'checkpoint.every=-1'),
@@ -118,17 +115,13 @@ READ = [
   (dict(log=dict(images_every=-1)), 'log.images_every=-1'),
   (dict(log=dict(usage_window=0)), 'log.usage_window=0'),
   (dict(eval=dict(every=5)), 'eval.every=5'),
-  (dict(eval=dict(source='bundled:photos', tile=0)), 'eval.tile=0'),
+  (tiles(0), 'eval.tile=0'),
   (dict(eval=dict(source='x', batch_size=0)), 'eval.batch_size=0'),
   (dict(init=dict(decodr='x')), '"decoder"'),
   (dict(init=dict(networks='randm')), '"random"'),
-  (dict(init=dict(encoder='x'), init_from='run'), 'init.encoder'),
   (dict(init=dict(decoder='x'), init_from='run'), 'init.decoder'),
-  (dict(init=dict(latents='x'), init_from='run'), 'init.latents'),
   (dict(data=dict(image_size=16)), '"config.data.source"'),
   (data(image_size=-16), 'data.image_size=-16'),
-  (data(image_size='big'), 'data.image_size'),
-  (data(image_size=HUGE), 'data.image_size'),
   (data(image_size=(16, 16, 3)), 'data.image_size'),
   (data(resize=(8, 4)), 'data.resize'),
   (data(crop='middle'), "data.crop='middle'"),
@@ -146,7 +139,6 @@ READ = [
   (gan(schedule=None), 'discriminator.schedule=None'),
   (gan(optim=dict(b1=1.0)), 'discriminator.optim.b1=1.0'),
   (gan(lecam=NAN), 'discriminator.lecam=nan'),
-  (gan(r1=INF), 'discriminator.r1=inf'),
   (gan(updates=0), 'discriminator.updates=0'),
   (gan(cutout=1.0), 'discriminator.cutout=1.0'),
   (gan() | dict(discriminator='patch'), "discriminator='patch'"),
@@ -162,71 +154,39 @@ BUILD = [
   (dict(duration='soon'), "duration='soon'"),
   (dict(duration='3 epocs'), '"epochs"'),
   (dict(duration=0), 'duration=0'),
-  (dict(duration=-5), 'duration=-5'),
   (l2(start=9), 'losses.l2'),
-  (l2(unit='days'), 'losses.l2.unit'),
   (l2(ramp=9), 'losses.l2'),
   (losses(l2=1.0, codebook=1.0), 'losses.codebook'),
   (losses(l2=1.0, commit=0.25), 'losses.commit'),
-  (quantizer(dict(l2=1.0, commit=0.25), name='none'), 'losses.commit'),
-  (
-    quantizer(dict(l2=1.0, codebook=1.0), name='vq', num_codes=16),
-    'losses.codebook',
-  ),
   (quantizer(name='vqq'), '"vq"'),
   (quantizer(levels=(8, 5)), 'quantizer ""; there are: fsq, none'),
   (quantizer(name='fsq', levels=()), 'levels'),
   (quantizer(name='simvq', distance='cosin'), '"cosine"'),
-  (
-    quantizer(name='vq', epsilon=NAN),
-    'model.quantizer.epsilon=nan',
-  ),
   (quantizer(name='vq', num_codes=HUGE), 'model.quantizer.num_codes='),
   (model(encoder=dict(name='siglp')), 'siglip'),
   (model(decoder=dict(name='LL')), '"L"'),
   (model(dtype='bf16'), '"bfloat16"'),
   (model(encoder=dict(vit=tiny.VIT | dict(width=HUGE))), 'encoder.vit.width='),
-  (
-    model(encoder=dict(vit=tiny.VIT, pixel_norm=dict(std=('a', 'b', 'c')))),
-    'model.encoder.pixel_norm.std=',
-  ),
-  (
-    model(encoder=dict(vit=tiny.VIT, pixel_norm=dict(mean=(None, 0, 0)))),
-    'model.encoder.pixel_norm.mean=',
-  ),
-  (dict(schedules=()), 'schedules'),
-  (dict(schedules=(('.*', None),)), 'schedules'),
-  (dict(schedules=(('(', dict(lr=1e-3)),)), 'schedules'),
-  (dict(schedules=(('encoder/.*', dict(lr=1e-3)),)), 'decoder/'),
-  (dict(schedules=(('encodr/.*', None), ('.*', dict(lr=1.0)))), 'encodr'),
-  (
-    dict(schedules=(('.*', dict(lr=1e-3)), ('decoder/.*', None))),
-    'decoder/',
-  ),
+  (rows(('.*', None)), 'schedules'),
+  (rows(('(', RATE)), 'schedules'),
+  (rows(('encoder/.*', RATE)), 'decoder/'),
+  (rows(('encodr/.*', None), ('.*', RATE)), 'encodr'),
+  (rows(('.*', RATE), ('decoder/.*', None)), 'decoder/'),
   (rate(warmup=9), 'warmup=9'),
   (layers(1.0, 1.0), 'layers'),
   (dict(log=dict(usage_window=10**6)), 'log.usage_window=1000000'),
   (model(latents=dict(norm='channel')), 'init.latents'),
   (model(latents=dict(norm='mean')), "latents.norm='mean'"),
-  (
-    model(latents=dict(norm='position', grid=(4, 4)))
-    | data(image_size=32)
-    | dict(init=dict(latents='s.npz')),
-    'data.image_size',
-  ),
-  (
-    model(latents=dict(norm='position', grid=(4, 4)))
-    | dict(eval=dict(source='bundled:photos', tile=8))
-    | dict(init=dict(latents='s.npz')),
-    'eval.tile',
-  ),
-  (dict(init=dict(latents='s.npz')), 'init.latents=s.npz'),
+  (model(latents=POSITION) | data(image_size=32) | STATS, 'data.image_size'),
+  (model(latents=POSITION) | tiles(8) | STATS, 'eval.tile'),
+  (STATS, 'init.latents=s.npz'),
   (data(image_size=18), '18x18'),
   (data(source='nowhere'), 'data.source'),
-  (data(include=('cat*',)), 'include=("cat*",)'),
-  (data(exclude=('*',)), 'exclude'),
-  (dict(eval=dict(source='bundled:photos', tile=18)), '18x18'),
-  (dict(eval=dict(source='bundled:photos', tile=4096)), 'eval.tile=4096'),
+  (data(include=('chelsee',)), 'include=("chelsee",)'),
+  (data(include=('chelsee',)), '"chelsea"'),
+  (data(exclude=('*',)), 'holds no image'),
+  (tiles(18), '18x18'),
+  (tiles(4096), 'eval.tile=4096'),
   (gan(dict(weight=1.0, start=9)), 'losses.gan'),
   (gan(start=9), 'discriminator.start=9'),
   (gan(start=1), 'discriminator.start=1'),
@@ -235,33 +195,15 @@ BUILD = [
   (gan(name='path'), '"patch"'),
   (gan(fields=dict(hiden=8)), '"hidden"'),
   (gan(fields=dict(hidden=9)), 'discriminator.fields.hidden=9'),
-  (
-    gan(name='dino', fields=dict(taps=(12,))),
-    'discriminator.fields.taps=(12,)',
-  ),
-  (
-    losses(**DISTILL)
-    | dict(teacher='siglip-large-patch16-256')
-    | dict(schedules=(('encoder/.*', None), ('.*', dict(lr=1e-3)))),
-    'losses.distill',
-  ),
-  (
-    quantizer(
-      dict(l2=1.0, distill=dict(weight=1.0, target='self')), name='none'
-    ),
-    'losses.distill.target',
-  ),
+  (gan(name='dino', fields=dict(taps=(12,))), 'fields.taps=(12,)'),
+  (losses(**DISTILL) | dict(teacher='x') | bad.FROZEN, 'losses.distill'),
+  (quantizer(name='none') | losses(distill=SELF), 'losses.distill.target'),
 ]
 
 # What needs files of weights; this machine has none.
 WEIGHTS = [
-  (losses(l2=1.0, lpips=1.0), 'losses.lpips'),
-  (
-    losses(l2=1.0, lpips=1.0)
-    | dict(init=dict(networks='random'))
-    | data(image_size=8),
-    '"lpips"',
-  ),
+  (losses(lpips=1.0), 'losses.lpips'),
+  (losses(lpips=1.0) | RANDOM | data(image_size=8), '"lpips"'),
   (gan(name='dino'), '--config.discriminator.name=patch'),
   (losses(**DISTILL) | dict(teacher='siglip-larg'), 'teacher=siglip-larg'),
 ]
@@ -293,22 +235,18 @@ def test_missing_weights_are_named(keys, key, monkeypatch, tmp_path):
 
 def test_all_missing_keys_are_named_at_once():
   """From an empty config to one that reads, by what the errors name."""
-  given, config = tiny.run(), ml_collections.ConfigDict()
+  given, config = tiny.run(), {}
   with pytest.raises(UserError) as error:
     config_lib.read_config(config)
   names = re.findall(r'"config\.(\S+)"', str(error.value))
-  assert {'data.source', 'data.image_size', 'model.encoder', 'losses'} < {
-    *names
-  }
+  assert {'data.source', 'model.encoder', 'losses'} < {*names}
   for name in names:
-    section, _, key = name.rpartition('.')
-    if section:
-      config.update({section: {key: given[section][key]}})
-    else:
-      config[key] = given[key]
-  spec = config_lib.read_config(config)
-  assert spec == config_lib.read_config(given)
-  build_tokenizer(spec.model)
+    *sections, key = name.split('.')
+    source, target = given, config
+    for section in sections:
+      source, target = source[section], target.setdefault(section, {})
+    target[key] = source[key]
+  assert config_lib.read_config(config) == config_lib.read_config(given)
 
 
 def test_a_warmup_longer_than_the_run_tells_how_large_the_batch_is():
@@ -318,9 +256,7 @@ def test_a_warmup_longer_than_the_run_tells_how_large_the_batch_is():
 
 
 def test_a_name_emptied_on_a_command_line_is_none():
-  emptied = tiny.run(
-    init_from='', teacher='', init=dict(encoder='', decoder='')
-  )
-  spec = config_lib.read_config(emptied)
+  empty = dict.fromkeys(('encoder', 'decoder'), '')
+  spec = config_lib.read_config(tiny.run(init_from='', teacher='', init=empty))
   assert spec.init_from is None and spec.teacher is None
   assert spec.init == config_lib.InitSpec()

@@ -23,7 +23,6 @@ COMMANDS = [
   (train, '--config=fails.py', r'fails\.py:2: ZeroDivisionError'),
   (train, '--config=none.py', r'none\.py.*get_config'),
   (train, '--config=list.py', r'list\.py.*get_config returned \[1\]'),
-  (train, '--config=value.py', r'value\.py:2: invalid literal'),
   (train, '--config=mine.py:ema=2.0', 'ema=2.0'),
   (train, '--config=mine.py --workdir=notes.txt/run', 'notes.txt'),
   (train, '--config=mine.py --workdir=/proc/x', '--workdir=/proc/x'),
@@ -31,13 +30,6 @@ COMMANDS = [
   (train, '--config=mine.py --workdir=torn', 'torn'),
   (train, '--config=mine.py --config.data.source=hollow', '"hollow"'),
   (train, '--config=mine.py --config.data.source=bad', 'max_skipped|bad/'),
-  (train, '--config=mine.py --config.data.source=bad.tar', 'bad.tar'),
-  (
-    train,
-    '--config=mine.py --config.data.source=foreign.array_record',
-    'foreign.array_record',
-  ),
-  (latent_stats, '--config=mine.py --out=s.npz --data=hollow', '"hollow"'),
   (latent_stats, '--config=mine.py --out=/proc/s.npz', '--out=/proc'),
   (reconstruct_images, '', '--tokenizer'),
   (reconstruct_images, '--tokenizer=tokenizer --out=out', '--images'),
@@ -45,12 +37,10 @@ COMMANDS = [
 ]
 
 RECONSTRUCT = [
-  ('--images=hollow', '"hollow"'),
   ('--images=bad/zero.png', 'zero.png'),
   ('--images=bad/huge.png', '100,000,000'),
   ('--images=foreign.array_record', 'foreign.array_record'),
   ('--images=photos --out=notes.txt', '--out=.*notes.txt'),
-  ('--images=photos --out=/proc/x', '--out=/proc/x'),
   ('--images=photos --out=photos', 'photos'),
   ('--images=bad/cut.jpg --out=bad', '--out=bad'),
   ('--images=photos --tile=7', '--tile=7'),
@@ -77,35 +67,22 @@ STARTS = [
   (dict(init=dict(encoder='dinov2-bas')), 'dinov2-base'),
   (dict(init=dict(encoder='./no')), 'init.encoder=./no'),
   (dict(init=dict(encoder='photos')), 'init.encoder=photos'),
-  (
-    dict(init_from='run', teacher='init', losses=dict(l2=1.0, distill=1.0))
-    | dict(schedules=(('encoder/.*', None), ('.*', dict(lr=1e-3)))),
-    'losses.distill',
-  ),
 ]
 
+PHOTOS = dict(source='photos', image_size=16)
 # A finished run of two steps, and what was done to it or is asked of it.
 RUNS = [
   ('run', dict(seed=1), 'seed=0'),
   ('run', dict(batch_size=16), 'batch_size=8'),
-  ('run', dict(data=dict(source='photos', image_size=32)), 'image_size'),
-  (
-    'run',
-    dict(data=dict(source='photos', image_size=16, exclude=('1',))),
-    'images=3',
-  ),
-  ('run', dict(schedules=(('.*', dict(lr=1.0)),)), 'encoder/embed'),
+  ('run', dict(data=PHOTOS | dict(image_size=32)), 'image_size'),
+  ('run', dict(data=PHOTOS | dict(exclude=('1',))), 'images=3'),
+  ('run', dict(schedules=(('.*', dict(lr=1.0)),)), 'train encoder/embed'),
   ('run', dict(checkpoint=dict(every=0)), 'checkpoint.every=0'),
   ('run', dict(duration=1), 'duration=1'),
   ('run', dict(ema=0.0), 'ema'),
   ('run', dict(log=dict(usage_window=7)), 'log.usage_window=7'),
-  ('run', dict(optim=dict(clip=None)), 'optim.clip'),
-  ('run', dict(optim=dict(weight_decay=0.1)), 'weight_decay'),
-  (
-    'run',
-    dict(schedules=(('encoder/.*', None), ('.*', dict(lr=1.0)))),
-    'schedules',
-  ),
+  ('run', dict(optim=dict(clip=None)), 'optim.clip or optim.weight_decay'),
+  ('run', bad.FROZEN, 'schedules freeze encoder/'),
   ('torn', {}, 'torn'),
   ('another', {}, '"params"'),
   ('blocked', {}, 'checkpoints'),
@@ -117,22 +94,23 @@ TOKENIZERS = [
   ('photos', 'config.json'),
   ('notes.txt', 'notes.txt'),
   ('run', '"run/tokenizer"'),
-  ('tok/no-config', 'config.json'),
   ('tok/no-weights', 'model.safetensors'),
   ('tok/empty-config', 'config.json'),
   ('tok/list-config', 'config.json'),
-  ('tok/binary-config', 'config.json'),
   ('tok/no-model', 'config.json'),
   ('tok/odd-model', 'encodr'),
-  ('tok/nan', 'encoder.vit.norm_eps'),
   ('tok/newer', 'version 9'),
   ('tok/encoder', 'load_encoder'),
   ('tok/edited', 'fingerprint'),
   ('tok/another-model', 'tok/another-model'),
   ('tok/cut-weights', 'model.safetensors'),
-  ('tok/noise-weights', 'model.safetensors'),
   ('tok/empty-weights', 'model.safetensors'),
 ]
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+  monkeypatch.chdir(place)
 
 
 def refused(words, fn, *args):
@@ -147,34 +125,29 @@ def test_command_lines(command, argv, words, answer):
 
 
 @pytest.mark.parametrize('argv, words', RECONSTRUCT)
-def test_reconstruct_images(argv, words, place, monkeypatch):
-  monkeypatch.chdir(place)
+def test_reconstruct_images(argv, words, place):
   argv = ['--tokenizer=tokenizer', '--out=out', *argv.split()]
   refused(words, reconstruct_images.main, argv)
   assert not (place / 'out').exists()
 
 
 @pytest.mark.parametrize('keys, words', STARTS)
-def test_what_a_run_starts_from(keys, words, place, monkeypatch, programs):
-  monkeypatch.chdir(place)
+def test_what_a_run_starts_from(keys, words, programs):
   refused(words, loop.dry_run, bad.config() | keys)
   assert not programs()
 
 
 @pytest.mark.parametrize('run, keys, words', RUNS)
-def test_runs_that_cannot_resume(run, keys, words, place, monkeypatch):
-  monkeypatch.chdir(place)
+def test_runs_that_cannot_resume(run, keys, words):
   refused(words, loop.train, bad.config() | keys, run)
 
 
 @pytest.mark.parametrize('folder, words', TOKENIZERS)
-def test_tokenizers(folder, words, place, monkeypatch):
-  monkeypatch.chdir(place)
+def test_tokenizers(folder, words):
   refused(words, export.load_tokenizer, folder)
 
 
-def test_links_to_nowhere_are_seen_before_training(place, monkeypatch):
-  monkeypatch.chdir(place)
+def test_links_to_nowhere_are_seen_before_training(place):
   (place / 'lost').mkdir()
   for name in ('tokenizer', 'checkpoints'):
     (place / 'lost' / name).symlink_to(place / 'nowhere')

@@ -1,6 +1,7 @@
 """Command lines as a user types them: help, flags, the config, exit codes."""
 
 import pathlib
+import shutil
 import sys
 from unittest import mock
 
@@ -8,7 +9,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from tests import tiny
+from tests import runs, tiny
 from vqrae_jax import cli, export, reconstruct_images
 from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.train import __main__ as train_main
@@ -74,13 +75,11 @@ def test_the_installed_configs_are_found_from_anywhere(tmp_path, monkeypatch):
   [
     (['--config'], '--config'),
     (['--config=configs/quickstrt.py'], '"configs/quickstart.py"'),
-    (['--config', 'configs/quickstrt.py'], '"configs/quickstart.py"'),
     ([CONFIG, '--config.batch_sise=3'], '"batch_size"'),
     ([CONFIG, '--config.optim.b3=3'], 'config.optim.b3"; .*"b2"'),
     ([CONFIG, '--config.mesh.foo=3'], 'layout, tensor'),
     ([CONFIG, '--config.seed.x=3'], 'config.seed'),
     ([CONFIG, '--config.batch_size=many'], 'config.batch_size=many'),
-    ([CONFIG, '--config.batch_size=2.5'], 'config.batch_size=2.5'),
     ([CONFIG, '--config.optim=3'], 'config.optim=3'),
     ([CONFIG, '--config.data.source'], 'config.data.source'),
     ([CONFIG, '--config.data.include=3'], 'data.include'),
@@ -94,9 +93,7 @@ def test_the_installed_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     ([CONFIG, '--workdri=x'], '"workdir"'),
     ([CONFIG, '--workdir='], '--workdir'),
     ([CONFIG, 'words'], '"words"'),
-    (['--config=configs/simvq_siglip_l.py:stage=3'], 'stage=2'),
     (['--config=configs/simvq_siglip_l.py:stage=2'], '--config.init_from'),
-    (['--config=configs/simvq_siglip2_l.py:preset=papr'], 'preset=paper'),
   ],
 )
 def test_train_names_what_is_wrong(argv, words, monkeypatch, tmp_path):
@@ -107,24 +104,18 @@ def test_train_names_what_is_wrong(argv, words, monkeypatch, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_host_that_finds_no_others_is_told_the_flags(monkeypatch):
+def test_a_host_that_finds_no_others_is_told_the_flags():
   """On one machine `jax.distributed` has nobody to ask."""
   values = flags.FlagValues()
   cli.define_hosts(values)
   values(['', '--num_processes=2'])
-  given = {}
-
-  def initialize(**keys):
-    given.update(keys)
-    raise ValueError('coordinator_address should be defined.')
-
-  monkeypatch.setattr('jax.distributed.initialize', initialize)
-  with pytest.raises(UserError) as error:
+  error = ValueError('coordinator_address should be defined.')
+  with (
+    mock.patch('jax.distributed.initialize', side_effect=error) as initialize,
+    pytest.raises(UserError, match='--coordinator_address, --process_id'),
+  ):
     cli.join_hosts(values)
-  assert given == dict(num_processes=2)
-  text = str(error.value)
-  assert '--coordinator_address' in text and '--process_id' in text
-  assert '--num_processes' not in text
+  initialize.assert_called_once_with(num_processes=2)
 
 
 @pytest.mark.parametrize(
@@ -142,13 +133,8 @@ def test_each_argument_has_a_workdir_of_its_own(source, workdir):
 def test_a_config_of_ones_own(tmp_path, monkeypatch, capsys):
   """Any file with get_config() will do, with overrides, arguments, flags in a
   file; a dry run says that it passed, and writes nothing."""
-  (tmp_path / 'mine.py').write_text(
-    'import ml_collections\n'
-    'def get_config(arg):\n'
-    f'  config = ml_collections.ConfigDict({tiny.run()!r})\n'
-    '  config.batch_size = int(arg)\n'
-    '  return config\n'
-  )
+  config = f'{tiny.run()!r} | dict(batch_size=int(arg))'
+  (tmp_path / 'mine.py').write_text(f'def get_config(arg): return {config}\n')
   (tmp_path / 'flags').write_text('--config=mine.py:16\n--dry_run\n')
   monkeypatch.chdir(tmp_path)
   train_main.main(['--flagfile=flags', '--config.losses.l2=0.5'])
@@ -157,18 +143,15 @@ def test_a_config_of_ones_own(tmp_path, monkeypatch, capsys):
   assert {p.name for p in tmp_path.iterdir()} == {'mine.py', 'flags'}
 
 
-def test_overrides_reach_the_config(monkeypatch):
-  seen = []
-  monkeypatch.setattr(
-    'vqrae_jax.train.loop.dry_run', lambda config: seen.append(config) or {}
-  )
-  train_main.main(
-    ['--config.log.every=7', '--config', 'configs/quickstart.py:steps=60',
-     '--config.data.include', "('a*', 'b')", '--noconfig.data.flip',
-     '--config.data.image_size=(64, 32)', '--config.init.encoder=x',
-     '--dry_run']
-  )  # fmt: skip
-  [config] = seen
+def test_overrides_reach_the_config():
+  with mock.patch('vqrae_jax.train.loop.dry_run', return_value={}) as dry_run:
+    train_main.main(
+      ['--config.log.every=7', '--config', 'configs/quickstart.py:steps=60',
+       '--config.data.include', "('a*', 'b')", '--noconfig.data.flip',
+       '--config.data.image_size=(64, 32)', '--config.init.encoder=x',
+       '--dry_run']
+    )  # fmt: skip
+  (config,) = dry_run.call_args.args
   assert (config.log.every, config.duration) == (7, '60 steps')
   assert config.data.include == ('a*', 'b') and not config.data.flip
   assert config.data.image_size == (64, 32) and config.init.encoder == 'x'
@@ -187,51 +170,42 @@ def reconstruct(tmp_path_factory):
   return run
 
 
-def photo(path, h=16, w=16):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(tiny.images(1, h, w)[0]).save(path)
-
-
-@pytest.mark.parametrize('tile', (16, 0, 8))
-def test_reconstruct_images(tile, reconstruct, tmp_path, capsys):
-  for i, (h, w) in enumerate(((30, 41), (16, 16), (64, 20))):
-    photo(tmp_path / 'photos' / f'p{i}.png', h, w)
-  out = tmp_path / 'out'
-  flags = [f'--tile={tile}'] if tile < 16 else []
-  reconstruct(tmp_path / 'photos', out, *flags)
-  assert {p.name for p in out.iterdir()} == {
-    'comparison.png', 'p0.png', 'p1.png', 'p2.png'
-  }  # fmt: skip
-  side = tile or 4
-  with Image.open(out / 'p0.png') as image:
-    assert image.size == (41 // side * side, 30 // side * side)
+@pytest.mark.parametrize(
+  'tile, size', ((16, (16, 16)), (0, (28, 20)), (8, (24, 16)))
+)
+def test_reconstruct_images(tile, size, reconstruct, tmp_path, capsys):
+  photos, out = runs.images(tmp_path / 'photos'), tmp_path / 'out'
+  reconstruct(photos, out, *([f'--tile={tile}'] if tile < 16 else []))
+  names = {p.name for p in photos.iterdir()} | {'comparison.png'}
+  assert {p.name for p in out.iterdir()} == names
+  with Image.open(out / '0.png') as image:
+    assert image.size == size
   printed = capsys.readouterr().out
-  assert printed.count(' dB ') == 3 and 'comparison.png' in printed
+  assert printed.count(' dB ') == 5 and 'comparison.png' in printed
 
 
 def test_tiles_have_the_grid_that_statistics_are_of(reconstruct, tmp_path):
   """The decoder's own grid is 4x4, the statistics' 2x2: tiles of 8 px."""
-  here, path = tmp_path / 'tokenizer', tmp_path / 'p.png'
+  here, path = (
+    tmp_path / 'tokenizer',
+    runs.images(tmp_path / 'photos') / '0.png',
+  )
   tokenizer = tiny.normalised('fsq-cosmos', 'position', grid=(2, 2))
   export.save_tokenizer(*tokenizer, here)
-  photo(path, 17, 25)
   reconstruct(path, tmp_path / 'out', tokenizer=here)
-  with Image.open(tmp_path / 'out' / 'p.png') as image:
+  with Image.open(tmp_path / 'out' / '0.png') as image:
     assert image.size == (24, 16)
   with pytest.raises(UserError, match='4x4'):
     reconstruct(path, tmp_path / 'x', '--tile=16', tokenizer=here)
 
 
 def test_originals_are_never_overwritten(reconstruct, tmp_path):
-  photos = tmp_path / 'photos'
-  for name in ('a.png', 'deep/a.png'):
-    photo(photos / name)
-  before = (photos / 'a.png').read_bytes()
-  for images, out in (
-    (photos, tmp_path / 'out'),
-    (photos / 'a.png', photos),
-  ):
-    with pytest.raises(UserError, match='a.png'):
+  photos = runs.images(tmp_path / 'photos')
+  (photos / 'deep').mkdir()
+  shutil.copy(photos / '0.png', photos / 'deep')
+  before = (photos / '0.png').read_bytes()
+  for images, out in ((photos, tmp_path / 'out'), (photos / '0.png', photos)):
+    with pytest.raises(UserError, match='0.png'):
       reconstruct(images, out)
-  assert (photos / 'a.png').read_bytes() == before
+  assert (photos / '0.png').read_bytes() == before
   assert not (tmp_path / 'out').exists()

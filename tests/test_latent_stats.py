@@ -1,8 +1,6 @@
 """`latent_stats`: against numpy over all latents, as one host and as two."""
 
 import functools
-import json
-import pathlib
 import subprocess
 import sys
 
@@ -11,16 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vqrae_jax
 from tests import runs, tiny
 from vqrae_jax import latent_stats
 from vqrae_jax.data.pipeline import Augment, augment_image
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.latent_stats import RunningStats
-from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.train import initialize as init_lib
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 POSITION = dict(norm='position', grid=(4, 4))
 
 
@@ -61,57 +58,47 @@ def here(tmp_path, monkeypatch):
   return tmp_path
 
 
-def write_config(folder, **keys):
+def write_config(**keys):
+  """mine.py, a config of continuous tokens; a tenth may be unreadable."""
   config = tiny.run('none', **keys)
   config['data'] |= dict(max_skipped=0.1)
-  (folder / 'mine.py').write_text(
-    'import ml_collections\n'
-    'def get_config():\n'
-    f'  return ml_collections.ConfigDict({config!r})\n'
-  )
+  with open('mine.py', 'w') as file:
+    file.write(f'def get_config():\n  return {config!r}\n')
   return config
 
 
-def all_latents(config, source, indices):
-  """f64[n gh gw d], image by image, by the encoder that a run begins with."""
-  tokenizer = build_tokenizer(config['model'])
+def all_latents(config, photos, indices):
+  """f64[n gh gw d] by the encoder that a run begins with."""
+  tokenizer = vqrae_jax.build_tokenizer(config['model'])
   variables = jax.jit(lambda: init_lib.random_variables(tokenizer, 0))()
-  size = (config['data']['image_size'],) * 2
-  augment = Augment(size, resize=size[0], crop='center', flip=False)
-  rng = np.random.default_rng(1)
-  images = [augment_image(source[i], augment, rng) for i in indices]
-  encode = jax.jit(lambda x: tokenizer.apply(variables, x, method='encode'))
-  return np.concatenate([encode(x[None]) for x in images]).astype(np.float64)
+  augment = Augment((16, 16), resize=16, crop='center', flip=False)
+  source, rng = open_source(str(photos)), np.random.default_rng(1)
+  images = np.stack([augment_image(source[i], augment, rng) for i in indices])
+  latents = vqrae_jax.encode(tokenizer, variables, images)
+  return np.asarray(latents, np.float64)
 
 
-def measured(*more):
-  latent_stats.main(['--config=mine.py', '--out=s.npz', *more])
-  with np.load('s.npz') as file:
-    assert set(file) == {'mean', 'var'}
-    return file['mean'], file['var']
-
-
-def close(found, rows):
+def check(rows, *flags):
   """1e-5 of a std: the latents' own, as batches of other sizes give them."""
-  mean, var = found
-  assert mean.dtype == var.dtype == np.float64
-  std = rows.std(0)
-  np.testing.assert_allclose(mean, rows.mean(0), atol=1e-5 * std.max())
-  np.testing.assert_allclose(var, rows.var(0), rtol=1e-4, atol=1e-5)
+  latent_stats.main(['--config=mine.py', '--out=s.npz', *flags])
+  with np.load('s.npz') as file:
+    found = dict(file)
+  assert {k: v.dtype for k, v in found.items()} == dict(mean='f8', var='f8')
+  atol = 1e-5 * rows.std(0).max()
+  np.testing.assert_allclose(found['mean'], rows.mean(0), atol=atol)
+  np.testing.assert_allclose(found['var'], rows.var(0), rtol=1e-4, atol=1e-5)
 
 
 def test_they_are_numpys_over_all_latents(photos, here, capsys):
   """By position, of all images but the broken one; the config names
   statistics that are not there yet."""
   config = write_config(
-    here,
     model=tiny.model('none') | dict(latents=POSITION),
     data=dict(source=str(photos), image_size=16),
     init=dict(latents='s.npz'),
   )
   kept = [i for i in range(13) if i != 5]
-  rows = all_latents(config, open_source(str(photos)), kept)
-  close(measured('--batch_size=5'), rows)
+  check(all_latents(config, photos, kept), '--batch_size=5')
   out, err = capsys.readouterr()
   for words in ('12 images', '1 skipped', '192 tokens', '(4, 4, 32)'):
     assert words in out.splitlines()[-1]
@@ -121,53 +108,33 @@ def test_they_are_numpys_over_all_latents(photos, here, capsys):
 
 def test_some_images_are_evenly_spaced(photos, here, capsys):
   """By channel."""
-  config = write_config(here)
-  rows = all_latents(config, open_source(str(photos)), [0, 3, 6, 9])
-  close(measured(f'--data={photos}', '--images=4'), rows.reshape(-1, 32))
+  rows = all_latents(write_config(), photos, [0, 3, 6, 9])
+  check(rows.reshape(-1, 32), f'--data={photos}', '--images=4')
   assert '4 images, 64 tokens' in capsys.readouterr().out
-
-
-WORKER = """
-import json, sys
-import jax
-address, rank, count, argv = sys.argv[1:]
-if int(count) > 1:
-  jax.distributed.initialize(address, int(count), int(rank))
-from vqrae_jax import latent_stats
-latent_stats.main(json.loads(argv))
-"""
-
-
-def as_processes(count, argv, cwd):
-  address = runs.free_address()
-  env = tiny.alone(1) | {'PYTHONPATH': str(ROOT)}
-  running = [
-    subprocess.Popen(
-      [sys.executable, '-c', WORKER, address, str(rank), str(count),
-       json.dumps(argv)],
-      env=env, cwd=cwd, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
-    for rank in range(count)
-  ]  # fmt: skip
-  ends = [(*p.communicate(timeout=300), p.returncode) for p in running]
-  assert [code for *_, code in ends] == [0] * count, ends
-  return ''.join(out for out, *_ in ends)
 
 
 def test_two_hosts_measure_as_one(photos, here):
   """Each reads its share; batches of one, so the latents are bitwise equal."""
-  write_config(here)
-  argv = ['--config=mine.py', f'--data={photos}', '--position']
-  argv.append('--batch_size=1')
-  found = {}
-  for hosts in (1, 2):
-    said = as_processes(hosts, [*argv, f'--out={hosts}.npz'], here)
-    assert said.count('wrote') == 1 and '12 images (1 skipped)' in said
-    with np.load(here / f'{hosts}.npz') as file:
-      found[hosts] = {k: file[k] for k in file}
-  for name, value in found[1].items():
-    np.testing.assert_allclose(found[2][name], value, rtol=1e-12, atol=1e-13)
+  write_config()
+  hosts = f'--num_processes=2 --coordinator_address={runs.free_address()}'
+  running = [
+    subprocess.Popen(
+      [sys.executable, '-m', latent_stats.MODULE, '--config=mine.py',
+       f'--data={photos}', '--position', '--batch_size=1', *flags.split()],
+      env=tiny.alone(1) | {'PYTHONPATH': str(runs.ROOT)},
+      text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    for flags in ('--out=one.npz', f'--out=two.npz --process_id=0 {hosts}',
+                  f'--out=two.npz --process_id=1 {hosts}')
+  ]  # fmt: skip
+  ends = [(*p.communicate(timeout=300), p.returncode) for p in running]
+  assert [code for *_, code in ends] == [0] * 3, ends
+  one, two, silent = (out for out, *_ in ends)
+  assert '12 images (1 skipped)' in one and '12 images (1 skipped)' in two
+  assert 'wrote' not in silent
+  with np.load('one.npz') as one, np.load('two.npz') as two:
+    for name in one:
+      np.testing.assert_allclose(two[name], one[name], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +151,7 @@ def test_two_hosts_measure_as_one(photos, here):
   ],
 )
 def test_bad_input_is_one_line(argv, words, photos, here):
-  write_config(here)
+  write_config()
   (here / 'old.npz').write_bytes(b'')
   (here / 'all').symlink_to(photos)
   (here / 'bad').mkdir()
