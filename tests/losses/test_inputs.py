@@ -62,6 +62,17 @@ def test_every_term_checks(term):
   refused(term, inputs(term, first, first), 'channels last')
 
 
+@pytest.mark.parametrize('term', FROZEN_TERMS)
+def test_a_term_without_its_weights_is_named(term):
+  for weights in (None, {'other': {}}):
+    refused(term, LossInputs(images(), images(), weights), 'weights')
+
+
+def test_images_too_small_for_lpips():
+  x = images()[:, :, :15]
+  refused('lpips', inputs('lpips', x, x), '16 pixels a side')
+
+
 @pytest.mark.parametrize('term', TERMS)
 def test_under_a_trace_types_count_and_values_do_not(term):
   x = inputs(term, None, None)

@@ -1,5 +1,6 @@
 """The perceptual networks' files, and files that do not fit."""
 
+import dataclasses
 import functools
 import re
 import sys
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.losses import torch_networks
+from tests.losses.torch_networks import SMALL, saved
 from vqrae_jax.errors import UserError
-from vqrae_jax.nn.vgg import WIDTHS
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import networks
 from vqrae_jax.weights import hub
@@ -18,38 +19,17 @@ from vqrae_jax.weights.load import export
 
 torch = pytest.importorskip('torch')
 
-SIZES = {
-  'lpips': dict(widths=(4, 4, 8, 8, 8)),
-  'convnext': dict(depths=(1, 2, 1, 1), widths=(4, 8, 12, 16), classes=5),
-}
-
 
 @functools.cache
 def states(term):
   """{row of the table: a random state dict under the published names}."""
-  sizes = SIZES[term]
-  made = {'convnext-small': torch_networks.ConvNeXt}
-  if term == 'lpips':
-    made = {'vgg16': torch_networks.VGG16, 'lpips-vgg': torch_networks.Heads}
-  return {
-    row: torch_networks.randomised(network(**sizes)).state_dict()
-    for row, network in made.items()
-  }
+  return torch_networks.states(torch_networks.made(term, **SMALL[term]))
 
 
-def saved(folder, term, **changes):
-  """The files; `changes` are rows' state dicts to save in their place."""
-  files = {}
-  for row, state in (states(term) | changes).items():
-    files[row] = folder / f'{row}.pth'
-    torch.save(state, files[row])
-  return files
-
-
-@pytest.mark.parametrize('term', SIZES)
+@pytest.mark.parametrize('term', SMALL)
 def test_every_array_arrives(tmp_path, term):
   """And goes back under its name, to the last bit."""
-  tree = networks.load(term, saved(tmp_path, term), **SIZES[term])
+  tree = networks.load(term, saved(tmp_path, states(term)), **SMALL[term])
   for part, (row, table) in networks.PARTS[term].items():
     back = export(table, tree[part])
     want = {
@@ -64,51 +44,37 @@ def test_every_array_arrives(tmp_path, term):
     assert leaf.dtype == np.float32
 
 
-@pytest.mark.parametrize('term', SIZES)
+@pytest.mark.parametrize('term', SMALL)
 def test_random_arrays(term):
   """Of the form of loaded ones, drawn from the key alone, told apart."""
-  draw = jax.jit(functools.partial(networks.random, term, **SIZES[term]))
+  draw = jax.jit(functools.partial(networks.random, term, **SMALL[term]))
   one, again, other = map(draw, map(jax.random.key, (0, 0, 1)))
   jax.tree.map(np.testing.assert_array_equal, one, again)
-  kernels = [n for n in trees.flatten(one) if n.endswith('kernel')]
-  for name in kernels:
-    a, b = trees.flatten(one)[name], trees.flatten(other)[name]
-    assert np.isfinite(a).all() and np.abs(a - b).max() > 0
-  for head in one.get('heads', {}).values():
-    assert head.min() >= 0
+  one, other = trees.flatten(one), trees.flatten(other)
+  for name in one:
+    if name.endswith('kernel'):
+      assert np.isfinite(one[name]).all()
+      assert np.abs(one[name] - other[name]).max() > 0
+    if name.startswith('heads/'):
+      assert one[name].min() >= 0
 
 
-def test_names_and_sizes_of_the_published_files():
-  """torchvision's numbers of VGG16's convolutions, LPIPS's of its heads."""
-  sources = [
-    r.source for r in networks.VGG16_TABLE.rows if hasattr(r, 'source')
-  ]
-  numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-  assert sources == [
-    f'features.{n}.{word}' for n in numbers for word in ('weight', 'bias')
-  ]
-  assert [r.source for r in networks.HEADS_TABLE.rows] == [
-    f'lin{n}.model.1.weight' for n in range(5)
-  ]
-  made = {
-    term: jax.eval_shape(
-      functools.partial(networks.random, term), jax.random.key(0)
-    )
-    for term in SIZES
-  }
-  shapes = {n: x.shape for n, x in made['lpips']['heads'].items()}
-  assert shapes == {f'tap{n}': (w,) for n, w in enumerate(WIDTHS, 1)}
-  sizes = {
-    term: sum(x.size for x in jax.tree.leaves(tree['net']))
-    for term, tree in made.items()
-  }
-  # Of torchvision's VGG16 the classifier's 123,642,856 are left out.
-  wanted = dict(lpips=138_357_544 - 123_642_856, convnext=50_223_688)
-  assert sizes == wanted
+@pytest.mark.parametrize(
+  'term, size',
+  [
+    # Of torchvision's VGG16 the classifier's 123,642,856 are left out.
+    ('lpips', 138_357_544 - 123_642_856),
+    ('convnext', 50_223_688),
+  ],
+)
+def test_sizes_of_the_published_networks(term, size):
+  draw = functools.partial(networks.random, term)
+  net = jax.eval_shape(draw, jax.random.key(0))['net']
+  assert sum(x.size for x in jax.tree.leaves(net)) == size
 
 
 def test_files_that_do_not_fit(tmp_path):
-  vgg, heads = states('lpips')['vgg16'], states('lpips')['lpips-vgg']
+  vgg, heads = states('lpips').values()
   last, tap = 'features.28.bias', 'lin3.model.1.weight'
   for row, state, words in (
     ('vgg16', {k: v for k, v in vgg.items() if k != last}, last),
@@ -118,54 +84,45 @@ def test_files_that_do_not_fit(tmp_path):
     ('lpips-vgg', vgg, tap[:4]),
     ('lpips-vgg', heads | {tap: -heads[tap]}, 'negative'),
   ):
-    files = saved(tmp_path, 'lpips', **{row: state})
+    files = saved(tmp_path, states('lpips') | {row: state})
     with pytest.raises(UserError, match=re.escape(words)) as caught:
-      networks.load('lpips', files, **SIZES['lpips'])
+      networks.load('lpips', files, **SMALL['lpips'])
     assert '\n' not in str(caught.value)
   # And a smaller ConvNeXt than the published.
   with pytest.raises(UserError, match='missing in it: .*convnext-small'):
-    networks.load('convnext', saved(tmp_path, 'convnext'))
+    networks.load('convnext', saved(tmp_path, states('convnext')))
 
 
 def test_unknown_terms():
-  for call in (networks.load, networks.random):
+  for call, more in ((networks.load, ()), (networks.random, (None,))):
     with pytest.raises(UserError, match='did you mean "lpips"'):
-      call('lpip', *([jax.random.key(0)] if call is networks.random else []))
+      call('lpip', *more)
 
 
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-  monkeypatch.setenv('VQRAE_JAX_CACHE', str(tmp_path / 'cache'))
-  return tmp_path
-
-
-def test_nothing_here_names_the_command(cache, monkeypatch):
+def test_nothing_here_names_the_command(tmp_path, monkeypatch):
+  monkeypatch.setenv('VQRAE_JAX_CACHE', str(tmp_path))
   # A module without a spec is no package with heads in it.
   monkeypatch.setitem(sys.modules, 'lpips', type(sys)('lpips'))
-  with pytest.raises(UserError, match='fetch_weights --names=vgg16'):
-    networks.load('lpips')
-  with pytest.raises(UserError, match='fetch_weights --names=convnext-small'):
-    networks.load('convnext')
+  for term, row in (('lpips', 'vgg16'), ('convnext', 'convnext-small')):
+    with pytest.raises(UserError, match=f'fetch_weights --names={row}'):
+      networks.load(term)
 
 
-def test_the_heads_of_an_installed_package(cache, monkeypatch):
+def test_the_heads_of_an_installed_package(tmp_path, monkeypatch):
   """Its file is found by its place, if it is the published one."""
-  place = cache / 'site' / 'lpips'
-  folder = place / 'weights' / 'v0.1'
-  folder.mkdir(parents=True)
-  (place / '__init__.py').write_text('raise ImportError("imported")')
-  monkeypatch.syspath_prepend(cache / 'site')
+  path = tmp_path / 'lpips' / 'weights' / 'v0.1' / 'vgg.pth'
+  path.parent.mkdir(parents=True)
+  (tmp_path / 'lpips' / '__init__.py').write_text('raise ImportError')
+  monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, 'lpips', raising=False)
   assert networks.installed_heads() is None
-  files = saved(cache, 'lpips')
-  path = folder / 'vgg.pth'
-  path.write_bytes(files['lpips-vgg'].read_bytes())
+  files = saved(tmp_path, states('lpips'))
+  files.pop('lpips-vgg').rename(path)
   assert networks.installed_heads() is None  # another file
-  row = hub.FILES['lpips-vgg']
-  ours = row.__class__(row.url, row.licence, '', hub.digest(path))
-  monkeypatch.setitem(hub.FILES, 'lpips-vgg', ours)
+  row = dataclasses.replace(hub.FILES['lpips-vgg'], sha256=hub.digest(path))
+  monkeypatch.setitem(hub.FILES, 'lpips-vgg', row)
   assert networks.installed_heads() == path
-  tree = networks.load('lpips', {'vgg16': files['vgg16']}, **SIZES['lpips'])
+  tree = networks.load('lpips', files, **SMALL['lpips'])
   want = states('lpips')['lpips-vgg']['lin2.model.1.weight'].numpy()
   np.testing.assert_array_equal(tree['heads']['tap3'], want[0, :, 0, 0])
   assert 'lpips' not in sys.modules

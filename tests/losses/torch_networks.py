@@ -1,11 +1,12 @@
-"""VGG16, LPIPS and ConvNeXt in plain torch, under torchvision's names.
+"""VGG16 and LPIPS in plain torch, transformers' ConvNeXt, published names.
 
-Written for these tests from the papers and the published lists of keys; they
-share nothing with the package. Every array is random, norms, biases and
-LayerScale included, so that each of them counts.
+VGG16 is written from the paper and torchvision's list of keys; it shares
+nothing with the package. Every array is random, norms, biases and LayerScale
+included, so that each of them counts.
 """
 
 import pytest
+import transformers
 
 torch = pytest.importorskip('torch')
 nn = torch.nn
@@ -13,16 +14,22 @@ F = torch.nn.functional
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WIDTHS = (64, 128, 256, 512, 512)
+SMALL = {
+  'lpips': dict(widths=(4, 4, 8, 8, 8)),
+  'convnext': dict(depths=(1, 2, 1, 1), widths=(4, 8, 12, 16), classes=5),
+}
 
 
-def _channels(values):
-  return torch.tensor(values, dtype=torch.double)[None, :, None, None]
+def normalised(images, mean, std):
+  mean, std = (images.new_tensor(x)[:, None, None] for x in (mean, std))
+  return (images - mean) / std
 
 
 class VGG16(nn.Module):
   """`features` numbered as published; a classifier that is only there."""
 
-  def __init__(self, widths=(64, 128, 256, 512, 512)):
+  def __init__(self, widths=WIDTHS):
     super().__init__()
     layers, channels = [], 3
     for group, width in enumerate(widths):
@@ -42,107 +49,99 @@ class VGG16(nn.Module):
     return taps
 
 
-class Head(nn.Module):
-  def __init__(self, width):
-    super().__init__()
+def heads(widths=WIDTHS):
+  def head(width):
     conv = nn.Conv2d(width, 1, 1, bias=False)
-    self.model = nn.Sequential(nn.Dropout(), conv)
+    return nn.ModuleDict({'model': nn.Sequential(nn.Dropout(), conv)})
 
-
-class Heads(nn.Module):
-  def __init__(self, widths=(64, 128, 256, 512, 512)):
-    super().__init__()
-    for n, width in enumerate(widths):
-      self.add_module(f'lin{n}', Head(width))
+  return nn.ModuleDict({f'lin{n}': head(w) for n, w in enumerate(widths)})
 
 
 def lpips(vgg, heads, a, b):
-  """f[b] of images [b 3 h w] in [0, 1], the eps beside the root."""
-
-  def unit(x):
-    return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
-
+  """f[b] of images [b 3 h w] in [0, 1]."""
+  a, b = (vgg(normalised(2 * x - 1, SHIFT, SCALE)) for x in (a, b))
   total = 0
-  sides = [
-    vgg((2 * x - 1 - _channels(SHIFT)) / _channels(SCALE)) for x in (a, b)
-  ]
-  for n, (left, right) in enumerate(zip(*sides, strict=True)):
-    weight = getattr(heads, f'lin{n}').model[1].weight
-    square = (unit(left) - unit(right)).square()
-    total = total + F.conv2d(square, weight).mean((1, 2, 3))
+  for head, left, right in zip(heads.children(), a, b, strict=True):
+    square = (F.normalize(left) - F.normalize(right)).square()
+    total = total + head.model(square).mean((1, 2, 3))
   return total
 
 
-class Norm2d(nn.LayerNorm):
-  """LayerNorm over the channels of [b c h w]."""
-
-  def forward(self, x):
-    return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-class Move(nn.Module):
-  def __init__(self, source, destination):
-    super().__init__()
-    self.ends = source, destination
-
-  def forward(self, x):
-    return x.movedim(*self.ends)
+def convnext_small(
+  depths=(3, 3, 27, 3), widths=(96, 192, 384, 768), classes=1000
+):
+  config = transformers.ConvNextConfig(
+    depths=depths, hidden_sizes=widths, num_labels=classes, layer_norm_eps=1e-6
+  )
+  return transformers.ConvNextForImageClassification(config)
 
 
-class Block(nn.Module):
-  def __init__(self, width):
-    super().__init__()
-    self.layer_scale = nn.Parameter(torch.ones(width, 1, 1))
-    self.block = nn.Sequential(
-      nn.Conv2d(width, width, 7, padding=3, groups=width),
-      Move(1, -1),
-      nn.LayerNorm(width, 1e-6),
-      nn.Linear(width, 4 * width),
-      nn.GELU(),
-      nn.Linear(4 * width, width),
-      Move(-1, 1),
-    )
-
-  def forward(self, x):
-    return x + self.layer_scale * self.block(x)
+def renamed(state, names):
+  """A state dict whose keys have `names` replaced, one after the other."""
+  out = {}
+  for key, value in state.items():
+    for theirs, published in names.items():
+      key = key.replace(theirs, published)
+    out[key] = value
+  return out
 
 
-class ConvNeXt(nn.Module):
-  def __init__(
-    self, depths=(3, 3, 27, 3), widths=(96, 192, 384, 768), classes=1000
-  ):
-    super().__init__()
-    layers = []
-    for level, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-      if level:
-        before = widths[level - 1]
-        down = nn.Conv2d(before, width, 2, 2)
-        layers.append(nn.Sequential(Norm2d(before, 1e-6), down))
-      else:
-        down = nn.Conv2d(3, width, 4, 4)
-        layers.append(nn.Sequential(down, Norm2d(width, 1e-6)))
-      layers.append(nn.Sequential(*(Block(width) for _ in range(depth))))
-    self.features = nn.Sequential(*layers)
-    self.classifier = nn.Sequential(
-      Norm2d(widths[-1], 1e-6),
-      nn.Flatten(),
-      nn.Linear(widths[-1], classes),
-    )
-
-  def forward(self, x):
-    return self.classifier(self.features(x).mean((2, 3), keepdim=True))
+def torchvisions(net):
+  """The state dict of transformers' ConvNeXt as torchvision has it."""
+  names = {
+    'classifier.': 'classifier.2.',
+    'convnext.layernorm.': 'classifier.0.',
+    'convnext.embeddings.patch_embeddings': 'features.0.0',
+    'convnext.embeddings.layernorm': 'features.0.1',
+    'dwconv': 'block.0',
+    'layernorm': 'block.2',
+    'pwconv1': 'block.3',
+    'pwconv2': 'block.5',
+    'layer_scale_parameter': 'layer_scale',
+  }
+  for n in range(4):
+    stage = f'convnext.encoder.stages.{n}'
+    names[f'{stage}.downsampling_layer'] = f'features.{2 * n}'
+    names[f'{stage}.layers'] = f'features.{2 * n + 1}'
+  state = renamed(net.state_dict(), names)
+  for key in state:
+    if key.endswith('layer_scale'):
+      state[key] = state[key][:, None, None]
+  return state
 
 
 def convnext(net, a, b):
   """f[] of images [b 3 h w] in [0, 1]."""
 
   def logits(x):
-    x = F.interpolate(
-      x, size=224, mode='bilinear', align_corners=False, antialias=True
-    )
-    return net((x - _channels(MEAN)) / _channels(STD))
+    x = F.interpolate(x, size=224, mode='bilinear', antialias=True)
+    return net(normalised(x, MEAN, STD)).logits
 
   return F.mse_loss(logits(a), logits(b))
+
+
+def made(term, **sizes):
+  """{row of `hub.FILES`: a random network}."""
+  if term == 'convnext':
+    return {'convnext-small': randomised(convnext_small(**sizes))}
+  nets = {'vgg16': VGG16(**sizes), 'lpips-vgg': heads(**sizes)}
+  return {row: randomised(net) for row, net in nets.items()}
+
+
+def states(nets):
+  """{row: its state dict under the published names}."""
+  return {
+    row: torchvisions(net) if row == 'convnext-small' else net.state_dict()
+    for row, net in nets.items()
+  }
+
+
+def saved(folder, states):
+  """{row: the file of its state dict}."""
+  files = {row: folder / f'{row}.pth' for row in states}
+  for row, path in files.items():
+    torch.save(states[row], path)
+  return files
 
 
 @torch.no_grad()

@@ -1,155 +1,122 @@
-"""The discriminators in plain torch, in f64: the tests' references.
+"""The discriminators in torch, in f64: the tests' references.
 
-DINO is a function over a dict with the published names; heads and PatchGAN
-are modules, spectral norm is torch's own.
+DINO is transformers' ViT, heads and PatchGAN are modules whose names are those
+of ours, spectral norm is torch's own.
 """
 
+import collections
+import functools
 import math
 
 import pytest
+import transformers
+
+from tests.encoders.references import randomise
+from tests.losses.torch_networks import MEAN, STD, normalised, renamed
 
 torch = pytest.importorskip('torch')
 F = torch.nn.functional
 spectral_norm = torch.nn.utils.spectral_norm
 
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class PatchGAN(torch.nn.Module):
-  """[b 3 h w] in [-1, 1] -> [b n]."""
-
-  def __init__(self, hidden, halvings, groups, pool):
-    super().__init__()
-    self.conv_in = torch.nn.Conv2d(3, hidden, 5, padding=2)
-    self.convs, self.norms = torch.nn.ModuleList(), torch.nn.ModuleList()
-    width = hidden
-    for i in range(halvings):
-      self.convs.append(torch.nn.Conv2d(width, hidden * 2**i, 3, padding=1))
-      width = hidden * 2**i
-      self.norms.append(torch.nn.GroupNorm(groups, width))
-    self.pool = torch.nn.AdaptiveMaxPool2d((pool, pool))
-    self.conv_mix = torch.nn.Conv2d(width, width, 1)
-    self.conv_out = torch.nn.Conv2d(width, 1, 5, padding=2)
-    for parameter in self.norms.parameters():
-      torch.nn.init.normal_(parameter, 1.0, 0.3)
-    self.double()
-
-  def blur(self, x):
-    """A 4 x 4 binomial, stride 2, padded so that n becomes ceil(n / 2)."""
-    row = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype)
-    kernel = torch.outer(row, row) / 64
-    pads = []
-    for n in (x.shape[3], x.shape[2]):
-      total = 2 if n % 2 == 0 else 3
-      pads += [1, total - 1]
-    c = x.shape[1]
-    return F.conv2d(
-      F.pad(x, pads), kernel.expand(c, 1, 4, 4), stride=2, groups=c
-    )
-
-  def forward(self, x):
-    x = F.leaky_relu(self.conv_in(x), 0.1)
-    for conv, norm in zip(self.convs, self.norms, strict=True):
-      x = F.leaky_relu(norm(self.blur(conv(x))), 0.1)
-    x = F.leaky_relu(self.conv_mix(self.pool(x)), 0.1)
-    return self.conv_out(x).flatten(1)
-
-  def leaves(self):
-    """{leaf name of ours: array}."""
-    convs = {'conv_in': self.conv_in, 'conv_mix': self.conv_mix}
-    convs['conv_out'] = self.conv_out
-    convs |= {f'conv{i}': conv for i, conv in enumerate(self.convs)}
-    out = {}
-    for name, conv in convs.items():
-      out[f'{name}/kernel'] = conv.weight.permute(2, 3, 1, 0)
-      out[f'{name}/bias'] = conv.bias
-    for i, norm in enumerate(self.norms):
-      out |= {f'norm{i}/scale': norm.weight, f'norm{i}/bias': norm.bias}
-    return arrays(out)
-
-
-def arrays(tensors):
-  return {
-    name: t.detach().float().numpy().copy() for name, t in tensors.items()
-  }
-
-
-def dino_file(width, depth, mlp, patch, side, seed=0):
-  """Random tensors under the names of the published file, f32."""
-  g = torch.Generator().manual_seed(seed)
-
-  def draw(*shape, scale=0.3, around=0.0):
-    return around + scale * torch.randn(*shape, generator=g)
-
-  out = {
-    'cls_token': draw(1, 1, width),
-    'pos_embed': draw(1, 1 + side * side, width),
-    'patch_embed.proj.weight': draw(width, 3, patch, patch, scale=0.5 / patch),
-    'patch_embed.proj.bias': draw(width),
-  }
-
-  def dense(name, fan_out, fan_in):
-    out[f'{name}.weight'] = draw(fan_out, fan_in, scale=fan_in**-0.5)
-    out[f'{name}.bias'] = draw(fan_out)
-
-  def norm(name):
-    out[f'{name}.weight'] = draw(width, around=1.0)
-    out[f'{name}.bias'] = draw(width)
-
-  for i in range(depth):
-    at = f'blocks.{i}'
-    norm(f'{at}.norm1')
-    dense(f'{at}.attn.qkv', 3 * width, width)
-    dense(f'{at}.attn.proj', width, width)
-    norm(f'{at}.norm2')
-    dense(f'{at}.mlp.fc1', mlp, width)
-    dense(f'{at}.mlp.fc2', width, mlp)
-  norm('norm')
+def leaves(tensors):
+  """{leaf name of ours: array} of (torch's name, tensor)."""
+  out = {}
+  for name, t in tensors:
+    home, _, last = name.rpartition('.')
+    if t.ndim > 1:
+      last, t = 'kernel', t.movedim((1, 0), (-2, -1))
+    last = {'weight': 'scale', 'weight_u': 'u', 'weight_v': 'v'}.get(last, last)
+    leaf = f'{home}.{last}'.replace('.', '/')
+    out[leaf] = t.detach().float().numpy().copy()
   return out
 
 
-def dino_taps(state, images, heads, taps):
+def draw_norms(model):
+  for name, parameter in model.named_parameters():
+    if 'norm' in name:
+      torch.nn.init.normal_(parameter, 1.0, 0.3)
+
+
+class Blur(torch.nn.Module):
+  """A 4 x 4 binomial, stride 2, padded so that n becomes ceil(n / 2)."""
+
+  def forward(self, x):
+    _, c, h, w = x.shape
+    row = x.new_tensor([1, 3, 3, 1]) / 8
+    kernel = torch.outer(row, row).expand(c, 1, 4, 4)
+    x = F.pad(x, (1, 1 + w % 2, 1, 1 + h % 2))
+    return F.conv2d(x, kernel, stride=2, groups=c)
+
+
+class PatchGAN(torch.nn.Sequential):
+  """[b 3 h w] in [-1, 1] -> [b n]."""
+
+  def __init__(self, hidden, halvings, groups, pool):
+    nn, width = torch.nn, hidden
+    layers = {'conv_in': nn.Conv2d(3, hidden, 5, padding=2)}
+    layers['act_in'] = nn.LeakyReLU(0.1)
+    for i in range(halvings):
+      before, width = width, hidden * 2**i
+      layers[f'conv{i}'] = nn.Conv2d(before, width, 3, padding=1)
+      layers[f'blur{i}'] = Blur()
+      layers[f'norm{i}'] = nn.GroupNorm(groups, width)
+      layers[f'act{i}'] = nn.LeakyReLU(0.1)
+    layers['pool'] = nn.AdaptiveMaxPool2d((pool, pool))
+    layers['conv_mix'] = nn.Conv2d(width, width, 1)
+    layers['act_mix'] = nn.LeakyReLU(0.1)
+    layers['conv_out'] = nn.Conv2d(width, 1, 5, padding=2)
+    layers['flat'] = nn.Flatten()
+    super().__init__(collections.OrderedDict(layers))
+    draw_norms(self)
+    self.double()
+
+  def leaves(self):
+    return leaves(self.named_parameters())
+
+
+def dino(spec):
+  """transformers' ViT of a `ViTSpec`'s sizes, every parameter drawn."""
+  config = transformers.ViTConfig(
+    hidden_size=spec.width,
+    num_hidden_layers=spec.depth,
+    num_attention_heads=spec.num_heads,
+    intermediate_size=spec.mlp_dim,
+    image_size=spec.grid[0] * spec.patch_size,
+    patch_size=spec.patch_size,
+    hidden_act='gelu_pytorch_tanh',
+    layer_norm_eps=1e-6,
+  )
+  return randomise(transformers.ViTModel(config, add_pooling_layer=False))
+
+
+DINO_NAMES = {
+  'embeddings.cls_token': 'cls_token',
+  'embeddings.position_embeddings': 'pos_embed',
+  'embeddings.patch_embeddings.projection': 'patch_embed.proj',
+  'layers.': 'blocks.',
+  'attention.q_proj': 'attn.qkv',
+  'attention.o_proj': 'attn.proj',
+  'layernorm_before': 'norm1',
+  'layernorm_after': 'norm2',
+  'layernorm': 'norm',
+}
+
+
+def dino_file(vit):
+  """Its state dict under the published names."""
+  state = vit.state_dict()
+  for key in [key for key in state if 'q_proj' in key]:
+    parts = [state.pop(key.replace('q_proj', f'{n}_proj')) for n in 'qkv']
+    state[key] = torch.cat(parts)
+  return renamed(state, DINO_NAMES)
+
+
+def taps_of(vit, taps, images):
   """[b 3 h w] in [0, 1] -> a list of [b c n], one a tap."""
-  state = {name: value.to(images.dtype) for name, value in state.items()}
-  kernel = state['patch_embed.proj.weight']
-  width, patch = kernel.shape[0], kernel.shape[-1]
-  side = patch * math.isqrt(state['pos_embed'].shape[1] - 1)
-  x = F.interpolate(images, (side, side), mode='bilinear', align_corners=False)
-  mean, std = (
-    torch.tensor(v, dtype=images.dtype)[:, None, None] for v in (MEAN, STD)
-  )
-  x = F.conv2d(
-    (x - mean) / std, kernel, state['patch_embed.proj.bias'], stride=patch
-  )
-  x = x.flatten(2).transpose(1, 2)
-  cls = state['cls_token'].expand(len(x), 1, width)
-  x = torch.cat([cls, x], 1) + state['pos_embed']
-
-  def dense(name, y):
-    return F.linear(y, state[f'{name}.weight'], state[f'{name}.bias'])
-
-  def norm(name, y):
-    scale, bias = state[f'{name}.weight'], state[f'{name}.bias']
-    return F.layer_norm(y, (width,), scale, bias, 1e-6)
-
-  def split(y):
-    return y.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-  found = []
-  while f'blocks.{len(found)}.norm1.weight' in state:
-    at = f'blocks.{len(found)}'
-    bias = state[f'{at}.attn.qkv.bias'].clone()
-    bias[width : 2 * width] = 0
-    y = F.linear(norm(f'{at}.norm1', x), state[f'{at}.attn.qkv.weight'], bias)
-    q, k, v = map(split, y.chunk(3, -1))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(width // heads)
-    y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    x = x + dense(f'{at}.attn.proj', y)
-    y = dense(f'{at}.mlp.fc1', norm(f'{at}.norm2', x))
-    x = x + dense(f'{at}.mlp.fc2', F.gelu(y, approximate='tanh'))
-    found.append(x[:, 1:].transpose(1, 2))
-  return [found[t] for t in taps]
+  x = F.interpolate(images, vit.config.image_size, mode='bilinear')
+  states = vit(normalised(x, MEAN, STD), output_hidden_states=True)
+  return [states.hidden_states[t + 1][:, 1:].transpose(1, 2) for t in taps]
 
 
 class Head(torch.nn.Module):
@@ -164,16 +131,14 @@ class Head(torch.nn.Module):
         eps=1e-12,
       )
 
-    def norm():
-      made = torch.nn.InstanceNorm1d(width, 1e-6, affine=True)
-      torch.nn.init.normal_(made.weight, 1.0, 0.3)
-      torch.nn.init.normal_(made.bias, 0.0, 0.3)
-      return made
-
-    self.enter, self.mix = conv(width, 1), conv(width, kernel)
-    self.out = conv(1, 1)
-    self.enter_norm, self.mix_norm = norm(), norm()
-    self.double()
+    self.enter, self.mix, self.out = (
+      conv(width, 1),
+      conv(width, kernel),
+      conv(1, 1),
+    )
+    self.enter_norm, self.mix_norm = (
+      torch.nn.InstanceNorm1d(width, 1e-6, affine=True) for _ in range(2)
+    )
 
   def forward(self, x):
     x = F.leaky_relu(self.enter_norm(self.enter(x)), 0.2)
@@ -182,32 +147,28 @@ class Head(torch.nn.Module):
 
 
 class DinoDiscriminator(torch.nn.Module):
-  """[b 3 h w] in [0, 1] -> [b n], over a file of `dino_file`."""
+  """[b 3 h w] in [0, 1] -> [b n], over the frozen ViT of `dino`."""
 
-  def __init__(self, state, heads, taps, kernel):
+  def __init__(self, vit, taps, kernel):
     super().__init__()
-    self.state, self.num_heads, self.taps = state, heads, taps
-    width = state['cls_token'].shape[-1]
-    self.heads = torch.nn.ModuleList(Head(width, kernel) for _ in taps)
+    # In a partial, the ViT's parameters are not this module's.
+    self.taps = functools.partial(
+      taps_of, vit.double().requires_grad_(False), taps
+    )
+    self.width = vit.config.hidden_size
+    for i in range(len(taps)):
+      self.add_module(f'head{i}', Head(self.width, kernel))
+    draw_norms(self)
+    self.double()
 
   def forward(self, images):
-    taps = dino_taps(self.state, images, self.num_heads, self.taps)
-    pairs = zip(self.heads, taps, strict=True)
+    pairs = zip(self.children(), self.taps(images), strict=True)
     return torch.cat([head(tap) for head, tap in pairs], 1)
 
   def leaves(self):
     """({leaf name: kernels and biases}, {leaf name: vectors}), ours."""
-    params, spectral = {}, {}
-    for i, head in enumerate(self.heads):
-      for name in ('enter', 'mix', 'out'):
-        conv, at = getattr(head, name), f'head{i}/{name}'
-        c, k = conv.weight_orig.shape[1:]
-        params[f'{at}/kernel'] = conv.weight_orig.permute(2, 1, 0)
-        params[f'{at}/bias'] = conv.bias
-        spectral[f'{at}/u'] = conv.weight_u
-        spectral[f'{at}/v'] = conv.weight_v.reshape(c, k).T.reshape(c * k)
-      for name in ('enter_norm', 'mix_norm'):
-        norm = getattr(head, name)
-        params[f'head{i}/{name}/scale'] = norm.weight
-        params[f'head{i}/{name}/bias'] = norm.bias
-    return arrays(params), arrays(spectral)
+    vectors = dict(self.named_buffers())
+    for name, v in vectors.items():
+      if name.endswith('_v'):  # torch's is of channels and then of taps
+        vectors[name] = v.reshape(self.width, -1).T.ravel()
+    return leaves(self.named_parameters()), leaves(vectors.items())

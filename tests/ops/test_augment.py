@@ -11,38 +11,32 @@ from vqrae_jax import sharding
 from vqrae_jax.ops import augment
 
 torch = pytest.importorskip('torch')
-
+F = torch.nn.functional
 
 SHIFTS = (-0.5, 0, 0.5)  # of brightness, saturation, contrast
 
 
 def reference(images, draws, cutout):
-  """Sample by sample, in f64, by moving slices; images [b h w 3] in [0, 1]."""
+  """Sample by sample, in f64; images [b h w 3] in [0, 1]."""
   out = []
-  for i, image in enumerate(images):
-    shift, hole = draws[i, :2], draws[i, 5:]
-    brightness, saturation, contrast = map(float, draws[i, 2:5] + SHIFTS)
-    x = image * 2 - 1
+  for x, draw in zip(2 * images - 1, draws.astype(float), strict=True):
     h, w = x.shape[:2]
-    moved = torch.zeros_like(x)
-    mh, mw = round(h / 8), round(w / 8)
-    dy = int(np.floor(shift[0] * (2 * mh + 1))) - mh
-    dx = int(np.floor(shift[1] * (2 * mw + 1))) - mw
-    # Row r of the result is row r + dy of the image.
-    rows = range(max(0, -dy), min(h, h - dy))
-    columns = range(max(0, -dx), min(w, w - dx))
-    for r in rows:
-      for c in columns:
-        moved[r, c] = x[r + dy, c + dx]
-    x = moved + brightness
+    most = round(h / 8), round(w / 8)
+    down, right = (
+      int(u * (2 * m + 1)) for u, m in zip(draw[:2], most, strict=True)
+    )
+    x = F.pad(x, (0, 0, most[1], most[1], most[0], most[0]))
+    x = x[down : down + h, right : right + w]
+    brightness, saturation, contrast = draw[2:5] + SHIFTS
+    x = x + brightness
     grey = x.mean(2, keepdim=True)
     x = (x - grey) * 2 * saturation + grey
     x = (x - x.mean()) * contrast + x.mean()
     if cutout:
-      keep = torch.ones(h, w, 1, dtype=x.dtype)
+      keep = torch.ones_like(x)
       ch, cw = round(h * cutout), round(w * cutout)
-      top = int(np.floor(hole[0] * (h + 1 - ch % 2))) - ch // 2
-      left = int(np.floor(hole[1] * (w + 1 - cw % 2))) - cw // 2
+      top = int(draw[5] * (h + 1 - ch % 2)) - ch // 2
+      left = int(draw[6] * (w + 1 - cw % 2)) - cw // 2
       keep[max(top, 0) : top + ch, max(left, 0) : left + cw] = 0
       x = x * keep
     out.append((x + 1) / 2)

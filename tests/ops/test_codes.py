@@ -1,4 +1,4 @@
-"""Nearest codes, counts, digits."""
+"""Nearest codes and counts."""
 
 import jax
 import jax.numpy as jnp
@@ -69,12 +69,3 @@ def test_usage_and_perplexity():
   counts = jnp.array([[1, 1, 1, 1], [4, 0, 0, 0], [0, 0, 0, 0]])
   np.testing.assert_allclose(codes.usage(counts), [1, 0.25, 0])
   np.testing.assert_allclose(codes.perplexity(counts), [4, 1, 1], rtol=1e-5)
-
-
-@pytest.mark.parametrize('last', (True, False))
-def test_digits_round_trip(last):
-  levels = (8, 5, 3, 2)
-  places = codes.radix_strides(levels, last_is_least=last)
-  indices = jnp.arange(8 * 5 * 3 * 2)
-  digits = codes.index_to_digits(indices, places, levels)
-  np.testing.assert_array_equal(codes.digits_to_index(digits, places), indices)
