@@ -81,8 +81,25 @@ def test_ema_update_is_the_formula():
   won, idle = count > 0, count == 0
   want = w2[won] / smooth[won, None]
   np.testing.assert_allclose(new['codes'][won], want, rtol=1e-5)
-  # Not a bit, or after thousands of steps they would lie at the origin.
   np.testing.assert_array_equal(new['codes'][idle], old['codes'][idle])
+
+
+def test_idle_codes_stay_where_they_are():
+  """Not at the origin, beside each other, after thousands of steps."""
+  quantizer = made(2, num_codes=3)
+  codes = jnp.array([[1.0, 0], [5.0, 5.0], [-5.0, 5.0]])
+  codebook = dict(codes=codes, counts=jnp.ones(3), sums=codes)
+  stats = dict(
+    counts=jnp.array([[9, 0, 0]]), sums=jnp.array([[[9.0, 0]] + [[0.0, 0]] * 2])
+  )
+  step = jax.jit(quantizer.update_codebook)
+  for _ in range(4000):
+    codebook = step(codebook, stats)
+  np.testing.assert_array_equal(codebook['codes'][1:], codes[1:])
+  # One that wins again moves to its tokens.
+  back = dict(counts=jnp.array([[9, 1, 0]]), sums=jnp.full((1, 3, 2), 2.0))
+  moved = step(codebook, back)['codes'][1]
+  np.testing.assert_allclose(moved, 2.0, rtol=2e-2)
 
 
 def test_stats_are_sums_over_tokens():
