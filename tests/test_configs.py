@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import pathlib
 import re
 
 import jax
@@ -23,7 +24,8 @@ from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 from vqrae_jax.train.__main__ import default_workdir
 
-NAMES = sorted({p.stem for p in make.CONFIGS.glob('[!_]*.py')} - {'common'})
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+NAMES = sorted({p.stem for p in CONFIGS.glob('[!_]*.py')} - {'common'})
 SMALL = {'quickstart', 'two_stages_small'}  # from scratch, of no paper
 LARGE = [n for n in NAMES if n not in SMALL]
 # With what else they can be asked for; None is the recipe itself.
@@ -97,7 +99,7 @@ def test_builds_with_all_its_networks(name, arguments):
 
 def launch_lines(name):
   """(config's source, {flag: value}) of each command in a docstring."""
-  text = (make.CONFIGS / f'{name}.py').read_text()
+  text = (CONFIGS / f'{name}.py').read_text()
   for line in ast.get_docstring(ast.parse(text)).splitlines():
     if line.startswith('python -m vqrae_jax.train '):
       flags = dict(
