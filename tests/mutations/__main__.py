@@ -27,8 +27,7 @@ def main(argv: list[str]) -> int:
   ]
   if args.names and not chosen:
     parser.error(f'no name of a fault contains {" or ".join(args.names)}')
-  options = [f'-n{args.j}', '-v', '--durations=0']
-  return pytest.main(options + (chosen or [path]))
+  return pytest.main([f'-n{args.j}', '-vv', *(chosen or [path])])
 
 
 if __name__ == '__main__':
