@@ -1,4 +1,4 @@
-"""Tiny runs in processes of their own."""
+"""Tiny runs: their configs, their starts, and processes of their own."""
 
 import json
 import pathlib
@@ -8,10 +8,16 @@ import subprocess
 import sys
 import time
 
+import jax
 from PIL import Image
 
 from tests import tiny
+from tests.train import pieces
+from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import initialize
+from vqrae_jax.train import setup as setup_lib
 
+OPEN = (('.*', dict(lr=1e-3)),)
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GAN_STEPS = 16
 
@@ -25,10 +31,8 @@ def main(argv):
     jax.distributed.initialize(address, int(count), int(rank))
   from vqrae_jax import sharding
   from vqrae_jax.train import loop
-  config = json.loads(config)
-  config['schedules'] = tuple(map(tuple, config['schedules']))
   sharding.compile_afresh_on_cpu()
-  loop.train(config, workdir)
+  loop.train(json.loads(config), workdir)
 cli.run(main)
 """
 
@@ -40,23 +44,32 @@ def free_address() -> str:
     return f'127.0.0.1:{s.getsockname()[1]}'
 
 
-def plain(folder: pathlib.Path, **keys) -> dict:
+def setup(config: dict, mesh=None) -> setup_lib.Setup:
+  return setup_lib.setup(config_lib.read_config(config), mesh)
+
+
+def begun(config: dict, mesh=None) -> initialize.Started:
+  """The run's state at step 0."""
+  made = setup(config, mesh)
+  with jax.set_mesh(made.mesh):
+    return initialize.initialize(made)
+
+
+def plain(folder: pathlib.Path, kind: str = 'vq-ema', **keys) -> dict:
   """A run of 4 steps on the images of `folder`, each step saved."""
   data = dict(source=str(folder), image_size=16)
   log = dict(every=1, images_every=0, usage_window=5, tensorboard=False)
   config = dict(data=data, log=log, checkpoint=dict(every=1, keep=3), ema=0.9)
-  return tiny.run('vq-ema', **config | keys)
+  return tiny.run(kind, **config | keys)
 
 
 def gan(folder: pathlib.Path, **keys) -> dict:
   """16 steps with a discriminator that starts after the first ones."""
-  vit = dict(width=16, depth=2, mlp_dim=32, num_heads=2, grid=(2, 2))
-  fields = dict(vit=vit, taps=(1, 0), kernel=3)
   config = dict(
     checkpoint=dict(every=3, keep=2),
     mesh=dict(layout='fsdp'),
     losses=tiny.LOSSES['vq-ema'] | dict(gan=dict(weight=0.5, start=4)),
-    discriminator=dict(name='dino', fields=fields, start=2, lecam=0.01),
+    discriminator=pieces.DINO | dict(start=2),
     init=dict(networks='random'),
     schedules=(('encoder/embed/.*', None), ('.*', dict(lr=1e-3, warmup=3))),
     duration=GAN_STEPS,
@@ -65,18 +78,24 @@ def gan(folder: pathlib.Path, **keys) -> dict:
 
 
 def images(folder: pathlib.Path) -> pathlib.Path:
-  """Fills a new folder with five images; returns it."""
+  """Fills a new folder with four images; returns it."""
   folder.mkdir()
-  for i in range(5):
-    Image.fromarray(tiny.images(1, 20, 30, seed=i)[0]).save(folder / f'{i}.png')
+  for i in range(4):
+    image = Image.fromarray(tiny.images(1, 40, 48, seed=i)[0])
+    image.save(folder / f'image{i}.png')
   return folder
 
 
 def started(config, workdir, devices, address='', count=1, rank=0):
   """The process of a run, or one of `count` of it."""
-  words = [workdir, json.dumps(config), address, count, rank]
+  words = workdir, json.dumps(config), address, count, rank
+  return python(WORKER, devices, *words)
+
+
+def python(code, devices, *words):
+  """A process that runs `code` on so many devices."""
   return subprocess.Popen(
-    [sys.executable, '-c', WORKER, *map(str, words)],
+    [sys.executable, '-c', code, *map(str, words)],
     cwd=ROOT,
     env=tiny.alone(devices) | {'PYTHONPATH': str(ROOT)},
     stderr=subprocess.PIPE,

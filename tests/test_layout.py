@@ -78,30 +78,21 @@ def test_data_and_encoders_need_no_device():
 
 
 def test_public_names():
-  assert set(vqrae_jax.__all__) == {
-    'UserError',
-    'build_tokenizer',
-    'codebook_usage',
-    'decode_from_indices',
-    'encode',
-    'encode_to_indices',
-    'load_encoder',
-    'load_tokenizer',
+  names = set(vqrae_jax.__all__)
+  assert names == {
+    'UserError', 'build_tokenizer', 'codebook_usage', 'decode_from_indices',
+    'encode', 'encode_to_indices', 'load_encoder', 'load_tokenizer',
     'reconstruct',
-  }
-  for name in vqrae_jax.__all__:
-    assert getattr(vqrae_jax, name).__doc__
+  }  # fmt: skip
+  assert all(getattr(vqrae_jax, name).__doc__ for name in names)
   # A submodule of a function's name would replace it.
-  files = {p.stem for p in PACKAGE.rglob('*.py')}
-  assert not (files | {p.parent.name for p in PACKAGE.rglob('*.py')}) & set(
-    vqrae_jax.__all__
-  )
+  assert not names & {path.stem for path in PACKAGE.rglob('*')}
 
 
 def test_configs_import_ml_collections_and_common_only():
-  recipes = [p.stem for p in (PACKAGE.parent / 'configs').glob('*.py')]
-  for path in (PACKAGE.parent / 'configs').glob('*.py'):
-    allowed = {'ml_collections', 'configs.common'}
-    # Models of other recipes.
-    allowed |= {'importlib', *(f'configs.{name}' for name in recipes)}
+  configs = [*(PACKAGE.parent / 'configs').glob('*.py')]
+  # Recipes import the models of others.
+  allowed = {'ml_collections', 'importlib'}
+  allowed |= {f'configs.{path.stem}' for path in configs}
+  for path in configs:
     assert set(imports(path)) <= allowed, path

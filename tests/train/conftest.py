@@ -1,22 +1,16 @@
 """Images and finished runs that the tests of this room share."""
 
+import functools
+
 import pytest
-from absl import logging
-from PIL import Image
 
-from tests import tiny
-
-OPEN = (('.*', dict(lr=1e-3)),)
+from tests import runs
+from vqrae_jax.train import loop
 
 
 @pytest.fixture(scope='session')
 def images(tmp_path_factory):
-  """A folder of four images of 40x48."""
-  folder = tmp_path_factory.mktemp('images')
-  for i in range(4):
-    pixels = tiny.images(1, 40, 48, seed=i)[0]
-    Image.fromarray(pixels).save(folder / f'image{i}.png')
-  return folder
+  return runs.images(tmp_path_factory.mktemp('shared') / 'images')
 
 
 @pytest.fixture(scope='session')
@@ -25,14 +19,8 @@ def run_config(images):
   encoder frozen."""
 
   def config(kind='vq-ema', **keys):
-    base = dict(
-      data=dict(source=str(images), image_size=16),
-      log=dict(every=1, images_every=0, usage_window=2, tensorboard=False),
-      schedules=(('encoder/.*', None), ('.*', dict(lr=1e-3))),
-      duration=2,
-      checkpoint=dict(every=1),
-    )
-    return tiny.run(kind, **(base | keys))
+    base = dict(schedules=(('encoder/.*', None), *runs.OPEN), duration=2)
+    return runs.plain(images, kind, **base | keys)
 
   return config
 
@@ -40,18 +28,12 @@ def run_config(images):
 @pytest.fixture(scope='session')
 def simvq_config(run_config):
   """As `run_config`, of a SimVQ run that trains all of the tokenizer."""
-
-  def config(**keys):
-    return run_config('simvq-l2', **(dict(schedules=OPEN) | keys))
-
-  return config
+  return functools.partial(run_config, 'simvq-l2', schedules=runs.OPEN)
 
 
 @pytest.fixture(scope='session')
 def simvq_run(simvq_config, tmp_path_factory):
   """A finished run of `simvq_config`: copy it, do not change it."""
-  from vqrae_jax.train import loop
-
   workdir = tmp_path_factory.mktemp('runs') / 'simvq'
   loop.train(simvq_config(), workdir)
   return workdir
@@ -60,21 +42,13 @@ def simvq_run(simvq_config, tmp_path_factory):
 @pytest.fixture(scope='session')
 def vq_run(run_config, tmp_path_factory):
   """A finished run of `run_config`: copy it, do not change it."""
-  from vqrae_jax.train import loop
-
   workdir = tmp_path_factory.mktemp('runs') / 'vq'
   loop.train(run_config(seed=5), workdir)
   return workdir
 
 
 @pytest.fixture
-def log(monkeypatch):
-  """{"info", "warning": lines} of what is logged."""
-  lines = {'info': [], 'warning': []}
-  for level, found in lines.items():
-    monkeypatch.setattr(
-      logging,
-      level,
-      lambda words, *x, to=found: to.append(words % x if x else str(words)),
-    )
-  return lines
+def log(caplog):
+  """`caplog`, of lines for information too."""
+  caplog.set_level('INFO', 'absl')
+  return caplog

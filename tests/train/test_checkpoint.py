@@ -1,8 +1,6 @@
 """A checkpoint is whole or not used, and opens on any mesh."""
 
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +40,6 @@ def state(plan):
   return from_leaves(target, leaves)
 
 
-def host(tree):
-  leaves = trees.flatten(tree)
-  leaves['rng'] = jax.random.key_data(leaves['rng'])
-  return {n: np.asarray(x) for n, x in leaves.items()}
-
-
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory, state):
   """Three saves, of which two are kept."""
@@ -65,66 +57,38 @@ def kept(saved, tmp_path):
   return Checkpoints(folder, keep=2)
 
 
-def flip(path):
-  raw = bytearray(path.read_bytes())
-  raw[len(raw) // 2] ^= 1
-  path.write_bytes(raw)
-
-
-def largest(folder):
-  files = [p for p in folder.rglob('*') if p.is_file()]
-  return max(files, key=lambda p: p.stat().st_size)
-
-
-def empty(folder):
-  for path in folder.rglob('*'):
-    if path.is_file():
-      path.unlink()
-
-
-def metadata(folder):
-  return folder / '_CHECKPOINT_METADATA'
-
-
-def sums(folder):
-  return next(folder.glob('sha256.*.json'))
-
-
-# What disks, people and kills do to a step: {how: (what it does, the line)}.
+HASHES, MANIFEST = 'sha256.0-of-1.json', '_CHECKPOINT_METADATA'
+# What disks, people and kills do to a step: {how: (to which files, what they
+# hold then, the line)}.
 DAMAGES = {
-  'a flipped bit': (lambda f: flip(largest(f)), 'is changed'),
-  'a truncated file': (
-    lambda f: largest(f).write_bytes(largest(f).read_bytes()[:-9]),
-    'is changed',
+  'a flipped bit': (
+    'state/d/*', lambda b: b[:-1] + bytes([b[-1] ^ 1]), 'is changed',
   ),
-  'a missing file': (lambda f: largest(f).unlink(), 'is missing'),
-  'another file': (lambda f: (f / 'state/d/x').write_text(''), 'is changed'),
-  'an empty folder': (empty, 'is empty'),
-  'a save killed before its hashes': (
-    lambda f: sums(f).unlink(), 'was not completed',
-  ),
-  'a changed manifest': (
-    lambda f: metadata(f).write_text(metadata(f).read_text() + ' '),
-    'METADATA is changed',
-  ),
-  'a flipped digit': (
-    lambda f: sums(f).write_text(sums(f).read_text()[:-3] + 'x"}'),
-    'is changed',
-  ),
-  'a torn manifest': (lambda f: sums(f).write_text('{"x": '), 'be read'),
-  'a list': (lambda f: sums(f).write_text('[1, 2]'), 'cannot be read'),
-  'a number': (lambda f: sums(f).write_text('5'), 'cannot be read'),
-  'a deep list': (lambda f: sums(f).write_text(100_000 * '['), 'be read'),
-  'an older form': (
-    lambda f: (empty(f), f.with_suffix('.json').write_text('{}')), '0d4c29b',
-  ),
+  'a missing file': ('state/d/*', None, 'is missing'),
+  'a file that was not hashed': (HASHES, lambda _: b'{}', 'is changed'),
+  'an empty folder': ('**/*', None, 'is empty'),
+  'a save killed before its hashes': (HASHES, None, 'was not completed'),
+  'a changed manifest': (MANIFEST, lambda b: b + b' ', 'METADATA is changed'),
+  'a flipped digit': (HASHES, lambda b: b[:-3] + b'x"}', 'is changed'),
+  'a torn list of hashes': (HASHES, lambda _: b'{"x": ', 'cannot be read'),
+  'a number': (HASHES, lambda _: b'5', 'cannot be read'),
+  'a deep list': (HASHES, lambda _: 100_000 * b'[', 'cannot be read'),
 }  # fmt: skip
+
+
+def damage(folder, files, change=None):
+  """Changes each such file's bytes; without `change` it is gone."""
+  for path in folder.glob(files):
+    if path.is_file() and change:
+      path.write_bytes(change(path.read_bytes()))
+    elif path.is_file():
+      path.unlink()
 
 
 @pytest.mark.parametrize('how', DAMAGES)
 def test_damage_falls_back_to_the_step_before(kept, tmp_path, how, caplog):
-  damage, words = DAMAGES[how]
-  damage(tmp_path / 'checkpoints' / '00000003')
+  files, change, words = DAMAGES[how]
+  damage(tmp_path / 'checkpoints' / '00000003', files, change)
   assert kept.latest()['says'] == 2
   (line,) = [r.message for r in caplog.records if r.levelname == 'WARNING']
   assert 'checkpoint 3 is not used' in line and words in line
@@ -138,9 +102,12 @@ def test_a_manifest_of_another_version_is_refused(kept, tmp_path):
 
 def test_none_intact_is_an_error_and_a_killed_first_save_is_not(kept, tmp_path):
   folder = tmp_path / 'checkpoints'
-  empty(folder / '00000002')
-  sums(folder / '00000003').unlink()
+  damage(folder / '00000002', '**/*')
+  damage(folder / '00000003', HASHES)
   with pytest.raises(UserError, match='step 2: it is empty'):
+    kept.latest()
+  (folder / '00000002.json').touch()  # beside steps of an older form
+  with pytest.raises(UserError, match='step 2: .*0d4c29b'):
     kept.latest()
   shutil.rmtree(folder / '00000002')
   assert kept.latest() is None and kept.steps() == []
@@ -154,15 +121,14 @@ def test_retention_and_what_is_never_removed(kept, tmp_path, state):
   for name in users:
     (folder / name).mkdir()
     (folder / name / 'notes').write_text('mine')
-  metadata(folder / '20240101').write_text('{"custom_metadata": {}}')
+  (folder / '20240101' / MANIFEST).write_text('{"custom_metadata": {}}')
   (tmp_path / 'link').symlink_to(folder)
   kept = Checkpoints(tmp_path / 'link', keep=2)
   (folder / '00000009').mkdir()
   (folder / '00000007.orbax-checkpoint-tmp').mkdir()
   assert kept.latest()['step'] == 3
   kept.begin_from(2)
-  left = {p.name for p in folder.iterdir()}
-  assert left == {*users, '00000002'}
+  assert {p.name for p in folder.iterdir()} == {*users, '00000002'}
   for step in (3, 4):
     kept.save(step, {'w': jnp.ones(3)}, {})
   kept.close()
@@ -183,8 +149,8 @@ def test_a_state_of_8_devices_opens_on_fewer(
   mesh = sharding.make_mesh(layout, jax.devices()[:devices], tensor)
   target, _ = state_lib.state_shapes(plan, mesh)
   found = kept.restore(kept.latest(), target)
-  want = host(state.replace(step=jnp.int32(3)))
-  for name, leaf in host(found).items():
+  want = as_leaves(state.replace(step=jnp.int32(3)))
+  for name, leaf in as_leaves(found).items():
     np.testing.assert_array_equal(leaf, want[name], err_msg=name)
   places = trees.flatten(sharding.shardings_for(target, mesh))
   for name, leaf in trees.flatten(found).items():
@@ -194,9 +160,7 @@ def test_a_state_of_8_devices_opens_on_fewer(
 def test_another_model_is_named(kept):
   other = pieces.planned(KIND, model=tiny.model(KIND, num_codes=32)).spec
   target, _ = state_lib.state_shapes(other, sharding.make_mesh('dp'))
-  with pytest.raises(
-    UserError, match=r'does not fit the model: codebook/quantizer/codes is'
-  ):
+  with pytest.raises(UserError, match='fit the model: codebook/quantizer'):
     kept.restore(kept.latest(), target)
 
 
@@ -218,28 +182,18 @@ def test_saving_does_not_wait_and_does_not_see_later_steps(tmp_path):
   kept.close()
 
 
-# What happens to a disk: {how: (before the save, the line)}.
-DISKS = {
-  'full': (
-    'resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))', 'too large',
-  ),
-  'not a folder': (
-    "shutil.rmtree(folder); open(folder, 'w').close()", 'Not a directory',
-  ),
-}  # fmt: skip
-SAVES = """
-import resource, shutil, sys
+FULL_DISK = """
+import resource
 import jax.numpy as jnp, numpy as np
 from vqrae_jax import cli
 from vqrae_jax.train.checkpoint import Checkpoints
 
-def main(_):
-  folder = sys.argv[1]
-  kept = Checkpoints(folder)
+def main(argv):
+  kept = Checkpoints(argv[0])
   state = {'w': jnp.asarray(np.random.default_rng(0).random((99, 99)))}
   kept.save(1, state, {})
   kept.wait()
-  DISK
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
   try:
     kept.save(2, state, {})
     kept.wait()
@@ -250,21 +204,13 @@ cli.run(main)
 """
 
 
-@pytest.mark.parametrize('how', DISKS)
-def test_a_disk_that_cannot_be_written_is_one_line(how, tmp_path):
-  disk, words = DISKS[how]
-  done = subprocess.run(
-    [sys.executable, '-c', SAVES.replace('DISK', disk), tmp_path / 'x'],
-    env=tiny.alone(1),
-    cwd=runs.ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2
-  info, error = done.stderr.splitlines()
+def test_a_full_disk_is_one_line(tmp_path):
+  process = runs.python(FULL_DISK, 1, tmp_path / 'x')
+  info, error = process.communicate(timeout=900)[1].splitlines()
+  assert process.returncode == 2
   assert 'checkpoint 1 is written' in info
   assert error.startswith('error: a checkpoint could not be written')
-  assert words in error
+  assert 'too large' in error
 
 
 def test_a_url_without_its_library_is_one_line():
