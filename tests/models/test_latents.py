@@ -1,7 +1,6 @@
 """Normalized latents: the arithmetic, the files of statistics, the errors."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import vqrae_jax
 from tests import tiny
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.latents import leaves_of
-from vqrae_jax.models.tokenizer import build_tokenizer, describe
+from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.specs import LatentsSpec
 
 NORMS = ('channel', 'position')
@@ -55,18 +54,6 @@ def test_channels_take_any_grid_and_positions_their_own():
   for function, x in (encode, wide), (decode, indices):
     with pytest.raises(UserError, match='2x6 .*4x4'):
       shape(position, function, x)
-
-
-def test_no_norm_is_a_config_without_the_section():
-  model = tiny.model('vq-ema')
-  plain = describe(build_tokenizer(model))
-  none = build_tokenizer(model | dict(latents=dict(norm='none')))
-  assert describe(none) == plain and 'latents' not in plain
-  for latents in (dict(norm='channel'), dict(norm='position', grid=(4, 4))):
-    tokenizer = build_tokenizer(model | dict(latents=latents))
-    config = json.loads(json.dumps(describe(tokenizer)))
-    assert build_tokenizer(config) == tokenizer
-    assert describe(tokenizer).items() >= plain.items()
 
 
 @pytest.mark.parametrize(
