@@ -214,8 +214,6 @@ BAD = [
   ('', '--source'),
   ('--source=vqrae_torch:no.pt --out=ours', 'no.pt'),
   ('--source=vqrae_torch:w.pt --out=ours', '--config'),
-  (ENCODER, 'w.pt .*config.json'),
-  (ENCODER + ' --row=dinov2-base', 'w.pt does not fit'),
   ('--source=dinov2-base --out=ours --row=dinov2-large', '--row=dinov2-large'),
   (ENCODER + ' --dtype=float16', 'did you mean "bfloat16"'),
   (ENCODER + ' --config=c.py', '--config'),
