@@ -22,20 +22,15 @@ def made(kind):
   return tiny.built(tiny.model(kind, depth=1, post_quant=dict(kernel=3)))
 
 
-@pytest.fixture
-def saved(tmp_path):
-  def save(kind):
-    tokenizer, variables = made(kind)
-    export.save_tokenizer(tokenizer, variables, tmp_path / 'tokenizer')
-    return tmp_path / 'tokenizer'
-
-  return save
+def saved(kind, folder):
+  export.save_tokenizer(*made(kind), folder / 'tokenizer')
+  return folder / 'tokenizer'
 
 
 @pytest.mark.parametrize('kind', ('vq-ema', 'simvq-cosine'))
-def test_what_is_opened_is_what_was_saved(kind, saved):
+def test_what_is_opened_is_what_was_saved(kind, tmp_path):
   tokenizer, variables = made(kind)
-  path = saved(kind)
+  path = saved(kind, tmp_path)
   opened, opened_variables = vqrae_jax.load_tokenizer(path)
   assert opened == tokenizer
   before, after = map(trees.flatten, (variables, opened_variables))
@@ -52,7 +47,7 @@ def test_what_is_opened_is_what_was_saved(kind, saved):
   dots = [e for e in program.jaxpr.eqns if e.primitive.name == 'dot_general']
   assert not any(f'f32[{opened.codebook_size},' in str(e) for e in dots)
   # Saved again, whatever it runs in: the same bytes.
-  again = path.with_name('again')
+  again = tmp_path / 'again'
   half, _ = vqrae_jax.load_tokenizer(path, dtype='bfloat16', remat=True)
   assert half.encoder_spec.vit.dtype == half.quantizer.dtype == 'bfloat16'
   first = json.loads((path / export.CONFIG).read_text())
@@ -60,7 +55,7 @@ def test_what_is_opened_is_what_was_saved(kind, saved):
   assert second == first['fingerprint']
   for name in (export.CONFIG, export.WEIGHTS):
     assert (again / name).read_bytes() == (path / name).read_bytes()
-  assert {p.name for p in path.parent.iterdir()} == {'tokenizer', 'again'}
+  assert {*tmp_path.iterdir()} == {path, again}
 
 
 def test_the_fingerprint_is_pinned():
@@ -98,39 +93,37 @@ def another_name(file):
     (another_name, 'missing params/decoder/head/bias.*unknown more'),
   ],
 )
-def test_damage_is_named(damage, words, saved):
+def test_damage_is_named(damage, words, tmp_path):
   """More of it in `tests/test_bad_inputs.py`."""
-  path = saved('fsq-cosmos')
+  path = saved('fsq-cosmos', tmp_path)
   damage(path / export.WEIGHTS)
   with pytest.raises(UserError, match=words):
     vqrae_jax.load_tokenizer(path)
 
 
-@pytest.mark.parametrize(
-  'name, text', [('thesis.txt', 'mine'), ('config.json', '{"model_type": "x"}')]
-)
-def test_what_is_no_tokenizer_is_not_replaced(name, text, saved, tmp_path):
+@pytest.mark.parametrize('name', ('thesis.txt', 'config.json'))
+def test_what_is_no_tokenizer_is_not_replaced(name, tmp_path):
   """A folder of something else, and a tokenizer with something beside it."""
-  other, tokenizer = tmp_path / 'other', saved('fsq-cosmos')
+  other, tokenizer = tmp_path / 'other', saved('fsq-cosmos', tmp_path)
   other.mkdir()
-  (other / name).write_text(text)
+  (other / name).write_text('{"model_type": "x"}')
   (tokenizer / 'notes.txt').write_text('mine')
   for path, words in (other, f'{name}|no tokenizer'), (tokenizer, 'notes.txt'):
     with pytest.raises(UserError, match=f'is not replaced: .*({words})'):
       export.save_tokenizer(*made('fsq-cosmos'), path)
-  assert (other / name).read_text() == text
+  assert (other / name).read_text() == '{"model_type": "x"}'
 
 
-def test_a_failed_write_leaves_the_old_tokenizer(saved, monkeypatch):
+def test_a_failed_write_leaves_the_old_tokenizer(tmp_path, monkeypatch):
   """And nothing beside it."""
-  path = saved('fsq-cosmos')
+  path = saved('fsq-cosmos', tmp_path)
   before = (path / export.WEIGHTS).read_bytes()
   full = mock.Mock(side_effect=OSError('disk full'))
   monkeypatch.setattr('safetensors.numpy.save_file', full)
   with pytest.raises(OSError, match='disk full'):
     export.save_tokenizer(*made('fsq-cosmos'), path)
   assert (path / export.WEIGHTS).read_bytes() == before
-  assert [*path.parent.iterdir()] == [path]
+  assert [*tmp_path.iterdir()] == [path]
   vqrae_jax.load_tokenizer(path)
 
 

@@ -177,10 +177,9 @@ def _big_vision_block(state, at, heads):
     ours = f'MultiHeadDotProductAttention_0/{name}'
     out |= {f'{ours}/kernel': w, f'{ours}/bias': b}
   for n in (0, 1):
-    for ours, theirs, leaf in (
-      (f'MlpBlock_0/Dense_{n}', f'mlp.fc{n + 1}', 'kernel'),
-      (f'LayerNorm_{n}', f'layer_norm{n + 1}', 'scale'),
-    ):
+    dense = f'MlpBlock_0/Dense_{n}', f'mlp.fc{n + 1}', 'kernel'
+    norm = f'LayerNorm_{n}', f'layer_norm{n + 1}', 'scale'
+    for ours, theirs, leaf in (dense, norm):
       out[f'{ours}/{leaf}'] = state[f'{at}{theirs}.weight'].T
       out[f'{ours}/bias'] = state[f'{at}{theirs}.bias']
   return out

@@ -128,9 +128,7 @@ def test_weights_that_transformers_does_not_find(copy, run):
     ('write_safetensors', mock.Mock(side_effect=UserError('full')), 'full'),
   ],
 )
-def test_what_fails_leaves_nothing(
-  name, value, words, tmp_path, monkeypatch, run
-):
+def test_failing_leaves_nothing(name, value, words, tmp_path, monkeypatch, run):
   """Too far from the reference, and a disk that is full."""
   monkeypatch.setattr(convert, name, value)
   with pytest.raises(UserError, match=words):

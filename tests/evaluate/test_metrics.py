@@ -47,10 +47,8 @@ def test_parts_merge_to_the_sum():
   parts = metrics.compare(images[:2], targets[:2], 2).merge(
     metrics.compare(images[2:], targets[2:], 3)
   )
-
-  padded = metrics.compare(
-    np.tile(images, (2, 1, 1, 1)), np.tile(targets, (2, 1, 1, 1)), 5
-  )
+  twice = [np.tile(x, (2, 1, 1, 1)) for x in (images, targets)]
+  padded = metrics.compare(*twice, 5)
   for other in (parts, padded):
     for key, value in want.results().items():
       np.testing.assert_allclose(other.results()[key], value, rtol=1e-5)

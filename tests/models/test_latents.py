@@ -94,9 +94,7 @@ def test_both_layouts_are_read(tmp_path):
 @pytest.mark.parametrize(
   'spec, arrays, words',
   [
-    (CHANNEL, dict(mean=np.ones(7)), r'\(7,\).*\(8,\)'),
     (CHANNEL, dict(mean=np.ones((4, 5, 8))), r'\(4, 5, 8\).*\(8,\)'),
-    (POSITION, dict(mean=np.ones(8)), r'\(4, 5, 8\).*\(8, 4, 5\)'),
     (POSITION, dict(mean=np.ones((5, 4, 8))), r'\(5, 4, 8\).*\(4, 5, 8\)'),
     (CHANNEL, dict(mean=np.ones(8), var=np.ones(7)), r'\(8,\) .*\(7,\)'),
     (CHANNEL, dict(mean=np.ones(8), var=-np.ones(8)), 'var'),
@@ -106,9 +104,7 @@ def test_both_layouts_are_read(tmp_path):
     (LatentsSpec('position', (8, 8)), dict(mean=np.ones((8, 8, 8))), 'channel'),
   ],
 )
-def test_a_file_that_does_not_fit_shows_both_sides(
-  spec, arrays, words, tmp_path
-):
+def test_a_misfit_shows_both_sides(spec, arrays, words, tmp_path):
   path = written(tmp_path, **arrays)
   with pytest.raises(UserError, match=words) as error:
     leaves_of(path, spec, 8)
