@@ -48,20 +48,17 @@ FORMS = QUANTIZERS | {
 # Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
 AS_USERS = flags.AS_USERS
 
-# For processes of their own: the suite's cache of compilations.
-CACHE = {
-  'JAX_COMPILATION_CACHE_DIR': str(
-    pathlib.Path(__file__).resolve().parents[1] / '.jax_cache'
-  ),
-  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
-}
-
 
 def alone(devices: int) -> dict[str, str]:
   """The environment of a process with so many fake devices, compiled as the
-  suite is."""
-  quick = {'XLA_FLAGS': flags.devices(devices), 'JAX_PLATFORMS': 'cpu'}
-  return os.environ | CACHE | quick
+  suite is, in the suite's cache of compilations."""
+  cache = pathlib.Path(__file__).resolve().parents[1] / '.jax_cache'
+  return os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': flags.devices(devices),
+  }
 
 
 # Losses that move every leaf of each quantizer.
@@ -102,7 +99,7 @@ def images(batch: int, h: int = 16, w: int = 16, seed: int = 0):
   return np.round(np.clip(smooth + noise, 0, 1) * 255).astype(np.uint8)
 
 
-def built(config: dict, seed: int = 1, spread: float = 1.0):
+def built(config: dict, seed: int = 1):
   """(tokenizer, variables), the code table spread over the latents.
 
   Fresh latents are nearly the same for every token; the learned positions
@@ -112,7 +109,7 @@ def built(config: dict, seed: int = 1, spread: float = 1.0):
   variables = jax.tree.map(jnp.asarray, _drawn(tokenizer, seed))
   embed = variables['params']['encoder']['embed']
   if 'positions' in embed:
-    embed['positions'] = embed['positions'] * (50.0 * spread)
+    embed['positions'] = embed['positions'] * 50.0
   return tokenizer, variables
 
 
@@ -123,24 +120,17 @@ def _drawn(tokenizer, seed):
   return jax.device_get(init(jax.random.key(seed), images(1)))
 
 
-def normalised(kind: str, norm: str, grid=(4, 4), seed: int = 3, **options):
-  """(tokenizer, variables) of `model(kind)` whose latents are normalised."""
+def normalised(kind: str, norm: str, grid=(4, 4), **options):
+  """(tokenizer, variables) of `model(kind)` whose latents are normalised, by a
+  mean and a std that are not 0 and 1."""
   latents = dict(norm=norm) | (dict(grid=grid) if norm == 'position' else {})
   config = model(kind, **options) | dict(latents=latents)
   tokenizer, variables = built(config)
-  return tokenizer, with_statistics(variables, seed)
-
-
-def with_statistics(variables: dict, seed: int = 3) -> dict:
-  """The variables with a mean and a std that are not 0 and 1."""
-  rng = np.random.default_rng(seed)
-  shape = variables['codebook']['latents']['mean'].shape
-  stats = dict(
-    mean=rng.normal(0, 0.3, shape).astype('f4'),
-    std=rng.uniform(0.5, 2.0, shape).astype('f4'),
-  )
-  codebook = variables['codebook'] | dict(latents=jax.device_put(stats))
-  return variables | dict(codebook=codebook)
+  rng, stats = np.random.default_rng(3), variables['codebook']['latents']
+  shape = stats['mean'].shape
+  stats['mean'] = jnp.asarray(rng.normal(0, 0.3, shape), 'float32')
+  stats['std'] = jnp.asarray(rng.uniform(0.5, 2.0, shape), 'float32')
+  return tokenizer, variables
 
 
 def run(kind: str = 'fsq-cosmos', **keys) -> dict:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from tests import tiny
 from tests.encoders import references
 from vqrae_jax import encoders
 
@@ -42,8 +43,7 @@ def cached(monkeypatch, tmp_path):
 @pytest.fixture
 def tiny_row(monkeypatch):
   """A row of the table, for files that do not identify themselves."""
-  vit = dict(width=32, depth=2, num_heads=4, mlp_dim=48, patch_size=4)
-  vit |= dict(grid=(4, 4), act='gelu_tanh')
+  vit = tiny.VIT | dict(act='gelu_tanh')
   monkeypatch.setitem(encoders.ENCODERS, 'tiny', dict(vit=vit))
   published = encoders.Published('someone/tiny', 'a licence')
   monkeypatch.setitem(encoders.PUBLISHED, 'tiny', published)

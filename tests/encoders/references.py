@@ -4,12 +4,11 @@ Every parameter is drawn, biases, norms and LayerScale too: at their initial
 values, a bias in the wrong place changes nothing.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,28 +22,24 @@ HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
   """A family: its classes, where its last norm is, its pixels."""
 
   classes: str
   norm: str = 'layernorm'
-  pixels: Mapping = dataclasses.field(default_factory=lambda: IMAGENET)
-  prefix: int = 1
-  config: Mapping = dataclasses.field(default_factory=dict)
+  pixels: dict = IMAGENET
+  config: dict | None = None
 
 
 SWIGLU = dict(use_swiglu_ffn=True)
 LARGE = dict(attention_bias=False, use_qk_norm=True, norm_type='rms_norm')
 KINDS = {
-  'siglip': Kind('SiglipVision', 'post_layernorm', HALF, 0),
-  'naflex': Kind('Siglip2Vision', 'post_layernorm', HALF, 0),
+  'siglip': Kind('SiglipVision', 'post_layernorm', HALF),
+  'naflex': Kind('Siglip2Vision', 'post_layernorm', HALF),
   'dinov2': Kind('Dinov2'),
   'dinov2-swiglu': Kind('Dinov2', config=SWIGLU),
-  'dinov2-registers': Kind('Dinov2WithRegisters', prefix=5),
-  'dinov2-registers-swiglu': Kind(
-    'Dinov2WithRegisters', prefix=5, config=SWIGLU
-  ),
+  'dinov2-registers': Kind('Dinov2WithRegisters'),
+  'dinov2-registers-swiglu': Kind('Dinov2WithRegisters', config=SWIGLU),
   'mae': Kind('ViTMAE'),
   'internvit-300m': Kind('InternVLVision', config=dict(attention_bias=True)),
   'internvit-6b': Kind('InternVLVision', config=LARGE),
@@ -62,7 +57,8 @@ def config(kind, *, width, depth, heads, mlp, pixels, patch):
     sizes['image_size'] = pixels
   if not kind.startswith('dinov2'):
     sizes['intermediate_size'] = mlp
-  return getattr(transformers, f'{k.classes}Config')(**sizes, **k.config)
+  sizes |= k.config or {}
+  return getattr(transformers, f'{k.classes}Config')(**sizes)
 
 
 def randomise(model, seed=0):
@@ -112,31 +108,29 @@ def saved(kind) -> pathlib.Path:
   return folder
 
 
-def latents(kind, model, images, patch, output_norm='affine', dtype=None):
+def latents(
+  kind, model, images, patch, output_norm='affine', dtype=torch.float32
+):
   """f32[b gh gw d] of the torch model, as our encoder gives them."""
-  k = KINDS[kind]
-  published = getattr(model, k.norm)
-  if output_norm == 'plain':
-    c = model.config
-    plain = torch.nn.LayerNorm(
-      c.hidden_size, c.layer_norm_eps, elementwise_affine=False
+  k, c = KINDS[kind], model.config
+
+  def last_norm(_, args, out):
+    (x,) = args
+    plain = torch.nn.functional.layer_norm(
+      x, x.shape[-1:], eps=c.layer_norm_eps
     )
-    setattr(model, k.norm, plain)
-  elif output_norm == 'none':
-    setattr(model, k.norm, torch.nn.Identity())
+    return dict(affine=out, plain=plain, none=x)[output_norm]
+
   mean, std = (torch.tensor(k.pixels[w]) for w in ('mean', 'std'))
   x = (torch.from_numpy(np.array(images)) - mean) / std
-  x = x.permute(0, 3, 1, 2)
-  try:
-    with torch.no_grad():
-      if dtype is not None:
-        model, x = model.to(dtype), x.to(dtype)
-      _, call = convert.REFERENCES[model.config.model_type]
-      out = call(model, x, patch).last_hidden_state[:, k.prefix :]
-  finally:
-    setattr(model, k.norm, published)
+  x = x.permute(0, 3, 1, 2).to(dtype)
   gh, gw = images.shape[1] // patch, images.shape[2] // patch
-  return out.float().numpy().reshape(len(images), gh, gw, -1)
+  _, call = convert.REFERENCES[c.model_type]
+  norm = getattr(model.to(dtype), k.norm)
+  with torch.no_grad(), norm.register_forward_hook(last_norm):
+    out = call(model, x, patch).last_hidden_state
+  # After the prefix tokens.
+  return out[:, -gh * gw :].float().numpy().reshape(len(images), gh, gw, -1)
 
 
 def error(a, b):
@@ -183,10 +177,9 @@ def _big_vision_block(state, at, heads):
     ours = f'MultiHeadDotProductAttention_0/{name}'
     out |= {f'{ours}/kernel': w, f'{ours}/bias': b}
   for n in (0, 1):
-    for ours, theirs, leaf in (
-      (f'MlpBlock_0/Dense_{n}', f'mlp.fc{n + 1}', 'kernel'),
-      (f'LayerNorm_{n}', f'layer_norm{n + 1}', 'scale'),
-    ):
+    dense = f'MlpBlock_0/Dense_{n}', f'mlp.fc{n + 1}', 'kernel'
+    norm = f'LayerNorm_{n}', f'layer_norm{n + 1}', 'scale'
+    for ours, theirs, leaf in (dense, norm):
       out[f'{ours}/{leaf}'] = state[f'{at}{theirs}.weight'].T
       out[f'{ours}/bias'] = state[f'{at}{theirs}.bias']
   return out

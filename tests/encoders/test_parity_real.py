@@ -27,8 +27,7 @@ import pytest
 import vqrae_jax
 from tests import tiny
 from tests.encoders import references
-from vqrae_jax.encoders import ENCODERS
-from vqrae_jax.specs import EncoderSpec, build_spec
+from tests.golden import make_encoder_params as golden
 
 torch = pytest.importorskip('torch')
 
@@ -55,7 +54,7 @@ def _jit(encoder):
 @pytest.mark.parametrize('name', CASES)
 def test_parity(name, tmp_path):
   kind, wide = CASES[name]
-  sizes = references.sizes_of(build_spec(EncoderSpec, ENCODERS[name], name).vit)
+  sizes = references.sizes_of(golden.spec_of(name).vit)
   if kind == 'internvit-6b':  # two of its 45 layers, at full width
     sizes['depth'] = 2
   sizes['pixels'] += 6 * name.endswith('patch14-384')  # of no patch
@@ -65,12 +64,8 @@ def test_parity(name, tmp_path):
   model.save_pretrained(tmp_path)
   row = None if name.startswith('internvit') else name
   encoder, variables = vqrae_jax.load_encoder(str(tmp_path), row=row)
-  half = encoder.clone(
-    spec=dataclasses.replace(
-      encoder.spec,
-      vit=dataclasses.replace(encoder.spec.vit, dtype='bfloat16'),
-    )
-  )
+  vit = dataclasses.replace(encoder.spec.vit, dtype='bfloat16')
+  half = encoder.clone(spec=dataclasses.replace(encoder.spec, vit=vit))
   rng = np.random.default_rng(0)
   kept = {}
   for h, w in (native, (2 * pixels, 2 * pixels), wide):

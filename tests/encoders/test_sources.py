@@ -10,6 +10,7 @@ import vqrae_jax
 from tests.encoders import references
 from tests.encoders.conftest import COMMIT
 from tests.encoders.references import saved
+from tests.golden import make_encoder_params as golden
 from vqrae_jax import encoders, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
@@ -53,7 +54,7 @@ def kind_of(name):
 def test_config_json_agrees_with_the_row(name):
   """As transformers writes it, its defaults left out; rows and readers are
   written separately. A remainder of the image's size belongs to no patch."""
-  want = build_spec(EncoderSpec, encoders.ENCODERS[name], name)
+  want = golden.spec_of(name)
   sizes = references.sizes_of(want.vit)
   sizes['pixels'] += 6 * ('naflex' not in name)
   config = references.config(kind_of(name), **sizes).to_diff_dict()
@@ -83,11 +84,9 @@ def test_a_row_in_the_cache(cached):
 
 
 def test_a_command_downloads_what_the_cache_lacks(cached):
-  for source, at in (
-    ('dinov2-base', ''),
-    ('hf:facebook/dinov2-base@v1', ' --r'),
-  ):
-    check_refused(f'hf download facebook/dinov2-base{at}', source)
+  command = 'hf download facebook/dinov2-base'
+  check_refused(command, 'dinov2-base')
+  check_refused(f'{command} --r', 'hf:facebook/dinov2-base@v1')
   cached('a/b', [saved('siglip') / 'config.json'])
   check_refused(('model.safetensors', 'hf download a/b'), 'hf:a/b')
 
@@ -123,13 +122,10 @@ def test_files_that_do_not_fit(copy):
   'config, words',
   [
     ('{', 'config.json'),
-    ('[]', 'config.json'),
     ('[' * 100_000, 'config.json'),
-    ('{"a":' * 100_000, 'config.json'),
     ('{"format_version": 1}', 'load_tokenizer'),
     # A list of the families, not the nearest name ("siglip_vision_model").
     ('{"model_type": "clip_vision_model"}', ('dinov2', 'vit_mae')),
-    ('{"model_type": []}', 'model_type'),
     ('{}', ('model_type', 'siglip_vision_model')),
     ('{"model_type": "siglip", "vision_config": "x"}', 'config.json'),
     ('{"model_type": "dinov2", "hidden_size": "x"}', 'dinov2'),
@@ -152,8 +148,6 @@ def test_sources_that_name_nothing(copy):
     ('siglip-large', 'did you mean "siglip-large-patch16-'),
     ('./nowhere', 'nowhere'),
     ('rae:x.pt', 'hf:ORG/NAME'),
-    ('hf:x', 'hf:x'),
-    ('', 'source'),
     (str(copy), ('config.json', 'row=')),
     (file, ('config.json', 'row=')),
   ):

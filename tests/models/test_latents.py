@@ -1,7 +1,6 @@
 """Normalized latents: the arithmetic, the files of statistics, the errors."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import vqrae_jax
 from tests import tiny
 from vqrae_jax.errors import UserError
 from vqrae_jax.models.latents import leaves_of
-from vqrae_jax.models.tokenizer import build_tokenizer, describe
+from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.specs import LatentsSpec
 
 NORMS = ('channel', 'position')
@@ -57,18 +56,6 @@ def test_channels_take_any_grid_and_positions_their_own():
       shape(position, function, x)
 
 
-def test_no_norm_is_a_config_without_the_section():
-  model = tiny.model('vq-ema')
-  plain = describe(build_tokenizer(model))
-  none = build_tokenizer(model | dict(latents=dict(norm='none')))
-  assert describe(none) == plain and 'latents' not in plain
-  for latents in (dict(norm='channel'), dict(norm='position', grid=(4, 4))):
-    tokenizer = build_tokenizer(model | dict(latents=latents))
-    config = json.loads(json.dumps(describe(tokenizer)))
-    assert build_tokenizer(config) == tokenizer
-    assert describe(tokenizer).items() >= plain.items()
-
-
 @pytest.mark.parametrize(
   'latents, key',
   [
@@ -107,9 +94,7 @@ def test_both_layouts_are_read(tmp_path):
 @pytest.mark.parametrize(
   'spec, arrays, words',
   [
-    (CHANNEL, dict(mean=np.ones(7)), r'\(7,\).*\(8,\)'),
     (CHANNEL, dict(mean=np.ones((4, 5, 8))), r'\(4, 5, 8\).*\(8,\)'),
-    (POSITION, dict(mean=np.ones(8)), r'\(4, 5, 8\).*\(8, 4, 5\)'),
     (POSITION, dict(mean=np.ones((5, 4, 8))), r'\(5, 4, 8\).*\(4, 5, 8\)'),
     (CHANNEL, dict(mean=np.ones(8), var=np.ones(7)), r'\(8,\) .*\(7,\)'),
     (CHANNEL, dict(mean=np.ones(8), var=-np.ones(8)), 'var'),
@@ -119,9 +104,7 @@ def test_both_layouts_are_read(tmp_path):
     (LatentsSpec('position', (8, 8)), dict(mean=np.ones((8, 8, 8))), 'channel'),
   ],
 )
-def test_a_file_that_does_not_fit_shows_both_sides(
-  spec, arrays, words, tmp_path
-):
+def test_a_misfit_shows_both_sides(spec, arrays, words, tmp_path):
   path = written(tmp_path, **arrays)
   with pytest.raises(UserError, match=words) as error:
     leaves_of(path, spec, 8)
