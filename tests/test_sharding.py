@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import itertools
 import json
 import math
 import os
@@ -143,11 +142,8 @@ def size(leaf, shape):
 
 
 def words(leaf):
-  axes = (
-    axis or '.'
-    for axis, _ in itertools.zip_longest(leaf.sharding.spec, leaf.shape)
-  )
-  return ' '.join(axes) or '-'
+  axes = [*leaf.sharding.spec, *[None] * len(leaf.shape)][: len(leaf.shape)]
+  return ' '.join(axis or '.' for axis in axes) or '-'
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
