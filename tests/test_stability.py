@@ -1,15 +1,14 @@
 """Indices depend neither on their batch nor on devices, up to the margin.
 
-The same images at batch 1 and 24, equal parameters, f32, and the last of
-these with both laid over 8 devices: wherever the
-score of the best code beats the second by more than 1e-4 of the score scale,
-the index must be the same. One quantizer per kind of assignment.
+The same images one by one, at once, and at once over 8 devices in every layout,
+equal parameters, f32: wherever the score of the best code beats the second by
+more than 1e-4 of the score scale, the index must be the same. One quantizer per
+kind of assignment.
 """
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,19 +16,19 @@ import vqrae_jax
 from tests import tiny
 from vqrae_jax import sharding
 
-BATCHES, IMAGES = (1, 24), 24
+LAYOUTS = {'dp': 1, 'fsdp': 1, 'fsdp+tp': 2}
 
 
 def margins(tokenizer, variables, images):
   """(margin f64[n], scale): gaps between the two best choices of a token."""
 
+  def read(t, z):
+    tokens = t.quantizer.to_code_space(z)
+    surrogate, _ = t.quantizer._assign(tokens, False, None)
+    return surrogate, t.quantizer.baked_codebook()
+
   @jax.jit
   def code_space(variables, images):
-    def read(t, z):
-      tokens = t.quantizer.to_code_space(z)
-      surrogate, _ = t.quantizer._assign(tokens, False, None)
-      return surrogate, t.quantizer.baked_codebook()
-
     latents = vqrae_jax.encode(tokenizer, variables, images)
     return tokenizer.apply(variables, latents, method=read)
 
@@ -46,26 +45,27 @@ def margins(tokenizer, variables, images):
 
 
 @pytest.mark.parametrize('kind', ('fsq-cosmos', 'vq-ema', 'simvq-cosine'))
-def test_indices_at_any_batch_size(kind):
+def test_indices_at_any_batch_size_and_layout(kind):
   tokenizer, variables = tiny.built(tiny.model(kind, depth=1))
-  images = tiny.images(IMAGES)
+  images = tiny.images(24)
   encode = jax.jit(
     functools.partial(vqrae_jax.encode_to_indices, tokenizer),
     compiler_options=tiny.AS_USERS,
   )
-  found = {
-    b: np.concatenate(
-      [encode(variables, images[i : i + b]) for i in range(0, IMAGES, b)]
-    ).ravel()
-    for b in BATCHES
-  }
-  mesh = sharding.make_mesh('fsdp+tp', tensor=2)
-  with jax.set_mesh(mesh):
-    placed = jax.device_put(variables, sharding.shardings_for(variables, mesh))
+  want = np.ravel([encode(variables, image[None]) for image in images])
+  found = {'at once': encode(variables, images)}
+  for layout, tensor in LAYOUTS.items():
+    mesh = sharding.make_mesh(layout, tensor=tensor)
+    places = sharding.shardings_for(variables, mesh)
     batch = sharding.place_batch({'images': images}, mesh)['images']
-    found['on 8 devices'] = np.ravel(encode(placed, batch))
-  margin, scale = margins(tokenizer, variables, jnp.asarray(images))
+    with jax.set_mesh(mesh):
+      # Read at once: two programs that run side by side on fake devices can
+      # each wait for threads that the other holds.
+      found[layout] = np.asarray(
+        encode(jax.device_put(variables, places), batch)
+      )
+  margin, scale = margins(tokenizer, variables, images)
   clear = margin > 1e-4 * scale
   assert clear.mean() > 0.9, 'the test has too few clear choices'
   for name, indices in found.items():
-    np.testing.assert_array_equal(indices[clear], found[1][clear], str(name))
+    np.testing.assert_array_equal(np.ravel(indices)[clear], want[clear], name)

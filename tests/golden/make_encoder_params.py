@@ -6,7 +6,6 @@ Renew it when a row is added. If the count of an existing row changes, its
 published weights no longer fit.
 """
 
-import functools
 import json
 import math
 import pathlib
@@ -24,23 +23,16 @@ def spec_of(name: str) -> EncoderSpec:
   return build_spec(EncoderSpec, ENCODERS[name], name)
 
 
-def count(name: str) -> int:
-  """Parameters of a row, by shapes alone."""
-  spec = spec_of(name)
-  return _count(EncoderSpec(vit=spec.vit, final_norm=spec.final_norm))
+def counts() -> dict[str, int]:
+  """{row: parameters}, in the table's order, by shapes alone."""
+  return {name: _count(spec_of(name)) for name in ENCODERS}
 
 
-@functools.cache
 def _count(spec: EncoderSpec) -> int:
   p = spec.vit.patch_size
   image = jax.ShapeDtypeStruct((1, p, p, 3), 'float32')
   shapes = jax.eval_shape(Encoder(spec).init, jax.random.key(0), image)
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-
-
-def counts() -> dict[str, int]:
-  """{row: parameters}, in the table's order."""
-  return {name: count(name) for name in ENCODERS}
 
 
 if __name__ == '__main__':

@@ -16,40 +16,36 @@ from vqrae_jax.encoders import ENCODERS, PUBLISHED
 PATH = pathlib.Path(__file__).parents[2] / 'docs' / 'encoders.md'
 PARITY = pathlib.Path(__file__).with_name('encoder_parity.json')
 
-_COLUMNS = (
-  'name', 'params', 'width', 'depth', 'patch', 'pixels', 'resized', 'hub',
-  'licence', 'parity',
-)  # fmt: skip
 
-
-def _row(name: str, count: int, parity: dict) -> str:
+def _row(name: str, count: int, parity: dict) -> dict:
+  """{column: cell}."""
   spec, row = params.spec_of(name), PUBLISHED[name]
   vit, figure = spec.vit, parity.get(name, '—')
   # The published size, in the name: 384 for a grid of 27 patches of 14.
   pixels = re.search(r'(\d{3})(px|$)', name)
-  cells = (
-    f'`{name}`',
-    f'{count:,}',
-    vit.width,
-    vit.depth,
-    vit.patch_size,
-    pixels[1] if pixels else vit.grid[0] * vit.patch_size,
-    spec.resize,
-    f'[{row.hub}](https://huggingface.co/{row.hub})',
-    row.licence,
-    f'{figure:.1e}' if isinstance(figure, float) else figure,
+  return dict(
+    name=f'`{name}`',
+    params=f'{count:,}',
+    width=vit.width,
+    depth=vit.depth,
+    patch=vit.patch_size,
+    pixels=pixels[1] if pixels else vit.grid[0] * vit.patch_size,
+    resized=spec.resize,
+    hub=f'[{row.hub}](https://huggingface.co/{row.hub})',
+    licence=row.licence,
+    parity=f'{figure:.1e}' if isinstance(figure, float) else figure,
   )
-  return f'| {" | ".join(map(str, cells))} |\n'
 
 
 def page() -> str:
   """The text of docs/encoders.md, whose words stay as they are."""
   counts = json.loads(params.PATH.read_text())
   parity = json.loads(PARITY.read_text())
-  head = f'| {" | ".join(_COLUMNS)} |\n|{"---|" * len(_COLUMNS)}\n'
-  rows = (_row(n, counts[n], parity) for n in ENCODERS)
+  rows = [_row(n, counts[n], parity) for n in ENCODERS]
+  head = f'| {" | ".join(rows[0])} |\n|{"---|" * len(rows[0])}\n'
+  lines = (f'| {" | ".join(map(str, row.values()))} |\n' for row in rows)
   words = PATH.read_text(encoding='utf8').split('| name |')[0]
-  return words + head + ''.join(rows)
+  return words + head + ''.join(lines)
 
 
 if __name__ == '__main__':

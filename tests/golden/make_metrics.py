@@ -26,6 +26,7 @@ third gradient), so here it sees its fakes clipped and unrounded. With both, the
 two programs agree to 5e-6.
 """
 
+import functools
 import json
 import pathlib
 from unittest import mock
@@ -40,7 +41,6 @@ from vqrae_jax.losses import adversarial
 from vqrae_jax.train import state as state_lib
 
 PATH = pathlib.Path(__file__).with_name('metrics.json')
-STEPS = 3
 RATE = dict(lr=1e-2, end_lr=1e-3, warmup=2)
 OPTIM = dict(b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip=0.1)
 
@@ -64,31 +64,18 @@ RUNS = {
 }
 
 
-def plan_of(name: str):
-  """The plan whose figures are pinned."""
-  kind, more = RUNS[name]
-  base = dict(
-    schedules=(('.*', RATE),),
-    optim=OPTIM,
-    ema=0.2,
-    log=dict(usage_window=2),
-  )
-  return pieces.planned(kind, **base | more)
-
-
-def own(spec, mesh):
-  """The state that a run of seed 0 starts from."""
-  return state_lib.sharded_state(spec, mesh, 0)
-
-
 @mock.patch.object(adversarial, 'to_8_bits', lambda x: jnp.clip(x, 0, 1))
 def figures(name: str) -> dict[str, list[float]]:
   """{metric: its value at each step}; "ema_gap" is |average - weights|."""
-  plan = plan_of(name)
+  kind, more = RUNS[name]
+  base = dict(schedules=(('.*', RATE),), optim=OPTIM, ema=0.2)
+  plan = pieces.planned(kind, **base | dict(log=dict(usage_window=2)) | more)
   second = pieces.CONTRAST if plan.spec.gan else {}
+  # The state that a run of seed 0 starts from.
+  own = functools.partial(state_lib.sharded_state, seed=0)
   state, frozen = pieces.started(plan, larger=pieces.APART | second, draw=own)
   rows = []
-  for i in range(STEPS):
+  for i in range(3):
     state, metrics = plan.step(state, frozen, tiny.images(8, seed=i))
     assert not metrics.pop('nonfinite')
     gap = jax.tree.map(lambda a, b: a - b, state.ema, state.tokenizer.params)
@@ -100,14 +87,6 @@ def figures(name: str) -> dict[str, list[float]]:
   }
 
 
-def text(found: dict[str, dict]) -> str:
-  """JSON with a line for each figure."""
-  kinds = []
-  for kind, rows in found.items():
-    lines = (f'  {json.dumps(n)}: {json.dumps(v)}' for n, v in rows.items())
-    kinds.append(f' {json.dumps(kind)}: {{\n' + ',\n'.join(lines) + '\n }')
-  return '{\n' + ',\n'.join(kinds) + '\n}\n'
-
-
 if __name__ == '__main__':
-  PATH.write_text(text({name: figures(name) for name in RUNS}))
+  found = {name: figures(name) for name in RUNS}
+  PATH.write_text(json.dumps(found, indent=1) + '\n')

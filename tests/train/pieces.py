@@ -57,28 +57,20 @@ class Pieces:
 
   def step(self, state, frozen, images):
     """(next state, metrics) of `train_step`, jitted."""
-    return _jitted(self.spec)(state, frozen, self.hparams, images)
+    step = _jitted(step_lib.train_step, self.spec)
+    return step(state, frozen, self.hparams, images)
 
   def gradients(self, state, frozen, images):
     """`loss_gradients` of uint8 images, jitted."""
     images = np.asarray(images, np.float32) / np.float32(255)
     ids = np.arange(len(images))
-    return _gradients(self.spec)(state, frozen, self.hparams, images, ids)
+    gradients = _jitted(step_lib.loss_gradients, self.spec)
+    return gradients(state, frozen, self.hparams, images, ids)
 
 
-@functools.lru_cache(maxsize=64)
-def _jitted(spec):
-  return jax.jit(functools.partial(step_lib.train_step, spec))
-
-
-@functools.lru_cache(maxsize=64)
-def _gradients(spec):
-  return jax.jit(functools.partial(step_lib.loss_gradients, spec))
-
-
-@functools.lru_cache(maxsize=64)
-def _codebook(spec):
-  return jax.jit(functools.partial(state_lib.init_codebook, spec))
+@functools.lru_cache(maxsize=192)
+def _jitted(fn, spec):
+  return jax.jit(functools.partial(fn, spec))
 
 
 def planned(kind='fsq-cosmos', steps_per_epoch=1, **keys) -> Pieces:
@@ -111,14 +103,14 @@ def drawn(spec, mesh):
 
   def draw(name, leaf):
     last = name.rpartition('/')[2]
-    if name == 'rng':
+    if last == 'rng':
       return jax.random.key(0)
-    if (held := name.removeprefix('ema/')) in params:
+    if (held := name.removeprefix('0/ema/')) in params:
       return params[held]
-    if last in _ONES:
-      return np.ones(leaf.shape, leaf.dtype)
     if '/opt_state/' in name or last in _ZEROS or leaf.dtype == np.int32:
       return np.zeros(leaf.shape, leaf.dtype)
+    if last in _ONES:
+      return np.ones(leaf.shape, leaf.dtype)
     inputs = leaf.shape[-2:-1] or (1,)
     if last == 'positions':
       inputs = (2500,)
@@ -127,40 +119,35 @@ def drawn(spec, mesh):
     elif len(leaf.shape) == 4:  # a convolution
       inputs = leaf.shape[:3]
     found = rng.normal(0, np.prod(inputs) ** -0.5, leaf.shape).astype('f4')
-    params[name.removeprefix('tokenizer/params/')] = found
+    params[name.removeprefix('0/tokenizer/params/')] = found
     return found
 
   def placed(name, leaf):
     return jax.device_put(draw(name, leaf), leaf.sharding)
 
-  return tuple(
-    trees.map_named(placed, tree) for tree in state_lib.state_shapes(spec, mesh)
-  )
+  return trees.map_named(placed, state_lib.state_shapes(spec, mesh))
 
 
-def started(plan, mesh=None, images=None, larger=None, draw=drawn):
-  """(state, frozen) at step 0, the codebook at tokens of `images`.
+def started(plan, mesh=None, larger=None, draw=drawn):
+  """(state, frozen) at step 0, the codebook at tokens of images.
 
   Args:
     plan: from `planned`.
     mesh: where they lie; one device by default.
-    images: the first batch.
     larger: {leaf name: factor}, of fresh weights.
     draw: (spec, mesh) -> both before that.
   """
   mesh = mesh or one_device()
-  images = tiny.images(8) if images is None else images
   with jax.set_mesh(mesh):
     state, frozen = draw(plan.spec, mesh)
-    if larger:
-      leaves = state.tokenizer.params | frozen.params
-      wide = {
-        f'params/{name}': np.asarray(leaves[name]) * factor
-        for name, factor in larger.items()
-      }
-      state, frozen = state_lib.with_leaves(state, frozen, wide)
-    state = _codebook(plan.spec)(state, frozen, images)
-  return state, frozen
+    leaves = state.tokenizer.params | frozen.params
+    wide = {
+      f'params/{name}': np.asarray(leaves[name]) * factor
+      for name, factor in (larger or {}).items()
+    }
+    state, frozen = state_lib.with_leaves(state, frozen, wide)
+    begin = _jitted(state_lib.init_codebook, plan.spec)
+    return begin(state, frozen, tiny.images(8)), frozen
 
 
 def jitted_on(plan, state, mesh):
@@ -175,6 +162,12 @@ def host(tree):
   """{leaf name: numpy}, but for keys."""
   leaves = trees.flatten(tree).items()
   return {n: np.array(x) for n, x in leaves if n != 'rng'}
+
+
+def moved(before, after):
+  """Names of the leaves that are no longer the same, bit for bit."""
+  before, after = host(before), host(after)
+  return {n for n in before if before[n].tobytes() != after[n].tobytes()}
 
 
 def assert_close(found, want, tolerance=1e-5, skip=('attention/key/bias',)):

@@ -8,16 +8,12 @@ the positions that are not padding.
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from tests import tiny
-from vqrae_jax.models.tokenizer import build_tokenizer
+from tests.train import pieces
 from vqrae_jax.nn import vgg
 from vqrae_jax.pretrained import networks
-from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import setup as setup_lib
-from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 
 BATCH, SIDE, PATCH, WIDTH, MLP = 16, 32, 8, 128, 512
@@ -26,6 +22,7 @@ VIT = dict(
   width=WIDTH, depth=1, mlp_dim=MLP, num_heads=2, patch_size=PATCH, grid=(4, 4)
 )
 HIDDEN, VGG = 16, (16,) * 5
+HEAD = 2 * BATCH * ((SIDE // PATCH) ** 2 + 1) * WIDTH * 3 * PATCH**2
 PATCHGAN = dict(
   name='patch', fields=dict(hidden=HIDDEN, halvings=1, groups=4, pool=4)
 )
@@ -39,18 +36,19 @@ def dino(depth):
 
 
 @functools.cache
-def pieces(encoder=1, decoder=1, trunk=0, frozen=True, lpips=False, gan=False):
-  """(spec, state, frozen, hparams) as shapes; depths, and which losses."""
-  losses = dict(l2=1.0, lpips=1.0, gan=0.75, codebook=1.0, commit=0.25)
-  for name, kept in (('lpips', lpips), ('gan', gan)):
-    if not kept:
-      losses.pop(name)
-  config = dict(
+def flops(encoder=1, decoder=1, trunk=0, frozen=True, lpips=False, gan=False):
+  """Of the step with these depths and losses; nothing is run."""
+  losses, discriminator = dict(tiny.LOSSES['simvq-cosine']), None
+  if lpips:
+    losses['lpips'] = 1.0
+  if gan:
+    losses['gan'] = 0.75
+    discriminator = dino(trunk) if trunk else PATCHGAN
+  plan = pieces.planned(
+    'simvq-cosine',
     model=dict(
       encoder=dict(vit=VIT | dict(depth=encoder)),
-      quantizer=dict(
-        name='simvq', num_codes=512, code_dim=96, distance='cosine'
-      ),
+      quantizer=tiny.quantizer('simvq-cosine', num_codes=512, code_dim=96),
       decoder=dict(
         vit=VIT | tiny.DECODER | dict(patch_size=PATCH, depth=decoder)
       ),
@@ -59,30 +57,17 @@ def pieces(encoder=1, decoder=1, trunk=0, frozen=True, lpips=False, gan=False):
     data=dict(source='none', image_size=SIDE),
     losses=losses,
     schedules=((r'encoder/.*', None),) * frozen + ((r'.*', dict(lr=1e-3)),),
-    duration=1000,
-    batch_size=BATCH,
+    discriminator=discriminator,
   )
-  if gan:
-    config['discriminator'] = dino(trunk) if trunk else PATCHGAN
-  spec = config_lib.read_config(config)
-  step, numbers, *_ = setup_lib.plan_step(
-    spec, build_tokenizer(spec.model), 1000
-  )
-  state, held = jax.eval_shape(lambda: state_lib.random_state(step, 0))
+  state, held, hparams = plan.abstract()
   if lpips:
     draw = functools.partial(networks.random, 'lpips', widths=VGG)
     shapes = jax.eval_shape(draw, jax.random.key(0))
     held = held.replace(losses={'lpips': shapes})
-  return step, state, held, jax.eval_shape(lambda: setup_lib.f32(numbers))
-
-
-@functools.cache
-def flops(**parts):
-  """Of the step; nothing is run."""
-  spec, *args = pieces(**parts)
-  images = jax.ShapeDtypeStruct((BATCH, SIDE, SIDE, 3), jnp.uint8)
-  step = jax.jit(functools.partial(step_lib.train_step, spec))
-  return step.lower(*args, images).compile().cost_analysis()['flops']
+  images = tiny.images(BATCH, SIDE, SIDE)
+  step = jax.jit(functools.partial(step_lib.train_step, plan.spec))
+  compiled = step.lower(state, held, hparams, images).compile()
+  return compiled.cost_analysis()['flops']
 
 
 def block(prefix):
@@ -115,11 +100,6 @@ def patchgan():
   return first + deep + conv(4, 5, HIDDEN, 1), first
 
 
-def head():
-  n = (SIDE // PATCH) ** 2 + 1
-  return 2 * BATCH * n * WIDTH * 3 * PATCH**2
-
-
 @pytest.mark.parametrize(
   'more, less, products',
   [
@@ -134,7 +114,7 @@ def head():
     (
       dict(gan=True),
       {},
-      2 * head() + 2 * patchgan()[0] + 2 * (3 * patchgan()[0] - patchgan()[1]),
+      2 * HEAD + 2 * patchgan()[0] + 2 * (3 * patchgan()[0] - patchgan()[1]),
     ),
     # A trunk that does not learn: to the image and back, real and fake.
     (

@@ -10,9 +10,7 @@ import pytest
 from tests import tiny
 from tests.nn import torch_discriminators as references
 from tests.train import pieces
-from tests.train.pieces import DINO, GAN, PATCH, assert_close, host
-from vqrae_jax import optim
-from vqrae_jax.errors import UserError
+from tests.train.pieces import DINO, GAN, PATCH, assert_close, host, moved
 from vqrae_jax.losses import adversarial
 from vqrae_jax.ops import trees
 from vqrae_jax.train import state as state_lib
@@ -38,20 +36,13 @@ def first():
   return plan, state, frozen, plan.step(state, frozen, tiny.images(8))
 
 
-def moved(before, after):
-  before, after = host(before), host(after)
-  return {n for n in before if before[n].tobytes() != after[n].tobytes()}
-
-
 def test_both_networks_move_and_have_metrics():
   _, state, _, (after, metrics) = first()
   names = set(host(state.discriminator))
   assert moved(state.discriminator, after.discriminator) == names
-  for name in (
-    'loss/gan', 'loss/discriminator', 'loss/lecam', 'logits/real',
-    'logits/fake', 'discriminator/grad_norm', 'update_norm',
-  ):  # fmt: skip
-    assert np.isfinite(metrics[name]), name
+  assert moved(state.tokenizer, after.tokenizer) == set(host(state.tokenizer))
+  for name, value in metrics.items():
+    assert np.isfinite(value), name
   assert metrics['adaptive_weight'] > 0
   for side, average in after.discriminator.stats['lecam'].items():
     want = 0.001 * metrics[f'logits/{side}']  # averages start at zero
@@ -62,17 +53,16 @@ def test_the_discriminator_learns_on_8_bits():
   """Its fakes are the step's own reconstruction, clipped and rounded."""
   plan, state, frozen, _ = first()
   images = np.float32(tiny.images(8)) / np.float32(255)
-  batch, (reals, ids) = jax.jit(
-    functools.partial(step_lib.accumulated, plan.spec)
-  )(state, frozen, plan.hparams, images)
+  accumulated = functools.partial(step_lib.accumulated, plan.spec)
+  batch, (reals, ids) = jax.jit(accumulated)(
+    state, frozen, plan.hparams, images
+  )
   np.testing.assert_array_equal(reals[0], images)
   np.testing.assert_array_equal(ids[0], np.arange(8))
   levels = 255 * np.asarray(batch.fakes)[0]
   np.testing.assert_allclose(levels, np.round(levels), atol=1e-4)
   variables = state_lib.variables_of(state, frozen)
-  recon = jax.jit(lambda v: plan.spec.tokenizer.apply(v, images).images)(
-    variables
-  )
+  recon = jax.jit(plan.spec.tokenizer.apply)(variables, images).images
   off = np.abs(levels - 255 * np.clip(recon, 0, 1))
   assert off.max() < 0.501
 
@@ -90,29 +80,11 @@ def test_before_its_start_each_loss_changes_nothing():
   assert metrics['loss/gan'] == 0 and metrics['loss/discriminator'] == 0
   assert not moved(state.discriminator, one.discriminator)
   assert not moved(bare.tokenizer, one.tokenizer)
-  assert metrics['lr/discriminator'] == 0
   two, metrics = late.step(one, frozen, images)
-  assert metrics['lr/discriminator'] > 0
   assert metrics['loss/gan'] == 0 and metrics['loss/discriminator'] > 0
   assert moved(one.discriminator, two.discriminator)
   _, metrics = late.step(two, frozen, images)
   assert metrics['loss/gan'] != 0
-
-
-def test_several_updates_do_not_hurry_its_schedule():
-  """A warm-up in steps lasts as many, whatever the updates in each."""
-  schedule = {'w': optim.Schedule(lr=1.0, warmup=4, decay='constant')}
-  leaf = {'w': np.ones(3, np.float32)}
-  free = optim.AdamWConfig(clip=None)
-  once, twice = (
-    optim.make_optimizer(free, schedule, leaf, 8, None, n) for n in (1, 2)
-  )
-  a, b = once[0].init(leaf), twice[0].init(leaf)
-  for _ in range(6):
-    step, a = once[0].update(once[1], leaf, a, leaf)
-    for _ in range(2):
-      half, b = twice[0].update(twice[1], leaf, b, leaf)
-      np.testing.assert_allclose(half['w'], step['w'], rtol=1e-5)
 
 
 def test_the_weight_and_the_gradient_are_those_of_two_passes():
@@ -198,68 +170,61 @@ def updates_of_torch(reals, fakes):
     (hinge + LECAM * lecam + R1 / 2 * r1).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     adam.step()
-  losses = dict(discriminator=hinge, lecam=lecam, r1=r1)
-  losses = {f'loss/{n}': float(x.detach()) for n, x in losses.items()}
-  return losses, float(real.detach().mean()), start, model.leaves()
+  losses = {'discriminator': hinge, 'lecam': lecam, 'r1': r1}
+  losses = {f'loss/{name}': x.item() for name, x in losses.items()}
+  return losses, real.mean().item(), start, model.leaves()
 
 
 def test_two_updates_with_r1_and_lecam_are_torchs():
   """Of two microbatches each; both see the same averages, which move once,
-  after the last."""
+  after the last, and have the rate of the step, the first of a warm-up."""
   spec = PATCH | dict(
     fields=FIELDS, updates=2, r1=R1, lecam=LECAM, augment=False,
     optim=dict(b1=0.9, b2=0.95, eps=1e-3),
-    schedule=dict(lr=RATE, decay='constant'),
+    schedule=dict(lr=2 * RATE, warmup=2, decay='constant'),
   )  # fmt: skip
   plan = planned(discriminator=spec)
   rng = np.random.default_rng(0)
   reals, fakes = rng.integers(0, 256, (2, 4, 16, 20, 3), dtype=np.uint8)
   losses, mean, start, want = updates_of_torch(reals, fakes)
-
-  @jax.jit
-  def step(params, reals, fakes, ids):
-    state, frozen = state_lib.random_state(plan.spec, 0)
-    network = state.discriminator
-    lecam = {n: jnp.float32(x) for n, x in AVERAGES.items()}
-    network = network.replace(
-      params=params, stats=network.stats | {'lecam': lecam}
-    )
-    state = state.replace(discriminator=network)
-    return plan.spec.gan.discriminator_step(
-      state, frozen, plan.hparams, reals, fakes, ids
-    )
-
-  def split(x):
-    return x.reshape(2, -1, *x.shape[1:])
-
-  network, metrics = step(
-    start, split(reals / np.float32(255)), split(fakes / np.float32(255)),
-    split(np.arange(4)),
+  state, frozen = pieces.started(plan)
+  network = state.discriminator
+  lecam = {n: np.float32(x) for n, x in AVERAGES.items()}
+  network = network.replace(
+    params=start, stats=network.stats | dict(lecam=lecam)
+  )
+  network, metrics = jax.jit(plan.spec.gan.discriminator_step)(
+    state.replace(discriminator=network), frozen, plan.hparams,
+    *(x.reshape(2, 2, 16, 20, 3) / np.float32(255) for x in (reals, fakes)),
+    np.arange(4).reshape(2, 2),
   )  # fmt: skip
   for name, value in losses.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
-  for name in want:
-    delta = want[name] - start[name]
-    found = np.asarray(network.params[name]) - start[name]
-    off = np.abs(found - delta).max() / np.abs(delta).max()
-    assert off < 1e-4, (name, off)
+  assert_close(
+    {n: np.asarray(x) - start[n] for n, x in network.params.items()},
+    {n: x - start[n] for n, x in want.items()},
+    1e-4,
+  )
   average = 0.999 * AVERAGES['real'] + 0.001 * mean
   np.testing.assert_allclose(network.stats['lecam']['real'], average, rtol=1e-5)
   np.testing.assert_allclose(metrics['lr/discriminator'], RATE, rtol=1e-6)
 
 
 def test_bf16_is_near_f32():
+  """Over f32 parameters, moments and averages, of both networks."""
   found = []
   for dtype in ('float32', 'bfloat16'):
     fields = PATCH['fields'] | dict(dtype=dtype)
-    plan = planned(
-      model=tiny.model('fsq-cosmos', dtype=dtype),
+    plan = pieces.planned(
+      'simvq-l2',
+      model=tiny.model('simvq-l2', post_quant=dict(kernel=3), dtype=dtype),
+      losses=tiny.LOSSES['simvq-l2'] | dict(gan=dict(weight=0.5)),
       discriminator=PATCH | dict(fields=fields),
     )
     state, frozen = pieces.started(plan, larger=pieces.CONTRAST)
     after, metrics = plan.step(state, frozen, tiny.images(8))
-    for leaf in jax.tree.leaves((after.tokenizer, after.discriminator)):
-      assert leaf.dtype in (jnp.float32, jnp.int32)
+    for name, leaf in host(after).items():
+      assert leaf.dtype in (np.float32, np.int32), name
     found.append(metrics)
   for name in ('loss/l2', 'loss/discriminator', 'loss/gan'):
     np.testing.assert_allclose(
@@ -272,25 +237,14 @@ def test_random_networks_follow_their_names_not_their_order(monkeypatch):
   monkeypatch.setattr(
     state_lib.networks, 'random', lambda term, key: jax.random.key_data(key)
   )
-  terms = dict(l2=1.0, lpips=1.0, convnext=0.1)
-  keys = []
-  for names in (list(terms), list(terms)[::-1], ['l2', 'convnext']):
+  drawn = {}
+  for names in (('lpips', 'convnext'), ('convnext', 'lpips'), ('convnext',)):
     plan = pieces.planned(
-      losses={n: terms[n] for n in names}, init=dict(networks='random')
+      losses=dict.fromkeys(('l2', *names), 1.0), init=dict(networks='random')
     )
-    losses = jax.jit(lambda s=plan.spec: state_lib.random_state(s, 0)[1].losses)
-    keys.append({n: np.asarray(x) for n, x in losses().items()})
-  for other in keys[1:]:
-    for name, key in other.items():
-      np.testing.assert_array_equal(key, keys[0][name])
-
-
-def skipped(state, after):
-  bits = [
-    {n: x.tobytes() for n, x in host(s).items() if n != 'step'}
-    for s in (state, after)
-  ]
-  return bits[0] == bits[1] and int(after.step) == int(state.step) + 1
+    _, frozen = jax.jit(functools.partial(state_lib.random_state, plan.spec))(0)
+    for name, key in frozen.losses.items():
+      np.testing.assert_array_equal(key, drawn.setdefault(name, key))
 
 
 def test_a_nonfinite_step_moves_nothing_but_its_counter():
@@ -302,21 +256,17 @@ def test_a_nonfinite_step_moves_nothing_but_its_counter():
   state, frozen = pieces.started(plan)
   images = [np.float32(tiny.images(8, seed=i)) / 255 for i in range(2)]
   state, _ = plan.step(state, frozen, images[0])  # every average has started
-  for part in (
-    'ema/', 'codebook/', 'discriminator/params/', 'discriminator/opt',
-    'discriminator/stats/spectral/', 'discriminator/stats/lecam/',
-    'tokenizer/opt', 'usage',
-  ):  # fmt: skip
-    assert any(n.startswith(part) for n in host(state)), part
   bad = images[1].copy()
   bad[3, 5, 7, 1] = np.nan
   after, metrics = plan.step(state, frozen, bad)
   assert metrics['nonfinite'] == 1 and np.isnan(metrics['loss/l2'])
-  assert skipped(state, after)
+  assert moved(state, after) == {'step'} and after.step == state.step + 1
   rate = metrics['lr/discriminator']
   after, metrics = plan.step(after, frozen, images[1])
   assert metrics['lr/discriminator'] == rate > 0  # no update was made
-  assert metrics['nonfinite'] == 0 and not skipped(state, after)
+  assert metrics['nonfinite'] == 0
+  still = host(state).keys() - moved(state, after)
+  assert all(n.endswith('/out/u') for n in still)  # one number, ±1
   # A discriminator that breaks skips the tokenizer's step as well.
   network = state.discriminator
   broken = jax.tree.map(
@@ -324,23 +274,8 @@ def test_a_nonfinite_step_moves_nothing_but_its_counter():
   )
   broken = state.replace(discriminator=network.replace(opt_state=broken))
   after, metrics = plan.step(broken, frozen, images[1])
-  assert np.isfinite(metrics['grad_norm'])
-  assert metrics['nonfinite'] == 1 and skipped(broken, after)
-
-
-@pytest.mark.parametrize(
-  'keys, key',
-  [
-    (dict(discriminator=PATCH | dict(name='path')), 'patch'),
-    (dict(discriminator=PATCH | dict(fields=dict(hiden=8))), 'hiden'),
-    (dict(discriminator=PATCH | dict(start=9)), 'discriminator.start=9'),
-    (dict(discriminator=PATCH | dict(start=1)), 'losses.gan'),
-    (dict(losses=dict(l2=1.0, gan=dict(weight=1.0, start=99))), 'losses.gan'),
-  ],
-)
-def test_a_discriminator_that_does_not_fit_is_refused(keys, key):
-  with pytest.raises(UserError, match=key):
-    planned(**keys)
+  assert np.isfinite(metrics['grad_norm']) and metrics['nonfinite'] == 1
+  assert moved(broken, after) == {'step'}
 
 
 SOUND = {

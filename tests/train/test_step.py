@@ -3,65 +3,56 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests import tiny
 from tests.train import pieces
-from tests.train.pieces import assert_close, host, planned, started
+from tests.train.pieces import assert_close, host, moved, planned, started
 from vqrae_jax import optim
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
 
-FROZEN_ENCODER = (('encoder/.*', None), ('.*', dict(lr=1e-3)))
-OPEN = (('.*', dict(lr=1e-3)),)
+# The encoder is frozen.
+FROZEN = dict(schedules=(('encoder/.*', None), ('.*', dict(lr=1e-3))))
 
 
 def base(kind='vq-ema', **keys):
   """A plan whose program most tests share: only numbers differ."""
   model = tiny.model(kind, post_quant=dict(kernel=3))
-  keys = dict(model=model, log=dict(usage_window=2), schedules=OPEN) | keys
-  return planned(kind, **keys)
-
-
-def changed(before, after):
-  before, after = host(before), host(after)
-  return {n for n in before if before[n].tobytes() != after[n].tobytes()}
+  return planned(kind, **dict(model=model, log=dict(usage_window=2)) | keys)
 
 
 @pytest.mark.parametrize(
-  'kind, schedules',
+  'kind, keys',
   [
-    ('fsq-cosmos', FROZEN_ENCODER),
-    ('vq-ema', OPEN),
-    ('vq-ema', FROZEN_ENCODER),
-    ('vq-gradient', OPEN),
-    ('simvq-l2', OPEN),
-    pytest.param('simvq-cosine', OPEN, marks=pytest.mark.slow),
-    pytest.param('none', FROZEN_ENCODER, marks=pytest.mark.slow),
+    ('fsq-cosmos', FROZEN),
+    ('vq-ema', {}),
+    ('vq-ema', FROZEN),
+    ('vq-gradient', {}),
+    ('simvq-l2', {}),
+    pytest.param('simvq-cosine', {}, marks=pytest.mark.slow),
+    pytest.param('none', FROZEN, marks=pytest.mark.slow),
   ],
 )
-def test_exactly_what_should_move_moves(kind, schedules):
+def test_exactly_what_should_move_moves(kind, keys):
   """After one step every trainable leaf has moved and nothing else has."""
-  plan = base(kind, schedules=schedules)
+  plan = base(kind, **keys)
   step_lib.check_reach(plan.spec, *plan.abstract(), tiny.images(8))
   state, frozen = started(plan)
   after, _ = plan.step(state, frozen, tiny.images(8))
   leaves = set(trees.flatten(plan.shapes['params']))
-  still = {n for n in leaves if n.startswith('encoder/')}
-  still = still if schedules is FROZEN_ENCODER else set()
-  assert set(frozen.params) == still
-  assert set(state.tokenizer.params) == leaves - still
-  assert changed(state.tokenizer.params, after.tokenizer.params) == (
-    leaves - still
-  )
-  assert changed(state.ema, after.ema) == leaves - still
   assert any('post_conv' in n for n in leaves)
+  still = {n for n in leaves if keys and n.startswith('encoder/')}
+  assert set(frozen.params) == still
+  tokenizer = state.tokenizer.params
+  assert set(tokenizer) == moved(tokenizer, after.tokenizer.params)
+  assert set(tokenizer) == moved(state.ema, after.ema) == leaves - still
   tables = {'quantizer/codes', 'quantizer/counts', 'quantizer/sums'}
-  assert changed(state.codebook, after.codebook) == (
-    tables if kind == 'vq-ema' else set()
-  )
+  found = moved(state.codebook, after.codebook)
+  assert found == (tables if kind == 'vq-ema' else set())
   assert int(after.step) == 1
 
 
@@ -71,7 +62,6 @@ def test_exactly_what_should_move_moves(kind, schedules):
     ('simvq-l2', dict(l2=1.0, commit=0.25), 'quantizer/bias, quantizer/kernel'),
     ('vq-gradient', dict(l2=1.0, commit=0.25), 'quantizer/codes'),
     ('vq-ema', dict(commit=1.0), 'decoder/embed/linear/bias'),
-    ('simvq-l2', dict(codebook=1.0), 'decoder/'),
   ],
 )
 def test_a_leaf_without_gradient_is_named(kind, losses, lost):
@@ -85,42 +75,31 @@ def test_a_leaf_without_gradient_is_named(kind, losses, lost):
 )
 def test_gradients_equal_one_loss(kind):
   """The pullback of cotangents is the gradient of the weighted sum."""
-  plan = planned(kind)
+  plan, losses = planned(kind), tiny.LOSSES[kind]
   state, frozen = started(plan)
   images = tiny.images(8)
   part = plan.gradients(state, frozen, images)
 
   def total(params):
-    variables = {'params': trees.merge(params, frozen.params)}
-    if state.codebook:
-      variables['codebook'] = state.codebook
+    variables = state_lib.variables_of(state, frozen) | {
+      'params': trees.unflatten(params)
+    }
     out = plan.spec.tokenizer.apply(variables, images, train=True)
     error = out.images - images.astype(jnp.float32) / 255
     values = out.quantizer.losses | {
       'l1': jnp.abs(error).mean(),
       'l2': (error**2).mean(),
     }
-    return sum(w * values[n] for n, w in tiny.LOSSES[kind].items())
+    return sum(w * values[n] for n, w in losses.items())
 
   value, want = jax.jit(jax.value_and_grad(total))(state.tokenizer.params)
-  weighted = sum(
-    w * part.metrics[f'loss/{n}'] for n, w in tiny.LOSSES[kind].items()
-  )
+  weighted = sum(w * part.metrics[f'loss/{n}'] for n, w in losses.items())
   np.testing.assert_allclose(weighted, value, rtol=1e-5)
   scale = max(float(jnp.abs(g).max()) for g in want.values())
   for name in want:
     np.testing.assert_allclose(
       part.gradients[name], want[name], rtol=1e-4, atol=1e-5 * scale
     )
-
-
-def test_a_frozen_encoder_has_no_optimizer_state_and_no_average():
-  state, frozen, _ = planned(schedules=FROZEN_ENCODER).abstract()
-  held = trees.flatten(state)
-  assert not [n for n in held if 'encoder/' in n]
-  more = [n for n in trees.flatten(planned().abstract()[0]) if 'encoder/' in n]
-  # Beside the leaf itself: two moments, and the average.
-  assert len(more) == 4 * len(frozen.params) > 0
 
 
 def test_the_codebook_moves_once_from_the_steps_sums():
@@ -133,10 +112,7 @@ def test_the_codebook_moves_once_from_the_steps_sums():
   want = plan.spec.tokenizer.quantizer.update_codebook(
     state.codebook['quantizer'], out.quantizer.stats
   )
-  for name, table in want.items():
-    np.testing.assert_allclose(
-      after.codebook['quantizer'][name], table, rtol=1e-4, atol=1e-5
-    )
+  assert_close(after.codebook['quantizer'], want)
 
 
 def test_ema_follows_the_weights():
@@ -181,35 +157,30 @@ def test_a_loss_weight_starts_and_rises_when_its_config_says():
   np.testing.assert_allclose(found, [0, 2 / 31, 30 / 31, 2, 2], rtol=1e-6)
 
 
-def test_bf16_computes_over_f32_parameters():
-  half = tiny.model('simvq-l2', post_quant=dict(kernel=3), dtype='bfloat16')
-  plan, full = base('simvq-l2', model=half), base('simvq-l2')
-  after, metrics = plan.step(*started(plan), tiny.images(8))
-  for leaf in jax.tree.leaves((after.tokenizer, after.codebook, after.ema)):
-    assert leaf.dtype in (jnp.float32, jnp.int32)
-  _, exact = full.step(*started(full), tiny.images(8))
-  np.testing.assert_allclose(metrics['loss/l2'], exact['loss/l2'], rtol=1e-2)
-
-
 def test_vector_schedules_reach_the_step():
-  """The first block keeps every bit, -0.0 too, the second moves."""
+  """The first block keeps every bit, -0.0 too, and is in no norm that is
+  logged; the second moves."""
   rows = (
     ('encoder/transformer/.*', dict(lr=1e-3, layers=(None, 1.0))),
     ('.*', dict(lr=1e-3)),
   )
-  plan = planned(schedules=rows)
+  optim = dict(weight_decay=0.1, clip=None)
+  plan = planned(schedules=rows, optim=optim)
   state, frozen = started(plan)
   negative = {
     n: -jnp.zeros_like(x) if n.endswith('fc2/bias') else x
     for n, x in state.tokenizer.params.items()
   }
   state = state.replace(tokenizer=state.tokenizer.replace(params=negative))
-  after, _ = plan.step(state, frozen, tiny.images(8))
+  after, metrics = plan.step(state, frozen, tiny.images(8))
   before, now = host(state.tokenizer.params), host(after.tokenizer.params)
   for name in before:
     if name.startswith('encoder/transformer/'):
       assert before[name][0].tobytes() == now[name][0].tobytes(), name
       assert (before[name][1] != now[name][1]).any(), name
+  tenths = {n: x for n, x in host(after).items() if '/mu/' in n}
+  norm = 10 * optax.global_norm(tenths)
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
 
 
 def test_changing_a_number_compiles_nothing(programs):
@@ -249,25 +220,6 @@ def test_changing_a_number_compiles_nothing(programs):
     dict(schedules=(('.*', dict(lr=1e-3, decay='linear')),)),
   ):
     assert planned(**late | static).spec != plan.spec, static
-
-
-@pytest.mark.parametrize(
-  'keys, key',
-  [
-    (dict(losses=dict(l2=1.0, commit=0.1)), 'losses.commit'),
-    (dict(schedules=(('.*', None),)), 'schedules'),
-    (dict(schedules=(('decoder/.*', None),)), 'schedules'),
-    (dict(losses=dict(l2=dict(weight=1.0, start=4))), 'losses.l2'),
-    (dict(losses=dict(l2=dict(weight=1.0, ramp=9))), 'losses.l2'),
-    (dict(duration=0), 'duration=0'),
-    (dict(log=dict(usage_window=10**7)), 'log.usage_window'),
-    (dict(data=dict(source='x', image_size=18)), '18x18'),
-    (dict(schedules=(('.*', dict(lr=1.0, warmup=4)),)), 'warmup=4'),
-  ],
-)
-def test_a_config_that_does_not_fit_its_model_is_refused(keys, key):
-  with pytest.raises(UserError, match=key):
-    planned(**keys)
 
 
 def test_accumulation_is_one_big_batch():
@@ -317,14 +269,15 @@ def test_frozen_trees_are_apart_and_hashed_alike():
   """A frozen leaf is in no part of the state; equal trees hash equally."""
   from vqrae_jax.train.initialize import hash_frozen
 
-  plan = planned('vq-ema', schedules=FROZEN_ENCODER)
+  plan = planned('vq-ema', **FROZEN)
   (state, frozen), (_, again) = started(plan), started(plan)
+  assert not [n for n in trees.flatten(state) if 'encoder/' in n]
   stacked = (2, 48, 32)  # the encoder's fc2, and the decoder's
   held = [x.shape for x in jax.tree.leaves(state)].count(stacked)
   assert held == 4  # the decoder's: parameter, average, two moments
   assert hash_frozen(frozen) == hash_frozen(again)
   name = next(iter(frozen.params))
-  other = dict(frozen.params)
-  other[name] = np.array(other[name])
-  other[name].flat[0] = np.nextafter(other[name].flat[0], 2, dtype='f4')
-  assert hash_frozen(frozen.replace(params=other)) != hash_frozen(frozen)
+  other = np.array(frozen.params[name])
+  other.flat[0] = np.nextafter(other.flat[0], 2, dtype='f4')
+  other = frozen.replace(params=frozen.params | {name: other})
+  assert hash_frozen(other) != hash_frozen(frozen)
