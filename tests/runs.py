@@ -77,11 +77,11 @@ def gan(folder: pathlib.Path, **keys) -> dict:
   return plain(folder, **config | keys)
 
 
-def images(folder: pathlib.Path) -> pathlib.Path:
+def images(folder: pathlib.Path, h: int = 40, w: int = 48) -> pathlib.Path:
   """Fills a new folder with four images; returns it."""
   folder.mkdir()
   for i in range(4):
-    image = Image.fromarray(tiny.images(1, 40, 48, seed=i)[0])
+    image = Image.fromarray(tiny.images(1, h, w, seed=i)[0])
     image.save(folder / f'image{i}.png')
   return folder
 

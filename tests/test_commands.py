@@ -174,38 +174,41 @@ def reconstruct(tmp_path_factory):
   'tile, size', ((16, (16, 16)), (0, (28, 20)), (8, (24, 16)))
 )
 def test_reconstruct_images(tile, size, reconstruct, tmp_path, capsys):
-  photos, out = runs.images(tmp_path / 'photos'), tmp_path / 'out'
+  photos, out = runs.images(tmp_path / 'photos', 20, 30), tmp_path / 'out'
   reconstruct(photos, out, *([f'--tile={tile}'] if tile < 16 else []))
   names = {p.name for p in photos.iterdir()} | {'comparison.png'}
   assert {p.name for p in out.iterdir()} == names
-  with Image.open(out / '0.png') as image:
+  with Image.open(out / 'image0.png') as image:
     assert image.size == size
   printed = capsys.readouterr().out
-  assert printed.count(' dB ') == 5 and 'comparison.png' in printed
+  assert printed.count(' dB ') == 4 and 'comparison.png' in printed
 
 
 def test_tiles_have_the_grid_that_statistics_are_of(reconstruct, tmp_path):
   """The decoder's own grid is 4x4, the statistics' 2x2: tiles of 8 px."""
   here, path = (
     tmp_path / 'tokenizer',
-    runs.images(tmp_path / 'photos') / '0.png',
+    runs.images(tmp_path / 'photos', 20, 30) / 'image0.png',
   )
   tokenizer = tiny.normalised('fsq-cosmos', 'position', grid=(2, 2))
   export.save_tokenizer(*tokenizer, here)
   reconstruct(path, tmp_path / 'out', tokenizer=here)
-  with Image.open(tmp_path / 'out' / '0.png') as image:
+  with Image.open(tmp_path / 'out' / 'image0.png') as image:
     assert image.size == (24, 16)
   with pytest.raises(UserError, match='4x4'):
     reconstruct(path, tmp_path / 'x', '--tile=16', tokenizer=here)
 
 
 def test_originals_are_never_overwritten(reconstruct, tmp_path):
-  photos = runs.images(tmp_path / 'photos')
+  photos = runs.images(tmp_path / 'photos', 20, 30)
   (photos / 'deep').mkdir()
-  shutil.copy(photos / '0.png', photos / 'deep')
-  before = (photos / '0.png').read_bytes()
-  for images, out in ((photos, tmp_path / 'out'), (photos / '0.png', photos)):
-    with pytest.raises(UserError, match='0.png'):
+  shutil.copy(photos / 'image0.png', photos / 'deep')
+  before = (photos / 'image0.png').read_bytes()
+  for images, out in (
+    (photos, tmp_path / 'out'),
+    (photos / 'image0.png', photos),
+  ):
+    with pytest.raises(UserError, match='image0.png'):
       reconstruct(images, out)
-  assert (photos / '0.png').read_bytes() == before
+  assert (photos / 'image0.png').read_bytes() == before
   assert not (tmp_path / 'out').exists()

@@ -123,14 +123,17 @@ def test_the_same_run_again_is_the_same(ran, config, tmp_path):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(run_config, tmp_path):
-  """In one process: schedules, data, noise, averages (`test_resume.py` kills
-  real ones)."""
+  """In one process: schedules, data, noise, averages, pictures of training
+  images (`test_resume.py` kills real ones)."""
   config = run_config(
     noise_tau=0.5, duration=4, checkpoint=dict(every=2, keep=9),
     schedules=(('.*', dict(lr=1e-3, warmup=2)),),
+    log=dict(every=1, images_every=4, tensorboard=False),
   )  # fmt: skip
   want = loop.train(config, tmp_path)
   whole = list(map(tiny.without_clocks, runs.rows(tmp_path)))
+  (picture,) = (tmp_path / 'pictures').iterdir()
+  before = picture.read_bytes()
   for last in (2, 4):  # of the steps of a trace, what is left
     shutil.rmtree(tmp_path / 'checkpoints/00000004')
     again = loop.train(config, tmp_path, profile=(1, last))
@@ -138,6 +141,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run_config, tmp_path):
     assert traced == (last == 4)
   assert list(map(tiny.without_clocks, runs.rows(tmp_path))) == whole
   assert again['fingerprint'] == want['fingerprint']
+  assert picture.read_bytes() == before
 
 
 def test_a_workdir_in_a_bucket(run_config):
