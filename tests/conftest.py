@@ -12,6 +12,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
   f'{os.environ.get("XLA_FLAGS", "")} {flags.devices(8)}'
 )
+# XLA's threads. It takes as many as there are devices, and a device may wait
+# in two collectives of a program at once: then another never comes to its own.
+os.environ['NPROC'] = '32'
 
 import functools
 import pathlib
