@@ -1,7 +1,7 @@
 # make quickstart   environment, install, a small tokenizer trained on real
 #                   photographs, figures and pictures in runs/quickstart
 # make test         environment with the test extra, the whole fast suite
-# make test-slow    the tests that take minutes each
+# make test-slow    the tests that take minutes each, older CPUs, Python 3.12
 # make lint         ruff, format and rules
 PYTHON ?= python3
 VENV ?= .venv
@@ -47,6 +47,9 @@ test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
 	for isa in AVX2 SSE4_2; do \
 	  XLA_FLAGS=--xla_cpu_max_isa=$$isa $(PYTEST) -m 'not slow' || exit 1; done
+	for newer in python3.12 ~/.pyenv/versions/3.12*/bin/python; do \
+	  "$$newer" -c '' 2>/dev/null || continue; \
+	  $(MAKE) test-newest PYTHON="$$newer" || exit 1; break; done
 
 # Nothing is pinned and nothing kept: what pip finds today.
 test-newest:
