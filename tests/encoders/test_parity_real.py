@@ -49,8 +49,8 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def memory():
-  """Frees what tests before hold, and has the C library give it back: the
-  largest encoder needs 12 GB."""
+  """Frees what tests before hold, and has the C library give it back: beside
+  12 GB of theirs the largest encoder ended a worker on a machine of 24."""
   jax.clear_caches()
   gc.collect()
   if hasattr(ctypes.CDLL(None), 'malloc_trim'):
