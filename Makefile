@@ -8,7 +8,7 @@ VENV ?= .venv
 STEPS ?=
 BIN = $(VENV)/bin
 # Python compiles what it imports; all the rest would be 40 CPU-seconds.
-export PIP_NO_COMPILE = 1
+export PIP_COMPILE = 0
 WORKERS ?= 2
 # By a path, not by an import hook: beside the clone, Python would take the
 # folder of that name for an empty package.
