@@ -2,7 +2,8 @@
 #                   photographs, figures and pictures in runs/quickstart
 # make test         environment with the test extra, the whole fast suite
 # make test-slow    the tests that take minutes each, older CPUs, Python 3.12
-# make lint         ruff, format and rules
+# make lint         environment with the test extra; ruff, format and rules
+# make clean        removes both environments and what builds leave, no run
 PYTHON ?= python3
 VENV ?= .venv
 STEPS ?=
@@ -66,4 +67,4 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest build dist *.egg-info .pytest_cache .ruff_cache

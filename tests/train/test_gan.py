@@ -328,6 +328,10 @@ def test_what_has_not_started_and_skipped_steps_are_not_judged():
   assert sounded(alarms(), (5, 6), nonfinite=1.0, **lost) == []
   silent = dict.fromkeys(SOUND, 0.5) | dict(nonfinite=0.0)
   assert sounded(Alarms(None, {}, 0), (5, 6), **silent) == []
+  # A window of few tokens cannot meet many codes.
+  few = Alarms(None, {}, 0, reachable=0.1)
+  assert sounded(few, (5, 6), **silent | dict(usage=0.05)) == []
+  assert len(sounded(few, (7, 8), **silent | dict(usage=0.005))) == 1
 
 
 def test_guessing_depends_on_the_loss():

@@ -109,7 +109,7 @@ def open_source(
     if not row.any():
       key = 'include' if i < len(include) else 'exclude'
       raise UserError(
-        f'{key}=("{pattern}",) names no image of "{data}"'
+        f'{key}=("{pattern}",) names no image of "{data}": "()" clears it'
         f'{did_you_mean(pattern, names[:50])}'
       )
   kept = ~matches[len(include) :].any(0)

@@ -292,7 +292,7 @@ def active_metrics(
 # A discriminator whose loss is below this share of what guessing gives.
 WON = 0.02
 DIVERGED = 100.0
-IDLE = 0.1  # of the codes
+IDLE = 0.1  # of the codes that the window can reach
 
 
 class Alarms:
@@ -308,10 +308,14 @@ class Alarms:
     gan: the step's; None without a discriminator.
     hparams: numbers on the host.
     warmup: steps that fill the usage window: usage is judged after them.
+    reachable: the highest usage that so many tokens can have, in (0, 1].
   """
 
-  def __init__(self, gan: Gan | None, hparams: optim.Numbers, warmup: int):
+  def __init__(
+    self, gan: Gan | None, hparams: optim.Numbers, warmup: int, reachable=1.0
+  ):
     self._gan, self._hparams, self._warmup = gan, hparams, warmup
+    self._idle = IDLE * reachable
     self._rows: list[Mapping[str, float]] = []
     self._active: set[str] = set()
 
@@ -355,19 +359,17 @@ class Alarms:
           f"the discriminator's logits diverge (real {real:.3g}, fake "
           f'{fake:.3g}); add discriminator.lecam or r1, or lower its rate'
         )
-    bound = 0.99 * adversarial.MAX_WEIGHT
     weights = [r['adaptive_weight'] for r in rows if 'adaptive_weight' in r]
-    if weights and np.mean([w >= bound for w in weights]) > 0.5:
+    if weights and np.median(weights) >= 0.99 * adversarial.MAX_WEIGHT:
       found['weight'] = (
         'the adversarial gradient has all but vanished: adaptive_weight is at '
         f'its bound {adversarial.MAX_WEIGHT:.0e}; start losses.gan later, or '
         'lower discriminator.schedule.lr'
       )
-    if (usage := mean('usage')) is not None and usage < IDLE:
-      perplexity = mean('perplexity')
+    if (usage := mean('usage')) is not None and usage < self._idle:
       found['usage'] = (
-        f'most codes are idle: usage {usage:.2g}, perplexity {perplexity:.3g} '
-        'over log.usage_window; lower the learning rate or num_codes, or '
-        'choose another quantizer (simvq, fsq)'
+        f'most codes are idle: usage {usage:.2g}, perplexity '
+        f'{mean("perplexity"):.3g} over log.usage_window; lower the learning '
+        'rate, or choose fewer codes or another quantizer'
       )
     return found

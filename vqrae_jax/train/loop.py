@@ -335,9 +335,11 @@ class _Loop:
     self.first = position.step
     config = setup.config
     self.visualizer = reporting.Visualizer(setup, started.frozen)
-    self.alarms = Alarms(
-      setup.step.gan, setup.hparams, self.first + config.log.usage_window
-    )
+    gh, gw = setup.tokenizer.grid(*config.data.size)
+    tokens = config.log.usage_window * config.batch_size * gh * gw
+    reachable = min(tokens / max(setup.tokenizer.codebook_size, 1), 1.0)
+    warmup = self.first + config.log.usage_window
+    self.alarms = Alarms(setup.step.gan, setup.hparams, warmup, reachable)
     self.evaluated: dict[int, dict[str, float]] = {}
     self.report = reporting.Report(workdir, setup, self.first)
     self.pending: tuple[int, Any] | None = None
@@ -438,11 +440,8 @@ class _Loop:
   def figures(self) -> dict[str, Any]:
     """Steps and speed, this process's own."""
     total, ended = self.setup.total_steps, time.perf_counter()
-    found: dict[str, Any] = {
-      'steps': total,
-      'skipped': self.position.skipped,
-      'train_seconds': ended - self.began,
-    }
+    found: dict[str, Any] = dict(steps=total, skipped=self.position.skipped)
+    found['train_seconds'] = ended - self.began
     if (steps := total - self.first - 1) > 0:
       images = steps * self.setup.config.batch_size
       found['images_per_second'] = images / max(ended - self.ready, 1e-9)
