@@ -14,6 +14,8 @@ WORKERS ?= 2
 # By a path, not by an import hook: beside the clone, Python would take the
 # folder of that name for an empty package.
 EDITABLE = --config-settings editable_mode=compat -e
+# setuptools says in twelve lines that this mode may go one day.
+QUIET = PYTHONWARNINGS=ignore
 # For its file of linear heads, which tests compare with. Without what it asks
 # for: torchvision breaks transformers beside the CPU torch.
 LPIPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips
@@ -29,7 +31,7 @@ $(VENV)/.made:
 
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made setup.py constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
-	$(BIN)/python -m pip install -q -c constraints.txt $(EDITABLE) '.[cpu,$*]'
+	$(QUIET) $(BIN)/python -m pip install -q -c constraints.txt $(EDITABLE) '.[cpu,$*]'
 	$(if $(filter test,$*),$(LPIPS) || echo "no package lpips: a test skips")
 	@touch $@
 
@@ -58,7 +60,7 @@ test-slow: $(VENV)/.test
 test-newest:
 	$(PYTHON) -m venv --clear $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install -q --upgrade pip
-	$(VENV)-newest/bin/python -m pip install -q $(EDITABLE) '.[cpu,unit]'
+	$(QUIET) $(VENV)-newest/bin/python -m pip install -q $(EDITABLE) '.[cpu,unit]'
 	$(VENV)-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m 'not slow and not integration'
 
