@@ -84,7 +84,7 @@ def test_parity(name, tmp_path):
       kind, model, images[shape], patch, dtype=torch.bfloat16
     )
     theirs[shape] = references.error(half, want[shape])
-  # One framework at a time: each takes 13 GB for the largest encoder.
+  # One framework at a time: 16 GB for the largest encoder, 21 with both.
   del model
   free()
   row = None if name.startswith('internvit') else name
