@@ -64,7 +64,7 @@ class NoNetwork:
   """In place of a loss network: outputs without a product."""
 
   def __init__(self, *sizes):
-    self.sizes = sizes
+    self.sizes = sizes[:-1]  # the last says how it is run
 
   def apply(self, variables, x):
     mean = x.mean((1, 2), keepdims=True)[..., :1]

@@ -186,6 +186,31 @@ class Optimizer:
     """(what `optax.apply_updates` adds to the parameters, the next state)."""
     return self._chain(numbers).update(grads, state, params)
 
+  def last_update_norm(
+    self, numbers: Numbers, params: Mapping[str, Any], state: Any
+  ) -> jax.Array:
+    """f32[], the norm of the update that led to `params` and `state`, read off
+    the moments; 0 before the first."""
+    adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
+    updates = state[-1]['schedule_count']
+    rates = self.rates(numbers, (updates - 1) // self.updates)
+
+    def square(name, index, decays):
+      m = adam.mu[name] / (1 - self.b1**adam.count)
+      v = adam.nu[name] / (1 - self.b2**adam.count)
+      u, rate = m / (jnp.sqrt(v) + numbers['eps']), rates[index]
+      if self.schedules[index][1] is not None:
+        # A block that does not move has the factor 0.
+        rate = rate * _per_block(numbers['schedules'][index]['layers'], u)
+      if self.weight_decay and decays:
+        # Of the parameters before: u = -rate (adam + decay (params - u)).
+        decay = numbers['weight_decay']
+        u = (u + decay * params[name]) / (1 - rate * decay)
+      return jnp.sum((rate * u) ** 2)
+
+    norm = jnp.sqrt(sum(square(*leaf) for leaf in self.leaves))
+    return jnp.where(updates > 0, norm, 0.0)
+
   def mask_frozen_layers(self, grads: Mapping[str, Any]) -> dict[str, Any]:
     """Gradients with zero in blocks that a schedule freezes, so that the norm
     that is clipped, and the one that is logged, are of what moves."""

@@ -29,6 +29,7 @@ LATER_FIELDS = {
   'basis_init': 'tokens',
 }
 DTYPES = ('float32', 'bfloat16')
+REMATS = (False, True, 'dots')
 RESIZES = ('bicubic', 'bilinear')
 LATENT_NORMS = ('none', 'channel', 'position')
 INT_BOUND = 2**31  # of whole numbers in a config: JAX counts in 32 bits
@@ -48,6 +49,23 @@ def at_least(least: int, where: str, spec: Any, *names: str) -> None:
     value = getattr(spec, name)
     if value is not None and value < least:
       raise UserError(f'{where}{name}={value} must be at least {least}')
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+  """How a network of a loss is run: its dtype, and whether what its gradient
+  needs is computed again instead of kept."""
+
+  dtype: str = 'float32'
+  remat: bool = False
+
+  def __post_init__(self):
+    one_of('dtype', self.dtype, DTYPES)
+
+  @property
+  def precision(self) -> str | None:
+    """Of products: the highest in f32."""
+    return 'highest' if self.dtype == 'float32' else None
 
 
 def _grid(where: str, grid: Any) -> None:
@@ -80,6 +98,8 @@ class ViTSpec:
   `grid` is the native grid of patches (rows, columns); others are reached by
   interpolating positions. `layer_scale` is the initial value, None for none.
   `qk_norm` normalises queries and keys over the full width (InternViT).
+  With `remat` a block's gradient computes the block again from its input;
+  "dots" keeps the outputs of its dense layers and computes the rest again.
   Of the `num_prefix_tokens` the last `num_registers` have no position; the
   others (cls) have one each if `prefix_has_posemb`.
   """
@@ -101,7 +121,7 @@ class ViTSpec:
   prefix_has_posemb: bool = False
   num_registers: int = 0
   scan: bool = True
-  remat: bool = False
+  remat: bool | str = False
   dtype: str = 'float32'
 
   def __post_init__(self):
@@ -113,6 +133,7 @@ class ViTSpec:
     one_of('vit.act', self.act, ('gelu', 'gelu_tanh', 'swiglu'))
     one_of('vit.posemb', self.posemb, ('learned', 'sincos2d'))
     one_of('vit.dtype', self.dtype, DTYPES)
+    one_of('vit.remat', self.remat, REMATS)
     _grid('vit', self.grid)
     if not 0 <= self.num_registers <= self.num_prefix_tokens:
       raise UserError(

@@ -5,6 +5,7 @@ Shapes: b images, h w pixels, gh gw the grid of tokens, d latent channels,
 c code channels, q codes per token, k entries of a codebook.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 from flax import struct
@@ -65,11 +66,14 @@ class LossInputs:
     reconstruction: f32[b h w 3], not clipped.
     targets: f32[b h w 3] in [0, 1].
     weights: {term: frozen arrays} of the terms that have any, or None.
+    run: how the terms' networks are run, a `specs.RunOptions`; static. None:
+      f32 without remat.
   """
 
   reconstruction: Float[Array, 'b h w 3']
   targets: Float[Array, 'b h w 3']
   weights: Tree = None
+  run: Hashable = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass
@@ -115,6 +119,28 @@ class TrainState:
   ema: Tree
   usage: Tree
   rng: Array
+
+
+@struct.dataclass
+class AtImage:
+  """What the image losses of a forward give: all that its pullback needs.
+
+  Attributes:
+    metrics: {"loss/NAME", "mse": f32[]}, means; "mse" is the clipped
+      reconstruction's.
+    image: f32[b h w 3], the weighted image losses' cotangent at the
+      reconstruction, or None.
+    gan: the adversarial one's, neither weighted nor balanced, or None.
+    fakes: f32[b h w 3], the reconstruction rounded to 8 bits, if a
+      discriminator learns on it.
+    latents: f[b gh gw d] of an encoder that is frozen, else None.
+  """
+
+  metrics: Tree
+  image: Array | None
+  gan: Array | None
+  fakes: Array | None
+  latents: Array | None
 
 
 @struct.dataclass

@@ -78,6 +78,7 @@ def figures(name: str) -> dict[str, list[float]]:
   for i in range(3):
     state, metrics = plan.step(state, frozen, tiny.images(8, seed=i))
     assert not metrics.pop('nonfinite')
+    metrics |= plan.update_norms(state)
     gap = jax.tree.map(lambda a, b: a - b, state.ema, state.tokenizer.params)
     rows.append(metrics | {'ema_gap': optax.global_norm(gap)})
   # Nine digits are all of an f32.

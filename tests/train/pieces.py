@@ -60,6 +60,10 @@ class Pieces:
     step = _jitted(step_lib.train_step, self.spec)
     return step(state, frozen, self.hparams, images)
 
+  def update_norms(self, state):
+    """Of the update that led to `state`."""
+    return _jitted(step_lib.update_norms, self.spec)(state, self.hparams)
+
   def gradients(self, state, frozen, images):
     """`loss_gradients` of uint8 images, jitted."""
     images = np.asarray(images, np.float32) / np.float32(255)

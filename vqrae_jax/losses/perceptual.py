@@ -7,8 +7,8 @@ so its weight of 1.1 is `losses=dict(lpips=1.0, convnext=0.1)` here, and 1.1
 times the sum `dict(lpips=1.1, convnext=0.11)`.
 
 The networks' arrays come with the inputs (`pretrained/networks.py` makes them);
-they and the targets get no gradient. Networks run in f32 at the highest
-precision.
+they and the targets get no gradient. Networks run as the inputs say, by default
+in f32 at the highest precision; what follows them is f32 always.
 """
 
 import jax
@@ -20,6 +20,7 @@ from vqrae_jax.losses.reconstruction import checked, weights_of
 from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.nn.vgg import MIN_SIDE, VGG16
 from vqrae_jax.ops import images as image_ops
+from vqrae_jax.specs import RunOptions
 from vqrae_jax.types import LossInputs, Tree
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -39,12 +40,14 @@ def _unit(x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
 
 
 def _features(
-  images: Float[Array, 'b h w 3'], weights: Tree
+  images: Float[Array, 'b h w 3'], weights: Tree, run: RunOptions | None
 ) -> list[Float[Array, 'b _ _ _']]:
   widths = tuple(len(weights['heads'][f'tap{n}']) for n in range(1, 6))
   x = image_ops.normalize(2 * images - 1, _SHIFT, _SCALE)
-  features = VGG16(widths).apply({'params': weights['net']}, x)
-  return [_unit(f) for f in features]
+  features = VGG16(widths, run or RunOptions()).apply(
+    {'params': weights['net']}, x
+  )
+  return [_unit(f.astype(jnp.float32)) for f in features]
 
 
 def lpips(x: LossInputs) -> Float[Array, '']:
@@ -68,8 +71,8 @@ def lpips(x: LossInputs) -> Float[Array, '']:
       f'the loss "lpips" needs images of {MIN_SIDE} pixels a side; got {size}'
     )
   weights, targets = jax.lax.stop_gradient((weights, x.targets))
-  recon = _features(x.reconstruction, weights)
-  target = _features(targets, weights)
+  recon = _features(x.reconstruction, weights, x.run)
+  target = _features(targets, weights, x.run)
   total = jnp.zeros(len(targets), jnp.float32)
   for n, (a, b) in enumerate(zip(recon, target, strict=True), 1):
     head = jnp.asarray(weights['heads'][f'tap{n}'], jnp.float32)
@@ -79,13 +82,16 @@ def lpips(x: LossInputs) -> Float[Array, '']:
 
 
 def _logits(
-  images: Float[Array, 'b h w 3'], net: Tree
+  images: Float[Array, 'b h w 3'], net: Tree, run: RunOptions | None
 ) -> Float[Array, 'b classes']:
   blocks = [net[f'blocks{n}']['scale'].shape for n in range(1, 5)]
   depths, widths = map(tuple, zip(*blocks, strict=True))
-  model = ConvNeXt(depths, widths, len(net['head']['bias']))
+  model = ConvNeXt(
+    depths, widths, len(net['head']['bias']), run or RunOptions()
+  )
   x = image_ops.resize(images, (_SIDE, _SIDE), 'bilinear', antialias=True)
-  return model.apply({'params': net}, image_ops.normalize(x, _MEAN, _STD))
+  x = model.apply({'params': net}, image_ops.normalize(x, _MEAN, _STD))
+  return x.astype(jnp.float32)
 
 
 def convnext(x: LossInputs) -> Float[Array, '']:
@@ -102,5 +108,5 @@ def convnext(x: LossInputs) -> Float[Array, '']:
   x = checked(x, 'convnext')
   weights = weights_of(x, 'convnext')
   weights, targets = jax.lax.stop_gradient((weights, x.targets))
-  logits = _logits(x.reconstruction, weights['net'])
-  return jnp.mean((logits - _logits(targets, weights['net'])) ** 2)
+  logits = _logits(x.reconstruction, weights['net'], x.run)
+  return jnp.mean((logits - _logits(targets, weights['net'], x.run)) ** 2)

@@ -132,6 +132,7 @@ class Tokenizer(nn.Module):
     train: bool = False,
     rngs: Any = None,
     noise: Array | None = None,
+    latents: Array | None = None,
   ) -> TokenizerOutput:
     """One pass: images f[b h w 3] in [0, 1] to a reconstruction.
 
@@ -141,8 +142,10 @@ class Tokenizer(nn.Module):
       rngs: keys for stochastic quantizers, by name.
       noise: f32[b gh gw d], added to the quantizer's input, not to the
         returned latents.
+      latents: f[b gh gw d], `encode(images)` where it is at hand.
     """
-    latents = self.encode(images)
+    if latents is None:
+      latents = self.encode(images)
     if not train:
       latents = jax.lax.optimization_barrier(latents)
     z = latents if noise is None else latents + noise.astype(latents.dtype)

@@ -12,26 +12,32 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vqrae_jax.specs import RunOptions
+
 DEPTHS = (3, 3, 27, 3)
 WIDTHS = (96, 192, 384, 768)
 CLASSES = 1000
 
-_HIGHEST = jax.lax.Precision.HIGHEST
+
+def _norm(run: RunOptions, name: str) -> nn.LayerNorm:
+  return nn.LayerNorm(1e-6, dtype=run.dtype, use_fast_variance=False, name=name)
 
 
-def _norm(name: str) -> nn.LayerNorm:
-  return nn.LayerNorm(1e-6, use_fast_variance=False, name=name)
+def _dense(run: RunOptions, features: int, name: str) -> nn.Dense:
+  return nn.Dense(features, dtype=run.dtype, precision=run.precision, name=name)
 
 
-def _dense(features: int, name: str) -> nn.Dense:
-  return nn.Dense(features, precision=_HIGHEST, name=name)
-
-
-def _down(features: int, factor: int, name: str) -> nn.Conv:
+def _down(run: RunOptions, features: int, factor: int, name: str) -> nn.Conv:
   """Each square of `factor` pixels to one."""
   side = (factor, factor)
   return nn.Conv(
-    features, side, side, padding='VALID', precision=_HIGHEST, name=name
+    features,
+    side,
+    side,
+    padding='VALID',
+    dtype=run.dtype,
+    precision=run.precision,
+    name=name,
   )
 
 
@@ -39,6 +45,7 @@ class Block(nn.Module):
   """x + scale * fc2(gelu(fc1(norm(depthwise(x))))); a body for `nn.scan`."""
 
   width: int
+  run: RunOptions = RunOptions()
 
   @nn.compact
   def __call__(self, x: Array, _: Any = None) -> tuple[Array, None]:
@@ -47,44 +54,55 @@ class Block(nn.Module):
       (7, 7),
       padding=3,
       feature_group_count=self.width,
-      precision=_HIGHEST,
+      dtype=self.run.dtype,
+      precision=self.run.precision,
       name='depthwise',
     )(x)
-    y = _dense(4 * self.width, 'fc1')(_norm('norm')(y))
-    y = _dense(self.width, 'fc2')(jax.nn.gelu(y, approximate=False))
+    y = _norm(self.run, 'norm')(y)
+    y = _dense(self.run, 4 * self.width, 'fc1')(y)
+    y = jax.nn.gelu(y, approximate=False)
+    y = _dense(self.run, self.width, 'fc2')(y)
     # Training starts at 1e-6, at which a random network would be linear.
     init = nn.initializers.constant(0.1)
-    return x + self.param('scale', init, (self.width,)) * y, None
+    scale = self.param('scale', init, (self.width,))
+    return x + scale.astype(y.dtype) * y, None
 
 
 class ConvNeXt(nn.Module):
-  """f32[b h w 3], normalized as ImageNet, -> logits f32[b classes].
+  """f[b h w 3], normalized as ImageNet, -> logits f[b classes].
+
+  Computes in `run.dtype`; in f32 at the highest precision.
 
   Attributes:
     depths: blocks of each level.
     widths: channels of each level.
     classes: number of logits.
+    run: its dtype, and whether blocks are computed again for the gradient.
   """
 
   depths: tuple[int, ...] = DEPTHS
   widths: tuple[int, ...] = WIDTHS
   classes: int = CLASSES
+  run: RunOptions = RunOptions()
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w 3']) -> Float[Array, 'b classes']:
-    x = _down(self.widths[0], 4, 'embed')(x)
-    x = _norm('norm1')(x)
+    run, block = self.run, Block
+    if run.remat:
+      block = nn.remat(Block, prevent_cse=False)
+    x = _down(run, self.widths[0], 4, 'embed')(x)
+    x = _norm(run, 'norm1')(x)
     levels = zip(self.depths, self.widths, strict=True)
     for level, (depth, width) in enumerate(levels, 1):
       if level > 1:
-        x = _norm(f'norm{level}')(x)
-        x = _down(width, 2, f'down{level}')(x)
+        x = _norm(run, f'norm{level}')(x)
+        x = _down(run, width, 2, f'down{level}')(x)
       stack = nn.scan(
-        Block,
+        block,
         variable_axes={'params': 0},
         split_rngs={'params': True},
         length=depth,
       )
-      x = stack(width, name=f'blocks{level}')(x, None)[0]
-    x = _norm('norm')(x.mean((1, 2)))
-    return _dense(self.classes, 'head')(x)
+      x = stack(width, run, name=f'blocks{level}')(x, None)[0]
+    x = _norm(run, 'norm')(x.mean((1, 2)))
+    return _dense(run, self.classes, 'head')(x)

@@ -10,20 +10,26 @@ from collections.abc import Mapping
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.nn.dino import DINO_S8, DinoDiscriminator
 from vqrae_jax.nn.patchgan import PatchGAN
-from vqrae_jax.specs import build_spec, merge_sections
+from vqrae_jax.specs import RunOptions, build_spec, merge_sections
 
 DISCRIMINATORS = {'patch': PatchGAN, 'dino': DinoDiscriminator}
 
 Discriminator = PatchGAN | DinoDiscriminator
 
 
-def build(section: Mapping, where: str = 'discriminator') -> Discriminator:
+def build(
+  section: Mapping,
+  where: str = 'discriminator',
+  run: RunOptions | None = None,
+) -> Discriminator:
   """The discriminator that `section` names.
 
   Args:
     section: dict(name="patch"|"dino", **its fields). Fields of `vit` that are
       not given are DINO ViT-S/8's.
     where: the section's name in the config, for the errors.
+    run: its dtype and remat, where the fields do not say; f32 without remat
+      if None.
 
   Raises:
     UserError: an unknown name, field or value.
@@ -31,9 +37,13 @@ def build(section: Mapping, where: str = 'discriminator') -> Discriminator:
   fields = {k: v for k, v in section.items() if k != 'name'}
   cls = choose(DISCRIMINATORS, section.get('name', ''), where)
   where = f'{where}.fields'
-  if cls is DinoDiscriminator and 'vit' in fields:
-    given = fields['vit']
+  options = dataclasses.asdict(run or RunOptions())
+  if cls is DinoDiscriminator:
+    given = fields.get('vit', {})
     if not isinstance(given, Mapping):
       raise UserError(f'{where}.vit={given!r} must be a section of fields')
-    fields['vit'] = merge_sections(dataclasses.asdict(DINO_S8), given)
+    vit = dataclasses.asdict(DINO_S8) | options
+    fields['vit'] = merge_sections(vit, given)
+  else:
+    fields = options | fields
   return build_spec(cls, fields, where)

@@ -60,7 +60,8 @@ class PatchGAN(nn.Module):
 
   Widths are `hidden` times 1, 1, 2, 4, … After the last halving the grid is
   max-pooled to `pool` x `pool` (0: not pooled), so n = pool^2. The defaults
-  have 1,909,889 parameters.
+  have 1,909,889 parameters. With `remat` the gradient computes what lies
+  between the halvings again.
   """
 
   hidden: int = 128
@@ -68,6 +69,7 @@ class PatchGAN(nn.Module):
   groups: int = 32
   pool: int = 16
   dtype: str = 'float32'
+  remat: bool = False
 
   def __post_init__(self):
     where = 'discriminator.fields.'
@@ -95,9 +97,11 @@ class PatchGAN(nn.Module):
   @nn.compact
   def __call__(self, images: Shaped[Array, 'b h w 3']) -> Float[Array, 'b n']:
     need_floats(images, "the discriminator's images")
-    x = self._conv(2 * images - 1, self.hidden, 5, 'conv_in')
-    x = nn.leaky_relu(x, 0.1)
-    for i in range(self.halvings):
+
+    def half(self, x, i):
+      if i == 0:
+        x = self._conv(2 * x - 1, self.hidden, 5, 'conv_in')
+        x = nn.leaky_relu(x, 0.1)
       x = self._conv(x, self.hidden * 2**i, 3, f'conv{i}')
       x = halved(halved(x, 1), 2)
       x = nn.GroupNorm(
@@ -107,7 +111,12 @@ class PatchGAN(nn.Module):
         use_fast_variance=False,
         name=f'norm{i}',
       )(x)
-      x = nn.leaky_relu(x, 0.1)
+      return nn.leaky_relu(x, 0.1)
+
+    half = nn.remat(half, static_argnums=2) if self.remat else half
+    x = images
+    for i in range(self.halvings):
+      x = half(self, x, i)
     if self.pool:
       x = max_pooled(max_pooled(x, self.pool, 1), self.pool, 2)
     x = nn.leaky_relu(self._conv(x, x.shape[-1], 1, 'conv_mix'), 0.1)

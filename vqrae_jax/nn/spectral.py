@@ -76,11 +76,13 @@ def uniform(fan_in: int) -> nn.initializers.Initializer:
 class SpectralConv(nn.Module):
   """A convolution along tokens that wraps around, its kernel over sigma.
 
-  [b n c] -> [b n features]; `kernel` tokens wide, odd, at most n.
+  [b n c] -> [b n features]; `kernel` tokens wide, odd, at most n. Computes in
+  `dtype`, the gain in f32.
   """
 
   features: int
   kernel: int = 1
+  dtype: str = 'float32'
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b n o']:
@@ -96,10 +98,14 @@ class SpectralConv(nn.Module):
       first = _iterate(kernel, _unit(jax.random.normal(key, shape[-1:])))
     u = self.variable('spectral', 'u', lambda: first[0]).value
     v = self.variable('spectral', 'v', lambda: first[1]).value
-    kernel = kernel / sigma(kernel, u, v)
-    side = self.kernel // 2
-    x = jnp.pad(x, ((0, 0), (side, side), (0, 0)), mode='wrap')
-    y = jax.lax.conv_general_dilated(
-      x, kernel, (1,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC')
-    )
-    return y + bias
+    kernel = (kernel / sigma(kernel, u, v)).astype(self.dtype)
+    x = x.astype(self.dtype)
+    if self.kernel == 1:  # a product: XLA compiles it several times as fast
+      y = x @ kernel[0]
+    else:
+      side = self.kernel // 2
+      x = jnp.pad(x, ((0, 0), (side, side), (0, 0)), mode='wrap')
+      y = jax.lax.conv_general_dilated(
+        x, kernel, (1,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC')
+      )
+    return y + bias.astype(self.dtype)

@@ -5,20 +5,26 @@ pooling between groups. The outputs are the ends of the groups, which LPIPS
 reads. The classifier and the pooling before it are left out.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vqrae_jax.specs import RunOptions
+
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # of each group
 MIN_SIDE = 16  # pixels: four poolings leave one
 
-_HIGHEST = jax.lax.Precision.HIGHEST
-
 
 def _as_product(
-  x: Float[Array, 'b h w c'], kernel: Float[Array, '3 3 c d'], *_, **__
+  x: Float[Array, 'b h w c'],
+  kernel: Float[Array, '3 3 c d'],
+  *_,
+  precision: Any,
+  **__,
 ) -> Float[Array, 'b h w d']:
   """A 3x3 convolution, padded by one, as one product with nine shifts.
 
@@ -30,37 +36,46 @@ def _as_product(
   shifts = [x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
   x = jnp.concatenate(shifts, axis=-1)
   kernel = kernel.reshape(-1, kernel.shape[-1])
-  return jnp.matmul(x, kernel, precision=_HIGHEST)
+  return jnp.matmul(x, kernel, precision=precision)
 
 
 class VGG16(nn.Module):
-  """f32[b h w 3] -> five features f32[b h/2^k w/2^k width], k = 0 … 4.
+  """f[b h w 3] -> five features f[b h/2^k w/2^k width], k = 0 … 4.
 
   They follow the relus 1_2, 2_2, 3_3, 4_3 and 5_3. Pooling drops the last row
-  of an odd side. The range of the images depends on the weights.
+  of an odd side. The range of the images depends on the weights. Computes in
+  `run.dtype`; in f32 at the highest precision.
   """
 
   widths: tuple[int, ...] = WIDTHS
+  run: RunOptions = RunOptions()
 
   @nn.compact
   def __call__(
     self, x: Float[Array, 'b h w 3']
   ) -> tuple[Float[Array, 'b _ _ _'], ...]:
-    features = []
-    for group, width in enumerate(self.widths, 1):
-      if group > 1:
-        x = nn.max_pool(x, (2, 2), (2, 2))
+    def convolutions(self, x, group):
       small = min(x.shape[1:3]) < 3
       for n in range(1, CONVOLUTIONS[group - 1] + 1):
         x = nn.Conv(
-          width,
+          self.widths[group - 1],
           (3, 3),
           padding=1,
+          dtype=self.run.dtype,
           kernel_init=nn.initializers.he_normal(),
-          precision=_HIGHEST,
+          precision=self.run.precision,
           conv_general_dilated=_as_product if small else None,
           name=f'conv{group}_{n}',
         )(x)
         x = jax.nn.relu(x)
+      return x
+
+    if self.run.remat:
+      convolutions = nn.remat(convolutions, static_argnums=2)
+    features = []
+    for group in range(1, len(self.widths) + 1):
+      if group > 1:
+        x = nn.max_pool(x, (2, 2), (2, 2))
+      x = convolutions(self, x, group)
       features.append(x)
     return tuple(features)

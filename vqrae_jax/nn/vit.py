@@ -17,10 +17,16 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vqrae_jax.ops import images, posemb
+from vqrae_jax.ops.attention import attention
 from vqrae_jax.specs import ViTSpec
 
 XAVIER = nn.initializers.xavier_uniform()
 BATCH_TOKENS = ('batch', 'tokens', 'embed')
+# {spec.remat: what a block keeps for its gradient beside its input}.
+REMAT = {
+  True: None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 def norm(spec: ViTSpec, name: str, affine: bool = True) -> nn.Module:
@@ -61,9 +67,7 @@ class Attention(nn.Module):
         y = nn.RMSNorm(s.norm_eps, dtype=s.dtype, name=f'{name}_norm')(y)
       return y.reshape(*y.shape[:-1], s.num_heads, head)
 
-    y = jax.nn.dot_product_attention(
-      project('query'), project('key'), project('value')
-    )
+    y = attention(project('query'), project('key'), project('value'))
     y = y.reshape(x.shape)
     return nn.Dense(s.width, dtype=s.dtype, kernel_init=XAVIER, name='out')(y)
 
@@ -118,7 +122,9 @@ class Block(nn.Module):
 
 def _stack(s: ViTSpec, emit: bool = False) -> nn.Module:
   """The blocks as one module "blocks": (x, None) -> (x, f[depth b n d])."""
-  block = nn.remat(Block, prevent_cse=False) if s.remat else Block
+  block = Block
+  if s.remat:
+    block = nn.remat(Block, prevent_cse=False, policy=REMAT[s.remat])
   stack = nn.scan(
     block,
     variable_axes={'params': 0},

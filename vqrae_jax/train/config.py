@@ -20,6 +20,7 @@ from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.optim import UNITS, AdamWConfig, Schedule, steps_of
 from vqrae_jax.specs import (
+  RunOptions,
   at_least,
   build_spec,
   check_missing,
@@ -195,6 +196,24 @@ class DataSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class NetworksSpec:
+  """How the networks of losses are run; None: as the model is
+  (`model.dtype`, `model.remat`)."""
+
+  dtype: str | None = None
+  remat: bool | None = None
+
+  def over(self, model: Mapping) -> RunOptions:
+    """The options, those of the config's `model` where none are given."""
+    given = dataclasses.asdict(self)
+    options = {k: model[k] for k in given if k in model}
+    options['remat'] = bool(options.get('remat'))  # of whatever policy
+    return RunOptions(
+      **options | {k: v for k, v in given.items() if v is not None}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSpec:
   """The layout's name, and the devices that share a block's width."""
 
@@ -320,7 +339,9 @@ class RunConfig:
     teacher: the frozen encoder of losses.distill: "init", the one that this
       run starts with (from `init_from` or `init.encoder`), or a
       published encoder as in `init.encoder`.
-    discriminator: of losses.gan, where there is one.
+    networks: how the networks of losses are run.
+    discriminator: of losses.gan, where there is one; its dtype and remat are
+      the model's where its fields do not say.
     max_nonfinite: how many consecutive steps may be skipped because a loss or
       a gradient is not finite; one more stops the run.
   """
@@ -339,6 +360,7 @@ class RunConfig:
   init_from: str | None = None
   init: InitSpec = InitSpec()
   teacher: str | None = None
+  networks: NetworksSpec = NetworksSpec()
   discriminator: DiscriminatorSpec | None = None
   mesh: MeshSpec = MeshSpec()
   log: LogSpec = LogSpec()

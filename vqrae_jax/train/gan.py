@@ -41,21 +41,25 @@ def over_microbatches(fn: Callable, batch: tuple) -> tuple[Any, Any, Any]:
 
   Args:
     fn: (*microbatch) -> (means, sums, others): trees of arrays.
-    batch: arrays [microbatches …].
+    batch: arrays [microbatches …], or trees of them; the first is an array.
 
   Returns:
     (means over microbatches, sums over them, others stacked [microbatches …]).
   """
   count = len(batch[0])
+
+  def first():
+    return jax.tree.map(lambda x: x[0], batch)
+
   if count == 1:
-    means, sums, others = fn(*(x[0] for x in batch))
+    means, sums, others = fn(*first())
     return means, sums, jax.tree.map(lambda x: x[None], others)
 
   def add(total, microbatch):
     means, sums, others = fn(*microbatch)
     return jax.tree.map(jnp.add, total, (means, sums)), others
 
-  shapes = jax.eval_shape(lambda *x: fn(*x)[:2], *(x[0] for x in batch))
+  shapes = jax.eval_shape(lambda: fn(*first())[:2])
   zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   (means, sums), others = jax.lax.scan(add, zero, batch)
   return jax.tree.map(lambda x: x / count, means), sums, others
@@ -235,12 +239,16 @@ class Gan:
     def gradients(reals, fakes, sample_ids):
       """Means over a microbatch."""
 
-      def logits(params, images, use):
-        images = self._augmented(state, images, sample_ids, use)
-        return self.logits(params, spectral, frozen, images)
+      def augmented(images, use):
+        return self._augmented(state, images, sample_ids, use)
+
+      # One call, each real image beside its fake: both lie on one device.
+      both = augmented(reals, _REAL), augmented(fakes, _FAKE)
+      both = jnp.stack(both, 1).reshape(-1, *reals.shape[1:])
 
       def loss(params):
-        real, fake = logits(params, reals, _REAL), logits(params, fakes, _FAKE)
+        logits = self.logits(params, spectral, frozen, both)
+        real, fake = jnp.moveaxis(logits.reshape(len(reals), 2, -1), 1, 0)
         loss = adversarial.D_LOSSES[self.loss](real, fake)
         metrics = {
           'loss/discriminator': loss,
@@ -252,7 +260,10 @@ class Gan:
           loss += numbers['lecam'] * metrics['loss/lecam']
         if self.r1:
           metrics['loss/r1'] = adversarial.r1_penalty(
-            lambda x: logits(params, x, _REAL), reals
+            lambda x: self.logits(
+              params, spectral, frozen, augmented(x, _REAL)
+            ),
+            reals,
           )
           loss += numbers['r1'] / 2 * metrics['loss/r1']
         return loss, metrics
@@ -265,7 +276,6 @@ class Gan:
     )
     params = optax.apply_updates(network.params, updates)
     metrics['discriminator/grad_norm'] = optax.global_norm(grads)
-    metrics['discriminator/update_norm'] = optax.global_norm(updates)
     return NetworkState(params, opt_state, stats), metrics
 
 

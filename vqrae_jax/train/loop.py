@@ -240,10 +240,11 @@ def dry_run(config: Any) -> dict[str, float]:
   with jax.set_mesh(setup.mesh):
     started = initialize(setup)
     batch = setup.place(setup.batches.batch(0))
-    _, metrics = setup.train_step()(
-      started.state, started.frozen, setup_lib.f32(setup.hparams), batch
+    hparams = setup_lib.f32(setup.hparams)
+    state, metrics = setup.train_step()(
+      started.state, started.frozen, hparams, batch
     )
-    metrics = _floats(metrics)
+    metrics = _floats(metrics | setup.update_norms()(state, hparams))
   if words := nonfinite(1, metrics):
     raise NonFinite(f'{words}; {REMEDY}')
   return metrics
@@ -272,6 +273,7 @@ def run(
   loop = _Loop(setup, started, workdir, checkpoints, position)
   total, every = setup.total_steps, setup.config.checkpoint.every
   state, step_fn = started.state, setup.train_step()
+  update_norms, rows = setup.update_norms(), setup.config.log.every
   hparams = setup_lib.f32(setup.hparams)
   batches = setup.batches.iterate(position.step)
   with (
@@ -287,6 +289,8 @@ def run(
       loop.waited += time.perf_counter() - asked
       batch = setup.place(batch)
       state, metrics = step_fn(state, started.frozen, hparams, batch)
+      if number % rows == 0 or number == total:
+        metrics |= update_norms(state, hparams)
       # One step behind, so that the device always has work.
       loop.settle()
       loop.pending = (number, metrics)

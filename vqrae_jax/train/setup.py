@@ -126,6 +126,10 @@ class Setup:
     mesh; equal step specs share it."""
     return _jitted_step(self.step, self.mesh)
 
+  def update_norms(self) -> Callable:
+    """(state, hparams) -> the norms of its last update, jitted."""
+    return jax.jit(functools.partial(step_lib.update_norms, self.step))
+
 
 def f32(hparams: optim.Numbers) -> Any:
   """The numbers as the step takes them: every one, or list of them that a
@@ -306,6 +310,7 @@ def plan_step(
     noise=bool(config.noise_tau),
     teacher=config.teacher is not None,
     usage_window=config.log.usage_window,
+    networks_run=config.networks.over(config.model),
     updates_codebook=any(schedules[n] is not None for n in tables),
     gan=gan,
   )
@@ -356,7 +361,10 @@ def _plan_gan(
       f'discriminator.start={spec.start!r}, at a random discriminator; start '
       'the loss then or later, or the discriminator earlier'
     )
-  module = discriminators.build({'name': spec.name, **spec.fields})
+  module = discriminators.build(
+    {'name': spec.name, **spec.fields},
+    run=config_lib.NetworksSpec().over(config.model),
+  )
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), image)
   leaves = trees.flatten(shapes['params'])

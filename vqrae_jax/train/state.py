@@ -19,6 +19,7 @@ from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import networks
+from vqrae_jax.specs import RunOptions
 from vqrae_jax.train.gan import Gan
 from vqrae_jax.types import Frozen, NetworkState, TrainState
 
@@ -39,6 +40,7 @@ class StepSpec:
     ema: whether there are EMA weights.
     noise: whether noise is added to the latents.
     teacher: whether a frozen encoder is distilled from.
+    networks_run: how the losses' networks are run.
     usage_window: steps over which codes are counted.
     updates_codebook: whether the `codebook` collection follows its updates.
     gan: the discriminator and its losses, or None.
@@ -52,6 +54,7 @@ class StepSpec:
   ema: bool
   noise: bool
   teacher: bool
+  networks_run: RunOptions
   usage_window: int
   updates_codebook: bool
   gan: Gan | None
@@ -60,6 +63,11 @@ class StepSpec:
   def trainable(self) -> tuple[str, ...]:
     """Names of the leaves that the optimizer moves."""
     return tuple(name for name, *_ in self.optimizer.leaves)
+
+  @property
+  def trains_encoder(self) -> bool:
+    """Whether any leaf of the encoder moves."""
+    return any(name.startswith('encoder/') for name in self.trainable)
 
   @property
   def image_losses(self) -> list[str]:

@@ -31,10 +31,12 @@ from vqrae_jax.optim import Numbers, loss_weight
 from vqrae_jax.train.gan import over_microbatches
 from vqrae_jax.train.state import StepSpec
 from vqrae_jax.types import (
+  AtImage,
   Frozen,
   LatentInputs,
   LossInputs,
   MicrobatchResult,
+  TokenizerOutput,
   TrainState,
 )
 
@@ -43,60 +45,63 @@ _IMAGE = IMAGE_TERMS | FROZEN_TERMS
 _NOISE = 104  # apart from the discriminator's draws of the same step
 
 
-def _passes(
+def _reconstruct(
   spec: StepSpec,
   state: TrainState,
   frozen: Frozen,
   hparams: Numbers,
+  params: Any,
   images: jax.Array,
   sample_ids: jax.Array,
-) -> tuple[Callable, Callable]:
-  """The two functions of one batch or microbatch: (forward, cotangents).
-
-  forward: params -> ((image or None, latent losses), (image, stats, features)).
-  cotangents: reconstruction -> ({loss: value}, the weighted image losses'
-    cotangent at it, the adversarial one's, neither weighted nor balanced).
-  """
-  key = jax.random.fold_in(state.rng, state.step)
-  noise = teacher = None
+  latents: jax.Array | None = None,
+) -> TokenizerOutput:
+  """The tokenizer's forward with the trainable leaves `params`."""
+  noise = None
   if spec.noise:
+    key = jax.random.fold_in(state.rng, state.step)
     grid = spec.tokenizer.grid(*images.shape[1:3])
     noise = hparams['noise_tau'] * augment.draw_noise(
       jax.random.fold_in(key, _NOISE),
       sample_ids,
       (*grid, spec.tokenizer.latent_dim),
     )
-  if spec.teacher:
-    variables = {'params': frozen.teacher}
-    teacher = spec.tokenizer.apply(variables, images, method='encode')
-  needs_image = spec.image_losses or spec.gan is not None
+  variables = {'params': trees.merge(params, frozen.params)}
+  if state.codebook:
+    variables['codebook'] = state.codebook
+  return spec.tokenizer.apply(
+    variables, images, train=True, noise=noise, latents=latents
+  )
 
-  def forward(params):
-    variables = {'params': trees.merge(params, frozen.params)}
-    if state.codebook:
-      variables['codebook'] = state.codebook
-    out = spec.tokenizer.apply(variables, images, train=True, noise=noise)
-    inputs = LatentInputs(out, teacher)
-    latent = {name: LATENT_TERMS[name](inputs) for name in spec.latent_losses}
-    # Without an image loss nothing may pretend to reach the decoder.
-    image = out.images if needs_image else None
-    return (image, latent), (out.images, out.quantizer.stats, out.features)
 
-  def cotangents(recon):
-    values, image, gan = {}, None, None
-    for name in spec.image_losses:
-      values[name], g = jax.value_and_grad(
-        lambda x, term=_IMAGE[name]: term(LossInputs(x, images, frozen.losses))
-      )(recon)
-      g = loss_weight(hparams['losses'][name], state.step) * g
-      image = g if image is None else image + g
-    if spec.gan is not None:
-      values['gan'], gan = spec.gan.generator_loss(
-        state, frozen, hparams, recon, sample_ids
+def _at_image(
+  spec: StepSpec,
+  state: TrainState,
+  frozen: Frozen,
+  hparams: Numbers,
+  images: jax.Array,
+  sample_ids: jax.Array,
+  out: TokenizerOutput,
+) -> AtImage:
+  """The image losses of one forward and their cotangents."""
+  recon = out.images
+  values, image, gan, fakes = {}, None, None, None
+  for name in spec.image_losses:
+    values[name], g = jax.value_and_grad(
+      lambda x, term=_IMAGE[name]: term(
+        LossInputs(x, images, frozen.losses, spec.networks_run)
       )
-    return values, image, gan
-
-  return forward, cotangents
+    )(recon)
+    g = loss_weight(hparams['losses'][name], state.step) * g
+    image = g if image is None else image + g
+  if spec.gan is not None:
+    values['gan'], gan = spec.gan.generator_loss(
+      state, frozen, hparams, recon, sample_ids
+    )
+    fakes = adversarial.to_8_bits(recon)
+  metrics = {f'loss/{name}': x for name, x in values.items()}
+  metrics['mse'] = jnp.mean((jnp.clip(recon, 0.0, 1.0) - images) ** 2)
+  latents = None if spec.trains_encoder else out.latents
+  return AtImage(metrics, image, gan, fakes, latents)
 
 
 def loss_gradients(
@@ -106,6 +111,7 @@ def loss_gradients(
   hparams: Numbers,
   images: jax.Array,
   sample_ids: jax.Array,
+  at: AtImage | None = None,
   adaptive_weight: jax.Array | None = None,
 ) -> MicrobatchResult:
   """One forward, the losses at the image, one pullback.
@@ -114,36 +120,46 @@ def loss_gradients(
     spec, state, frozen, hparams: the step's.
     images: f32 [b h w 3] in [0, 1], a batch or a microbatch.
     sample_ids: i32[b], each image's place in the step's batch.
+    at: the image losses of an earlier forward of these images.
     adaptive_weight: of the adversarial loss, over the whole batch; that of
       `images` if None.
   """
-  forward, cotangents = _passes(
-    spec, state, frozen, hparams, images, sample_ids
-  )
-  (_, latent), pullback, (recon, stats, features) = jax.vjp(
+  step = spec, state, frozen, hparams
+  latents, teacher = at and at.latents, None
+  if spec.teacher:
+    variables = {'params': frozen.teacher}
+    teacher = spec.tokenizer.apply(variables, images, method='encode')
+
+  def forward(params):
+    out = _reconstruct(*step, params, images, sample_ids, latents)
+    inputs = LatentInputs(out, teacher)
+    losses = {name: LATENT_TERMS[name](inputs) for name in spec.latent_losses}
+    # Without an image loss nothing may pretend to reach the decoder.
+    image = out.images if spec.image_losses or spec.gan is not None else None
+    return (image, losses), out
+
+  (_, losses), pullback, out = jax.vjp(
     forward, state.tokenizer.params, has_aux=True
   )
-  values, cotangent, gan = cotangents(recon)
-  metrics = {f'loss/{name}': x for name, x in (latent | values).items()}
-  fakes = None
-  if gan is not None:
+  if at is None:
+    at = _at_image(*step, images, sample_ids, out)
+  metrics = {f'loss/{name}': x for name, x in losses.items()} | at.metrics
+  cotangent = at.image
+  if spec.gan is not None:
     if adaptive_weight is None:
       adaptive_weight = spec.gan.adaptive_weight(
-        *spec.gan.head_grads(cotangent, gan, features)
+        *spec.gan.head_grads(at.image, at.gan, out.features)
       )
     metrics['adaptive_weight'] = adaptive_weight
     weight = loss_weight(hparams['losses']['gan'], state.step)
-    gan = weight * adaptive_weight * gan
+    gan = weight * adaptive_weight * at.gan
     cotangent = gan if cotangent is None else cotangent + gan
-    fakes = adversarial.to_8_bits(recon)
   weights = {
     name: loss_weight(hparams['losses'][name], state.step).astype(x.dtype)
-    for name, x in latent.items()
+    for name, x in losses.items()
   }
   (gradients,) = pullback((cotangent, weights))
-  clipped = jnp.clip(recon, 0.0, 1.0)
-  metrics['mse'] = jnp.mean((clipped - images) ** 2)
-  return MicrobatchResult(gradients, metrics, stats, fakes)
+  return MicrobatchResult(gradients, metrics, out.quantizer.stats, at.fakes)
 
 
 def accumulated(
@@ -158,38 +174,38 @@ def accumulated(
   Microbatch m holds samples m, m + A, …: each device keeps the rows it has.
   All are equally large, so that means of gradients and losses are those of the
   whole batch; stats are sums. With an adaptive adversarial loss a sweep of
-  forwards comes first: its weight is that of the whole batch.
+  forwards comes first, whose weight is that of the whole batch. It keeps each
+  image's cotangents, and the latents of a frozen encoder, so that the second
+  pass repeats neither the losses nor that encoder.
 
   Returns:
     The result of the batch, `fakes` [A b h w 3] if there is a discriminator;
     and its images [A b h w 3] and sample ids i32[A b].
   """
+  step = spec, state, frozen, hparams
 
   def split(x):
     return jnp.moveaxis(x.reshape(-1, spec.accumulate, *x.shape[1:]), 1, 0)
 
   microbatches = split(images), split(jnp.arange(len(images)))
-  adaptive_weight = None
+  kept = adaptive_weight = None
   if spec.gan is not None and spec.gan.adaptive and spec.accumulate > 1:
 
-    def head_grads(images, sample_ids):
-      forward, cotangents = _passes(
-        spec, state, frozen, hparams, images, sample_ids
-      )
-      _, (recon, _, features) = forward(state.tokenizer.params)
-      _, image, gan = cotangents(recon)
-      return spec.gan.head_grads(image, gan, features), (), ()
+    def sweep(images, sample_ids):
+      out = _reconstruct(*step, state.tokenizer.params, images, sample_ids)
+      at = _at_image(*step, images, sample_ids, out)
+      return spec.gan.head_grads(at.image, at.gan, out.features), (), at
 
-    means, _, _ = over_microbatches(head_grads, microbatches)
+    means, _, kept = over_microbatches(sweep, microbatches)
     adaptive_weight = spec.gan.adaptive_weight(*means)
 
-  def gradients(images, sample_ids):
-    part = loss_gradients(
-      spec, state, frozen, hparams, images, sample_ids, adaptive_weight
-    )
+  def gradients(images, sample_ids, at):
+    part = loss_gradients(*step, images, sample_ids, at, adaptive_weight)
     return (part.gradients, part.metrics), part.stats, part.fakes
 
-  (means, metrics), stats, fakes = over_microbatches(gradients, microbatches)
+  (means, metrics), stats, fakes = over_microbatches(
+    gradients, (*microbatches, kept)
+  )
   return MicrobatchResult(means, metrics, stats, fakes), microbatches
 
 
@@ -211,11 +227,11 @@ def train_step(
 
   Returns:
     The next state, and f32[] metrics: "loss/NAME" unweighted, "psnr" of the
-    clipped batch, "grad_norm" of what moves, before clipping, and
-    "update_norm", "usage" and "perplexity" over the window; with a
-    discriminator "adaptive_weight", "logits/real", "logits/fake", its own
-    norms and rate. "nonfinite" is 1 where a loss or a norm is not finite: then
-    all of the state but `step` is as it was.
+    clipped batch, "grad_norm" of what moves, before clipping, "usage" and
+    "perplexity" over the window; with a discriminator "adaptive_weight",
+    "logits/real", "logits/fake", its own norm and rate. "nonfinite" is 1
+    where a loss or a norm is not finite: then all of the state but `step` is
+    as it was.
   """
   images = image_ops.to_unit(images)
   batch, microbatches = accumulated(spec, state, frozen, hparams, images)
@@ -249,7 +265,6 @@ def train_step(
   metrics['grad_norm'] = optax.global_norm(
     spec.optimizer.mask_frozen_layers(batch.gradients)
   )
-  metrics['update_norm'] = optax.global_norm(updates)
   discriminator = state.discriminator
   if spec.gan is not None:
     reals, sample_ids = microbatches
@@ -271,7 +286,28 @@ def train_step(
 def judged(name: str) -> bool:
   """Whether a metric must be finite: losses and norms of both networks."""
   last = name.rsplit('/', 1)[-1]
-  return name.startswith('loss/') or last in ('grad_norm', 'update_norm')
+  return name.startswith('loss/') or last == 'grad_norm'
+
+
+def update_norms(
+  spec: StepSpec, state: TrainState, hparams: Numbers
+) -> Metrics:
+  """{"update_norm", "discriminator/update_norm": f32[]} of the update that
+  `state` is the result of; in the step itself they would cost a copy of the
+  parameters."""
+
+  def norm(optimizer, hparams, network):
+    numbers = hparams['optimizer']
+    return optimizer.last_update_norm(
+      numbers, network.params, network.opt_state
+    )
+
+  norms = {'update_norm': norm(spec.optimizer, hparams, state.tokenizer)}
+  if spec.gan is not None:
+    norms['discriminator/update_norm'] = norm(
+      spec.gan.optimizer, hparams['discriminator'], state.discriminator
+    )
+  return norms
 
 
 def skip_if_nonfinite(

@@ -1,0 +1,422 @@
+"""python -m benchmarks.bench [--only=encode,step] [--pairs=8] [--json=F]
+
+What the package costs beside others on the same work, one after another in
+rounds, so that other load on the machine meets all alike: of each row the
+median over rounds of ours / theirs, the quartiles, the ratio of the fastest
+calls and of CPU time. Beside them the rate of a plain matrix product in the
+same rounds, and what share of it (and on a known GPU of its peak) each row
+reaches. On CPU everything is f32; on a GPU networks run in bf16, quantizers in
+f32. `--report` writes docs/performance.md from benchmarks/results/*.json.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+
+# Threads that wait would take the time of whoever runs next.
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+import vqrae_jax
+from benchmarks import torch_peers
+from vqrae_jax.nn.dino import DINO_S8, TAPS
+from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import initialize
+from vqrae_jax.train import setup as setup_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / 'benchmarks' / 'results'
+GPU = jax.default_backend() == 'gpu'
+DEVICE = torch.device('cuda' if GPU else 'cpu')
+DTYPE = 'bfloat16' if GPU else 'float32'
+PEAK = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16
+WIDE = dict(width=1024, depth=24, mlp_dim=4096, num_heads=16, patch_size=16)
+CODES, CODE_DIM = 16384, 1536
+
+
+@dataclasses.dataclass
+class Row:
+  """Contenders on the same work, ours first, and what it takes."""
+
+  calls: dict
+  flops: float = 0.0
+
+
+def vit(side, **fields):
+  return WIDE | dict(grid=(side // 16, side // 16)) | fields
+
+
+ENCODER = dict(act='gelu_tanh', norm_eps=1e-6)  # SigLIP-L/16
+DECODER = dict(posemb='sincos2d', num_prefix_tokens=1, norm_eps=1e-12)
+
+
+def model(side):
+  return dict(
+    encoder=dict(vit=vit(side, **ENCODER), output_norm='plain'),
+    quantizer=dict(
+      name='simvq', num_codes=CODES, code_dim=CODE_DIM, distance='cosine'
+    ),
+    decoder=dict(vit=vit(side, **DECODER)),
+    dtype=DTYPE,
+  )
+
+
+@functools.cache
+def peer(side):
+  """PyTorch's tokenizer of the same sizes."""
+  torch.manual_seed(0)
+  torch.set_float32_matmul_precision('highest')
+  torch.set_num_threads(os.cpu_count() if GPU else len(os.sched_getaffinity(0)))
+  parts = torch_peers.Tokenizer(
+    vit(side, **ENCODER), vit(side, **DECODER), side, CODES, CODE_DIM
+  )
+  return parts.to(DEVICE).eval()
+
+
+@functools.cache
+def ours(side):
+  """(tokenizer, variables as inference has them), random weights."""
+  tokenizer = vqrae_jax.build_tokenizer(model(side))
+  images = jnp.zeros((1, side, side, 3))
+  variables = jax.jit(tokenizer.init)(jax.random.key(0), images)
+  table = jax.jit(lambda v: tokenizer.apply(v, method='baked_codebook'))
+  codebook = {'quantizer': table(variables)}
+  return tokenizer, {'params': variables['params'], 'codebook': codebook}
+
+
+def done(call):
+  """Runs a call of ours to its end."""
+  return lambda *args: jax.block_until_ready(call(*args))
+
+
+def torch_call(call, train=False):
+  def run(*args):
+    with contextlib.ExitStack() as stack:
+      if not train:
+        stack.enter_context(torch.inference_mode())
+      if GPU and not train:
+        stack.enter_context(torch.autocast('cuda', torch.bfloat16))
+      call(*args)
+    if GPU:
+      torch.cuda.synchronize()
+
+  return run
+
+
+def torch_flops(call):
+  from torch.utils.flop_counter import FlopCounterMode
+
+  with FlopCounterMode(display=False) as counter:
+    call()
+  return counter.get_total_flops()
+
+
+def pictures(batch, side):
+  """The same images for both, each in its layout, on the device."""
+  x = np.random.default_rng(0).random((batch, side, side, 3), np.float32)
+  theirs = torch.from_numpy(x.transpose(0, 3, 1, 2)).contiguous()
+  return jnp.asarray(x), theirs.to(DEVICE)
+
+
+def encoder_row(batch, side=224, train=False):
+  """The encoder alone; with `train` forward and backward."""
+  tokenizer, variables = ours(side)
+  images, theirs = pictures(batch, side)
+  net = peer(side).encoder
+  if train:
+
+    def loss(encoder, x):
+      params = variables['params'] | {'encoder': encoder}
+      y = tokenizer.apply({'params': params}, x, method='encode')
+      return y.astype(jnp.float32).sum()
+
+    fn = jax.jit(jax.grad(loss))
+    params = variables['params']['encoder']
+    net = torch_peers.Encoder(vit(side, **ENCODER), (side // 16) ** 2)
+    net = net.to(DEVICE)
+
+    def backward(forward):
+      def run():
+        cast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU)
+        with cast:
+          y = forward(theirs)
+        y.float().sum().backward()
+        net.zero_grad()
+
+      return torch_call(run, train=True)
+
+    calls = {
+      'ours': lambda: done(fn)(params, images),
+      'torch': backward(net),
+      'torch.compile': backward(torch.compile(net)),
+    }
+    return Row(calls, torch_flops(calls['torch']))
+  fn = jax.jit(vqrae_jax.encode, static_argnums=0)
+  calls = {
+    'ours': lambda: done(fn)(tokenizer, variables, images),
+    'torch': lambda: torch_call(net)(theirs),
+    'torch.compile': functools.partial(torch_call(torch.compile(net)), theirs),
+  }
+  return Row(calls, torch_flops(calls['torch']))
+
+
+def indices_row(batch, side=224, decode=False):
+  tokenizer, variables = ours(side)
+  images, theirs = pictures(batch, side)
+  net = peer(side)
+  ask = functools.partial(np.random.default_rng(0).integers, 0, CODES)
+  if decode:
+    grid = side // 16
+    ids = ask((batch, grid, grid)).astype(np.int32)
+    images, theirs = jnp.asarray(ids), torch.from_numpy(ids).long()
+    theirs = theirs.flatten(1).to(DEVICE)
+  fn = getattr(
+    vqrae_jax, 'decode_from_indices' if decode else 'encode_to_indices'
+  )
+  fn = jax.jit(fn, static_argnums=0)
+  them = net.decode if decode else net.encode
+  calls = {
+    'ours': lambda: done(fn)(tokenizer, variables, images),
+    'torch': lambda: torch_call(them)(theirs),
+    'torch.compile': functools.partial(torch_call(torch.compile(them)), theirs),
+  }
+  return Row(calls, torch_flops(calls['torch']))
+
+
+def step_row(batch, side, remat=False):
+  """The whole stage-1 step: encoder frozen, L2, LPIPS, DINO discriminator."""
+  given = dict(
+    model=model(side) | dict(remat=remat),
+    data=dict(source='bundled:photos', image_size=side),
+    losses=dict(l2=1.0, lpips=1.0, gan=0.75, codebook=1.0, commit=0.25),
+    discriminator=dict(name='dino'),
+    schedules=(('encoder/.*', None), ('.*', dict(lr=1e-4))),
+    optim=dict(weight_decay=1e-4),
+    duration=1000,
+    batch_size=batch,
+    init=dict(networks='random'),
+  )
+  made = setup_lib.setup(config_lib.read_config(given))
+  with jax.set_mesh(made.mesh):
+    start = initialize.initialize(made)
+    placed = made.place(made.batches.batch(0))
+    placed = jax.block_until_ready(jax.tree.map(jnp.asarray, placed))
+    hparams = jax.device_put(setup_lib.f32(made.hparams))
+  step, state = made.train_step(), [start.state]
+
+  def run():
+    with jax.set_mesh(made.mesh):
+      state[0], metrics = step(state[0], start.frozen, hparams, placed)
+      jax.block_until_ready((state[0], metrics))
+
+  theirs = torch.from_numpy(np.asarray(placed['images'], np.float32) / 255)
+  theirs = theirs.permute(0, 3, 1, 2).contiguous().to(DEVICE)
+  dino = dataclasses.asdict(DINO_S8)
+  trainers = [
+    torch_peers.Trainer(
+      torch_peers.Tokenizer(
+        vit(side, **ENCODER), vit(side, **DECODER), side, CODES, CODE_DIM
+      ).to(DEVICE),
+      torch_peers.Discriminator(dino, TAPS, 9).to(DEVICE),
+      autocast=GPU,
+      compiled=compiled,
+    )
+    for compiled in ([False, True] if GPU else [False])
+  ]
+  calls = {'ours': run}
+  for trainer, suffix in zip(trainers, ('', ', compiled'), strict=False):
+    for name in ('rae', 'clever'):
+      method = getattr(trainer, f'{name}_step')
+      calls[f'{name}{suffix}'] = functools.partial(
+        torch_call(method, train=True), theirs
+      )
+  flops = torch_flops(calls['clever'])
+  return Row(calls, flops)
+
+
+def nearest_row(tokens):
+  rng = np.random.default_rng(0)
+  z = rng.standard_normal((tokens, CODE_DIM), np.float32)
+  table = rng.standard_normal((CODES, CODE_DIM), np.float32)
+  a, b = jnp.asarray(z), jnp.asarray(table)
+  c, d = torch.from_numpy(z).to(DEVICE), torch.from_numpy(table).to(DEVICE)
+  dot = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision='highest'))
+  nearest = jax.jit(code_ops.nearest_code)
+
+  def theirs(a, b):
+    with torch.autocast(DEVICE.type, enabled=False):
+      return (0.5 * (b * b).sum(-1) - a @ b.T).argmin(-1)
+
+  return Row(
+    {
+      'ours': lambda: done(nearest)(a, b),
+      'matrix product': lambda: done(dot)(a, b),
+      'torch': lambda: torch_call(theirs)(c, d),
+    },
+    2 * tokens * CODES * CODE_DIM,
+  )
+
+
+def product_row():
+  """What the machine gives: a square product in the networks' dtype."""
+  n = 8192 if GPU else 2048
+  x = jax.random.normal(jax.random.key(0), (n, n), DTYPE)
+  y = torch.randn(n, n, device=DEVICE, dtype=getattr(torch, DTYPE))
+  dot = jax.jit(lambda x: x @ x)
+  return Row(
+    {
+      'ours': lambda: done(dot)(x),
+      'torch': lambda: torch_call(lambda y: y @ y)(y),
+    },
+    2 * n**3,
+  )
+
+
+def rows():
+  """{name: () -> Row} for this machine."""
+  if GPU:
+    return {
+      'matrix product': product_row,
+      'encoder, batch 256': lambda: encoder_row(256),
+      'encoder, batch 8': lambda: encoder_row(8),
+      'forward and backward, batch 64': lambda: encoder_row(64, train=True),
+      'encode_to_indices, batch 256': lambda: indices_row(256),
+      'decode_from_indices, batch 256': lambda: indices_row(256, decode=True),
+      'nearest code, 50176 tokens': lambda: nearest_row(50176),
+      'stage-1 step, 224 px, batch 64': lambda: step_row(64, 224),
+    }
+  return {
+    'matrix product': product_row,
+    'encoder, batch 1': lambda: encoder_row(1),
+    'encoder, batch 8': lambda: encoder_row(8),
+    'forward and backward, batch 4': lambda: encoder_row(4, train=True),
+    'encode_to_indices, batch 4': lambda: indices_row(4),
+    'decode_from_indices, batch 4': lambda: indices_row(4, decode=True),
+    'nearest code, 1568 tokens': lambda: nearest_row(1568),
+    'stage-1 step, 128 px, batch 2': lambda: step_row(2, 128),
+  }
+
+
+def measured(row, pairs):
+  """{contender: ([seconds], [CPU seconds])}, the first call left out."""
+  names = list(row.calls)
+  for name in names:
+    for _ in range(3 if GPU else 1):
+      row.calls[name]()
+  times = {name: ([], []) for name in names}
+  for r in range(pairs):
+    for name in names[r % len(names) :] + names[: r % len(names)]:
+      began = time.perf_counter(), time.process_time()
+      row.calls[name]()
+      ended = time.perf_counter(), time.process_time()
+      for kept, a, b in zip(times[name], began, ended, strict=True):
+        kept.append(b - a)
+  return times
+
+
+def result(row, times):
+  """What is written of a row."""
+  wall, cpu = times['ours']
+  out = {
+    'ours_s': statistics.median(wall),
+    'flops': row.flops,
+    'flops_per_s': row.flops / statistics.median(wall),
+    'peers': {},
+  }
+  for name, (theirs, their_cpu) in times.items():
+    if name == 'ours':
+      continue
+    ratios = sorted(a / b for a, b in zip(wall, theirs, strict=True))
+    quarter = len(ratios) // 4
+    out['peers'][name] = {
+      'ratio': statistics.median(ratios),
+      'quartiles': [ratios[quarter], ratios[-1 - quarter]],
+      'fastest': min(wall) / min(theirs),
+      'cpu': sum(cpu) / sum(their_cpu),
+      's': statistics.median(theirs),
+    }
+  return out
+
+
+def hardware():
+  if GPU:
+    return jax.devices()[0].device_kind
+  text = pathlib.Path('/proc/cpuinfo').read_text()
+  kind = next(s for s in text.splitlines() if s.startswith('model name'))
+  return f'{kind.split(": ")[1]}, {len(os.sched_getaffinity(0))} cores'
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--only', help='words that rows begin with, a,b')
+  parser.add_argument('--pairs', type=int, default=20 if GPU else 8)
+  parser.add_argument('--json', help='where to write the results')
+  parser.add_argument('--report', action='store_true')
+  options = parser.parse_args()
+  if options.report:
+    raise SystemExit(report())
+  words = tuple((options.only or '').split(','))
+  report_to = {
+    'date': datetime.date.today().isoformat(),
+    'hardware': hardware(),
+    'versions': {
+      'python': platform.python_version(),
+      'jax': jax.__version__,
+      'torch': torch.__version__,
+      'optax': optax.__version__,
+    },
+    'load': os.getloadavg()[0],
+    'pairs': options.pairs,
+    'dtype': DTYPE,
+    'rows': {},
+  }
+  peak = next((f for k, f in PEAK.items() if k in report_to['hardware']), None)
+  print(f'{report_to["hardware"]}, load {report_to["load"]:.2f}', flush=True)
+  for name, make in rows().items():
+    if not name.startswith(words):
+      continue
+    began = time.perf_counter()
+    try:
+      row = make()
+      found = result(row, measured(row, options.pairs))
+    except Exception as e:  # the other rows are still worth their time
+      print(f'{name}: {type(e).__name__}: {str(e)[:2000]}', flush=True)
+      continue
+    report_to['rows'][name] = found
+    share = f', {found["flops_per_s"] / peak:.0%} of peak' if peak else ''
+    print(
+      f'{name}: {found["ours_s"]:.4g} s, {found["flops_per_s"] / 1e12:.3g} '
+      f'TFLOP/s{share} ({time.perf_counter() - began:.0f} s)'
+    )
+    for other, p in found['peers'].items():
+      print(
+        f'  / {other:18} {p["ratio"]:.3f} [{p["quartiles"][0]:.3f} '
+        f'{p["quartiles"][1]:.3f}], fastest {p["fastest"]:.3f}, CPU '
+        f'{p["cpu"]:.3f}  ({p["s"]:.4g} s)', flush=True,
+      )  # fmt: skip
+    if options.json:
+      pathlib.Path(options.json).write_text(json.dumps(report_to, indent=1))
+    del row
+    if GPU:
+      torch.cuda.empty_cache()
+
+
+if __name__ == '__main__':
+  main()

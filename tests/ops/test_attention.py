@@ -1,0 +1,76 @@
+"""Attention by the platforms' kernels against the plain one in f32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqrae_jax import sharding
+from vqrae_jax.ops import attention
+
+HEADS, WIDTH = 2, 64
+
+
+def drawn(tokens, dtype='bfloat16', rows=2):
+  shape = (rows, tokens, HEADS, WIDTH)
+  keys = jax.random.split(jax.random.key(0), 4)
+  *qkv, cotangent = (1.5 * jax.random.normal(k, shape, dtype) for k in keys)
+  return qkv, cotangent
+
+
+def with_gradients(fn, qkv, cotangent):
+  y, back = jax.vjp(fn, *qkv)
+  return [np.asarray(x, np.float32) for x in (y, *back(cotangent))]
+
+
+# Not a multiple of a tile, one tile more than that, exact tiles.
+@pytest.mark.parametrize('tokens', (130, 256))
+def test_splash_equals_plain_attention_to_bf16(tokens):
+  qkv, cotangent = drawn(tokens)
+  fused = functools.partial(attention.splash, interpret=True)
+  found = with_gradients(fused, qkv, cotangent)
+  plain = with_gradients(jax.nn.dot_product_attention, qkv, cotangent)
+  up = jax.tree.map(lambda x: x.astype(jnp.float32), (qkv, cotangent))
+  exact = with_gradients(jax.nn.dot_product_attention, *up)
+  for a, b, c in zip(found, plain, exact, strict=True):
+    error, allowed = (np.linalg.norm(x - c) / np.linalg.norm(c) for x in (a, b))
+    assert error < 1.2 * allowed and error < 5e-3
+
+
+def test_splash_is_split_over_the_mesh():
+  qkv, cotangent = drawn(130, rows=8)
+  fused = functools.partial(attention.splash, interpret=True)
+  alone = with_gradients(fused, qkv, cotangent)
+  with jax.set_mesh(sharding.make_mesh('fsdp+tp', tensor=2)):
+    split = jax.jit(functools.partial(with_gradients_of, fused))
+    for a, b in zip(alone, split(qkv, cotangent), strict=True):
+      np.testing.assert_array_equal(a, np.asarray(b, np.float32))
+
+
+def with_gradients_of(fn, qkv, cotangent):
+  y, back = jax.vjp(fn, *qkv)
+  return y, *back(cotangent)
+
+
+def test_f32_and_cpu_take_the_plain_one():
+  for dtype in ('float32', 'bfloat16'):
+    qkv, _ = drawn(600, dtype)
+    found, plain = (
+      jax.jit(fn)(*qkv)
+      for fn in (attention.attention, jax.nn.dot_product_attention)
+    )
+    np.testing.assert_array_equal(
+      *(np.asarray(x, 'f4') for x in (found, plain))
+    )
+
+
+def test_who_takes_what():
+  big, small = (8, 785, 6, 64), (8, 257, 16, 64)
+  assert not attention.cudnn_takes(small)  # no CUDA here
+  assert not attention.splash_takes(big)  # no mesh to split over
+  with jax.set_mesh(sharding.make_mesh()):
+    assert attention.splash_takes(big)
+    assert not attention.splash_takes(small)
+    assert not attention.splash_takes((9, *big[1:]))

@@ -1,0 +1,109 @@
+"""Softmax attention, in bf16 through the fused kernel of the platform.
+
+cuDNN's flash attention on CUDA (arXiv 2307.08691), splash attention on TPU:
+neither writes the scores [b heads n n] to memory. In f32, on CPU, and where a
+kernel does not take the shapes, attention is `jax.nn.dot_product_attention`'s
+plain one, which equals them to bf16's error. No masks, no dropout, no caches.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+BATCH_AXES = ('data', 'fsdp')  # of the mesh (`sharding.py`)
+LANES = 128  # a TPU's tile: what splash counts tokens in
+# Below it a token's scores are fewer than its MLP's hidden channels, and
+# padding to whole tiles costs more than the scores.
+TPU_TOKENS = 512
+
+Heads = Float[Array, 'b n heads d']
+
+
+def attention(q: Heads, k: Heads, v: Heads) -> Heads:
+  """softmax(q k^T / sqrt(d)) v.
+
+  Args:
+    q, k, v: one dtype; bfloat16 takes the fused kernels.
+  """
+  if q.dtype != jnp.bfloat16:
+    return jax.nn.dot_product_attention(q, k, v)
+  fused = {}
+  if cudnn_takes(q.shape):
+    fused['cuda'] = lambda q, k, v: jax.nn.dot_product_attention(
+      q, k, v, implementation='cudnn'
+    )
+  if splash_takes(q.shape):
+    fused['tpu'] = splash
+  return jax.lax.platform_dependent(
+    q, k, v, default=jax.nn.dot_product_attention, **fused
+  )
+
+
+def cudnn_takes(shape: tuple[int, ...]) -> bool:
+  """Whether cuDNN's kernel runs here, at these heads."""
+  device = jax.devices()[0]
+  if 'cuda' not in device.client.platform_version:
+    return False
+  hopper = float(device.compute_capability) >= 9
+  return shape[-1] % 8 == 0 and shape[-1] <= (256 if hopper else 128)
+
+
+def splash_takes(shape: tuple[int, ...]) -> bool:
+  """Whether splash is worth it, and the mesh at hand says how to split it:
+  XLA cannot split a kernel by itself."""
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+  return not mesh.empty and shape[1] >= TPU_TOKENS and shape[0] % rows == 0
+
+
+def splash(q: Heads, k: Heads, v: Heads, interpret: bool = False) -> Heads:
+  """TPU's kernel over the mesh at hand, tokens padded to whole tiles."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+  )
+
+  tokens = q.shape[1]
+  padded = -(-tokens // LANES) * LANES
+  block = max(b for b in (128, 256, 384, 512) if padded % b == 0)
+  sizes = kernel.BlockSizes(
+    **{
+      f'block_{name}': block
+      for name in (
+        'q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq',
+        'kv_dq',
+      )
+    }
+  )  # fmt: skip
+  # Padding is a segment of its own, which no token attends to.
+  segment = (jnp.arange(padded) >= tokens).astype(jnp.int32)
+
+  def local(q, k, v):
+    heads = q.shape[1]
+    mask = masks.MultiHeadMask([masks.FullMask((padded, padded))] * heads)
+    one = kernel.make_splash_mha_single_device(
+      mask, block_sizes=sizes, interpret=interpret
+    )
+    return jax.vmap(
+      lambda q, k, v: one(q, k, v, kernel.SegmentIds(*2 * (segment,)))
+    )(q, k, v)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  split = q.shape[2] % mesh.shape.get('model', 1) == 0
+  spec = PartitionSpec(BATCH_AXES, 'model' if split else None)
+  if not mesh.empty:
+    local = jax.shard_map(
+      local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+    )
+
+  def tiles(x):
+    x = jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0)))
+    return x.swapaxes(1, 2)
+
+  out = local(tiles(q / math.sqrt(q.shape[-1])), tiles(k), tiles(v))
+  return out.swapaxes(1, 2)[:, :tokens]
