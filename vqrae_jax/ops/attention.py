@@ -32,9 +32,7 @@ def attention(q: Heads, k: Heads, v: Heads) -> Heads:
     return jax.nn.dot_product_attention(q, k, v)
   fused = {}
   if cudnn_takes(q.shape):
-    fused['cuda'] = lambda q, k, v: jax.nn.dot_product_attention(
-      q, k, v, implementation='cudnn'
-    )
+    fused['cuda'] = flash
   if splash_takes(q.shape):
     fused['tpu'] = splash
   return jax.lax.platform_dependent(
@@ -49,6 +47,24 @@ def cudnn_takes(shape: tuple[int, ...]) -> bool:
     return False
   hopper = float(device.compute_capability) >= 9
   return shape[-1] % 8 == 0 and shape[-1] <= (256 if hopper else 128)
+
+
+def flash(q: Heads, k: Heads, v: Heads) -> Heads:
+  """cuDNN's kernel; a gradient of it wants an even number of tokens."""
+  tokens = q.shape[1]
+  lengths = None
+  if tokens % 2:
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full(len(q), tokens, jnp.int32)
+  out = jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    query_seq_lengths=lengths,
+    key_value_seq_lengths=lengths,
+    implementation='cudnn',
+  )
+  return out[:, :tokens]
 
 
 def splash_takes(shape: tuple[int, ...]) -> bool:
