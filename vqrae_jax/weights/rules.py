@@ -1,4 +1,4 @@
-"""The rows of a weight table: what each published key becomes.
+r"""The rows of a weight table: what each published key becomes.
 
   Rule('layers.{i}.fc1.weight', 'blocks/mlp/fc1/kernel', 'linear')
   Rule('layers.{i}.qkv.weight', ('…/query/kernel', '…/key/kernel', …), 'linear')
