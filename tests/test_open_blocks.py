@@ -40,7 +40,8 @@ def test_rates_of_blocks(arguments, want):
     spec.optim, {n: rows[n] for n in zeros}, zeros, 10_000, 1000
   )
   grads = jax.tree.map(jnp.ones_like, zeros)
-  updates, _ = tx.update(numbers, grads, tx.init(zeros), zeros)
+  norm = tx.norm(grads)
+  updates, _ = tx.update(numbers, grads, tx.init(zeros), zeros, norm)
   unit = float(updates[HEAD][0, 0])
   assert unit < 0
   np.testing.assert_allclose(updates[BIAS][:, 0] / unit, want, rtol=1e-5)

@@ -15,7 +15,10 @@ def adamw(schedule, p, **fields):
   tx, numbers = optim.make_optimizer(
     optim.AdamWConfig(**fields), dict.fromkeys(p, schedule), p, 10, 5
   )
-  update = functools.partial(tx.update, numbers)
+
+  def update(grads, state, params):
+    return tx.update(numbers, grads, state, params, tx.norm(grads))
+
   return optax.GradientTransformation(tx.init, update)
 
 

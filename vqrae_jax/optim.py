@@ -181,10 +181,18 @@ class Optimizer:
     return self._chain(collections.defaultdict(float)).init(params)
 
   def update(
-    self, numbers: Numbers, grads: Any, state: Any, params: Any
+    self, numbers: Numbers, grads: Any, state: Any, params: Any, norm: Any
   ) -> tuple[dict[str, jax.Array], Any]:
-    """(what `optax.apply_updates` adds to the parameters, the next state)."""
-    return self._chain(numbers).update(grads, state, params)
+    """(what `optax.apply_updates` adds to the parameters, the next state);
+    `norm` is that of `grads`."""
+    return self._chain(numbers, norm).update(grads, state, params)
+
+  def norm(self, grads: Mapping[str, Any]) -> jax.Array:
+    """f32[], of the gradients of what moves; what `clip` bounds."""
+    leaves = self.mask_frozen_layers(grads).values()
+    # As products: squares would be written out, a copy of all gradients.
+    squares = [jnp.vdot(g, g, precision='highest') for g in leaves]
+    return jnp.sqrt(sum(squares))
 
   def last_update_norm(
     self, numbers: Numbers, params: Mapping[str, Any], state: Any
@@ -228,11 +236,16 @@ class Optimizer:
     schedules = zip(self.schedules, numbers['schedules'], strict=True)
     return [learning_rate(decay, n, step) for (decay, _), n in schedules]
 
-  def _chain(self, numbers: Numbers) -> optax.GradientTransformation:
+  def _chain(
+    self, numbers: Numbers, norm: Any = 1.0
+  ) -> optax.GradientTransformation:
     decayed = {name: decays for name, _, decays in self.leaves}
     chain = [optax.stateless(lambda grads, _: self.mask_frozen_layers(grads))]
     if self.clip:
-      chain.append(optax.clip_by_global_norm(numbers['clip']))
+      scale = jnp.where(norm < numbers['clip'], 1.0, numbers['clip'] / norm)
+      chain.append(
+        optax.stateless(lambda g, _: jax.tree.map(lambda g: scale * g, g))
+      )
     chain.append(optax.scale_by_adam(self.b1, self.b2, numbers['eps']))
     if self.weight_decay:
       decay = optax.add_decayed_weights(numbers['weight_decay'])

@@ -1,5 +1,7 @@
 """The step: what moves, what stays, and that one pullback is the gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -281,3 +283,30 @@ def test_frozen_trees_are_apart_and_hashed_alike():
   other.flat[0] = np.nextafter(other.flat[0], 2, dtype='f4')
   other = frozen.replace(params=frozen.params | {name: other})
   assert hash_frozen(other) != hash_frozen(frozen)
+
+
+SPECIALS = np.array(
+  [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1.0, np.inf, -np.inf, np.nan], 'f4'
+)
+
+
+@pytest.mark.parametrize('where', ('cpu', 'default'))
+def test_a_skipped_update_keeps_every_bit(where, monkeypatch):
+  """-0.0 and denormals too, which arithmetic on a CPU would lose."""
+
+  def dependent(*args, **branches):
+    return branches[where](*args)
+
+  monkeypatch.setattr(jax.lax, 'platform_dependent', dependent)
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def step(finite, state):
+    def update(state):
+      return jax.tree.map(lambda x: x * 0.5 + 1, state)
+
+    return step_lib.updated_if(finite, update, state)
+
+  kept = step(jnp.array(False), {'a': jnp.array(SPECIALS)})['a']
+  assert np.asarray(kept).tobytes() == SPECIALS.tobytes()
+  moved = step(jnp.array(True), {'a': jnp.array(SPECIALS[:6])})['a']
+  np.testing.assert_allclose(moved, SPECIALS[:6] * 0.5 + 1)

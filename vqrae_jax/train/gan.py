@@ -271,11 +271,11 @@ class Gan:
       return jax.grad(loss, has_aux=True)(network.params), (), ()
 
     (grads, metrics), _, _ = over_microbatches(gradients, batch)
+    norm = metrics['discriminator/grad_norm'] = self.optimizer.norm(grads)
     updates, opt_state = self.optimizer.update(
-      numbers['optimizer'], grads, network.opt_state, network.params
+      numbers['optimizer'], grads, network.opt_state, network.params, norm
     )
     params = optax.apply_updates(network.params, updates)
-    metrics['discriminator/grad_norm'] = optax.global_norm(grads)
     return NetworkState(params, opt_state, stats), metrics
 
 

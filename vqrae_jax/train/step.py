@@ -10,7 +10,7 @@ with a non-finite loss or gradient norm is skipped: all of the state but its
 counter stays as it was, bit for bit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -237,20 +237,7 @@ def train_step(
   batch, microbatches = accumulated(spec, state, frozen, hparams, images)
   metrics = dict(batch.metrics)
   metrics['psnr'] = -10 * jnp.log10(jnp.maximum(metrics.pop('mse'), 1e-10))
-  params = state.tokenizer.params
-  updates, opt_state = spec.optimizer.update(
-    hparams['optimizer'], batch.gradients, state.tokenizer.opt_state, params
-  )
-  params = optax.apply_updates(params, updates)
-  ema = state.ema
-  if spec.ema:
-    # A short run's average must not remember the first random weights.
-    t = state.step.astype(jnp.float32)
-    decay = jnp.minimum(hparams['ema'], (1 + t) / (10 + t))
-    # Where both are equal every bit stays, that of -0.0 too.
-    ema = jax.tree.map(
-      lambda e, p: jnp.where(e == p, e, e + (1 - decay) * (p - e)), ema, params
-    )
+  metrics['grad_norm'] = spec.optimizer.norm(batch.gradients)
   codebook, usage, stats = state.codebook, state.usage, batch.stats
   if codebook and spec.updates_codebook:
     updated = spec.tokenizer.quantizer.update_codebook(
@@ -262,9 +249,6 @@ def train_step(
     window = usage.sum(0)
     metrics['usage'] = code_ops.usage(window).mean()
     metrics['perplexity'] = code_ops.perplexity(window).mean()
-  metrics['grad_norm'] = optax.global_norm(
-    spec.optimizer.mask_frozen_layers(batch.gradients)
-  )
   discriminator = state.discriminator
   if spec.gan is not None:
     reals, sample_ids = microbatches
@@ -272,15 +256,39 @@ def train_step(
       state, frozen, hparams, reals, batch.fakes, sample_ids
     )
     metrics |= disc_metrics
-  after = state.replace(
-    tokenizer=state.tokenizer.replace(params=params, opt_state=opt_state),
-    codebook=codebook,
-    discriminator=discriminator,
-    ema=ema,
-    usage=usage,
+  finite = jnp.isfinite(
+    jnp.stack([x for name, x in metrics.items() if judged(name)])
+  ).all()
+  metrics['nonfinite'] = 1.0 - finite.astype(jnp.float32)
+
+  def update(moved):
+    network, ema = moved
+    params = network.params
+    updates, opt_state = spec.optimizer.update(
+      hparams['optimizer'], batch.gradients, network.opt_state, params,
+      metrics['grad_norm'],
+    )  # fmt: skip
+    params = optax.apply_updates(params, updates)
+    if spec.ema:
+      # A short run's average must not remember the first random weights.
+      t = state.step.astype(jnp.float32)
+      decay = jnp.minimum(hparams['ema'], (1 + t) / (10 + t))
+      # Where both are equal every bit stays, that of -0.0 too.
+      ema = jax.tree.map(
+        lambda e, p: jnp.where(e == p, e, e + (1 - decay) * (p - e)),
+        ema,
+        params,
+      )
+    return network.replace(params=params, opt_state=opt_state), ema
+
+  tokenizer, ema = updated_if(finite, update, (state.tokenizer, state.ema))
+  moved = state.replace(
+    codebook=codebook, discriminator=discriminator, usage=usage
   )
-  after, metrics['nonfinite'] = skip_if_nonfinite(state, after, metrics)
-  return after.replace(step=state.step + 1), metrics
+  state = selected(finite, moved, state).replace(
+    step=state.step + 1, tokenizer=tokenizer, ema=ema
+  )
+  return state, metrics
 
 
 def judged(name: str) -> bool:
@@ -310,25 +318,28 @@ def update_norms(
   return norms
 
 
-def skip_if_nonfinite(
-  before: Any, after: Any, metrics: Mapping[str, jax.Array]
-) -> tuple[Any, jax.Array]:
-  """(`after` if every judged metric is finite, else `before`; f32[] 1 if it
-  was `before`, else 0).
+def selected(finite: jax.Array, new: Any, old: Any) -> Any:
+  """Every leaf of `new` if `finite`, else of `old`, bit for bit."""
 
-  Args:
-    before, after: states of equal structure.
-    metrics: f32[] by name, of the step between the two.
+  def chosen(new, old):
+    return old if new is old else jnp.where(finite, new, old)
+
+  return jax.tree.map(chosen, new, old)
+
+
+def updated_if(finite: jax.Array, update: Callable, state: Any) -> Any:
+  """`update(state)` if `finite`, else `state`, bit for bit.
+
+  What is cheapest differs. A TPU reads and writes each leaf once with the
+  select in the same loop, and copies all of it into a conditional; a CPU
+  makes a loop of its own for each select (80M parameters: v5e .005 copies of
+  temporaries against 3.1, CPU 2.0 against 0).
   """
-  finite = jnp.isfinite(
-    jnp.stack([x for name, x in metrics.items() if judged(name)])
-  ).all()
-
-  def chosen(old, new):
-    return new if new is old else jnp.where(finite, new, old)
-
-  skipped = 1.0 - finite.astype(jnp.float32)
-  return jax.tree.map(chosen, before, after), skipped
+  return jax.lax.platform_dependent(
+    state,
+    cpu=lambda state: jax.lax.cond(finite, update, lambda old: old, state),
+    default=lambda state: selected(finite, update(state), state),
+  )
 
 
 def _reached(fn: Callable, *args: Any) -> list[bool]:
