@@ -9,6 +9,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 from PIL import Image
 
 from tests import tiny
@@ -16,6 +17,8 @@ from tests.train import pieces
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import initialize
 from vqrae_jax.train import setup as setup_lib
+from vqrae_jax.train.checkpoint import Checkpoints
+from vqrae_jax.train.reporting import read_summary
 
 OPEN = (('.*', dict(lr=1e-3)),)
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -92,6 +95,22 @@ def started(config, workdir, devices, address='', count=1, rank=0):
   return python(WORKER, devices, *words)
 
 
+def config_file(config: dict, path: pathlib.Path) -> pathlib.Path:
+  """The file, which gives that config."""
+  path.write_text(f'def get_config():\n  return {config!r}\n')
+  return path
+
+
+def launched(config, workdir, devices):
+  """Two processes of a run by `launch/local.py`, of so many devices each."""
+  file = config_file(config, workdir.with_suffix('.py'))
+  return subprocess.Popen(
+    [sys.executable, 'launch/local.py', f'--devices={devices}', '--',
+     f'--config={file}', f'--workdir={workdir}'],
+    cwd=ROOT, env=tiny.alone(1), stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+
+
 def python(code, devices, *words):
   """A process that runs `code` on so many devices."""
   return subprocess.Popen(
@@ -120,6 +139,31 @@ def rows(workdir: pathlib.Path) -> list[dict]:
     except ValueError:
       break
   return found
+
+
+def last_state(workdir: pathlib.Path) -> dict[str, bytes]:
+  """{leaf name: its bytes} of the newest checkpoint."""
+  kept = Checkpoints(workdir / 'checkpoints')
+  manifest = kept.latest()
+  shapes = {
+    name: np.broadcast_to(np.zeros((), dtype), shape)
+    for name, (shape, dtype) in manifest['leaves'].items()
+  }
+  found = kept.restore(manifest, shapes, part=True)
+  return {name: np.asarray(x).tobytes() for name, x in found.items()}
+
+
+def check_same(workdir: pathlib.Path, want: pathlib.Path) -> None:
+  """All rows but clocks, the figures and every array of the last checkpoint
+  are those of a run that nothing stopped."""
+  found, wanted = rows(workdir), rows(want)
+  assert [r['step'] for r in wanted] == list(range(1, len(wanted) + 1))
+  for a, b in zip(found, wanted, strict=True):
+    assert tiny.without_clocks(a) == tiny.without_clocks(b)
+  figures, wanted = map(read_summary, (workdir, want))
+  for name in ('fingerprint', 'skipped', 'steps'):
+    assert figures[name] == wanted[name], name
+  assert last_state(workdir) == last_state(want)
 
 
 def at_step(step):

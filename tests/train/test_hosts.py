@@ -22,8 +22,7 @@ def started(config, workdir, devices):
 
 def train(config, workdir):
   """By two processes of two devices each."""
-  for process in started(config, workdir, 2):
-    runs.finished(process)
+  runs.finished(runs.launched(config, workdir, 2))
 
 
 def last_lines(processes):

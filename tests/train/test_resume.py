@@ -9,12 +9,10 @@ array of the last checkpoint.
 import random
 import signal
 
-import numpy as np
 import pytest
 
-from tests import runs, tiny
+from tests import runs
 from vqrae_jax.train.checkpoint import Checkpoints
-from vqrae_jax.train.reporting import read_summary
 
 
 @pytest.fixture(scope='module')
@@ -40,29 +38,11 @@ def in_a_save(workdir):
   return bool(names - whole - {'00000003'})
 
 
-def last_state(workdir):
-  """{leaf name: its bytes} of the newest checkpoint."""
-  kept = Checkpoints(workdir / 'checkpoints')
-  manifest = kept.latest()
-  shapes = {
-    name: np.broadcast_to(np.zeros((), dtype), shape)
-    for name, (shape, dtype) in manifest['leaves'].items()
-  }
-  found = kept.restore(manifest, shapes, part=True)
-  return {name: np.asarray(x).tobytes() for name, x in found.items()}
-
-
 def check_same(workdir, want):
-  rows = runs.rows(workdir)
-  assert [r['step'] for r in rows] == list(range(1, runs.GAN_STEPS + 1))
-  for a, b in zip(rows, runs.rows(want), strict=True):
-    assert tiny.without_clocks(a) == tiny.without_clocks(b)
-  assert rows[-1]['loss/discriminator'] > 0
-  figures, wanted = map(read_summary, (workdir, want))
-  for name in ('fingerprint', 'skipped', 'steps'):
-    assert figures[name] == wanted[name], name
-  leaves = last_state(workdir)
-  assert leaves == last_state(want)
+  runs.check_same(workdir, want)
+  last = runs.rows(workdir)[-1]
+  assert last['step'] == runs.GAN_STEPS and last['loss/discriminator'] > 0
+  leaves = runs.last_state(workdir)
   for part in ('ema/', 'codebook/', 'discriminator/stats/spectral/', 'usage'):
     assert any(name.startswith(part) for name in leaves), part
 
