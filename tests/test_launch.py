@@ -4,20 +4,25 @@ Slurm's file runs on a Slurm of one node, whose daemons live in a temporary
 folder as long as the test; Debian has them as slurm-wlm and munge.
 """
 
-import contextlib
 import getpass
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import yaml
 
 from tests import runs, tiny
+from vqrae_jax import cli
+from vqrae_jax.train import __main__ as train
 from vqrae_jax.train.checkpoint import Checkpoints
 
 LAUNCH = runs.ROOT / 'launch'
@@ -115,8 +120,14 @@ def want(config, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_are_killed_and_go_on(config, want, tmp_path):
+def test_two_processes_are_stopped_and_killed_and_go_on(config, want, tmp_path):
   workdir = tmp_path / 'run'
+  launched = runs.launched(config, workdir, 1)
+  when = runs.at_step(STEPS // 4)
+  said = runs.signalled(launched, workdir, when, signal.SIGINT)
+  assert launched.returncode == 143, said
+  for rank in '01':
+    assert f'{rank}: stopped: by the scheduler after step' in said
   launched = runs.launched(config, workdir, 1)
   wait(lambda: runs.at_step(STEPS // 2)(workdir))
   pid = launched.pid
@@ -125,9 +136,8 @@ def test_two_processes_are_killed_and_go_on(config, want, tmp_path):
   said = launched.communicate(timeout=300)[1]
   assert launched.returncode == 128 + signal.SIGKILL, said
   assert len(runs.rows(workdir)) < STEPS
-  assert '0: ' in said and 'resumed from' in runs.finished(
-    runs.launched(config, workdir, 1)
-  )
+  said = runs.finished(runs.launched(config, workdir, 1))
+  assert 'resumed from step' in said
   runs.check_same(workdir, want)
 
 
@@ -177,3 +187,145 @@ def test_slurm_stops_requeues_and_goes_on(
   wait(lambda: state(job)['JobState'] == 'COMPLETED')
   assert log.read_text().count('resumed from step') == 4
   runs.check_same(workdir, want)
+
+
+def test_one_that_fails_ends_all_with_its_code():
+  words = '--processes=2', '--', '--config=configs/quickstart.py', '--nonsense'
+  done = subprocess.run(
+    [sys.executable, LAUNCH / 'local.py', *words],
+    cwd=runs.ROOT, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+  assert done.returncode == 2
+  lines = [line for line in done.stderr.splitlines() if 'nonsense' in line]
+  assert lines and all(line[:9] in ('0: error:', '1: error:') for line in lines)
+
+
+@pytest.mark.parametrize('name', ['slurm.sbatch', 'tpu_vm.sh'])
+def test_shellcheck(name):
+  if not shutil.which('shellcheck'):
+    pytest.skip('no shellcheck')
+  subprocess.run(['shellcheck', LAUNCH / name], check=True)
+
+
+GCLOUD = """#!/bin/sh
+# Runs what it would have a worker do, here.
+for word; do
+  case $word in --command=*) cd "$HOME" && exec bash -c "${word#*=}" ;; esac
+done
+"""
+WORKER = """#!/bin/sh
+trap 'echo stopped; exit 143' TERM
+printf '%s\\n' "$@"
+while :; do sleep 0.1; done
+"""
+
+
+def test_tpu_vms_run_the_command_as_given(tmp_path):
+  python = tmp_path / 'vqrae_jax/.venv/bin/python'
+  python.parent.mkdir(parents=True)
+  for path, text in (tmp_path / 'gcloud', GCLOUD), (python, WORKER):
+    path.write_text(text)
+    path.chmod(0o755)
+  env = {'HOME': str(tmp_path), 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+
+  def script(*words):
+    subprocess.run(
+      [LAUNCH / 'tpu_vm.sh', *words], env=env | dict(NAME='a', ZONE='b'),
+      check=True, timeout=60,
+    )  # fmt: skip
+
+  flags = ['--config=configs/a.py:b=c', "--config.data.source=d e'*$HOME"]
+  script('train', *flags)
+  log = tmp_path / 'vqrae_jax/train.log'
+  wait(lambda: flags[-1] in log.read_text().splitlines())
+  script('stop')
+  wait(lambda: log.read_text().endswith('stopped\n'))
+  want = ['-m', 'vqrae_jax.train', '--distributed', *flags, 'stopped']
+  assert log.read_text().splitlines() == want
+
+
+@pytest.mark.parametrize('path', LAUNCH.glob('*'), ids=lambda path: path.name)
+def test_the_flags_are_those_of_train(path, monkeypatch):
+  """In launch lines and in what is launched, and the config is there."""
+  if path.suffix == '.yaml':
+    (job,) = yaml.safe_load(path.read_text())['spec']['replicatedJobs']
+    spec = job['template']['spec']
+    (container,) = spec['template']['spec']['containers']
+    args = [
+      w.replace('$(JOB_COMPLETION_INDEX)', '0') for w in container['args']
+    ]
+    hosts = [w for w in args if w.startswith('--num_processes=')]
+    assert spec['parallelism'] == spec['completions']
+    assert hosts in ([], [f'--num_processes={spec["completions"]}'])
+  else:
+    args = re.findall(r'--(?:config|workdir|dry_run)[^\s\']*', path.read_text())
+  monkeypatch.setattr(
+    cli, 'join_hosts', mock.Mock(side_effect=InterruptedError)
+  )
+  monkeypatch.chdir(runs.ROOT)
+  with pytest.raises(InterruptedError):
+    train.main(args)
+
+
+def kubernetes():
+  """The package, in a pod of a JobSet."""
+  labels = {'jobset.sigs.k8s.io/jobset-name': 'set', 'job-name': 'set-w-0'}
+  meta = SimpleNamespace(
+    name='set-w-0', labels=labels,
+    owner_references=[SimpleNamespace(controller=True, kind='Job')],
+  )  # fmt: skip
+  found, spec = mock.MagicMock(), SimpleNamespace(parallelism=4)
+  pod = SimpleNamespace(metadata=meta)
+  found.client.CoreV1Api().list_namespaced_pod().items = [pod]
+  job = SimpleNamespace(metadata=meta, spec=spec)
+  found.client.BatchV1Api().read_namespaced_job.return_value = job
+  found.client.exceptions.ApiException = OSError
+  return found
+
+
+TPU_VM = {
+  'agent-worker-number': '3',
+  'worker-network-endpoints': 'a:b:10.0.0.9,a:b:10.0.0.8,c:d:e,f:g:h',
+}
+SCHEDULERS = {
+  'Slurm': ('n7:61453', dict(
+    SLURM_JOB_ID='13', SLURM_STEP_NODELIST='n[7-9]', SLURM_NTASKS='4',
+    SLURM_PROCID='3', SLURM_LOCALID='1')),
+  'Open MPI': ('10.0.0.1:61441', dict(
+    OMPI_MCA_orte_hnp_uri='4096.0;tcp://10.0.0.1,10.0.0.2:34911',
+    OMPI_COMM_WORLD_SIZE='4', OMPI_COMM_WORLD_RANK='3',
+    OMPI_COMM_WORLD_LOCAL_RANK='1')),
+  'GKE': ('p0:8482', dict(
+    TPU_WORKER_HOSTNAMES='p0,p1,p2,p3', TPU_WORKER_ID='3')),
+  'TPU VM': ('10.0.0.9:8482', {}),
+  'JobSet': ('set-w-0-0.set:55527', dict(
+    KUBERNETES_SERVICE_HOST='x', JOB_COMPLETION_INDEX='3', HOSTNAME='x')),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', SCHEDULERS)
+def test_distributed_finds_the_others(name, monkeypatch):
+  """What --help says of --distributed, of the installed JAX."""
+  from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, k8s_cluster
+
+  address, env = SCHEDULERS[name]
+  for word in list(os.environ):
+    if word.startswith(('SLURM_', 'OMPI_', 'TPU_', 'KUBERNETES_')):
+      monkeypatch.delenv(word)
+  for word, value in env.items():
+    monkeypatch.setenv(word, value)
+
+  def metadata(key):
+    there = name == 'TPU VM' and key in TPU_VM
+    return (TPU_VM[key], 200) if there else ('', 404)
+
+  on_tpu = name in ('GKE', 'TPU VM')
+  monkeypatch.setattr(cloud_tpu_cluster, 'running_in_cloud_tpu_vm', on_tpu)
+  monkeypatch.setattr(cloud_tpu_cluster, 'get_metadata', metadata)
+  monkeypatch.setattr(socket, 'gethostbyname', lambda host: '10.0.0.9')
+  monkeypatch.setitem(sys.modules, 'kubernetes', kubernetes())
+  monkeypatch.setattr(k8s_cluster.K8sCluster, '_namespace', lambda: 'default')
+  found = ClusterEnv.auto_detect_unset_distributed_params(
+    None, None, None, None, None, 10
+  )
+  assert found[:3] == (address, 4, 3)

@@ -101,7 +101,9 @@ def define_hosts(values: flags.FlagValues) -> None:
     'distributed',
     'JAX_COORDINATOR_ADDRESS' in os.environ,
     'join the other hosts by jax.distributed.initialize(), which finds them '
-    'itself on TPU pods and under Slurm; elsewhere the three flags name them',
+    'itself on TPU VMs and GKE, under Slurm, Open MPI 4, and in Kubernetes '
+    'Jobs and JobSets with the package kubernetes and the right to read pods; '
+    'elsewhere the three flags name them',
     values,
   )
   flags.DEFINE_string(HOSTS[0], None, 'HOST:PORT of process 0', values)
