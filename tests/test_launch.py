@@ -62,7 +62,7 @@ def slurm(tmp_path_factory, monkeypatch):
   """(command, …) -> what that command of a Slurm with one node of two CPUs
   prints."""
   if not all(map(shutil.which, ('slurmctld', 'slurmd', 'munged'))):
-    pytest.skip('no slurmctld, slurmd and munged: apt-get install slurm-wlm')
+    pytest.skip('no slurmctld, slurmd, munged: apt-get install slurm-wlm munge')
   folder = tmp_path_factory.mktemp('slurm')
   munge, conf = folder / 'munge.socket', folder / 'slurm.conf'
   text = SLURM.format(
@@ -305,7 +305,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize('name', SCHEDULERS)
 def test_distributed_finds_the_others(name, monkeypatch):
-  """What --help says of --distributed, of the installed JAX."""
+  """As --help says. JAX has no public function that looks and does not join."""
   from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, k8s_cluster
 
   address, env = SCHEDULERS[name]

@@ -31,7 +31,7 @@ def project():
   """A copy of the project, removed afterwards."""
   with tempfile.TemporaryDirectory() as folder:
     copy, skip = pathlib.Path(folder), shutil.ignore_patterns('__pycache__')
-    for name in ('vqrae_jax', 'configs', 'tests', 'docs'):
+    for name in ('vqrae_jax', 'configs', 'launch', 'tests', 'docs'):
       shutil.copytree(ROOT / name, copy / name, ignore=skip)
     shutil.copy(ROOT / 'pyproject.toml', copy)
     yield copy
