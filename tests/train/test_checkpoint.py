@@ -1,10 +1,13 @@
 """A checkpoint is whole or not used, and opens on any mesh."""
 
+import hashlib
+import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests import runs, tiny
@@ -155,6 +158,36 @@ def test_a_state_of_8_devices_opens_on_fewer(
   places = trees.flatten(sharding.shardings_for(target, mesh))
   for name, leaf in trees.flatten(found).items():
     assert leaf.sharding.is_equivalent_to(places[name], leaf.ndim), name
+
+
+def test_arrays_are_as_they_are_and_compressed_steps_open(tmp_path):
+  """Compressing costs more than the disk; steps of before have it."""
+  state = {'w': jnp.zeros((512, 512))}
+  kept = Checkpoints(tmp_path)
+  kept.save(1, state, {})
+  kept.close()
+  folder = tmp_path / '00000001'
+
+  def files():
+    return [p for p in folder.rglob('*') if p.is_file()]
+
+  def size():
+    return sum(p.stat().st_size for p in files())
+
+  assert size() > state['w'].nbytes
+  (folder / HASHES).unlink()
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+    arrays = ocp.args.PyTreeSave(state)
+    writer.save(folder / 'state', args=arrays, force=True)
+  assert size() < state['w'].nbytes / 9
+  hashes = {
+    str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+    for p in files()
+  }
+  (folder / HASHES).write_text(json.dumps(hashes))
+  place = state['w'].sharding
+  target = {'w': jax.ShapeDtypeStruct((512, 512), 'float32', sharding=place)}
+  assert not np.asarray(kept.restore(kept.latest(), target)['w']).any()
 
 
 def test_another_model_is_named(kept):
