@@ -93,7 +93,10 @@ def initialize(setup: Setup) -> Started:
     logging.warning(weights.warning)
   if weights.ignored:
     logging.info('re-initialized (not loaded): %s', weights.ignored)
-  started = _placed(setup, weights, sources)
+  state, frozen = state_lib.sharded_state(
+    setup.step, setup.mesh, config.seed, weights.leaves
+  )
+  started = Started(state, frozen, _record(setup, frozen, sources))
   if any(n.startswith('codebook/quantizer/') for n in weights.leaves):
     return started
   images = setup.place(setup.batches.batch(0))['images']
@@ -122,9 +125,10 @@ def restore(
     weights, sources = _with_frozen(setup, weights)
     if weights.summary:
       logging.info('loaded beside the checkpoint: %s', weights.summary)
-    # By the same program as at the run's start: bitwise the same leaves.
-    started = _placed(setup, weights, sources)
-    started = dataclasses.replace(started, state=state)
+    frozen = state_lib.sharded_frozen(
+      setup.step, setup.mesh, setup.config.seed, weights.leaves
+    )
+    started = Started(state, frozen, _record(setup, frozen, sources))
   check_frozen(
     {name: entry['sha256'] for name, entry in started.record.items()},
     manifest['frozen'],
@@ -133,16 +137,12 @@ def restore(
   return started
 
 
-def _placed(
-  setup: Setup, weights: InitialWeights, sources: Mapping[str, dict]
-) -> Started:
-  """The state at step 0 with the weights in place; every host takes part."""
-  state, frozen = state_lib.sharded_state(
-    setup.step, setup.mesh, setup.config.seed, weights.leaves
-  )
+def _record(
+  setup: Setup, frozen: Frozen, sources: Mapping[str, dict]
+) -> dict[str, dict[str, Any]]:
+  """What checkpoints say of the frozen trees; every host takes part."""
   hashes = hash_frozen(frozen, lambda x: sharding.host_copy(x, setup.mesh))
-  record = {n: dict(sha256=x, **sources[n]) for n, x in hashes.items()}
-  return Started(state, frozen, record)
+  return {n: dict(sha256=x, **sources[n]) for n, x in hashes.items()}
 
 
 @functools.lru_cache(maxsize=16)

@@ -150,10 +150,65 @@ def state_shapes(spec: StepSpec, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
   )
 
 
+def _brought(name: str) -> str:
+  """The name by which weights from elsewhere bring a leaf of (state, frozen):
+  "params/…", "codebook/…", "teacher/…" and so on; '' of one that none do."""
+  name = re.sub('^0/(tokenizer/params|ema)/', '1/params/', name)
+  name = re.sub('^0/codebook/', '1/codebook/', name)
+  return name.removeprefix('1/') if name.startswith('1/') else ''
+
+
+def _piece(name: str) -> str:
+  """What a leaf of (state, frozen) is drawn with: its network; '' of all that
+  starts at zero."""
+  where = _brought(name) or name.removeprefix('0/')
+  if where.startswith('discriminator/'):
+    return 'discriminator'
+  return '/'.join(where.split('/')[:2]) if _brought(name) else ''
+
+
 @functools.lru_cache(maxsize=64)
-def _compiled_init(spec: StepSpec, mesh: jax.sharding.Mesh):
-  places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(spec, mesh))
-  return jax.jit(functools.partial(random_state, spec), out_shardings=places)
+def _every_leaf(spec: StepSpec):
+  return jax.jit(lambda seed: trees.flatten(random_state(spec, seed)))
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_piece(
+  spec: StepSpec, mesh: jax.sharding.Mesh, names: tuple[str, ...]
+):
+  """seed -> {leaf name: array}, jitted, each leaf made where it lies."""
+  shapes = trees.flatten(state_shapes(spec, mesh))
+
+  def draw(seed):
+    leaves = _every_leaf(spec)(seed)  # traced once for all pieces
+    return {name: leaves[name] for name in names}
+
+  return jax.jit(
+    draw, out_shardings={name: shapes[name].sharding for name in names}
+  )
+
+
+def _laid(
+  spec: StepSpec,
+  mesh: jax.sharding.Mesh,
+  seed: int,
+  leaves: Mapping[str, Any],
+  tree: tuple[TrainState | None, Frozen],
+) -> tuple[Any, Frozen]:
+  """`tree`, a part of `state_shapes`, as arrays: the given leaves, and the
+  seed's random ones where none is given; a program for each network."""
+  pieces: dict[str, list[str]] = {}
+  # Of the whole state, so that a run that resumes draws frozen leaves by the
+  # programs that it started with: bitwise the same.
+  for name in trees.flatten(state_shapes(spec, mesh)):
+    if _brought(name) not in leaves:
+      pieces.setdefault(_piece(name), []).append(name)
+  wanted, drawn = trees.flatten(tree).keys(), {}
+  for names in pieces.values():
+    if not wanted.isdisjoint(names):
+      drawn |= _compiled_piece(spec, mesh, tuple(names))(seed)
+  tree = trees.map_named(lambda name, leaf: drawn.get(name, leaf), tree)
+  return with_leaves(*tree, leaves)
 
 
 def sharded_state(
@@ -169,20 +224,31 @@ def sharded_state(
     mesh: where they lie.
     seed: of every random weight and of the run's key.
     leaves: {"params/…", "codebook/…", or "teacher/…" and the other frozen
-      trees: array} to start from instead (`initialize.py`).
+      trees: array} to start from instead (`initialize.py`); what they bring is
+      not drawn.
   """
-  state, frozen = _compiled_init(spec, mesh)(seed)
-  return with_leaves(state, frozen, leaves or {})
+  return _laid(spec, mesh, seed, leaves or {}, state_shapes(spec, mesh))
+
+
+def sharded_frozen(
+  spec: StepSpec,
+  mesh: jax.sharding.Mesh,
+  seed: int,
+  leaves: Mapping[str, Any],
+) -> Frozen:
+  """The frozen leaves of `sharded_state` alone."""
+  tree = None, state_shapes(spec, mesh)[1]
+  return _laid(spec, mesh, seed, leaves, tree)[1]
 
 
 def with_leaves(
-  state: TrainState, frozen: Frozen, given: Mapping[str, Any]
+  state: TrainState | None, frozen: Frozen, given: Mapping[str, Any]
 ) -> tuple[TrainState, Frozen]:
-  """Both with the given leaves in place, laid where the old lay; the EMA
-  weights start at the given parameters too."""
+  """Both with the given leaves in place, laid where the old lie, which may be
+  shapes with shardings; the EMA weights start at the given parameters too."""
 
   def replaced(name, old):
-    if name not in given:
+    if (name := _brought(name)) not in given:
       return old
     new = np.asarray(given[name])  # one read of a file's leaf
 
@@ -192,12 +258,7 @@ def with_leaves(
 
     return jax.make_array_from_callback(old.shape, old.sharding, block)
 
-  def replaced_in_state(name, old):
-    name = re.sub('^(tokenizer/params|ema)/', 'params/', name)
-    return replaced(name, old)
-
-  state = trees.map_named(replaced_in_state, state)
-  return state, trees.map_named(replaced, frozen)
+  return trees.map_named(replaced, (state, frozen))
 
 
 def variables_of(
