@@ -13,7 +13,8 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.losses.latent import distill
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
-from vqrae_jax.train import loop
+from vqrae_jax.train import initialize, loop
+from vqrae_jax.train.checkpoint import Checkpoints
 from vqrae_jax.types import LatentInputs, QuantizerOutput, TokenizerOutput
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -116,6 +117,33 @@ def test_only_what_was_kept_frozen_needs_its_files(
     start_from('frozen')
   with pytest.raises(UserError, match='first'):
     resume('taught')
+
+
+def test_only_what_nothing_brings_is_drawn(
+  vq_run, run_config, tmp_path, request
+):
+  """Each network by a program of its own, and none for what lies in files."""
+  encoder = dict(encoder=str(vq_run / 'tokenizer'))
+  config = run_config(init=encoder, duration=1)
+  loop.train(config, tmp_path)
+  programs = request.getfixturevalue('programs')
+
+  def drawn():
+    return {n for n in programs() if 'draw_' in n}
+
+  made = runs.setup(config, sharding.make_mesh('dp', jax.devices()[:2]))
+  kept = Checkpoints(tmp_path / 'checkpoints')
+  with jax.set_mesh(made.mesh):
+    initialize.restore(made, kept, kept.latest())
+  assert not drawn()
+  other = run_config(log=dict(usage_window=6))
+  runs.begun(other | dict(init_from=str(vq_run / 'tokenizer')))
+  few = {'jit(draw_zeros)', 'jit(draw_codebook_quantizer)'}
+  assert drawn() <= few
+  runs.begun(other | dict(init=encoder))
+  assert drawn() <= few | {'jit(draw_params_decoder)'}
+  runs.begun(other)
+  assert {'jit(draw_params_encoder)', *few} <= drawn()
 
 
 def test_by_schedules_alone_everything_but_the_decoder_keeps_its_bits(

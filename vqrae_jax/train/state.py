@@ -159,12 +159,12 @@ def _brought(name: str) -> str:
 
 
 def _piece(name: str) -> str:
-  """What a leaf of (state, frozen) is drawn with: its network; '' of all that
-  starts at zero."""
+  """What a leaf of (state, frozen) is drawn with: its network; "zeros" of all
+  that needs no draw."""
   where = _brought(name) or name.removeprefix('0/')
   if where.startswith('discriminator/'):
     return 'discriminator'
-  return '/'.join(where.split('/')[:2]) if _brought(name) else ''
+  return '/'.join(where.split('/')[:2]) if _brought(name) else 'zeros'
 
 
 @functools.lru_cache(maxsize=64)
@@ -183,6 +183,8 @@ def _compiled_piece(
     leaves = _every_leaf(spec)(seed)  # traced once for all pieces
     return {name: leaves[name] for name in names}
 
+  name = _piece(names[0]).replace('/', '_')
+  draw.__name__ = f'draw_{name}'  # for whoever lists programs
   return jax.jit(
     draw, out_shardings={name: shapes[name].sharding for name in names}
   )
