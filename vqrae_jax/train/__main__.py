@@ -56,10 +56,11 @@ def main(argv: list[str]) -> None:
   if values.dry_run and profile:
     raise UserError('--dry_run has one step and no --profile')
   cli.join_hosts(values)
-  from vqrae_jax import sharding
-  from vqrae_jax.train import loop, reporting
+  from vqrae_jax.train import compile_cache, loop, reporting
 
-  sharding.compile_afresh_on_cpu()
+  source = values['config'].default_as_str
+  workdir = to_path(values.workdir or default_workdir(source))
+  compile_cache.keep_in(None if values.dry_run else workdir)
   if values.dry_run:
     for name, value in loop.dry_run(values.config).items():
       print(f'{name} {value:.6g}')
@@ -68,8 +69,6 @@ def main(argv: list[str]) -> None:
       'nothing was written'
     )
     return
-  source = values['config'].default_as_str
-  workdir = to_path(values.workdir or default_workdir(source))
   figures = loop.train(values.config, workdir, profile)
   print(f'\n{workdir}\n{reporting.table(figures)}\n\n{_next_steps(workdir)}')
 

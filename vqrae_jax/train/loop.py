@@ -26,8 +26,8 @@ from vqrae_jax import export, hosts, sharding
 from vqrae_jax.errors import Stopped, UserError, read_json
 from vqrae_jax.files import Path, is_url
 from vqrae_jax.paths import check_writable
+from vqrae_jax.train import compile_cache, reporting
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import reporting
 from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.checkpoint import Checkpoints, Position
@@ -297,6 +297,7 @@ def run(
       if number == position.step + 1:
         jax.block_until_ready(metrics)
         # Compiled: speed is measured from here.
+        compile_cache.log_saved()
         loop.ready, loop.waited = time.perf_counter(), 0.0
         loop.report.measure_from(number)
       if profile and number == profile[1]:
