@@ -16,8 +16,11 @@ ORDER = (
   {'pretrained', 'inference', 'export'},
   {'evaluate'},
   {'train'},
-  {'cli', 'convert', 'fetch_weights', 'latent_stats', 'reconstruct_images'},
-)
+  {
+    'cli', 'convert', 'fetch_weights', 'latent_stats', 'preflight',
+    'reconstruct_images',
+  },
+)  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
 # Narrower than their row: all of the package that these may import.

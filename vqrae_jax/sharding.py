@@ -142,13 +142,13 @@ def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
       f'batch_size={batch_size} must be a multiple of the {shards} devices '
       f'that share it{times}'
     )
-  hosts = jax.process_count()
-  mine = [d.process_index == jax.process_index() for d in mesh.devices.flat]
-  rows = np.array(mine).reshape(shards, -1)
-  if shards % hosts or rows.any(1).sum() * hosts != shards:
+  # Of the mesh, not of this process: it may be of devices that are not there.
+  hosts = np.array([d.process_index for d in mesh.devices.flat])
+  count = len(np.unique(hosts))
+  if (np.diff(hosts.reshape(shards, -1)) != 0).any() or shards % count:
     raise UserError(
       f'mesh.tensor={mesh.shape["model"]} spreads one image over several '
-      f'hosts; it must divide the {sum(mine)} devices of a host'
+      f'hosts; it must divide the {len(hosts) // count} devices of a host'
     )
 
 
