@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(vqrae_jax.__file__).parent
 # A package or module imports those of a lower row only (and row 0 itself).
 ORDER = (
   {'errors', 'files', 'paths', 'specs', 'types', 'ops'},
-  {'nn', 'weights'},
+  {'nn', 'programs', 'weights'},
   {'quantizers', 'encoders'},
   {'models', 'losses', 'optim', 'sharding', 'data', 'hosts'},
   {'pretrained', 'inference', 'export'},

@@ -165,12 +165,17 @@ def buffers_of(program: list[Instruction]) -> list[dict[str, Any]]:
 def collectives_of(program: list[Instruction]) -> dict[str, dict[str, int]]:
   """{kind: {"count", "bytes"}} of one call, on one device: of each the larger
   of what goes in and what comes out."""
-  found: dict[str, dict[str, int]] = {}
+  rows: dict[Any, Instruction] = {}
   for row in program:
-    kind = row.kind.removesuffix('-start')
-    if kind not in _COLLECTIVES:
-      continue
-    result = sum(sizes(row.result))
+    if row.kind.removesuffix('-start') in _COLLECTIVES:
+      channel = re.search(r'channel_id=(\d+)', row.rest)
+      # One that overlaps other work is written in every fusion that it runs
+      # beside; the first, which starts it, is outside the loops of the others.
+      key = channel[1] if channel and not row.owns else -len(rows)
+      rows[key] = min(row, rows.get(key, row), key=lambda row: row.times)
+  found: dict[str, dict[str, int]] = {}
+  for row in rows.values():
+    kind, result = row.kind.removesuffix('-start'), sum(sizes(row.result))
     if kind != row.kind and kind != 'all-reduce':  # a start gives both
       result -= row.operands
     sums = found.setdefault(kind, {'count': 0, 'bytes': 0})
