@@ -27,7 +27,6 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-import vqrae_jax
 from vqrae_jax import cli, inference, programs, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
@@ -182,14 +181,12 @@ def _data(run: config_lib.RunConfig) -> tuple[int, str]:
 
 
 def _versions(device: Any) -> dict[str, str]:
-  found = {'vqrae_jax': vqrae_jax.__version__}
-  for name in ('jax', 'jaxlib', 'flax'):
-    found[name] = importlib.metadata.version(name)
-  if device.platform == 'tpu':
-    built = device.client.platform_version.splitlines()[-1]
+  found = {}
+  if device.platform == 'tpu':  # where libtpu is no package
+    found['libtpu'] = device.client.platform_version.splitlines()[-1]
+  for name in ('vqrae_jax', 'jax', 'jaxlib', 'flax', *found):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      built = importlib.metadata.version('libtpu')
-    found['libtpu'] = built
+      found[name] = importlib.metadata.version(name)
   return found | {'date': datetime.date.today().isoformat()}
 
 
