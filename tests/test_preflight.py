@@ -7,6 +7,7 @@ import os
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from tests import runs, tiny
 from tests.train import pieces
@@ -57,7 +58,7 @@ def test_the_file_is_the_report(planned):
   assert report['batch'] == dict(size=16, device=2, accumulate=2, microbatch=1)
   assert report['fits'] and 'stand in' in report['data']
   assert '--mesh=8' in report['command'] and report['versions']['jax']
-  assert report['encode_to_indices']['images'] == 8
+  assert report['encode']['images'] == 8
 
 
 def test_memory_by_kind_is_the_states_own(planned):
@@ -105,7 +106,7 @@ def test_what_the_mesh_and_the_dtype_cost(planned):
   }
   whole = step['replicated']
   assert whole['leaves'] > 5 and len(whole['largest']) == 5
-  assert step['flops'] > 10 * planned[0]['encode_to_indices']['flops'] > 0
+  assert step['flops'] > 10 * planned[0]['encode']['flops'] > 0
 
 
 def test_the_accumulation_that_fits_is_found(tmp_path, monkeypatch, capsys):
@@ -150,8 +151,6 @@ def test_errors_are_lines(keys, flags, words, tmp_path):
 
 
 def test_missing_libtpu_is_named(tmp_path, monkeypatch):
-  from jax.experimental import topologies
-
   def missing(*_, **__):
     raise RuntimeError('JAX TPU support not installed')
 
@@ -180,5 +179,11 @@ def test_a_tpu_that_is_not_there(capsys):
   out = capsys.readouterr().out
   assert '4 × TPU v5 lite' in out and 'of 15.75 GiB' in out
   assert 'all-reduce' in out and 'libtpu' in out
+  # Two devices side by side on a torus of 4x4x4.
+  pod = topologies.get_topology_desc('v5p:4x4x4', 'tpu').devices
+  mesh = sharding.make_mesh('fsdp+tp', pod, 2)
+  sharding.check_batch(64, mesh)
+  with pytest.raises(UserError, match='mesh.tensor=4'):
+    sharding.check_batch(64, sharding.make_mesh('fsdp+tp', pod, 4))
   with pytest.raises(UserError, match='--topology=v5e:3x5'):
     preflight.main(['--config=configs/quickstart.py', '--topology=v5e:3x5'])

@@ -103,11 +103,13 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
   try:
     return topologies.get_topology_desc(name, 'tpu').devices
   except jax.errors.JaxRuntimeError as e:
-    right = 'v5e:8x8 and v5p:4x4x4 are right'
-    raise UserError(f'--topology={name}: {e}; {right}') from None
+    raise UserError(
+      f'--topology={name}: {e}; v5e:8x8 and v5p:4x4x4 are right'
+    ) from None
   except RuntimeError:
-    missing = 'needs libtpu: pip install libtpu'
-    raise UserError(f'--topology={name} {missing}') from None
+    raise UserError(
+      f'--topology={name} needs libtpu: pip install libtpu'
+    ) from None
 
 
 # ----------------------------------------------------------------------------
@@ -132,20 +134,18 @@ def preflight(config: Any, devices: list[Any], search: bool = False) -> dict:
   images, data = _data(run)
   plan = setup_lib.plan(run, images, mesh)
   share = run.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
-  devices = f'{mesh.size} × {mesh.devices.flat[0].device_kind}'
   tried = {}
   while True:
     parts = plan.config.accumulate
-    what = f'the train step for {devices}, accumulate={parts}'
-    step = _train_step(plan, what)
+    step = _train_step(plan)
     tried[parts] = step['needs']
     if step['fits'] or not search or share % (2 * parts):
       break
     plan = _accumulating(plan, 2 * parts)
-  encode = _encode(plan, devices) if step['fits'] else None
+  encode = _encode(plan) if step['fits'] else None
   return {
     'versions': _versions(mesh.devices.flat[0]),
-    'devices': devices,
+    'devices': _devices(mesh),
     'hosts': len({d.process_index for d in mesh.devices.flat}),
     'mesh': dict(mesh.shape),
     'data': data,
@@ -159,7 +159,7 @@ def preflight(config: Any, devices: list[Any], search: bool = False) -> dict:
     'fits': step['fits'],
     'tried': {str(n): needs for n, needs in tried.items()},
     'train_step': step,
-    'encode_to_indices': encode,
+    'encode': encode,
   }
 
 
@@ -178,6 +178,10 @@ def _data(run: config_lib.RunConfig) -> tuple[int, str]:
         'images an epoch has'
       ) from None
     return examples, f'{examples:.0f} images; not found here: {e}'
+
+
+def _devices(mesh: jax.sharding.Mesh) -> str:
+  return f'{mesh.size} × {mesh.devices.flat[0].device_kind}'
 
 
 def _versions(device: Any) -> dict[str, str]:
@@ -210,7 +214,7 @@ def _images(plan: setup_lib.Plan, size: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, np.uint8, sharding=rows)
 
 
-def _train_step(plan: setup_lib.Plan, what: str) -> dict[str, Any]:
+def _train_step(plan: setup_lib.Plan) -> dict[str, Any]:
   """The report on the step of both networks."""
   state, frozen = state_lib.state_shapes(plan.step, plan.mesh)
   images = _images(plan, plan.config.batch_size)
@@ -228,12 +232,12 @@ def _train_step(plan: setup_lib.Plan, what: str) -> dict[str, Any]:
   batch = {'images': images, 'skipped': skipped}
   args = state, frozen, setup_lib.f32(plan.hparams), batch
   return {
-    **_program(plan, plan.train_step(), args, arguments, what),
+    **_program(plan, 'train_step', plan.train_step(), args, arguments),
     'replicated': _replicated(dict(state=state, frozen=frozen), plan.mesh),
   }
 
 
-def _encode(plan: setup_lib.Plan, devices: str) -> dict[str, Any]:
+def _encode(plan: setup_lib.Plan) -> dict[str, Any]:
   """The report on a microbatch's indices, by the baked code table; on its
   latents where there are no codes."""
   tokenizer = plan.tokenizer
@@ -263,23 +267,27 @@ def _encode(plan: setup_lib.Plan, devices: str) -> dict[str, Any]:
     'codebook': variables.get('codebook'),
     'batch': batch,
   }
-  return _program(
-    plan, fn, (variables, batch), arguments, f'{name} for {devices}'
-  )
+  return _program(plan, name, fn, (variables, batch), arguments)
 
 
 def _program(
   plan: setup_lib.Plan,
+  name: str,
   fn: Any,
   args: tuple,
   arguments: Mapping[str, Any],
-  what: str,
 ) -> dict[str, Any]:
   """The report on one jitted function, compiled for `plan.mesh`.
 
   Args:
+    plan: what is compiled for.
+    name: the function's.
+    fn, args: it, and ShapeDtypeStructs with shardings.
     arguments: {kind: those of `args` that are of this kind}.
   """
+  what = (
+    f'{name} for {_devices(plan.mesh)}, accumulate={plan.config.accumulate}'
+  )
   # Not around more: an operation would run on devices that are not there.
   with _progress(f'tracing {what}') as tracing, jax.set_mesh(plan.mesh):
     traced = fn.trace(*args)
@@ -306,6 +314,7 @@ def _program(
       needs = sum(memory.values())
   program = list(programs.executed(text)) if text else []
   return {
+    'name': name,
     'images': arguments['batch'].shape[0],
     'seconds': {
       'trace': tracing['wall'],
@@ -447,22 +456,21 @@ def text_of(report: Mapping[str, Any]) -> str:
     for n, needs in tried.items() if len(tried) > 1
   ]  # fmt: skip
   lines = _table(rows, 0)
-  for name in ('train_step', 'encode_to_indices'):
-    if report[name] is not None:
-      lines += ['', *_program_lines(name, report[name], report['dtype'])]
+  for program in (report['train_step'], report['encode']):
+    if program is not None:
+      lines += ['', *_program_lines(program, report['dtype'])]
   return '\n'.join([*lines, '', verdict(report)])
 
 
-def _program_lines(
-  name: str, program: Mapping[str, Any], dtype: str
-) -> list[str]:
+def _program_lines(program: Mapping[str, Any], dtype: str) -> list[str]:
   seconds, images = program['seconds'], program['images']
   flops = program['flops']
   memory = program['memory'] | {'total': program['needs']}
   held = program.get('replicated', {'largest': []})
   lines = [
-    f'{name} of {images} images: traced in {seconds["trace"]} s, compiled in '
-    f'{seconds["compile"]} s ({seconds["compile_cpu"]} CPU-seconds)',
+    f'{program["name"]} of {images} images: traced in {seconds["trace"]} s, '
+    f'compiled in {seconds["compile"]} s ({seconds["compile_cpu"]} '
+    'CPU-seconds)',
     f'  FLOPs  {flops:.3e}, {flops / images:.3e} an image',
     *_section(
       'memory of a device, MiB', [(k, _mib(n)) for k, n in memory.items()]
