@@ -466,6 +466,7 @@ def _program_lines(program: Mapping[str, Any], dtype: str) -> list[str]:
   seconds, images = program['seconds'], program['images']
   flops = program['flops']
   memory = program['memory'] | {'total': program['needs']}
+  memory |= {'limit': program['limit']} if program['limit'] else {}
   held = program.get('replicated', {'largest': []})
   lines = [
     f'{program["name"]} of {images} images: traced in {seconds["trace"]} s, '
@@ -496,7 +497,8 @@ def _program_lines(program: Mapping[str, Any], dtype: str) -> list[str]:
   ):
     rows = [
       (f'{p["share"]:.2%}', p['file'], p['where'])
-      for p in program['f32_products'] if p['meant'] == meant
+      for p in program['f32_products']
+      if p['meant'] == meant and p['share'] >= 1e-4
     ]  # fmt: skip
     lines += _section(title, rows[:10] if dtype != 'float32' else [])
   rows = [(_mib(leaf['bytes']), leaf['name']) for leaf in held['largest']]
