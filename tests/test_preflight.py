@@ -111,7 +111,8 @@ def test_what_the_mesh_and_the_dtype_cost(planned):
 
 def test_the_accumulation_that_fits_is_found(tmp_path, monkeypatch, capsys):
   photos, out = runs.images(tmp_path / 'photos'), tmp_path / 'report.json'
-  data = dict(source=str(photos), image_size=16)
+  # Large enough for activations to outweigh the sum of gradients.
+  data = dict(source=str(photos), image_size=64)
   model = tiny.model('fsq-centered', depth=1)
   config = tiny.run('fsq-centered', **SMALL | dict(data=data, model=model))
   argv = [write(tmp_path, config), '--mesh=8', '--search']
