@@ -24,6 +24,8 @@ import time
 # Threads that wait would take the time of whoever runs next.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+# Biases and gelu in the products' own kernels (README).
+os.environ.setdefault('XLA_FLAGS', '--xla_gpu_enable_triton_gemm=false')
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +35,13 @@ import torch
 
 import vqrae_jax
 from benchmarks import torch_peers
+from vqrae_jax import sharding
 from vqrae_jax.nn.dino import DINO_S8, TAPS
 from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import initialize
 from vqrae_jax.train import setup as setup_lib
+from vqrae_jax.train import state as state_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -198,6 +202,21 @@ def indices_row(batch, side=224, decode=False):
   return Row(calls, torch_flops(calls['torch']))
 
 
+def drawn(shapes):
+  """Arrays as a run holds them after a while, quicker than by its start."""
+  rng = np.random.default_rng(0)
+
+  def leaf(name, x):
+    if name.endswith('rng'):
+      return jax.device_put(jax.random.key(0), x.sharding)
+    if '/opt_state/' in name or not jnp.issubdtype(x.dtype, jnp.floating):
+      return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+    value = 0.02 * rng.standard_normal(x.shape, np.float32)
+    return jax.device_put(value + name.endswith('scale'), x.sharding)
+
+  return trees.map_named(leaf, shapes)
+
+
 def step_row(batch, side, remat=False):
   """The whole stage-1 step: encoder frozen, L2, LPIPS, DINO discriminator."""
   given = dict(
@@ -211,42 +230,37 @@ def step_row(batch, side, remat=False):
     batch_size=batch,
     init=dict(networks='random'),
   )
-  made = setup_lib.setup(config_lib.read_config(given))
-  with jax.set_mesh(made.mesh):
-    start = initialize.initialize(made)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  made = setup_lib.setup(config_lib.read_config(given), mesh)
+  state, frozen = drawn(state_lib.state_shapes(made.step, mesh))
+  with jax.set_mesh(mesh):
     placed = made.place(made.batches.batch(0))
-    placed = jax.block_until_ready(jax.tree.map(jnp.asarray, placed))
-    hparams = jax.device_put(setup_lib.f32(made.hparams))
-  step, state = made.train_step(), [start.state]
+    hparams, state = setup_lib.f32(made.hparams), [state]
+    step = made.train_step().lower(state[0], frozen, hparams, placed).compile()
 
   def run():
-    with jax.set_mesh(made.mesh):
-      state[0], metrics = step(state[0], start.frozen, hparams, placed)
-      jax.block_until_ready((state[0], metrics))
+    with jax.set_mesh(mesh):
+      state[0], metrics = step(state[0], frozen, hparams, placed)
+      assert not jax.block_until_ready((state[0], metrics))[1]['nonfinite']
 
   theirs = torch.from_numpy(np.asarray(placed['images'], np.float32) / 255)
   theirs = theirs.permute(0, 3, 1, 2).contiguous().to(DEVICE)
-  dino = dataclasses.asdict(DINO_S8)
-  trainers = [
-    torch_peers.Trainer(
+  with torch.device(DEVICE):
+    trainer = torch_peers.Trainer(
       torch_peers.Tokenizer(
         vit(side, **ENCODER), vit(side, **DECODER), side, CODES, CODE_DIM
-      ).to(DEVICE),
-      torch_peers.Discriminator(dino, TAPS, 9).to(DEVICE),
+      ),
+      torch_peers.Discriminator(dataclasses.asdict(DINO_S8), TAPS, 9),
       autocast=GPU,
-      compiled=compiled,
     )
-    for compiled in ([False, True] if GPU else [False])
-  ]
-  calls = {'ours': run}
-  for trainer, suffix in zip(trainers, ('', ', compiled'), strict=False):
-    for name in ('rae', 'clever'):
-      method = getattr(trainer, f'{name}_step')
-      calls[f'{name}{suffix}'] = functools.partial(
-        torch_call(method, train=True), theirs
-      )
-  flops = torch_flops(calls['clever'])
-  return Row(calls, flops)
+  calls = {
+    'ours': run,
+    'RAE': functools.partial(torch_call(trainer.rae_step, train=True), theirs),
+    'clever': functools.partial(
+      torch_call(trainer.clever_step, train=True), theirs
+    ),
+  }
+  return Row(calls, torch_flops(calls['clever']))
 
 
 def nearest_row(tokens):
@@ -293,12 +307,12 @@ def rows():
     return {
       'matrix product': product_row,
       'encoder, batch 256': lambda: encoder_row(256),
-      'encoder, batch 8': lambda: encoder_row(8),
+      'stage-1 step, 224 px, batch 64': lambda: step_row(64, 224),
       'forward and backward, batch 64': lambda: encoder_row(64, train=True),
       'encode_to_indices, batch 256': lambda: indices_row(256),
       'decode_from_indices, batch 256': lambda: indices_row(256, decode=True),
       'nearest code, 50176 tokens': lambda: nearest_row(50176),
-      'stage-1 step, 224 px, batch 64': lambda: step_row(64, 224),
+      'encoder, batch 8': lambda: encoder_row(8),
     }
   return {
     'matrix product': product_row,
