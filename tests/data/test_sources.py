@@ -111,10 +111,11 @@ def test_bad_data_says_what_is_right(tmp_path, monkeypatch, files, data, words):
 def test_bundled_images_are_in_colour():
   source = sources.open_source('bundled:photos')
   assert len(source) == 11
-  image = source[source.names.index('chelsea')]
+  index = source.names.index('chelsea')
+  image = source[index]
   assert image.shape == (300, 451, 3)
   assert (image[..., 0] != image[..., 2]).any()
-  assert source[source.names.index('chelsea')] is image
+  assert source.picture(index) is source.picture(index), 'decoded again'
 
 
 def test_a_broken_and_a_lost_file_are_named(folder, monkeypatch):

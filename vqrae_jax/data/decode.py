@@ -10,9 +10,11 @@ Formats are found by content and not by name, and only `FORMATS` are tried: the
 rest of Pillow's readers never see a file.
 """
 
+import bisect
 import copy
 import errno
 import io
+import itertools
 import os
 import pathlib
 import warnings
@@ -62,8 +64,8 @@ class ImageDecodeError(UserError):
     super().__init__(f'cannot read the image {where}: {self.reason}')
 
 
-def decode(file: io.IOBase | bytes, where: str) -> np.ndarray:
-  """uint8 [h w 3] of an open file or of bytes.
+def decode(file: io.IOBase | bytes, where: str) -> Image.Image:
+  """An open file or bytes as RGB, upright.
 
   Raises:
     ImageDecodeError: with `where` in the message.
@@ -131,23 +133,21 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
   return (w, h) if turned else (h, w)
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _pixels(image: Image.Image) -> Image.Image:
   image.load()
   # After loading, for a TIFF is upright by then and says so.
   turn = _UPRIGHT.get(_orientation(image))
-  pixels = _to_rgb(image if turn is None else image.transpose(turn))
-  if not pixels.size:
-    raise ValueError(
-      f'a side of no pixels, {pixels.shape[0]}x{pixels.shape[1]}'
-    )
-  return pixels
+  image = _to_rgb(image if turn is None else image.transpose(turn))
+  if not all(image.size):
+    raise ValueError('a side of no pixels, {1}x{0}'.format(*image.size))
+  return image
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-  """Any mode as uint8 [h w 3]: 16 bits scaled down, alpha over white."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+  """Any mode as RGB: 16 bits scaled down, alpha over white."""
   if image.mode.startswith('I;16'):
     grey = np.round(np.asarray(image).astype(np.float32) / 257)
-    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
   if image.mode in ('I', 'F'):
     raise ValueError(f'values of mode {image.mode} have no known range')
   alpha = image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La')
@@ -156,7 +156,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
   # Converting copies also what is RGB already.
-  return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+  return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 class EncodedImages:
@@ -171,7 +171,7 @@ class EncodedImages:
   def __init__(self, listing: Listing, counts: Sequence[int]):
     """`counts`: how many images each file (or all together) holds."""
     self._listing = listing
-    self._starts = np.cumsum([0, *counts])
+    self._starts = list(itertools.accumulate(counts, initial=0))
     self._rows = np.arange(self._starts[-1])
 
   @property
@@ -181,8 +181,8 @@ class EncodedImages:
 
   def _place(self, row: int) -> tuple[int, int]:
     """(file, image in it) of a row."""
-    file = int(np.searchsorted(self._starts, row, side='right')) - 1
-    return file, int(row - self._starts[file])
+    file = bisect.bisect_right(self._starts, row) - 1
+    return file, row - self._starts[file]
 
   def _where(self, row: int) -> str:
     return os.path.join(self._listing.root, self._name(row))
@@ -200,7 +200,11 @@ class EncodedImages:
     return [self._title(row) for row in self._rows.tolist()]
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h w 3], upright.
+    """uint8 [h w 3], upright; raises as `picture` does."""
+    return np.asarray(self.picture(index))
+
+  def picture(self, index: int) -> Image.Image:
+    """The same as PIL has it, which cuts it without a copy.
 
     Raises:
       ImageDecodeError: it cannot be opened or decoded.

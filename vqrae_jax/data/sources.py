@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from vqrae_jax.data.decode import EncodedImages
 from vqrae_jax.data.listing import Listing, images_at, list_data
@@ -30,7 +31,7 @@ class ImageFiles(EncodedImages):
   def __init__(self, listing: Listing, keep: bool = False):
     """`keep` holds decoded images in memory: for a few files only."""
     super().__init__(listing, [len(listing.names)])
-    self._kept: dict[int, np.ndarray] | None = {} if keep else None
+    self._kept: dict[int, Image.Image] | None = {} if keep else None
 
   def _open(self, row: int) -> io.IOBase:
     return open(self._where(row), 'rb')
@@ -41,13 +42,13 @@ class ImageFiles(EncodedImages):
   def _title(self, row: int) -> str:
     return pathlib.PurePath(self._name(row)).stem
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h w 3]; see `EncodedImages`."""
+  def picture(self, index: int) -> Image.Image:
+    """See `EncodedImages`."""
     if self._kept is None:
-      return super().__getitem__(index)
+      return super().picture(index)
     row = int(self._rows[index])
     if row not in self._kept:
-      self._kept[row] = super().__getitem__(index)
+      self._kept[row] = super().picture(index)
     return self._kept[row]
 
 

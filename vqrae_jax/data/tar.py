@@ -193,7 +193,8 @@ class TarShards(EncodedImages):
     if size > _MAX_BYTES:
       raise ImageDecodeError(self._where(row), f'{size:,} bytes are too many')
     shard, _ = self._place(row)
-    path, parts = self._listing.root / self._listing.names[shard], []
+    name, parts = self._listing.names[shard], []
+    path = os.path.join(self._listing.root, name)
     try:
       with open(path, 'rb', buffering=0) as file:
         if _stamp(os.fstat(file.fileno())) != self._stamps[shard]:
