@@ -68,7 +68,7 @@ def measure(
   and `bare_cpu_us`, and of the pairs' rates, pipeline / bare, the median
   (`ratio`), its `quartiles`, that of the two fastest, and of the CPU times.
   """
-  source = sources.open_source(data, decoder=decoder)
+  source = sources.open_source(data).decoded_by(decoder)
   augment = pipeline.Augment((size, size), resize=resize or size)
   loader = pipeline.TrainBatches(source, augment, batch_size=batch_size, seed=0)
   threads = pipeline.reading_threads()
@@ -78,8 +78,8 @@ def measure(
     for count, (ours, theirs) in times.items():
       steps = range(start, start + count)
       start += count  # another stretch of the order each time
-      rows = [p for s in steps for p in loader.photos(s)]
-      encoded = [source.encoded(p) for p in rows]
+      rows = [p for s in steps for p in loader._empty(s)[0]['photo']]
+      encoded = [source._bytes(int(source._rows[p])) for p in rows]
       calls = [
         (ours, read, loader, steps),
         (theirs, bare, encoded, augment.size, threads),

@@ -29,6 +29,7 @@ def base() -> ml_collections.ConfigDict:
     resize=optional(object),
     crop='random',
     flip=True,
+    decoder='pil',
     examples=optional(int),
     max_skipped=0.01,
   )

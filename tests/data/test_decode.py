@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from tests import tiny
 from tests.data.makers import BROKEN, GOOD, colours, encoded
 from vqrae_jax.data import decode
 from vqrae_jax.errors import UserError
@@ -110,3 +112,37 @@ def test_no_warning_of_pillow_leaks():
     input=BROKEN['huge.png'][0], capture_output=True, check=True,
   )  # fmt: skip
   assert b'pixels' in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize('name', [*GOOD, *BROKEN])
+def test_simplejpeg_reads_and_refuses_what_pillow_does(name):
+  pytest.importorskip('simplejpeg')
+  data = GOOD[name] if name in GOOD else BROKEN[name][0]
+  if name in BROKEN:
+    with pytest.raises(decode.ImageDecodeError) as want:
+      decode.decode(data, 'x')
+    with pytest.raises(decode.ImageDecodeError) as found:
+      decode.decode(data, 'x', 'simplejpeg')
+    assert str(found.value) == str(want.value)
+    return
+  found = np.asarray(decode.decode(data, 'x', 'simplejpeg'))
+  np.testing.assert_array_equal(found, decoded(data))
+
+
+@pytest.mark.parametrize('orientation', (1, 6))
+def test_pixels_of_simplejpeg_are_pillows(orientation):
+  """Where both carry the same libjpeg-turbo; a unit off where they do not."""
+  simplejpeg = pytest.importorskip('simplejpeg')
+  image = Image.fromarray(tiny.images(1, 75, 90)[0])
+  exif = image.getexif()
+  exif[0x0112] = orientation
+  for subsampling, progressive in ((0, False), (2, False), (2, True)):
+    keys = dict(subsampling=subsampling, progressive=progressive, exif=exif)
+    data = encoded(image, 'JPEG', **keys)
+    with mock.patch.object(
+      simplejpeg, 'decode_jpeg', wraps=simplejpeg.decode_jpeg
+    ) as used:
+      found = np.asarray(decode.decode(data, 'x', 'simplejpeg'))
+    assert used.call_count == 1
+    off = np.abs(found.astype(int) - decoded(data))
+    assert found.shape == decoded(data).shape and off.max() <= 1

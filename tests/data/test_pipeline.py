@@ -1,6 +1,8 @@
 """Sample i is a function of seed and i, on any number of hosts."""
 
 import itertools
+import threading
+import time
 import tracemalloc
 
 import jax
@@ -103,6 +105,51 @@ def test_the_order_is_pinned(n, photo, skipped):
   batch = batches(Flawed(n, bad=range(0, n, 2)), batch_size=4).batch(2_000_000)
   assert batch['photo'].tolist() == photo
   assert batch['skipped'].tolist() == skipped
+
+
+class Slow(Flawed):
+  """Flawed, whose images take their time, the first rows of a batch most."""
+
+  def picture(self, i):
+    time.sleep(0.02 * (i % 3 == 0))
+    return super().picture(i)
+
+
+def test_batches_come_in_order_however_long_an_image_takes(monkeypatch):
+  monkeypatch.setattr(pipeline, 'reading_threads', lambda: 4)
+  stream, want = batches(Slow()).iterate(3), batches(Flawed())
+  for step in range(3, 8):
+    jax.tree.map(np.testing.assert_array_equal, next(stream), want.batch(step))
+
+
+def test_no_batch_waits_for_one_thread(monkeypatch):
+  """All threads read the first batch: each waits there for all others."""
+  monkeypatch.setattr(pipeline, 'reading_threads', lambda: 4)
+  together = threading.Barrier(4)
+
+  class Meeting(Flawed):
+    def picture(self, i):
+      together.wait(timeout=20)
+      return super().picture(i)
+
+  assert next(batches(Meeting(), batch_size=4).iterate())['index'].size == 4
+
+
+def test_few_batches_are_read_ahead(monkeypatch):
+  """However many threads there are, and none once nobody asks for more."""
+  monkeypatch.setattr(pipeline, 'reading_threads', lambda: 16)
+  source = Flawed()
+  stream = batches(source).iterate()
+  for _ in range(3):
+    next(stream)
+  time.sleep(0.2)
+  assert len(source.seen) == 8 * (3 + 2)
+  stream = batches(slow := Slow(), batch_size=48).iterate()
+  next(stream)
+  stream.close()
+  read = len(slow.seen)
+  time.sleep(0.2)
+  assert len(slow.seen) <= read + 16
 
 
 def test_a_far_step_of_a_huge_source_costs_no_walk_to_it():

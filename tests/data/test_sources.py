@@ -1,6 +1,7 @@
 """DATA: what it opens, in which order, and what it says when it cannot."""
 
 import errno
+import importlib.util
 import os
 import pathlib
 
@@ -129,7 +130,7 @@ def test_a_broken_and_a_lost_file_are_named(folder, monkeypatch):
       read(1)
   np.testing.assert_array_equal(source[-1], makers.photo(6))
 
-  def full(*_):
+  def full(*_, **keys):
     raise OSError(errno.EMFILE, 'Too many open files')
 
   # No fault of an image.
@@ -190,3 +191,11 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
     monkeypatch.delenv('VQRAE_JAX_CACHE', raising=False)
     monkeypatch.setenv(variable, str(tmp_path / variable))
     assert paths.cache_folder() == tmp_path / variable / below
+
+
+def test_a_decoder_that_is_not_installed_is_named(folder, monkeypatch):
+  source = sources.open_source(str(folder))
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  np.testing.assert_array_equal(source.decoded_by('pil')[0], source[0])
+  with pytest.raises(UserError, match='fast_jpeg'):
+    source.decoded_by('simplejpeg')

@@ -1,4 +1,4 @@
-"""One encoded image, in a file or in memory, to uint8 RGB [h w 3].
+"""One encoded image, bytes in memory, to uint8 RGB [h w 3].
 
 The header is read first: an image above `MAX_PIXELS` is refused before its
 pixels take memory. Every mode that has a meaning becomes RGB: grey, palette,
@@ -11,8 +11,11 @@ rest of Pillow's readers never see a file.
 """
 
 import bisect
+import contextlib
 import copy
 import errno
+import functools
+import importlib.util
 import io
 import itertools
 import os
@@ -29,8 +32,11 @@ from PIL import TiffImagePlugin, WebPImagePlugin  # noqa: F401, isort: skip
 from vqrae_jax.data.listing import Listing
 from vqrae_jax.errors import UserError
 
+DECODERS = ('pil', 'simplejpeg')  # of JPEG; Pillow reads all else
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 MAX_PIXELS = 100_000_000
+# What the most pixels that are decoded could take, uncompressed.
+_MAX_BYTES = 1 << 30
 _TOO_MANY = f'are above the {MAX_PIXELS:,} that are decoded'
 
 # Pillow warns at 89 million pixels and stops at 179; the cap here is ours. It
@@ -64,18 +70,24 @@ class ImageDecodeError(UserError):
     super().__init__(f'cannot read the image {where}: {self.reason}')
 
 
-def decode(file: io.IOBase | bytes, where: str) -> Image.Image:
-  """An open file or bytes as RGB, upright.
+def decode(data: bytes, where: str, decoder: str = 'pil') -> Image.Image:
+  """The bytes of a file as RGB, upright.
+
+  Args:
+    data: all of it.
+    where: which, for errors.
+    decoder: of `DECODERS`. By simplejpeg every pixel of a JPEG is as by Pillow
+      where both carry the same libjpeg-turbo.
 
   Raises:
     ImageDecodeError: with `where` in the message.
   """
-  return _attempt(file, where, _pixels)
+  return _attempt(data, where, functools.partial(_pixels, data, decoder))
 
 
-def size(file: io.IOBase | bytes, where: str) -> tuple[int, int]:
+def size(data: bytes, where: str) -> tuple[int, int]:
   """(h, w) of what `decode` would give, from the header alone."""
-  return _attempt(file, where, _upright_size)
+  return _attempt(data, where, _upright_size)
 
 
 def is_encoded(data: bytes) -> bool:
@@ -92,13 +104,17 @@ def refuse_if_ours(error: OSError) -> None:
     raise error
 
 
-def _attempt(file, where, read):
-  file = io.BytesIO(file) if isinstance(file, bytes) else file
+def refuse_if_large(size: int, where: str) -> None:
+  """Raises ImageDecodeError for more bytes than any image that is read has."""
+  if size > _MAX_BYTES:
+    raise ImageDecodeError(where, f'{size:,} bytes are too many')
+
+
+def _attempt(data, where, read):
+  if not data:
+    raise ImageDecodeError(where, 'an empty file of 0 bytes')
   try:
-    if not file.read(1):
-      raise ImageDecodeError(where, 'an empty file of 0 bytes')
-    file.seek(0)
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       w, h = image.size
       if w * h > MAX_PIXELS:
         raise ImageDecodeError(where, f'{h}x{w} pixels {_TOO_MANY}')
@@ -133,11 +149,25 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
   return (w, h) if turned else (h, w)
 
 
-def _pixels(image: Image.Image) -> Image.Image:
+def _loaded(data: bytes, decoder: str, image: Image.Image) -> Image.Image:
+  jpeg = image.format in ('JPEG', 'MPO') and image.mode in ('L', 'RGB')
+  if decoder == 'simplejpeg' and jpeg:
+    import simplejpeg
+
+    # Its faster transforms gain 4 % of a pipeline and are up to 80/255 off.
+    exact = dict(fastdct=False, fastupsample=False)
+    # What it takes for damaged, Pillow may read, or says why not.
+    with contextlib.suppress(ValueError):
+      return Image.fromarray(simplejpeg.decode_jpeg(data, **exact))
   image.load()
+  return image
+
+
+def _pixels(data: bytes, decoder: str, image: Image.Image) -> Image.Image:
+  loaded = _loaded(data, decoder, image)
   # After loading, for a TIFF is upright by then and says so.
   turn = _UPRIGHT.get(_orientation(image))
-  image = _to_rgb(image if turn is None else image.transpose(turn))
+  image = _to_rgb(loaded if turn is None else loaded.transpose(turn))
   if not all(image.size):
     raise ValueError('a side of no pixels, {1}x{0}'.format(*image.size))
   return image
@@ -163,10 +193,11 @@ class EncodedImages:
   """Random access to uint8 [h w 3]; safe to read from many threads.
 
   What all sources of encoded bytes share: decoding, sizes, names and the
-  choice of some rows. A source adds `_open(row)`, which gives the encoded bytes
+  choice of some rows. A source adds `_bytes(row)`, which gives an encoded image
   or raises `ImageDecodeError` or OSError, `_name(row)` and `_title(row)`.
-
   """
+
+  _decoder = 'pil'
 
   def __init__(self, listing: Listing, counts: Sequence[int]):
     """`counts`: how many images each file (or all together) holds."""
@@ -210,7 +241,7 @@ class EncodedImages:
       ImageDecodeError: it cannot be opened or decoded.
       UserError: the source has changed since it was opened.
     """
-    return self._read(index, decode)
+    return self._read(index, functools.partial(decode, decoder=self._decoder))
 
   def size(self, index: int) -> tuple[int, int]:
     """(h, w) from the header; a quarter turn by EXIF counts."""
@@ -220,8 +251,7 @@ class EncodedImages:
     row = int(self._rows[index])
     where = self._where(row)
     try:
-      with self._open(row) as file:
-        return read(file, where)
+      return read(self._bytes(row), where)
     except OSError as e:
       refuse_if_ours(e)
       raise ImageDecodeError(where, e.strerror or e) from None
@@ -230,6 +260,21 @@ class EncodedImages:
     """How many of these images, by path, are in `other` too."""
     places = {self._where(row) for row in self._rows.tolist()}
     return sum(other._where(row) in places for row in other._rows.tolist())
+
+  def decoded_by(self, decoder: str) -> 'EncodedImages':
+    """The same source, read by one of `DECODERS`.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    if decoder == 'simplejpeg' and not importlib.util.find_spec(decoder):
+      raise UserError(
+        'decoder="simplejpeg" needs a package that is not installed: pip '
+        'install \'vqrae_jax[fast_jpeg]\', or take "pil"'
+      )
+    chosen = copy.copy(self)
+    chosen._decoder = decoder
+    return chosen
 
   def select(self, kept: np.ndarray) -> 'EncodedImages':
     """The same source with only the images of a bool [n]."""

@@ -8,14 +8,14 @@ or a brace pattern of image files, tar shards or ArrayRecord files, or
 
 import fnmatch
 import importlib.util
-import io
+import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from vqrae_jax.data.decode import EncodedImages
+from vqrae_jax.data.decode import EncodedImages, refuse_if_large
 from vqrae_jax.data.listing import Listing, images_at, list_data
 from vqrae_jax.data.records import Records
 from vqrae_jax.data.tar import TarShards
@@ -31,10 +31,13 @@ class ImageFiles(EncodedImages):
   def __init__(self, listing: Listing, keep: bool = False):
     """`keep` holds decoded images in memory: for a few files only."""
     super().__init__(listing, [len(listing.names)])
-    self._kept: dict[int, Image.Image] | None = {} if keep else None
+    self._kept: dict[tuple, Image.Image] | None = {} if keep else None
 
-  def _open(self, row: int) -> io.IOBase:
-    return open(self._where(row), 'rb')
+  def _bytes(self, row: int) -> bytes:
+    # Whole and unbuffered: each read lets another thread have the interpreter.
+    with open(self._where(row), 'rb', buffering=0) as file:
+      refuse_if_large(os.fstat(file.fileno()).st_size, self._where(row))
+      return file.read()
 
   def _name(self, row: int) -> str:
     return self._listing.names[row]
@@ -46,10 +49,10 @@ class ImageFiles(EncodedImages):
     """See `EncodedImages`."""
     if self._kept is None:
       return super().picture(index)
-    row = int(self._rows[index])
-    if row not in self._kept:
-      self._kept[row] = super().picture(index)
-    return self._kept[row]
+    key = int(self._rows[index]), self._decoder
+    if key not in self._kept:
+      self._kept[key] = super().picture(index)
+    return self._kept[key]
 
 
 # Wheel, folder inside it, its images in colour.

@@ -12,7 +12,6 @@ that of an image.
 import concurrent.futures
 import gzip
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -22,14 +21,16 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from vqrae_jax.data.decode import EncodedImages, ImageDecodeError
+from vqrae_jax.data.decode import (
+  EncodedImages,
+  ImageDecodeError,
+  refuse_if_large,
+)
 from vqrae_jax.data.listing import EXTENSIONS, Listing
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
 from vqrae_jax.paths import cache_folder
 
-# What the most pixels that are decoded could take, uncompressed.
-_MAX_BYTES = 1 << 30
 # A file changed again within its clock's tick has the same stamp: the index of
 # a younger one is not kept. Two seconds is the coarsest clock (FAT's).
 _SETTLED_NS = 2_000_000_000
@@ -188,10 +189,9 @@ class TarShards(EncodedImages):
   def _title(self, row: int) -> str:
     return pathlib.PurePath(self._members[row][0]).name.split('.')[0]
 
-  def _open(self, row: int) -> io.BytesIO:
+  def _bytes(self, row: int) -> bytes:
     _, offset, size = self._members[row]
-    if size > _MAX_BYTES:
-      raise ImageDecodeError(self._where(row), f'{size:,} bytes are too many')
+    refuse_if_large(size, self._where(row))
     shard, _ = self._place(row)
     name, parts = self._listing.names[shard], []
     path = os.path.join(self._listing.root, name)
@@ -211,4 +211,4 @@ class TarShards(EncodedImages):
       ) from None
     if size:
       raise ImageDecodeError(self._where(row), f'{size:,} bytes are missing')
-    return io.BytesIO(b''.join(parts))
+    return b''.join(parts)

@@ -74,6 +74,7 @@ class Setup:
       'batch_size': config.batch_size,
       'images': len(self.source),
       'image_size': list(config.data.size),
+      'decoder': config.data.decoder,
       'model': json.loads(export.canonical_json(describe(self.tokenizer))),
     }
 
@@ -228,7 +229,7 @@ def _open_data(
       keys = f'--config.{section}.source, .include, .exclude'
       raise UserError(f'{e} ({keys})') from None
 
-  source = opened('data', config.data)
+  source = opened('data', config.data).decoded_by(config.data.decoder)
   if config.eval is None:
     return source, None
   held_out, tile = opened('eval', config.eval), config.eval.tile
