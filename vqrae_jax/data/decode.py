@@ -104,10 +104,22 @@ def refuse_if_ours(error: OSError) -> None:
     raise error
 
 
-def refuse_if_large(size: int, where: str) -> None:
-  """Raises ImageDecodeError for more bytes than any image that is read has."""
+def read_bytes(file: io.RawIOBase, start: int, size: int, where: str) -> bytes:
+  """`size` bytes of an open file, in one read if the file system gives them.
+
+  Raises:
+    ImageDecodeError: more than any image has, or the file ends before.
+  """
   if size > _MAX_BYTES:
     raise ImageDecodeError(where, f'{size:,} bytes are too many')
+  parts = []
+  # Some file systems give less than asked.
+  while size and (part := os.pread(file.fileno(), size, start)):
+    parts.append(part)
+    start, size = start + len(part), size - len(part)
+  if size:
+    raise ImageDecodeError(where, f'{size:,} bytes are missing')
+  return b''.join(parts)
 
 
 def _attempt(data, where, read):

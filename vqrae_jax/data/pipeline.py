@@ -226,28 +226,31 @@ class TrainBatches:
   def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Batches from `start_step` on, read ahead by threads.
 
-    A thread takes one image at a time, in order, so that all of them work on
-    the batch that is needed next.
+    A thread takes the next image that no other has taken, so that all of them
+    work on the batch that is needed next.
     """
     begun: collections.deque = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(reading_threads())
+    threads = reading_threads()
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
       for step in itertools.count(start_step):
         batch, fill = self._empty(step)
-        rows = [pool.submit(fill, row) for row in range(len(batch['index']))]
-        begun.append((batch, rows))
+        rows = iter(range(len(batch['index'])))  # which the threads share
+        work = [
+          pool.submit(collections.deque, map(fill, rows), 0)
+          for _ in range(threads)
+        ]
+        begun.append((batch, rows, work))
         if len(begun) > _AHEAD:
-          batch, rows = begun[0]
-          # Wakes this thread once, not for each image.
-          concurrent.futures.wait(rows)
+          batch, _, work = begun[0]
+          for part in work:
+            part.result()
           begun.popleft()
-          for row in rows:
-            row.result()
           yield batch
     finally:
-      for _, rows in begun:
-        for row in rows:
-          row.cancel()
+      for _, rows, _ in begun:
+        for _ in rows:  # none is left to read
+          pass
 
 
 def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vqrae_jax.data.decode import EncodedImages, refuse_if_large
+from vqrae_jax.data.decode import EncodedImages, read_bytes
 from vqrae_jax.data.listing import Listing, images_at, list_data
 from vqrae_jax.data.records import Records
 from vqrae_jax.data.tar import TarShards
@@ -34,10 +34,9 @@ class ImageFiles(EncodedImages):
     self._kept: dict[tuple, Image.Image] | None = {} if keep else None
 
   def _bytes(self, row: int) -> bytes:
-    # Whole and unbuffered: each read lets another thread have the interpreter.
-    with open(self._where(row), 'rb', buffering=0) as file:
-      refuse_if_large(os.fstat(file.fileno()).st_size, self._where(row))
-      return file.read()
+    # At once: at each read another thread may take the interpreter.
+    with open(where := self._where(row), 'rb', buffering=0) as file:
+      return read_bytes(file, 0, os.fstat(file.fileno()).st_size, where)
 
   def _name(self, row: int) -> str:
     return self._listing.names[row]

@@ -21,11 +21,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from vqrae_jax.data.decode import (
-  EncodedImages,
-  ImageDecodeError,
-  refuse_if_large,
-)
+from vqrae_jax.data.decode import EncodedImages, read_bytes
 from vqrae_jax.data.listing import EXTENSIONS, Listing
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
@@ -191,24 +187,16 @@ class TarShards(EncodedImages):
 
   def _bytes(self, row: int) -> bytes:
     _, offset, size = self._members[row]
-    refuse_if_large(size, self._where(row))
     shard, _ = self._place(row)
-    name, parts = self._listing.names[shard], []
-    path = os.path.join(self._listing.root, name)
+    path = os.path.join(self._listing.root, self._listing.names[shard])
     try:
       with open(path, 'rb', buffering=0) as file:
         if _stamp(os.fstat(file.fileno())) != self._stamps[shard]:
           raise UserError(
             f'the shard {path} has changed since it was indexed; start again'
           )
-        # Some file systems give less than asked.
-        while size and (part := os.pread(file.fileno(), size, offset)):
-          parts.append(part)
-          offset, size = offset + len(part), size - len(part)
+        return read_bytes(file, offset, size, self._where(row))
     except FileNotFoundError:
       raise UserError(
         f'the shard {path} is gone since it was indexed'
       ) from None
-    if size:
-      raise ImageDecodeError(self._where(row), f'{size:,} bytes are missing')
-    return b''.join(parts)
