@@ -68,8 +68,9 @@ def measure(
   and `bare_cpu_us`, and of the pairs' rates, pipeline / bare, the median
   (`ratio`), its `quartiles`, that of the two fastest, and of the CPU times.
   """
-  source = sources.open_source(data).decoded_by(decoder)
-  augment = pipeline.Augment((size, size), resize=resize or size)
+  # No flips: decoding and cropping is what both do.
+  augment = pipeline.Augment((size, size), resize=resize or size, flip=False)
+  source = sources.open_source(data).decoded_by(decoder, augment.ample)
   loader = pipeline.TrainBatches(source, augment, batch_size=batch_size, seed=0)
   threads = pipeline.reading_threads()
   read(loader, range(1))  # imports, and the disk's cache of the first images

@@ -146,3 +146,20 @@ def test_pixels_of_simplejpeg_are_pillows(orientation):
     assert used.call_count == 1
     off = np.abs(found.astype(int) - decoded(data))
     assert found.shape == decoded(data).shape and off.max() <= 1
+
+
+def test_simplejpeg_shrinks_what_is_larger_than_needed():
+  pytest.importorskip('simplejpeg')
+  rows = np.linspace(0, 255, 400)[:, None, None] * np.ones((1, 600, 3))
+  data = encoded(Image.fromarray(rows.astype(np.uint8)), 'JPEG', quality=95)
+  sizes = [
+    decode.decode(data, 'x', 'simplejpeg', side).size
+    for side in (100, 101, 200, 401)
+  ]
+  assert sizes[0] == (150, 100) and sizes[2:] == [(300, 200), (600, 400)]
+  assert 101 <= sizes[1][1] < 200
+  small = decode.decode(data, 'x', 'simplejpeg', 100)
+  want = decode.decode(data, 'x').reduce(4)
+  off = np.abs(np.asarray(small).astype(int) - np.asarray(want))
+  assert off.max() <= 3
+  assert decode.size(data, 'x') == (400, 600)

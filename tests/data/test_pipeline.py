@@ -209,6 +209,15 @@ def test_crops_are_parts_of_the_image_flipped_or_not():
   assert 8 < flips < 32
 
 
+@pytest.mark.parametrize('resize', (None, 20, 90, (20, 90)))
+def test_an_ample_image_covers_what_is_resized_to(resize):
+  size = (16, 64)
+  ample = pipeline.Augment(size, resize=resize).ample
+  assert ample >= 2 * max(64, np.max(resize or 0))
+  if resize is None:  # the image's own size must not change
+    assert ample > 10_000
+
+
 @pytest.mark.parametrize('side', (20, 33, 60, 200))
 def test_a_crop_is_a_window_of_the_resized_image(side):
   """One pass gives what resizing all and cropping would, but for borders."""

@@ -196,6 +196,6 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
 def test_a_decoder_that_is_not_installed_is_named(folder, monkeypatch):
   source = sources.open_source(str(folder))
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  np.testing.assert_array_equal(source.decoded_by('pil')[0], source[0])
+  np.testing.assert_array_equal(source.decoded_by('pil', 1)[0], source[0])
   with pytest.raises(UserError, match='fast_jpeg'):
-    source.decoded_by('simplejpeg')
+    source.decoded_by('simplejpeg', 1)

@@ -70,19 +70,22 @@ class ImageDecodeError(UserError):
     super().__init__(f'cannot read the image {where}: {self.reason}')
 
 
-def decode(data: bytes, where: str, decoder: str = 'pil') -> Image.Image:
+def decode(
+  data: bytes, where: str, decoder: str = 'pil', side: int = MAX_PIXELS
+) -> Image.Image:
   """The bytes of a file as RGB, upright.
 
   Args:
     data: all of it.
     where: which, for errors.
-    decoder: of `DECODERS`. By simplejpeg every pixel of a JPEG is as by Pillow
-      where both carry the same libjpeg-turbo.
+    decoder: of `DECODERS`. simplejpeg decodes at once at a fraction of the
+      size, where both sides stay at least `side` pixels; elsewhere every pixel
+      is as by Pillow, if both carry the same libjpeg-turbo.
 
   Raises:
     ImageDecodeError: with `where` in the message.
   """
-  return _attempt(data, where, functools.partial(_pixels, data, decoder))
+  return _attempt(data, where, functools.partial(_pixels, data, decoder, side))
 
 
 def size(data: bytes, where: str) -> tuple[int, int]:
@@ -161,22 +164,28 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
   return (w, h) if turned else (h, w)
 
 
-def _loaded(data: bytes, decoder: str, image: Image.Image) -> Image.Image:
+def _loaded(data, decoder: str, side: int, image: Image.Image) -> Image.Image:
   jpeg = image.format in ('JPEG', 'MPO') and image.mode in ('L', 'RGB')
   if decoder == 'simplejpeg' and jpeg:
     import simplejpeg
 
-    # Its faster transforms gain 4 % of a pipeline and are up to 80/255 off.
-    exact = dict(fastdct=False, fastupsample=False)
     # What it takes for damaged, Pillow may read, or says why not.
     with contextlib.suppress(ValueError):
-      return Image.fromarray(simplejpeg.decode_jpeg(data, **exact))
+      return Image.fromarray(
+        simplejpeg.decode_jpeg(
+          data,
+          fastdct=False,
+          fastupsample=False,
+          min_height=side,
+          min_width=side,
+        )
+      )
   image.load()
   return image
 
 
-def _pixels(data: bytes, decoder: str, image: Image.Image) -> Image.Image:
-  loaded = _loaded(data, decoder, image)
+def _pixels(data, decoder: str, side: int, image: Image.Image) -> Image.Image:
+  loaded = _loaded(data, decoder, side, image)
   # After loading, for a TIFF is upright by then and says so.
   turn = _UPRIGHT.get(_orientation(image))
   image = _to_rgb(loaded if turn is None else loaded.transpose(turn))
@@ -209,7 +218,7 @@ class EncodedImages:
   or raises `ImageDecodeError` or OSError, `_name(row)` and `_title(row)`.
   """
 
-  _decoder = 'pil'
+  _decoding: tuple = ('pil',)  # arguments of `decode`
 
   def __init__(self, listing: Listing, counts: Sequence[int]):
     """`counts`: how many images each file (or all together) holds."""
@@ -253,7 +262,7 @@ class EncodedImages:
       ImageDecodeError: it cannot be opened or decoded.
       UserError: the source has changed since it was opened.
     """
-    return self._read(index, functools.partial(decode, decoder=self._decoder))
+    return self._read(index, lambda *args: decode(*args, *self._decoding))
 
   def size(self, index: int) -> tuple[int, int]:
     """(h, w) from the header; a quarter turn by EXIF counts."""
@@ -273,11 +282,11 @@ class EncodedImages:
     places = {self._where(row) for row in self._rows.tolist()}
     return sum(other._where(row) in places for row in other._rows.tolist())
 
-  def decoded_by(self, decoder: str) -> 'EncodedImages':
-    """The same source, read by one of `DECODERS`.
+  def decoded_by(self, decoder: str, side: int) -> 'EncodedImages':
+    """The same source, read as `decode` does with these.
 
     Raises:
-      UserError: it is not installed.
+      UserError: the decoder is not installed.
     """
     if decoder == 'simplejpeg' and not importlib.util.find_spec(decoder):
       raise UserError(
@@ -285,7 +294,7 @@ class EncodedImages:
         'install \'vqrae_jax[fast_jpeg]\', or take "pil"'
       )
     chosen = copy.copy(self)
-    chosen._decoder = decoder
+    chosen._decoding = decoder, side
     return chosen
 
   def select(self, kept: np.ndarray) -> 'EncodedImages':

@@ -23,7 +23,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from vqrae_jax.data.decode import EncodedImages, ImageDecodeError
+from vqrae_jax.data.decode import MAX_PIXELS, EncodedImages, ImageDecodeError
 from vqrae_jax.errors import UserError
 
 CROPS = ('random', 'center')
@@ -52,6 +52,14 @@ class Augment:
   resize: int | tuple[int, int] | None = None
   crop: str = 'random'
   flip: bool = True
+
+  @property
+  def ample(self) -> int:
+    """A shorter side with twice the pixels of any that is resized to; of an
+    image that keeps its own size, more than any has."""
+    if self.resize is None:
+      return MAX_PIXELS
+    return 2 * max(np.max(self.resize).item(), *self.size)
 
 
 def _target_side(h: int, w: int, augment: Augment, rng) -> int:

@@ -48,7 +48,7 @@ class ImageFiles(EncodedImages):
     """See `EncodedImages`."""
     if self._kept is None:
       return super().picture(index)
-    key = int(self._rows[index]), self._decoder
+    key = int(self._rows[index]), self._decoding
     if key not in self._kept:
       self._kept[key] = super().picture(index)
     return self._kept[key]

@@ -196,9 +196,10 @@ def setup(
     config.mesh.layout, tensor=config.mesh.tensor
   )
   sharding.check_batch(config.batch_size, mesh, config.accumulate)
+  augment = Augment(data.size, data.resize, data.crop, data.flip)
   batches = TrainBatches(
-    source,
-    Augment(data.size, data.resize, data.crop, data.flip),
+    source.decoded_by(data.decoder, augment.ample),
+    augment,
     batch_size=config.batch_size,
     seed=config.seed,
     process_index=jax.process_index(),
@@ -229,7 +230,7 @@ def _open_data(
       keys = f'--config.{section}.source, .include, .exclude'
       raise UserError(f'{e} ({keys})') from None
 
-  source = opened('data', config.data).decoded_by(config.data.decoder)
+  source = opened('data', config.data)
   if config.eval is None:
     return source, None
   held_out, tile = opened('eval', config.eval), config.eval.tile
