@@ -30,8 +30,8 @@ CROPS = ('random', 'center')
 Images = EncodedImages | Sequence[np.ndarray]  # each uint8 [h w 3]
 # So many unreadable draws in a row are no accident.
 MAX_DRAWS = 16
-# Batches that are read while one is used: the next, and one for the threads
-# that have no image of it left.
+# Batches that are read while one is used: the next, and one for threads that
+# find none of its images left.
 _AHEAD = 2
 
 

@@ -46,7 +46,7 @@ _TABLE = (
   ('bits_per_image', 'bits per image, nominal', '.0f'),
   ('train_seconds', 'training, s', '.0f'),
   ('images_per_second', 'images/s', '.0f'),
-  ('data_wait', 'of that, waiting for data', '.1%'),
+  ('data_wait', 'share of it waiting for data', '.1%'),
 )
 
 
