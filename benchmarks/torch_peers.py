@@ -194,14 +194,13 @@ class Trainer:
     tokenizer: a `Tokenizer`.
     discriminator: a `Discriminator`.
     autocast: whether products run in bf16.
-    compile: whether torch.compile takes the networks.
   """
 
-  def __init__(self, tokenizer, discriminator, autocast, compiled=False):
+  def __init__(self, tokenizer, discriminator, autocast):
     self.tokenizer, self.discriminator = tokenizer, discriminator
     self.device = next(tokenizer.parameters()).device
-    self.vgg = VGG16().to(self.device).requires_grad_(False)
-    self.linear = heads().to(self.device).requires_grad_(False)
+    self.vgg = VGG16().requires_grad_(False)
+    self.linear = heads().requires_grad_(False)
     self.autocast = autocast
     self.trained = [p for p in tokenizer.parameters() if p.requires_grad]
     self.learning = [p for p in discriminator.parameters() if p.requires_grad]
@@ -210,10 +209,6 @@ class Trainer:
       for p in (self.trained, self.learning)
     ]
     self.average = [p.detach().clone() for p in self.trained]
-    wrap = torch.compile if compiled else lambda f: f
-    self.encode, self.decode = wrap(tokenizer.encoder), wrap(tokenizer)
-    self.judge = wrap(discriminator)
-    self.perceptual = wrap(lambda a, b: lpips(self.vgg, self.linear, a, b))
 
   def cast(self):
     if not self.autocast:
@@ -221,7 +216,8 @@ class Trainer:
     return torch.autocast(self.device.type, torch.bfloat16)
 
   def image_loss(self, recon, images):
-    return F.mse_loss(recon, images) + self.perceptual(recon, images).mean()
+    distance = lpips(self.vgg, self.linear, recon, images)
+    return F.mse_loss(recon, images) + distance.mean()
 
   def weight(self, rec, gan):
     return (rec / (gan + 1e-6)).clamp(0, 1e4)
@@ -240,9 +236,9 @@ class Trainer:
     pair = augmented(images), augmented(recon.detach().clamp(0, 1))
     with self.cast():
       if together:
-        real, fake = self.judge(torch.cat(pair)).chunk(2)
+        real, fake = self.discriminator(torch.cat(pair)).chunk(2)
       else:
-        real, fake = map(self.judge, pair)
+        real, fake = map(self.discriminator, pair)
       loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
     loss.backward()
     self.update(1, self.learning)
@@ -252,14 +248,14 @@ class Trainer:
       p.requires_grad_(False)
     with self.cast():
       with torch.no_grad():
-        latents = self.encode(images)
-      return self.decode(latents)
+        latents = self.tokenizer.encoder(images)
+      return self.tokenizer(latents)
 
   def rae_step(self, images):
     recon, _, codes = self.start(images)
     with self.cast():
       rec = self.image_loss(recon, images)
-      gan = -self.judge(augmented(recon)).mean()
+      gan = -self.discriminator(augmented(recon)).mean()
     last = self.tokenizer.head.weight
     norms = [
       torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
@@ -273,7 +269,7 @@ class Trainer:
     leaf = recon.detach().requires_grad_()
     with self.cast():
       rec = self.image_loss(leaf, images)
-      gan = -self.judge(augmented(leaf)).mean()
+      gan = -self.discriminator(augmented(leaf)).mean()
     grads = [torch.autograd.grad(loss, leaf)[0] for loss in (rec, gan)]
     inner = features.detach()[:, 1:].flatten(0, 1).float()
     norms = [

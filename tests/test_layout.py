@@ -10,14 +10,17 @@ PACKAGE = pathlib.Path(vqrae_jax.__file__).parent
 # A package or module imports those of a lower row only (and row 0 itself).
 ORDER = (
   {'errors', 'files', 'paths', 'specs', 'types', 'ops'},
-  {'nn', 'weights'},
+  {'nn', 'programs', 'weights'},
   {'quantizers', 'encoders'},
   {'models', 'losses', 'optim', 'sharding', 'data', 'hosts'},
   {'pretrained', 'inference', 'export'},
   {'evaluate'},
   {'train'},
-  {'cli', 'convert', 'fetch_weights', 'latent_stats', 'reconstruct_images'},
-)
+  {
+    'cli', 'convert', 'fetch_weights', 'latent_stats', 'preflight',
+    'reconstruct_images',
+  },
+)  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
 # Narrower than their row: all of the package that these may import.

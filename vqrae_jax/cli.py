@@ -24,6 +24,7 @@ from vqrae_jax.paths import check_writable
 
 COMMANDS = {
   'train': 'train a tokenizer as a config says',
+  'preflight': 'what a run takes on devices that need not be there',
   'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
   'latent_stats': "mean and variance of an encoder's latents",
   'fetch_weights': 'download the published weights that a config needs',
@@ -75,20 +76,20 @@ def required(values: flags.FlagValues, *names: str) -> None:
       raise UserError(f'flag --{name} is missing: {values[name].help}')
 
 
-def new_file(path: str, ending: str) -> pathlib.Path:
-  """What --out names: a file to be made, in a folder that exists.
+def new_file(path: str, ending: str, flag: str = '--out') -> pathlib.Path:
+  """What a flag names: a file to be made, in a folder that exists.
 
   Raises:
     UserError: another ending, no such folder, or something is there.
   """
   out = pathlib.Path(path).expanduser()
   if out.suffix != ending:
-    raise UserError(f'--out={path} must end in {ending}')
+    raise UserError(f'{flag}={path} must end in {ending}')
   if out.exists() or out.is_symlink():
-    raise UserError(f'--out={path} exists and is not replaced; name another')
+    raise UserError(f'{flag}={path} exists and is not replaced; name another')
   if not out.parent.is_dir():
-    raise UserError(f'--out={path}: there is no folder {out.parent}')
-  check_writable(out.parent, '--out')
+    raise UserError(f'{flag}={path}: there is no folder {out.parent}')
+  check_writable(out.parent, flag)
   return out
 
 

@@ -54,7 +54,9 @@ def test_every_row_fits_the_code():
   assert len({f.name for f in FAULTS}) == len(FAULTS) >= 25
   for fault in FAULTS:
     assert fault.new != fault.old, fault.name
-    ast.parse(mutated(fault))
+    changed = mutated(fault)
+    if fault.file.endswith('.py'):
+      ast.parse(changed)
     path, _, test = fault.test.partition('::')
     name = test.partition('[')[0]
     assert f'\ndef {name}(' in (ROOT / path).read_text(), fault.name

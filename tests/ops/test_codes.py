@@ -55,6 +55,28 @@ def test_each_device_searches_its_own_tokens(layout):
     assert 'all-gather' not in text
 
 
+def test_a_sharded_tables_gradient_is_scattered():
+  """Tokens stay where they are, and no device holds the table's gradient."""
+  table = jax.random.normal(jax.random.key(1), (48, 6))
+  indices = jax.random.randint(jax.random.key(0), (8, 4, 4), 0, 48)
+  weight = jax.random.normal(jax.random.key(2), (8, 4, 4, 6))
+
+  @jax.jit
+  def gradient(table, indices, weight):
+    return jax.grad(lambda t: (codes.lookup(t, indices) * weight).sum())(table)
+
+  whole = gradient(table, indices, weight)
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp')):
+    rows = jax.NamedSharding(mesh, jax.P('fsdp'))
+    args = jax.device_put((table, indices, weight), rows)
+    np.testing.assert_array_equal(codes.lookup(*args[:2]), table[indices])
+    compiled = gradient.lower(*args).compile()
+    np.testing.assert_allclose(compiled(*args), whole, rtol=1e-6, atol=1e-6)
+    text = compiled.as_text()
+  assert 'f32[6,6]{1,0} reduce-scatter(' in text
+  assert 'all-gather' not in text and 'f32[48,6]{1,0} all-' not in text
+
+
 def test_counts_and_sums():
   indices = jnp.array([[0, 2, 2], [-1, 4, 2]])
   np.testing.assert_array_equal(codes.count_codes(indices, 5), [1, 0, 3, 0, 1])

@@ -12,6 +12,7 @@ import pytest
 
 from tests import tiny
 from tests.train import pieces
+from vqrae_jax import programs
 from vqrae_jax.nn import vgg
 from vqrae_jax.pretrained import networks
 from vqrae_jax.train import step as step_lib
@@ -68,6 +69,33 @@ def flops(encoder=1, decoder=1, trunk=0, frozen=True, lpips=False, gan=False):
   step = jax.jit(functools.partial(step_lib.train_step, plan.spec))
   compiled = step.lower(state, held, hparams, images).compile()
   return compiled.cost_analysis()['flops']
+
+
+@pytest.mark.parametrize('frozen, most', [(True, 1.2), (False, 1.4)])
+def test_the_sweep_before_accumulation_repeats_little(frozen, most):
+  """Of four microbatches against one: the decoder's forward, no loss."""
+
+  def count(accumulate):
+    plan = pieces.planned(
+      'simvq-cosine',
+      model=dict(
+        encoder=dict(vit=VIT | dict(depth=3)),
+        quantizer=tiny.quantizer('simvq-cosine', num_codes=64, code_dim=32),
+        decoder=dict(vit=VIT | tiny.DECODER | dict(patch_size=PATCH, depth=3)),
+      ),
+      losses=tiny.LOSSES['simvq-cosine'] | dict(lpips=1.0, gan=0.75),
+      discriminator=dino(3),
+      data=dict(source='none', image_size=SIDE),
+      init=dict(networks='random'),
+      schedules=(('encoder/.*', None),) * frozen + (('.*', dict(lr=1e-3)),),
+      accumulate=accumulate,
+    )
+    step = functools.partial(step_lib.train_step, plan.spec)
+    images = tiny.images(BATCH, SIDE, SIDE)
+    traced = jax.jit(step).trace(*plan.abstract(), images)
+    return sum(p.flops for p in programs.products(traced.jaxpr.jaxpr))
+
+  assert 1 < count(4) / count(1) <= most
 
 
 def block(prefix):

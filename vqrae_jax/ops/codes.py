@@ -6,7 +6,7 @@ picks other codes. Nothing materializes [tokens, K] beyond a chunk.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -73,24 +73,50 @@ def nearest_code(
   z, codes = jax.lax.stop_gradient((z, codes))
   shape = z.shape[:-1]
   flat = z.reshape(math.prod(shape), z.shape[-1])
+  return _by_device(_nearest, flat, codes).reshape(shape)
+
+
+def lookup(
+  codes: Float[Array, 'k c'], indices: Int[Array, '*s']
+) -> Float[Array, '*s c']:
+  """codes[indices]: f32[... c].
+
+  Under an ambient mesh each device looks up its own share of the tokens in the
+  gathered table, and the gradient comes back as a reduce-scatter of its rows.
+  """
+  flat = indices.reshape(math.prod(indices.shape))
+  found = _by_device(lambda indices, codes: codes[indices], flat, codes)
+  return found.reshape(*indices.shape, codes.shape[-1])
+
+
+def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
+  """fn(tokens [n …], codes [k c]) -> [n …], under an ambient mesh by each
+  device on its own tokens."""
   mesh = jax.sharding.get_abstract_mesh()
   # Not inside a caller's own shard_map, whose axes are Manual.
   kinds = dict(zip(mesh.axis_names, mesh.axis_types or (), strict=True))
   axes = tuple(
     a for a in BATCH_AXES if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1
   )
-  shards = math.prod(mesh.shape[a] for a in axes)
-  search = _nearest
-  n = flat.shape[0]
-  if shards > 1 and isinstance(n, int) and n % shards == 0:
-    tokens = jax.sharding.PartitionSpec(axes)
-    search = jax.shard_map(
-      _nearest,
-      in_specs=(tokens, jax.sharding.PartitionSpec()),
-      out_specs=tokens,
-      check_vma=False,
-    )
-  return search(flat, codes).reshape(shape)
+  n, shards = tokens.shape[0], math.prod(mesh.shape[a] for a in axes)
+  if shards == 1 or not isinstance(n, int) or n % shards:
+    return fn(tokens, codes)
+  spec = jax.sharding.PartitionSpec
+  rows = 'fsdp' if 'fsdp' in axes else None
+  if rows and len(codes) % mesh.shape[rows]:
+    rows = None
+
+  def local(tokens, codes):
+    if rows:
+      codes = jax.lax.all_gather(codes, rows, tiled=True)
+    return fn(tokens, codes)
+
+  return jax.shard_map(
+    local,
+    in_specs=(spec(axes), spec(rows)),
+    out_specs=spec(axes),
+    check_vma=False,
+  )(tokens, codes)
 
 
 def radix_strides(levels: Sequence[int], last_is_least: bool) -> np.ndarray:

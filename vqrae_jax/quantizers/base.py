@@ -262,7 +262,7 @@ class TableQuantizer(Quantizer):
     raise NotImplementedError
 
   def _lookup(self, indices):
-    return self._table()[indices]
+    return code_ops.lookup(self._table(), indices)
 
   def baked_codebook(self):
     return {'codes': self._table()}

@@ -35,8 +35,8 @@ from vqrae_jax.train.state import StepSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-  """Everything static about a run.
+class Plan:
+  """Everything static about a run but its data.
 
   Attributes:
     config: as `read_config` gives it.
@@ -46,9 +46,6 @@ class Setup:
     shapes: {"params": …, "codebook": …} as ShapeDtypeStructs.
     total_steps: the run's length.
     mesh: the devices.
-    source: the training images.
-    held_out: the evaluation's images, or None.
-    batches: sample i = f(seed, i).
   """
 
   config: config_lib.RunConfig
@@ -57,14 +54,55 @@ class Setup:
   shapes: Any
   total_steps: int
   mesh: jax.sharding.Mesh
-  source: EncodedImages
-  held_out: EncodedImages | None
-  batches: TrainBatches
 
   @property
   def tokenizer(self) -> Tokenizer:
     """The module."""
     return self.step.tokenizer
+
+  def rates_at(self, step: int, skipped: int = 0) -> dict[str, float]:
+    """{"lr/PART": the highest rate} of encoder, quantizer and decoder,
+    {"weight/LOSS": its weight}.
+
+    Args:
+      step: completed steps before the one that is asked for.
+      skipped: those of them that were skipped: no optimizer counts them.
+    """
+    numbers = f32(self.hparams)
+    optimizer = self.step.optimizer
+    now = optimizer.rates(numbers['optimizer'], step - skipped)
+    rates: dict[str, float] = {}
+    for name, index, _ in optimizer.leaves:
+      part = f'lr/{name.split("/")[0]}'
+      rates[part] = max(rates.get(part, 0.0), float(now[index]))
+    return rates | {
+      f'weight/{name}': float(optim.loss_weight(loss, step))
+      for name, loss in numbers['losses'].items()
+    }
+
+  def train_step(self) -> Callable:
+    """(state, frozen, hparams, batch) -> (state, metrics), jitted for the
+    mesh; equal step specs share it."""
+    return _jitted_step(self.step, self.mesh)
+
+  def update_norms(self) -> Callable:
+    """(state, hparams) -> the norms of its last update, jitted."""
+    return jax.jit(functools.partial(step_lib.update_norms, self.step))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Plan):
+  """Everything static about a run.
+
+  Attributes:
+    source: the training images.
+    held_out: the evaluation's images, or None.
+    batches: sample i = f(seed, i).
+  """
+
+  source: EncodedImages
+  held_out: EncodedImages | None
+  batches: TrainBatches
 
   def identity(self) -> dict[str, Any]:
     """What must stay as it is when a run resumes: plain JSON."""
@@ -97,39 +135,10 @@ class Setup:
       f'{jax.devices()[0].platform} device(s)'
     )
 
-  def rates_at(self, step: int, skipped: int = 0) -> dict[str, float]:
-    """{"lr/PART": the highest rate} of encoder, quantizer and decoder,
-    {"weight/LOSS": its weight}.
-
-    Args:
-      step: completed steps before the one that is asked for.
-      skipped: those of them that were skipped: no optimizer counts them.
-    """
-    numbers = f32(self.hparams)
-    optimizer = self.step.optimizer
-    now = optimizer.rates(numbers['optimizer'], step - skipped)
-    rates: dict[str, float] = {}
-    for name, index, _ in optimizer.leaves:
-      part = f'lr/{name.split("/")[0]}'
-      rates[part] = max(rates.get(part, 0.0), float(now[index]))
-    return rates | {
-      f'weight/{name}': float(optim.loss_weight(loss, step))
-      for name, loss in numbers['losses'].items()
-    }
-
   def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's batch from `batches`, as the step takes it."""
     rows = {name: batch[name] for name in ('images', 'skipped')}
     return sharding.place_batch(rows, self.mesh)
-
-  def train_step(self) -> Callable:
-    """(state, frozen, hparams, batch) -> (state, metrics), jitted for the
-    mesh; equal step specs share it."""
-    return _jitted_step(self.step, self.mesh)
-
-  def update_norms(self) -> Callable:
-    """(state, hparams) -> the norms of its last update, jitted."""
-    return jax.jit(functools.partial(step_lib.update_norms, self.step))
 
 
 def f32(hparams: optim.Numbers) -> Any:
@@ -181,21 +190,13 @@ def setup(
     mesh: the devices; all of them, in the config's layout, if None.
 
   Raises:
-    UserError: data that is not there, a model, losses or schedules that do not
-      fit one another, a batch that does not divide over the devices, a leaf
-      that no schedule claims or no loss reaches.
+    UserError: as `plan`, or data that is not there.
   """
   config_lib.check_placeholders(config)
-  tokenizer = build_tokenizer(config.model)
-  config_lib.check_latents(config, tokenizer)
-  if warning := config_lib.config_warnings(config, tokenizer):
-    logging.warning(warning)
+  tokenizer = _build_model(config)
+  source, held_out = open_data(config)
+  planned = _plan(config, tokenizer, len(source), mesh)
   data = config.data
-  source, held_out = _open_data(config)
-  mesh = mesh or sharding.make_mesh(
-    config.mesh.layout, tensor=config.mesh.tensor
-  )
-  sharding.check_batch(config.batch_size, mesh, config.accumulate)
   augment = Augment(data.size, data.resize, data.crop, data.flip)
   batches = TrainBatches(
     source.decoded_by(data.decoder, augment.ample),
@@ -205,20 +206,66 @@ def setup(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  examples = data.examples or len(source)
+  return Setup(
+    **vars(planned), source=source, held_out=held_out, batches=batches
+  )
+
+
+def plan(
+  config: config_lib.RunConfig,
+  images: int,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Plan:
+  """`setup` without its data.
+
+  Args:
+    config: from `read_config`; placeholders may be left in it.
+    images: of the source, where `data.examples` does not say; the length of
+      an epoch.
+    mesh: the devices, of any host; all of them, in the config's layout, if
+      None.
+
+  Raises:
+    UserError: a model, losses or schedules that do not fit one another, a
+      batch that does not divide over the devices, a leaf that no schedule
+      claims or no loss reaches.
+  """
+  return _plan(config, _build_model(config), images, mesh)
+
+
+def _build_model(config: config_lib.RunConfig) -> Tokenizer:
+  """The module, checked against the config; opens no file."""
+  tokenizer = build_tokenizer(config.model)
+  config_lib.check_latents(config, tokenizer)
+  if warning := config_lib.config_warnings(config, tokenizer):
+    logging.warning(warning)
+  return tokenizer
+
+
+def _plan(
+  config: config_lib.RunConfig,
+  tokenizer: Tokenizer,
+  images: int,
+  mesh: jax.sharding.Mesh | None,
+) -> Plan:
+  mesh = mesh or sharding.make_mesh(
+    config.mesh.layout, tensor=config.mesh.tensor
+  )
+  sharding.check_batch(config.batch_size, mesh, config.accumulate)
+  examples = config.data.examples or images
   step, hparams, shapes, total = plan_step(
     config, tokenizer, examples / config.batch_size
   )
-  image = jax.ShapeDtypeStruct((config.batch_size, *data.size, 3), jnp.uint8)
+  image = jax.ShapeDtypeStruct(
+    (config.batch_size, *config.data.size, 3), jnp.uint8
+  )
   step_lib.check_reach(
     step, *state_lib.state_shapes(step, mesh), f32(hparams), image
   )
-  return Setup(
-    config, step, hparams, shapes, total, mesh, source, held_out, batches
-  )
+  return Plan(config, step, hparams, shapes, total, mesh)
 
 
-def _open_data(
+def open_data(
   config: config_lib.RunConfig,
 ) -> tuple[EncodedImages, EncodedImages | None]:
   """(training images, held-out images or None), looked at before training."""

@@ -273,12 +273,12 @@ def train_step(
       # A short run's average must not remember the first random weights.
       t = state.step.astype(jnp.float32)
       decay = jnp.minimum(hparams['ema'], (1 + t) / (10 + t))
-      # Where both are equal every bit stays, that of -0.0 too.
-      ema = jax.tree.map(
-        lambda e, p: jnp.where(e == p, e, e + (1 - decay) * (p - e)),
-        ema,
-        params,
-      )
+
+      def average(e, p):
+        # Where both are equal every bit stays, that of -0.0 too.
+        return jnp.where(e == p, e, e + (1 - decay) * (p - e))
+
+      ema = jax.tree.map(average, ema, params)
     return network.replace(params=params, opt_state=opt_state), ema
 
   tokenizer, ema = updated_if(finite, update, (state.tokenizer, state.ema))
