@@ -6,7 +6,8 @@ median over rounds of ours / theirs, the quartiles, the ratio of the fastest
 calls and of CPU time. Beside them the rate of a plain matrix product in the
 same rounds, and what share of it (and on a known GPU of its peak) each row
 reaches. On CPU everything is f32; on a GPU networks run in bf16, quantizers in
-f32. An H100 and an H200 are taken to have 989 TFLOP/s. `--report` writes docs/performance.md from benchmarks/results/*.json.
+f32. An H100 and an H200 are taken to have 989 TFLOP/s. `--report` writes
+docs/performance.md from benchmarks/results/*.json.
 """
 
 import argparse
@@ -460,7 +461,7 @@ def table(found):
     f'{found["date"]}; {versions}; {found["dtype"]}; {found["pairs"]} rounds; '
     f'load {found["load"]:.1f} before them.',
     '',
-    '| row | ours | rate | beside | ours / theirs [quartiles] | fastest | CPU |',
+    '| row | ours | rate | beside | ours / it [quartiles] | fastest | CPU |',
     '| --- | --- | --- | --- | --- | --- | --- |',
   ]
   for name, row in found['rows'].items():
