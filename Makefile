@@ -2,6 +2,8 @@
 #                   photographs, figures and pictures in runs/quickstart
 # make test         environment with the test extra, the whole fast suite
 # make test-slow    the tests that take minutes each, older CPUs, Python 3.12
+# make bench        environment with the test extra; speed beside PyTorch, into
+#                   docs/performance.md (20 minutes on two idle cores)
 # make lint         environment with the test extra; ruff, format and rules
 # make clean        removes both environments and what builds leave, no run
 PYTHON ?= python3
@@ -20,7 +22,7 @@ QUIET = PYTHONWARNINGS=ignore
 # for: torchvision breaks transformers beside the CPU torch.
 LPIPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips
 
-.PHONY: quickstart test test-unit test-slow test-newest lint clean
+.PHONY: quickstart test test-unit test-slow test-newest bench lint clean
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -63,6 +65,10 @@ test-newest:
 	$(QUIET) $(VENV)-newest/bin/python -m pip install -q $(EDITABLE) '.[cpu,unit]'
 	$(VENV)-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m 'not slow and not integration'
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.bench --json=benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.bench --report
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,7 +6,8 @@ median over rounds of ours / theirs, the quartiles, the ratio of the fastest
 calls and of CPU time. Beside them the rate of a plain matrix product in the
 same rounds, and what share of it (and on a known GPU of its peak) each row
 reaches. On CPU everything is f32; on a GPU networks run in bf16, quantizers in
-f32. `--report` writes docs/performance.md from benchmarks/results/*.json.
+f32. An H100 and an H200 are taken to have 989 TFLOP/s. `--report` writes
+docs/performance.md from benchmarks/results/*.json.
 """
 
 import argparse
@@ -35,13 +36,14 @@ import torch
 
 import vqrae_jax
 from benchmarks import torch_peers
-from vqrae_jax import sharding
+from vqrae_jax import optim, sharding
 from vqrae_jax.nn.dino import DINO_S8, TAPS
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
+from vqrae_jax.train import step as step_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -51,6 +53,7 @@ DTYPE = 'bfloat16' if GPU else 'float32'
 PEAK = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16
 WIDE = dict(width=1024, depth=24, mlp_dim=4096, num_heads=16, patch_size=16)
 CODES, CODE_DIM = 16384, 1536
+BEGIN, END = '<!-- benchmarks.bench --report -->', '<!-- end -->'
 
 
 @dataclasses.dataclass
@@ -286,6 +289,77 @@ def nearest_row(tokens):
   )
 
 
+def optimizer_row(parameters):
+  """Clip, AdamW, the average of weights; ours skips what is not finite."""
+  shape = (parameters // 8 // 1024, 1024)
+  names = [f'{i}/kernel' for i in range(8)]
+  rng = np.random.default_rng(0)
+  draw = lambda: {n: rng.standard_normal(shape, np.float32) for n in names}  # noqa: E731
+  params, grads = draw(), jax.device_put(draw())
+  rate, decay, average = 1e-4, 1e-4, 0.999
+  tx, numbers = optim.make_optimizer(
+    optim.AdamWConfig(weight_decay=decay),
+    dict.fromkeys(names, optim.Schedule(rate, decay='constant')),
+    params,
+    1000,
+    1000,
+  )
+  chain = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=decay)
+  )
+
+  def averaged(old, new):
+    return jax.tree.map(lambda e, p: e + (1 - average) * (p - e), old, new)
+
+  def ours(state, grads, numbers):
+    norm = tx.norm(grads)
+
+    def update(state):
+      params, moments, ema = state
+      updates, moments = tx.update(numbers, grads, moments, params, norm)
+      params = optax.apply_updates(params, updates)
+      return params, moments, averaged(ema, params)
+
+    return step_lib.updated_if(jnp.isfinite(norm), update, state)
+
+  def bare(state, grads):
+    params, moments, ema = state
+    updates, moments = chain.update(grads, moments, params)
+    params = optax.apply_updates(params, updates)
+    return params, moments, averaged(ema, params)
+
+  def call(fn, optimizer, *rest):
+    copy = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731
+    state = [(copy(params), optimizer.init(copy(params)), copy(params))]
+    fn = jax.jit(fn, donate_argnums=0).lower(state[0], grads, *rest).compile()
+    used = fn.memory_analysis().temp_size_in_bytes / (4 * parameters)
+    print(f'  {used:.2f} copies of the parameters as temporaries')
+
+    def run():
+      state[0] = jax.block_until_ready(fn(state[0], grads, *rest))
+
+    return run
+
+  theirs = [
+    torch.nn.Parameter(torch.from_numpy(p).to(DEVICE)) for p in params.values()
+  ]
+  for p, g in zip(theirs, grads.values(), strict=True):
+    p.grad = torch.from_numpy(np.array(g)).to(DEVICE)
+  ema = [p.detach().clone() for p in theirs]
+  adamw = torch.optim.AdamW(theirs, rate, weight_decay=decay, fused=True)
+
+  def fused():
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    adamw.step()
+    torch._foreach_lerp_(ema, theirs, 1 - average)
+
+  return Row({
+    'ours': call(ours, tx, setup_lib.f32(numbers)),
+    'bare optax': call(bare, chain),
+    'torch fused': torch_call(fused, train=True),
+  })  # fmt: skip
+
+
 def product_row():
   """What the machine gives: a square product in the networks' dtype."""
   n = 8192 if GPU else 2048
@@ -313,6 +387,7 @@ def rows():
       'decode_from_indices, batch 256': lambda: indices_row(256, decode=True),
       'nearest code, 50176 tokens': lambda: nearest_row(50176),
       'encoder, batch 8': lambda: encoder_row(8),
+      'optimizer, 300M parameters': lambda: optimizer_row(300 * 2**20),
     }
   return {
     'matrix product': product_row,
@@ -322,6 +397,7 @@ def rows():
     'encode_to_indices, batch 4': lambda: indices_row(4),
     'decode_from_indices, batch 4': lambda: indices_row(4, decode=True),
     'nearest code, 1568 tokens': lambda: nearest_row(1568),
+    'optimizer, 50M parameters': lambda: optimizer_row(48 * 2**20),
     'stage-1 step, 128 px, batch 2': lambda: step_row(2, 128),
   }
 
@@ -375,6 +451,46 @@ def hardware():
   return f'{kind.split(": ")[1]}, {len(os.sched_getaffinity(0))} cores'
 
 
+def table(found):
+  """Markdown of one machine's results."""
+  versions = ', '.join(f'{k} {v}' for k, v in found['versions'].items())
+  peak = next((f for k, f in PEAK.items() if k in found['hardware']), None)
+  lines = [
+    f'### {found["hardware"]}',
+    '',
+    f'{found["date"]}; {versions}; {found["dtype"]}; {found["pairs"]} rounds; '
+    f'load {found["load"]:.1f} before them.',
+    '',
+    '| row | ours | rate | beside | ours / it [quartiles] | fastest | CPU |',
+    '| --- | --- | --- | --- | --- | --- | --- |',
+  ]
+  for name, row in found['rows'].items():
+    rate = ''
+    if row['flops']:
+      rate = f'{row["flops_per_s"] / 1e12:.3g} TFLOP/s'
+      rate += f', {row["flops_per_s"] / peak:.0%} of peak' if peak else ''
+    head = f'| {name} | {row["ours_s"] * 1e3:.4g} ms | {rate} '
+    for peer, p in row['peers'].items():
+      low, high = p['quartiles']
+      lines.append(
+        f'{head}| {peer} | {p["ratio"]:.3f} [{low:.3f}, {high:.3f}] | '
+        f'{p["fastest"]:.3f} | {p["cpu"]:.3f} |'
+      )
+      head = '| | | '
+  return '\n'.join(lines)
+
+
+def report():
+  """Writes the tables into docs/performance.md, between its marks."""
+  files = sorted(RESULTS.glob('*.json'))
+  tables = [table(json.loads(path.read_text())) for path in files]
+  path = ROOT / 'docs' / 'performance.md'
+  before, _, rest = path.read_text().partition(BEGIN)
+  _, _, after = rest.partition(END)
+  made = '\n\n'.join(tables)
+  path.write_text(f'{before}{BEGIN}\n\n{made}\n\n{END}{after}')
+
+
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -385,7 +501,8 @@ def main():
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
   if options.report:
-    raise SystemExit(report())
+    report()
+    return
   words = tuple((options.only or '').split(','))
   report_to = {
     'date': datetime.date.today().isoformat(),

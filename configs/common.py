@@ -29,6 +29,7 @@ def base() -> ml_collections.ConfigDict:
     resize=optional(object),
     crop='random',
     flip=True,
+    decoder='pil',
     examples=optional(int),
     max_skipped=0.01,
   )
@@ -110,6 +111,7 @@ def recipe(
   config.data.update(
     image_size=pixels, resize=resize or pixels + 32, crop='random', flip=flip
   )
+  config.networks.remat = False  # 30 MiB an image; VGG16's forward is saved
   config.mesh.layout = layout
   return config
 

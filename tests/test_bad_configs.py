@@ -121,6 +121,7 @@ READ = [
   (dict(init=dict(networks='randm')), '"random"'),
   (dict(init=dict(decoder='x'), init_from='run'), 'init.decoder'),
   (dict(data=dict(image_size=16)), '"config.data.source"'),
+  (data(decoder='turbo'), "data.decoder='turbo'"),
   (data(image_size=-16), 'data.image_size=-16'),
   (data(image_size=(16, 16, 3)), 'data.image_size'),
   (data(resize=(8, 4)), 'data.resize'),

@@ -70,12 +70,15 @@ STARTS = [
 ]
 
 PHOTOS = dict(source='photos', image_size=16)
+# The run was read by another decoder, or this one is not installed.
+DECODER = 'decoder=pil|fast_jpeg'
 # A finished run of two steps, and what was done to it or is asked of it.
 RUNS = [
   ('run', dict(seed=1), 'seed=0'),
   ('run', dict(batch_size=16), 'batch_size=8'),
   ('run', dict(data=PHOTOS | dict(image_size=32)), 'image_size'),
   ('run', dict(data=PHOTOS | dict(exclude=('1',))), 'images=3'),
+  ('run', dict(data=PHOTOS | dict(decoder='simplejpeg')), DECODER),
   ('run', dict(schedules=(('.*', dict(lr=1.0)),)), 'train encoder/embed'),
   ('run', dict(checkpoint=dict(every=0)), 'checkpoint.every=0'),
   ('run', dict(duration=1), 'duration=1'),

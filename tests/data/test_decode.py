@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from tests import tiny
 from tests.data.makers import BROKEN, GOOD, colours, encoded
 from vqrae_jax.data import decode
 from vqrae_jax.errors import UserError
@@ -15,9 +17,13 @@ from vqrae_jax.errors import UserError
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
+def decoded(data):
+  return np.asarray(decode.decode(data, 'x'))
+
+
 @pytest.mark.parametrize('name', GOOD)
 def test_every_kind_becomes_rgb(name):
-  image = decode.decode(GOOD[name], 'x')
+  image = decoded(GOOD[name])
   assert image.shape == (9, 8, 3) and image.dtype == np.uint8
   assert decode.size(GOOD[name], 'x') == (9, 8)
   assert decode.is_encoded(GOOD[name])
@@ -31,7 +37,7 @@ def test_of_an_animation_the_first_frame_is_taken(form):
   first, *others = (Image.new('L', (8, 9), c) for c in (200, 20, 90))
   keys = dict(lossless=True) if form == 'WEBP' else {}
   data = encoded(first, form, save_all=True, append_images=others, **keys)
-  assert (decode.decode(data, 'x') == 200).all()
+  assert (decoded(data) == 200).all()
 
 
 @pytest.mark.parametrize('form', ('JPEG', 'PNG', 'WEBP', 'TIFF'))
@@ -42,25 +48,25 @@ def test_images_stand_upright_by_their_exif(form, orientation):
     deep = np.arange(72, dtype=np.uint16).reshape(9, 8) * 257
     images += [Image.fromarray(deep), colours('P'), colours('LA')]
   for image in images:
-    plain = Image.fromarray(decode.decode(encoded(image, form), 'x'))
+    plain = Image.fromarray(decoded(encoded(image, form)))
     exif = plain.getexif()
     exif[0x0112] = orientation
     want = ImageOps.exif_transpose(plain)
     data = encoded(image, form, exif=exif)
-    np.testing.assert_array_equal(decode.decode(data, 'x'), want)
+    np.testing.assert_array_equal(decoded(data), want)
     assert decode.size(data, 'x') == want.size[::-1]
 
 
 def test_16_bits_and_alpha_keep_their_meaning():
   ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
-  found = decode.decode(encoded(Image.fromarray(ramp)), 'x')
+  found = decoded(encoded(Image.fromarray(ramp)))
   assert np.abs(found[0, :, 1].astype(int) - np.arange(256)).max() <= 1
   palette = Image.new('P', (2, 2), 1)
   palette.putpalette([0, 0, 0, 7, 80, 90])
-  assert (decode.decode(encoded(palette), 'x') == (7, 80, 90)).all()
+  assert (decoded(encoded(palette)) == (7, 80, 90)).all()
   clear = encoded(Image.new('RGBA', (2, 2), (9, 9, 9, 0)))
   for data in (clear, encoded(palette, transparency=1)):
-    assert (decode.decode(data, 'x') == 255).all()
+    assert (decoded(data) == 255).all()
 
 
 @pytest.mark.parametrize('name', BROKEN)
@@ -92,7 +98,7 @@ def test_damage_raises_nothing_else(name):
 
 def test_damaged_exif_spoils_no_pixels():
   data = encoded(colours(), 'JPEG', exif=b'Exif\0\0II*\0\xff\xff\xff\xff')
-  assert decode.decode(data, 'x').shape == (9, 8, 3)
+  assert decoded(data).shape == (9, 8, 3)
 
 
 def test_no_warning_of_pillow_leaks():
@@ -106,3 +112,54 @@ def test_no_warning_of_pillow_leaks():
     input=BROKEN['huge.png'][0], capture_output=True, check=True,
   )  # fmt: skip
   assert b'pixels' in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize('name', [*GOOD, *BROKEN])
+def test_simplejpeg_reads_and_refuses_what_pillow_does(name):
+  pytest.importorskip('simplejpeg')
+  data = GOOD[name] if name in GOOD else BROKEN[name][0]
+  if name in BROKEN:
+    with pytest.raises(decode.ImageDecodeError) as want:
+      decode.decode(data, 'x')
+    with pytest.raises(decode.ImageDecodeError) as found:
+      decode.decode(data, 'x', 'simplejpeg')
+    assert str(found.value) == str(want.value)
+    return
+  found = np.asarray(decode.decode(data, 'x', 'simplejpeg'))
+  np.testing.assert_array_equal(found, decoded(data))
+
+
+@pytest.mark.parametrize('orientation', (1, 6))
+def test_pixels_of_simplejpeg_are_pillows(orientation):
+  """Where both carry the same libjpeg-turbo; a unit off where they do not."""
+  simplejpeg = pytest.importorskip('simplejpeg')
+  image = Image.fromarray(tiny.images(1, 75, 90)[0])
+  exif = image.getexif()
+  exif[0x0112] = orientation
+  for subsampling, progressive in ((0, False), (2, False), (2, True)):
+    keys = dict(subsampling=subsampling, progressive=progressive, exif=exif)
+    data = encoded(image, 'JPEG', **keys)
+    with mock.patch.object(
+      simplejpeg, 'decode_jpeg', wraps=simplejpeg.decode_jpeg
+    ) as used:
+      found = np.asarray(decode.decode(data, 'x', 'simplejpeg'))
+    assert used.call_count == 1
+    off = np.abs(found.astype(int) - decoded(data))
+    assert found.shape == decoded(data).shape and off.max() <= 1
+
+
+def test_simplejpeg_shrinks_what_is_larger_than_needed():
+  pytest.importorskip('simplejpeg')
+  rows = np.linspace(0, 255, 400)[:, None, None] * np.ones((1, 600, 3))
+  data = encoded(Image.fromarray(rows.astype(np.uint8)), 'JPEG', quality=95)
+  sizes = [
+    decode.decode(data, 'x', 'simplejpeg', side).size
+    for side in (100, 101, 200, 401)
+  ]
+  assert sizes[0] == (150, 100) and sizes[2:] == [(300, 200), (600, 400)]
+  assert 101 <= sizes[1][1] < 200
+  small = decode.decode(data, 'x', 'simplejpeg', 100)
+  want = decode.decode(data, 'x').reduce(4)
+  off = np.abs(np.asarray(small).astype(int) - np.asarray(want))
+  assert off.max() <= 3
+  assert decode.size(data, 'x') == (400, 600)

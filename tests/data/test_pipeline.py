@@ -1,6 +1,8 @@
 """Sample i is a function of seed and i, on any number of hosts."""
 
 import itertools
+import threading
+import time
 import tracemalloc
 
 import jax
@@ -26,12 +28,15 @@ class Flawed:
     return self.n
 
   def __getitem__(self, i):
+    return np.asarray(self.picture(i))
+
+  def picture(self, i):
     self.seen.append(i)
     if i in self.bad:
       raise ImageDecodeError(f'/data/{self.name(i)}', 'torn')
     image = makers.photo(i, 8 + 3 * (i % 7), 12)
     image[..., 0] = i % 256
-    return image
+    return Image.fromarray(image)
 
   def name(self, i):
     return f'photo{i}'
@@ -102,6 +107,51 @@ def test_the_order_is_pinned(n, photo, skipped):
   assert batch['skipped'].tolist() == skipped
 
 
+class Slow(Flawed):
+  """Flawed, whose images take their time, the first rows of a batch most."""
+
+  def picture(self, i):
+    time.sleep(0.02 * (i % 3 == 0))
+    return super().picture(i)
+
+
+def test_batches_come_in_order_however_long_an_image_takes(monkeypatch):
+  monkeypatch.setattr(pipeline, 'reading_threads', lambda: 4)
+  stream, want = batches(Slow()).iterate(3), batches(Flawed())
+  for step in range(3, 8):
+    jax.tree.map(np.testing.assert_array_equal, next(stream), want.batch(step))
+
+
+def test_no_batch_waits_for_one_thread(monkeypatch):
+  """All threads read the first batch: each waits there for all others."""
+  monkeypatch.setattr(pipeline, 'reading_threads', lambda: 4)
+  together = threading.Barrier(4)
+
+  class Meeting(Flawed):
+    def picture(self, i):
+      together.wait(timeout=20)
+      return super().picture(i)
+
+  assert next(batches(Meeting(), batch_size=4).iterate())['index'].size == 4
+
+
+def test_few_batches_are_read_ahead(monkeypatch):
+  """However many threads there are, and none once nobody asks for more."""
+  monkeypatch.setattr(pipeline, 'reading_threads', lambda: 16)
+  source = Flawed()
+  stream = batches(source).iterate()
+  for _ in range(3):
+    next(stream)
+  time.sleep(0.2)
+  assert len(source.seen) == 8 * (3 + 2)
+  stream = batches(slow := Slow(), batch_size=48).iterate()
+  next(stream)
+  stream.close()
+  read = len(slow.seen)
+  time.sleep(0.2)
+  assert len(slow.seen) <= read + 16
+
+
 def test_a_far_step_of_a_huge_source_costs_no_walk_to_it():
   source = Flawed(10_000_000)
   loader, far = batches(source), 5 * 10_000_000 // 8
@@ -157,6 +207,15 @@ def test_crops_are_parts_of_the_image_flipped_or_not():
       assert out[:, ::-1].tobytes() in windows
       flips += 1
   assert 8 < flips < 32
+
+
+@pytest.mark.parametrize('resize', (None, 20, 90, (20, 90)))
+def test_an_ample_image_covers_what_is_resized_to(resize):
+  size = (16, 64)
+  ample = pipeline.Augment(size, resize=resize).ample
+  assert ample >= 2 * max(64, np.max(resize or 0))
+  if resize is None:  # the image's own size must not change
+    assert ample > 10_000
 
 
 @pytest.mark.parametrize('side', (20, 33, 60, 200))

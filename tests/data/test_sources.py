@@ -1,6 +1,7 @@
 """DATA: what it opens, in which order, and what it says when it cannot."""
 
 import errno
+import importlib.util
 import os
 import pathlib
 
@@ -111,10 +112,11 @@ def test_bad_data_says_what_is_right(tmp_path, monkeypatch, files, data, words):
 def test_bundled_images_are_in_colour():
   source = sources.open_source('bundled:photos')
   assert len(source) == 11
-  image = source[source.names.index('chelsea')]
+  index = source.names.index('chelsea')
+  image = source[index]
   assert image.shape == (300, 451, 3)
   assert (image[..., 0] != image[..., 2]).any()
-  assert source[source.names.index('chelsea')] is image
+  assert source.picture(index) is source.picture(index), 'decoded again'
 
 
 def test_a_broken_and_a_lost_file_are_named(folder, monkeypatch):
@@ -128,7 +130,7 @@ def test_a_broken_and_a_lost_file_are_named(folder, monkeypatch):
       read(1)
   np.testing.assert_array_equal(source[-1], makers.photo(6))
 
-  def full(*_):
+  def full(*_, **keys):
     raise OSError(errno.EMFILE, 'Too many open files')
 
   # No fault of an image.
@@ -189,3 +191,11 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
     monkeypatch.delenv('VQRAE_JAX_CACHE', raising=False)
     monkeypatch.setenv(variable, str(tmp_path / variable))
     assert paths.cache_folder() == tmp_path / variable / below
+
+
+def test_a_decoder_that_is_not_installed_is_named(folder, monkeypatch):
+  source = sources.open_source(str(folder))
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  np.testing.assert_array_equal(source.decoded_by('pil', 1)[0], source[0])
+  with pytest.raises(UserError, match='fast_jpeg'):
+    source.decoded_by('simplejpeg', 1)

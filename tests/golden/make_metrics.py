@@ -1,4 +1,5 @@
-"""Writes metrics.json: the figures of three steps of the runs in `RUNS`.
+"""Writes metrics.json: the figures of three steps of the runs in `RUNS`; and
+costs.json: FLOPs and bytes of temporaries of their compiled steps.
 
     python -m tests.golden.make_metrics
 
@@ -35,12 +36,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tests import tiny
+from tests import conftest, tiny  # noqa: F401, the suite's flags come first
 from tests.train import pieces
+from vqrae_jax import programs
 from vqrae_jax.losses import adversarial
 from vqrae_jax.train import state as state_lib
+from vqrae_jax.train import step as step_lib
 
 PATH = pathlib.Path(__file__).with_name('metrics.json')
+COSTS = pathlib.Path(__file__).with_name('costs.json')
 RATE = dict(lr=1e-2, end_lr=1e-3, warmup=2)
 OPTIM = dict(b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip=0.1)
 
@@ -88,6 +92,21 @@ def figures(name: str) -> dict[str, list[float]]:
   }
 
 
+def costs(name: str) -> dict[str, float]:
+  """What the compiled step costs, of each microbatch as often as it runs."""
+  kind, more = RUNS[name]
+  plan = pieces.planned(kind, **dict(schedules=(('.*', RATE),)) | more)
+  step = functools.partial(step_lib.train_step, plan.spec)
+  traced = jax.jit(step, donate_argnums=0).trace(
+    *plan.abstract(), tiny.images(8)
+  )
+  used = traced.lower().compile().memory_analysis().temp_size_in_bytes
+  flops = sum(p.flops for p in programs.products(traced.jaxpr.jaxpr))
+  return {'flops': flops, 'temporaries': used}
+
+
 if __name__ == '__main__':
   found = {name: figures(name) for name in RUNS}
   PATH.write_text(json.dumps(found, indent=1) + '\n')
+  found = {name: costs(name) for name in RUNS}
+  COSTS.write_text(json.dumps(found, indent=1) + '\n')

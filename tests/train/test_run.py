@@ -55,7 +55,7 @@ def test_what_a_run_leaves(ran, images):
   assert found == json.loads(json.dumps(figures))
   for key in (
     'psnr', 'psnr_block_mean', 'ssim', 'bits_per_image', 'codes_used',
-    'train_seconds', 'images_per_second',
+    'train_seconds', 'images_per_second', 'data_wait',
   ):  # fmt: skip
     assert np.isfinite(found[key]), key
   assert found['images'] == 6  # 40x48 in tiles of 16

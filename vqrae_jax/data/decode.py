@@ -1,4 +1,4 @@
-"""One encoded image, in a file or in memory, to uint8 RGB [h w 3].
+"""One encoded image, bytes in memory, to uint8 RGB [h w 3].
 
 The header is read first: an image above `MAX_PIXELS` is refused before its
 pixels take memory. Every mode that has a meaning becomes RGB: grey, palette,
@@ -10,9 +10,14 @@ Formats are found by content and not by name, and only `FORMATS` are tried: the
 rest of Pillow's readers never see a file.
 """
 
+import bisect
+import contextlib
 import copy
 import errno
+import functools
+import importlib.util
 import io
+import itertools
 import os
 import pathlib
 import warnings
@@ -27,8 +32,11 @@ from PIL import TiffImagePlugin, WebPImagePlugin  # noqa: F401, isort: skip
 from vqrae_jax.data.listing import Listing
 from vqrae_jax.errors import UserError
 
+DECODERS = ('pil', 'simplejpeg')  # of JPEG; Pillow reads all else
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 MAX_PIXELS = 100_000_000
+# What the most pixels that are decoded could take, uncompressed.
+_MAX_BYTES = 1 << 30
 _TOO_MANY = f'are above the {MAX_PIXELS:,} that are decoded'
 
 # Pillow warns at 89 million pixels and stops at 179; the cap here is ours. It
@@ -62,18 +70,27 @@ class ImageDecodeError(UserError):
     super().__init__(f'cannot read the image {where}: {self.reason}')
 
 
-def decode(file: io.IOBase | bytes, where: str) -> np.ndarray:
-  """uint8 [h w 3] of an open file or of bytes.
+def decode(
+  data: bytes, where: str, decoder: str = 'pil', side: int = MAX_PIXELS
+) -> Image.Image:
+  """The bytes of a file as RGB, upright.
+
+  Args:
+    data: all of it.
+    where: which, for errors.
+    decoder: of `DECODERS`. simplejpeg decodes at once at a fraction of the
+      size, where both sides stay at least `side` pixels; elsewhere every pixel
+      is as by Pillow, if both carry the same libjpeg-turbo.
 
   Raises:
     ImageDecodeError: with `where` in the message.
   """
-  return _attempt(file, where, _pixels)
+  return _attempt(data, where, functools.partial(_pixels, data, decoder, side))
 
 
-def size(file: io.IOBase | bytes, where: str) -> tuple[int, int]:
+def size(data: bytes, where: str) -> tuple[int, int]:
   """(h, w) of what `decode` would give, from the header alone."""
-  return _attempt(file, where, _upright_size)
+  return _attempt(data, where, _upright_size)
 
 
 def is_encoded(data: bytes) -> bool:
@@ -90,13 +107,29 @@ def refuse_if_ours(error: OSError) -> None:
     raise error
 
 
-def _attempt(file, where, read):
-  file = io.BytesIO(file) if isinstance(file, bytes) else file
+def read_bytes(file: io.RawIOBase, start: int, size: int, where: str) -> bytes:
+  """`size` bytes of an open file, in one read if the file system gives them.
+
+  Raises:
+    ImageDecodeError: more than any image has, or the file ends before.
+  """
+  if size > _MAX_BYTES:
+    raise ImageDecodeError(where, f'{size:,} bytes are too many')
+  parts = []
+  # Some file systems give less than asked.
+  while size and (part := os.pread(file.fileno(), size, start)):
+    parts.append(part)
+    start, size = start + len(part), size - len(part)
+  if size:
+    raise ImageDecodeError(where, f'{size:,} bytes are missing')
+  return b''.join(parts)
+
+
+def _attempt(data, where, read):
+  if not data:
+    raise ImageDecodeError(where, 'an empty file of 0 bytes')
   try:
-    if not file.read(1):
-      raise ImageDecodeError(where, 'an empty file of 0 bytes')
-    file.seek(0)
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       w, h = image.size
       if w * h > MAX_PIXELS:
         raise ImageDecodeError(where, f'{h}x{w} pixels {_TOO_MANY}')
@@ -131,23 +164,41 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
   return (w, h) if turned else (h, w)
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _loaded(data, decoder: str, side: int, image: Image.Image) -> Image.Image:
+  jpeg = image.format in ('JPEG', 'MPO') and image.mode in ('L', 'RGB')
+  if decoder == 'simplejpeg' and jpeg:
+    import simplejpeg
+
+    # What it takes for damaged, Pillow may read, or says why not.
+    with contextlib.suppress(ValueError):
+      return Image.fromarray(
+        simplejpeg.decode_jpeg(
+          data,
+          fastdct=False,
+          fastupsample=False,
+          min_height=side,
+          min_width=side,
+        )
+      )
   image.load()
+  return image
+
+
+def _pixels(data, decoder: str, side: int, image: Image.Image) -> Image.Image:
+  loaded = _loaded(data, decoder, side, image)
   # After loading, for a TIFF is upright by then and says so.
   turn = _UPRIGHT.get(_orientation(image))
-  pixels = _to_rgb(image if turn is None else image.transpose(turn))
-  if not pixels.size:
-    raise ValueError(
-      f'a side of no pixels, {pixels.shape[0]}x{pixels.shape[1]}'
-    )
-  return pixels
+  image = _to_rgb(loaded if turn is None else loaded.transpose(turn))
+  if not all(image.size):
+    raise ValueError('a side of no pixels, {1}x{0}'.format(*image.size))
+  return image
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-  """Any mode as uint8 [h w 3]: 16 bits scaled down, alpha over white."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+  """Any mode as RGB: 16 bits scaled down, alpha over white."""
   if image.mode.startswith('I;16'):
     grey = np.round(np.asarray(image).astype(np.float32) / 257)
-    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
   if image.mode in ('I', 'F'):
     raise ValueError(f'values of mode {image.mode} have no known range')
   alpha = image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La')
@@ -156,22 +207,23 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
   # Converting copies also what is RGB already.
-  return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+  return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 class EncodedImages:
   """Random access to uint8 [h w 3]; safe to read from many threads.
 
   What all sources of encoded bytes share: decoding, sizes, names and the
-  choice of some rows. A source adds `_open(row)`, which gives the encoded bytes
+  choice of some rows. A source adds `_bytes(row)`, which gives an encoded image
   or raises `ImageDecodeError` or OSError, `_name(row)` and `_title(row)`.
-
   """
+
+  _decoding: tuple = ('pil',)  # arguments of `decode`
 
   def __init__(self, listing: Listing, counts: Sequence[int]):
     """`counts`: how many images each file (or all together) holds."""
     self._listing = listing
-    self._starts = np.cumsum([0, *counts])
+    self._starts = list(itertools.accumulate(counts, initial=0))
     self._rows = np.arange(self._starts[-1])
 
   @property
@@ -181,8 +233,8 @@ class EncodedImages:
 
   def _place(self, row: int) -> tuple[int, int]:
     """(file, image in it) of a row."""
-    file = int(np.searchsorted(self._starts, row, side='right')) - 1
-    return file, int(row - self._starts[file])
+    file = bisect.bisect_right(self._starts, row) - 1
+    return file, row - self._starts[file]
 
   def _where(self, row: int) -> str:
     return os.path.join(self._listing.root, self._name(row))
@@ -200,13 +252,17 @@ class EncodedImages:
     return [self._title(row) for row in self._rows.tolist()]
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h w 3], upright.
+    """uint8 [h w 3], upright; raises as `picture` does."""
+    return np.asarray(self.picture(index))
+
+  def picture(self, index: int) -> Image.Image:
+    """The same as PIL has it, which cuts it without a copy.
 
     Raises:
       ImageDecodeError: it cannot be opened or decoded.
       UserError: the source has changed since it was opened.
     """
-    return self._read(index, decode)
+    return self._read(index, lambda *args: decode(*args, *self._decoding))
 
   def size(self, index: int) -> tuple[int, int]:
     """(h, w) from the header; a quarter turn by EXIF counts."""
@@ -216,8 +272,7 @@ class EncodedImages:
     row = int(self._rows[index])
     where = self._where(row)
     try:
-      with self._open(row) as file:
-        return read(file, where)
+      return read(self._bytes(row), where)
     except OSError as e:
       refuse_if_ours(e)
       raise ImageDecodeError(where, e.strerror or e) from None
@@ -226,6 +281,21 @@ class EncodedImages:
     """How many of these images, by path, are in `other` too."""
     places = {self._where(row) for row in self._rows.tolist()}
     return sum(other._where(row) in places for row in other._rows.tolist())
+
+  def decoded_by(self, decoder: str, side: int) -> 'EncodedImages':
+    """The same source, read as `decode` does with these.
+
+    Raises:
+      UserError: the decoder is not installed.
+    """
+    if decoder == 'simplejpeg' and not importlib.util.find_spec(decoder):
+      raise UserError(
+        'decoder="simplejpeg" needs a package that is not installed: pip '
+        'install \'vqrae_jax[fast_jpeg]\', or take "pil"'
+      )
+    chosen = copy.copy(self)
+    chosen._decoding = decoder, side
+    return chosen
 
   def select(self, kept: np.ndarray) -> 'EncodedImages':
     """The same source with only the images of a bool [n]."""

@@ -9,8 +9,12 @@ and nothing else needs saving. `eval_batches` takes every image once, in order.
 Images stay uint8 here; the device scales them to [0, 1].
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +23,16 @@ import grain
 import numpy as np
 from PIL import Image
 
-from vqrae_jax.data.decode import EncodedImages, ImageDecodeError
+from vqrae_jax.data.decode import MAX_PIXELS, EncodedImages, ImageDecodeError
 from vqrae_jax.errors import UserError
 
 CROPS = ('random', 'center')
 Images = EncodedImages | Sequence[np.ndarray]  # each uint8 [h w 3]
 # So many unreadable draws in a row are no accident.
 MAX_DRAWS = 16
+# Batches that are read while one is used: the next, and one for threads that
+# find none of its images left.
+_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,28 +53,37 @@ class Augment:
   crop: str = 'random'
   flip: bool = True
 
+  @property
+  def ample(self) -> int:
+    """A shorter side with twice the pixels of any that is resized to; of an
+    image that keeps its own size, more than any has."""
+    if self.resize is None:
+      return MAX_PIXELS
+    return 2 * max(np.max(self.resize).item(), *self.size)
 
-def _target_side(image: np.ndarray, augment: Augment, rng) -> int:
-  h, w = image.shape[:2]
+
+def _target_side(h: int, w: int, augment: Augment, rng) -> int:
   side = augment.resize or min(h, w)
   if isinstance(side, tuple):
     low, high = side
     side = round(low * (high / low) ** rng.random())
   # Never smaller than the crop, on either side.
   fit = max(augment.size[0] * min(h, w) / h, augment.size[1] * min(h, w) / w)
-  return max(side, int(np.ceil(fit)))
+  return max(side, math.ceil(fit))
 
 
 def augment_image(
-  image: np.ndarray, augment: Augment, rng: np.random.Generator
+  image: np.ndarray | Image.Image, augment: Augment, rng: np.random.Generator
 ) -> np.ndarray:
-  """uint8 [h w 3] -> uint8 [*augment.size 3], by the draws of `rng`.
+  """RGB, uint8 [h w 3] -> uint8 [*augment.size 3], by the draws of `rng`.
 
   Bicubic (PIL), in one pass: only the part that the crop keeps is resized, so
   that a huge image costs no more than a small one.
   """
-  h, w = image.shape[:2]
-  side = _target_side(image, augment, rng)
+  if isinstance(image, np.ndarray):
+    image = Image.fromarray(image)
+  w, h = image.size
+  side = _target_side(h, w, augment, rng)
   # All of the image at its new size, of which the crop is a window.
   rh, rw = (max(side, round(n * side / min(h, w))) for n in (h, w))
   ch, cw = augment.size
@@ -76,7 +92,7 @@ def augment_image(
   else:
     top, left = (rh - ch) // 2, (rw - cw) // 2
   if (rh, rw) == (h, w):
-    image = image[top : top + ch, left : left + cw]
+    image = image.crop((left, top, left + cw, top + ch))
   else:
     box = (
       left * w / rw,
@@ -84,14 +100,12 @@ def augment_image(
       (left + cw) * w / rw,
       (top + ch) * h / rh,
     )
-    box = tuple(np.minimum(box, (w, h, w, h)).tolist())
-    picture = Image.fromarray(image)
+    box = tuple(map(min, box, (w, h, w, h)))
     # Shrinks by whole factors first where three pixels or more become one.
-    resized = picture.resize((cw, ch), Image.BICUBIC, box=box, reducing_gap=3)
-    image = np.asarray(resized)
+    image = image.resize((cw, ch), Image.BICUBIC, box=box, reducing_gap=3)
   if augment.flip and rng.random() < 0.5:
-    image = image[:, ::-1]
-  return np.ascontiguousarray(image)
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  return np.asarray(image)
 
 
 def _global_order(n: int, seed: int) -> grain.MapDataset:
@@ -122,14 +136,6 @@ def reading_threads() -> int:
   return min(max(cores, 2), 16)
 
 
-def _read_ahead() -> grain.ReadOptions:
-  # An element a thread, and two that wait.
-  threads = reading_threads()
-  return grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=threads + 2
-  )
-
-
 class TrainBatches:
   """Endless global order over a source; iterate one host's share of it."""
 
@@ -151,25 +157,18 @@ class TrainBatches:
     process_index, process_count: p and P.
     """
     local = batch_size // process_count
-    self._source, self._seed = source, seed
+    self._source, self._augment, self._seed = source, augment, seed
     self._unreadable: dict[str, str] = {}
     self._lock = threading.Lock()
-
-    def make(index_photo, rng):
-      index, photo = index_photo
-      image, photo, skipped = self._draw(index, photo)
-      return {
-        'images': augment_image(image, augment, rng),
-        'index': np.int64(index),
-        'photo': np.int64(photo),
-        'skipped': np.int32(skipped),
-      }
-
     order = _global_order(len(source), seed)
-    self._batches = order.random_map(make).batch(local)
+    # The draws of sample i are those of grain's `random_map`: of a Philox whose
+    # last counter is i. Its own call costs as much as a crop of 32 pixels.
+    state = order.random_map(lambda _, rng: rng.bit_generator.state)[0]
+    self._key = state['state']['key']
+    self._batches = order.batch(local)
     self._first, self._stride = process_index, process_count
 
-  def _draw(self, index: int, photo: int) -> tuple[np.ndarray, int, int]:
+  def _draw(self, index: int, photo: int) -> tuple[Image.Image, int, int]:
     """(image, its index in the source, unreadable draws before it) of a sample.
 
     Substitutes are a function of seed, index and attempt, so that every host
@@ -180,7 +179,7 @@ class TrainBatches:
         rng = np.random.default_rng((self._seed, index, attempt))
         photo = int(rng.integers(len(self._source)))
       try:
-        return self._source[photo], photo, attempt
+        return self._source.picture(photo), photo, attempt
       except ImageDecodeError as e:
         with self._lock:
           self._unreadable[self._source.name(photo)] = e.reason
@@ -210,16 +209,56 @@ class TrainBatches:
     Raises:
       UserError: `MAX_DRAWS` unreadable draws in a row.
     """
-    return self._batches[step * self._stride + self._first]
+    batch, fill = self._empty(step)
+    for row in range(len(batch['index'])):
+      fill(row)
+    return batch
+
+  def _empty(self, step: int) -> tuple[dict, Callable[[int], None]]:
+    """(this host's batch of a step, unread; what reads a row of it)."""
+    index, photo = self._batches[step * self._stride + self._first]
+    images = np.empty((len(index), *self._augment.size, 3), np.uint8)
+    skipped = np.empty(len(index), np.int32)
+
+    def fill(row):
+      i = int(index[row])
+      rng = np.random.Philox(key=self._key, counter=(0, 0, 0, i))
+      image, photo[row], skipped[row] = self._draw(i, int(photo[row]))
+      images[row] = augment_image(
+        image, self._augment, np.random.Generator(rng)
+      )
+
+    batch = dict(images=images, index=index, photo=photo, skipped=skipped)
+    return batch, fill
 
   def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Batches from `start_step` on, read ahead by threads."""
-    mine = self._batches[self._first :: self._stride]
-    iterator = iter(mine.to_iter_dataset(_read_ahead()))
-    state = iterator.get_state()
-    state['next_index'] = start_step
-    iterator.set_state(state)
-    return iterator
+    """Batches from `start_step` on, read ahead by threads.
+
+    A thread takes the next image that no other has taken, so that all of them
+    work on the batch that is needed next.
+    """
+    begun: collections.deque = collections.deque()
+    threads = reading_threads()
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    try:
+      for step in itertools.count(start_step):
+        batch, fill = self._empty(step)
+        rows = iter(range(len(batch['index'])))  # which the threads share
+        work = [
+          pool.submit(collections.deque, map(fill, rows), 0)
+          for _ in range(threads)
+        ]
+        begun.append((batch, rows, work))
+        if len(begun) > _AHEAD:
+          batch, _, work = begun[0]
+          for part in work:
+            part.result()
+          begun.popleft()
+          yield batch
+    finally:
+      for _, rows, _ in begun:
+        for _ in rows:  # none is left to read
+          pass
 
 
 def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -250,8 +289,13 @@ def each_image(
     except ImageDecodeError as e:
       return int(indices[i]), e
 
+  # An image a thread, and two that wait.
+  threads = reading_threads()
+  ahead = grain.ReadOptions(
+    num_threads=threads, prefetch_buffer_size=threads + 2
+  )
   images = grain.MapDataset.range(len(indices)).map(read)
-  return iter(images.to_iter_dataset(_read_ahead()) if len(indices) else ())
+  return iter(images.to_iter_dataset(ahead) if len(indices) else ())
 
 
 def eval_batches(

@@ -9,7 +9,6 @@ tensorflow/core/example/{example,feature}.proto.
 
 import concurrent.futures
 import functools
-import io
 import pathlib
 
 from vqrae_jax.data.decode import EncodedImages, ImageDecodeError, is_encoded
@@ -102,7 +101,7 @@ class Records(EncodedImages):
     file, record = self._place(row)
     return f'{pathlib.PurePath(self._listing.names[file]).stem}-{record}'
 
-  def _open(self, row: int) -> io.BytesIO:
+  def _bytes(self, row: int) -> bytes:
     file, record = self._place(row)
     try:
       data = self._sources[file][record]
@@ -111,7 +110,7 @@ class Records(EncodedImages):
     # RuntimeError: array_record found the record damaged.
     except (RuntimeError, ValueError) as e:
       raise ImageDecodeError(self._where(row), e) from None
-    return io.BytesIO(data)
+    return data
 
 
 def _source(path: pathlib.Path):

@@ -8,13 +8,14 @@ or a brace pattern of image files, tar shards or ArrayRecord files, or
 
 import fnmatch
 import importlib.util
-import io
+import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
-from vqrae_jax.data.decode import EncodedImages
+from vqrae_jax.data.decode import EncodedImages, read_bytes
 from vqrae_jax.data.listing import Listing, images_at, list_data
 from vqrae_jax.data.records import Records
 from vqrae_jax.data.tar import TarShards
@@ -30,10 +31,12 @@ class ImageFiles(EncodedImages):
   def __init__(self, listing: Listing, keep: bool = False):
     """`keep` holds decoded images in memory: for a few files only."""
     super().__init__(listing, [len(listing.names)])
-    self._kept: dict[int, np.ndarray] | None = {} if keep else None
+    self._kept: dict[tuple, Image.Image] | None = {} if keep else None
 
-  def _open(self, row: int) -> io.IOBase:
-    return open(self._where(row), 'rb')
+  def _bytes(self, row: int) -> bytes:
+    # At once: at each read another thread may take the interpreter.
+    with open(where := self._where(row), 'rb', buffering=0) as file:
+      return read_bytes(file, 0, os.fstat(file.fileno()).st_size, where)
 
   def _name(self, row: int) -> str:
     return self._listing.names[row]
@@ -41,14 +44,14 @@ class ImageFiles(EncodedImages):
   def _title(self, row: int) -> str:
     return pathlib.PurePath(self._name(row)).stem
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    """uint8 [h w 3]; see `EncodedImages`."""
+  def picture(self, index: int) -> Image.Image:
+    """See `EncodedImages`."""
     if self._kept is None:
-      return super().__getitem__(index)
-    row = int(self._rows[index])
-    if row not in self._kept:
-      self._kept[row] = super().__getitem__(index)
-    return self._kept[row]
+      return super().picture(index)
+    key = int(self._rows[index]), self._decoding
+    if key not in self._kept:
+      self._kept[key] = super().picture(index)
+    return self._kept[key]
 
 
 # Wheel, folder inside it, its images in colour.

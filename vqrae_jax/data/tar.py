@@ -12,7 +12,6 @@ that of an image.
 import concurrent.futures
 import gzip
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -22,14 +21,12 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from vqrae_jax.data.decode import EncodedImages, ImageDecodeError
+from vqrae_jax.data.decode import EncodedImages, read_bytes
 from vqrae_jax.data.listing import EXTENSIONS, Listing
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
 from vqrae_jax.paths import cache_folder
 
-# What the most pixels that are decoded could take, uncompressed.
-_MAX_BYTES = 1 << 30
 # A file changed again within its clock's tick has the same stamp: the index of
 # a younger one is not kept. Two seconds is the coarsest clock (FAT's).
 _SETTLED_NS = 2_000_000_000
@@ -188,26 +185,18 @@ class TarShards(EncodedImages):
   def _title(self, row: int) -> str:
     return pathlib.PurePath(self._members[row][0]).name.split('.')[0]
 
-  def _open(self, row: int) -> io.BytesIO:
+  def _bytes(self, row: int) -> bytes:
     _, offset, size = self._members[row]
-    if size > _MAX_BYTES:
-      raise ImageDecodeError(self._where(row), f'{size:,} bytes are too many')
     shard, _ = self._place(row)
-    path, parts = self._listing.root / self._listing.names[shard], []
+    path = os.path.join(self._listing.root, self._listing.names[shard])
     try:
       with open(path, 'rb', buffering=0) as file:
         if _stamp(os.fstat(file.fileno())) != self._stamps[shard]:
           raise UserError(
             f'the shard {path} has changed since it was indexed; start again'
           )
-        # Some file systems give less than asked.
-        while size and (part := os.pread(file.fileno(), size, offset)):
-          parts.append(part)
-          offset, size = offset + len(part), size - len(part)
+        return read_bytes(file, offset, size, self._where(row))
     except FileNotFoundError:
       raise UserError(
         f'the shard {path} is gone since it was indexed'
       ) from None
-    if size:
-      raise ImageDecodeError(self._where(row), f'{size:,} bytes are missing')
-    return io.BytesIO(b''.join(parts))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vqrae_jax import quantizers
+from vqrae_jax.data.decode import DECODERS
 from vqrae_jax.data.pipeline import CROPS
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
@@ -157,6 +158,10 @@ class DataSpec:
     image_size: pixels, or (h, w).
     include, exclude: globs of images' names.
     resize, crop, flip: as in `data.pipeline.Augment`.
+    decoder: of JPEG files: "pil", or "simplejpeg" (`pip install
+      'vqrae_jax[fast_jpeg]'`), for large photographs: what is at least twice
+      as large as needed is decoded smaller at once, to slightly other pixels.
+      A run keeps the one it has.
     examples: the length of a source without one.
     max_skipped: the share of images that may be unreadable and are then
       replaced; more stop the run.
@@ -169,6 +174,7 @@ class DataSpec:
   resize: int | tuple[int, int] | None = None
   crop: str = 'random'
   flip: bool = True
+  decoder: str = 'pil'
   examples: int | float | None = None  # as 5e9 if an int is too large
   max_skipped: float = 0.01
 
@@ -176,6 +182,7 @@ class DataSpec:
     if not 0 <= (share := self.max_skipped) <= 1:
       raise UserError(f'data.max_skipped={share} must be a share in [0, 1]')
     one_of('data.crop', self.crop, CROPS)
+    one_of('data.decoder', self.decoder, DECODERS)
     size, r = self.image_size, self.resize
     if not _sides(size, 2):
       raise UserError(f'data.image_size={size} must be pixels, or (h, w)')

@@ -113,7 +113,8 @@ def restore(
   Raises:
     UserError: the checkpoint is of another run, or frozen trees differ.
   """
-  check_same_run(manifest['run'], setup.identity())
+  # Checkpoints from before 2026-11-26 name no decoder: there was one.
+  check_same_run({'decoder': 'pil'} | manifest['run'], setup.identity())
   shapes, frozen = state_lib.state_shapes(setup.step, setup.mesh)
   state = checkpoints.restore(manifest, shapes)
   started = Started(state, frozen, {})

@@ -286,7 +286,7 @@ def run(
         trace.enter_context(jax.profiler.trace(str(workdir / 'profile')))
       asked = time.perf_counter()
       batch = next(batches)
-      loop.waited += time.perf_counter() - asked
+      loop.wait(time.perf_counter() - asked)
       batch = setup.place(batch)
       state, metrics = step_fn(state, started.frozen, hparams, batch)
       if number % rows == 0 or number == total:
@@ -299,6 +299,7 @@ def run(
         # Compiled: speed is measured from here.
         compile_cache.log_saved()
         loop.ready, loop.waited = time.perf_counter(), 0.0
+        loop.waited_in_all = 0.0
         loop.report.measure_from(number)
       if profile and number == profile[1]:
         jax.block_until_ready(metrics)
@@ -349,7 +350,15 @@ class _Loop:
     self.report = reporting.Report(workdir, setup, self.first)
     self.pending: tuple[int, Any] | None = None
     self.began = self.ready = time.perf_counter()
-    self.waited = 0.0
+    self.waited = self.waited_in_all = 0.0
+
+  def wait(self, seconds: float) -> None:
+    """A batch came after so many. At most so long the device waited, where it
+    had ended its step before that."""
+    _, metrics = self.pending or (0, {})
+    if all(x.is_ready() for x in metrics.values()):
+      self.waited += seconds
+      self.waited_in_all += seconds
 
   def show(self, state: Any, number: int) -> None:
     """Pictures and held-out figures, where the config asks for them."""
@@ -449,7 +458,9 @@ class _Loop:
     found['train_seconds'] = ended - self.began
     if (steps := total - self.first - 1) > 0:
       images = steps * self.setup.config.batch_size
-      found['images_per_second'] = images / max(ended - self.ready, 1e-9)
+      seconds = max(ended - self.ready, 1e-9)
+      found['images_per_second'] = images / seconds
+      found['data_wait'] = min(self.waited_in_all / seconds, 1.0)
     return found
 
 

@@ -46,6 +46,7 @@ _TABLE = (
   ('bits_per_image', 'bits per image, nominal', '.0f'),
   ('train_seconds', 'training, s', '.0f'),
   ('images_per_second', 'images/s', '.0f'),
+  ('data_wait', 'share of it waiting for data', '.1%'),
 )
 
 
@@ -140,7 +141,7 @@ class Report:
     Args:
       step: completed steps.
       metrics: numbers.
-      waited: seconds that the loop waited for data since the last row.
+      waited: seconds that the device waited for data since the last row.
     """
     now, (then, before) = time.perf_counter(), self._since
     seconds = max(now - then, 1e-9)
@@ -162,7 +163,10 @@ class Report:
       for k, v in metrics.items()
       if not k.startswith(('lr/', 'weight/')) and k not in _QUIET
     )
-    line = f'step {step}/{self._total} {words} {rate:.1f} img/s ETA {left:.0f}s'
+    line = (
+      f'step {step}/{self._total} {words} {rate:.1f} img/s, '
+      f'{row["data_wait"]:.0%} waiting for data, ETA {left:.0f}s'
+    )
     if self._bar.disable:
       logging.info(line)
     else:

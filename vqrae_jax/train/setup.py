@@ -112,6 +112,7 @@ class Setup(Plan):
       'batch_size': config.batch_size,
       'images': len(self.source),
       'image_size': list(config.data.size),
+      'decoder': config.data.decoder,
       'model': json.loads(export.canonical_json(describe(self.tokenizer))),
     }
 
@@ -196,9 +197,10 @@ def setup(
   source, held_out = open_data(config)
   planned = _plan(config, tokenizer, len(source), mesh)
   data = config.data
+  augment = Augment(data.size, data.resize, data.crop, data.flip)
   batches = TrainBatches(
-    source,
-    Augment(data.size, data.resize, data.crop, data.flip),
+    source.decoded_by(data.decoder, augment.ample),
+    augment,
     batch_size=config.batch_size,
     seed=config.seed,
     process_index=jax.process_index(),
