@@ -244,11 +244,6 @@ def train_step(
       codebook['quantizer'], stats
     )
     codebook = codebook | {'quantizer': updated}
-  if 'counts' in stats:
-    usage = usage.at[state.step % spec.usage_window].set(stats['counts'])
-    window = usage.sum(0)
-    metrics['usage'] = code_ops.usage(window).mean()
-    metrics['perplexity'] = code_ops.perplexity(window).mean()
   discriminator = state.discriminator
   if spec.gan is not None:
     reals, sample_ids = microbatches
@@ -260,6 +255,13 @@ def train_step(
     jnp.stack([x for name, x in metrics.items() if judged(name)])
   ).all()
   metrics['nonfinite'] = 1.0 - finite.astype(jnp.float32)
+  if 'counts' in stats:
+    row = state.step % spec.usage_window
+    # Of the window one row is chosen: it is not copied.
+    usage = usage.at[row].set(jnp.where(finite, stats['counts'], usage[row]))
+    window = usage.sum(0)
+    metrics['usage'] = code_ops.usage(window).mean()
+    metrics['perplexity'] = code_ops.perplexity(window).mean()
 
   def update(moved):
     network, ema = moved
@@ -282,13 +284,18 @@ def train_step(
     return network.replace(params=params, opt_state=opt_state), ema
 
   tokenizer, ema = updated_if(finite, update, (state.tokenizer, state.ema))
-  moved = state.replace(
-    codebook=codebook, discriminator=discriminator, usage=usage
+  codebook, discriminator = selected(
+    finite, (codebook, discriminator), (state.codebook, state.discriminator)
   )
-  state = selected(finite, moved, state).replace(
-    step=state.step + 1, tokenizer=tokenizer, ema=ema
-  )
-  return state, metrics
+  return TrainState(
+    step=state.step + 1,
+    tokenizer=tokenizer,
+    codebook=codebook,
+    discriminator=discriminator,
+    ema=ema,
+    usage=usage,
+    rng=state.rng,
+  ), metrics
 
 
 def judged(name: str) -> bool:
