@@ -67,7 +67,7 @@ setup(
     'demo': ['scikit-image', 'scikit-learn'],
     'fast_jpeg': ['simplejpeg'],  # data.decoder="simplejpeg"
     'unit': UNIT,
-    'test': [*UNIT, 'torch'],
+    'test': [*UNIT, 'simplejpeg', 'torch'],
   },
   classifiers=[
     'Programming Language :: Python :: 3.11',

@@ -50,6 +50,8 @@ def _nearest(z: Array, codes: Array) -> Array:
   if isinstance(n, int) and n <= chunk:
     return chunk_argmin(z)
   m = -(-n // chunk)
+  if isinstance(n, int):
+    chunk = -(-n // m)  # equal parts, so that little is padded
   padded = jnp.pad(z, ((0, m * chunk - n), (0, 0)))
   found = jax.lax.map(chunk_argmin, padded.reshape(m, chunk, c))
   return found.reshape(m * chunk)[:n]
