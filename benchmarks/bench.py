@@ -221,7 +221,7 @@ def drawn(shapes):
 
 
 def step_row(batch, side, remat=False):
-  """The whole stage-1 step: encoder frozen, L2, LPIPS, DINO discriminator."""
+  """The stage-1 step: encoder frozen, L2, LPIPS, DINO discriminator."""
   given = dict(
     model=model(side) | dict(remat=remat),
     data=dict(source='bundled:photos', image_size=side),

@@ -204,7 +204,10 @@ def test_one_that_fails_ends_all_with_its_code():
 def test_shellcheck(name):
   if not shutil.which('shellcheck'):
     pytest.skip('no shellcheck')
-  subprocess.run(['shellcheck', LAUNCH / name], check=True)
+  done = subprocess.run(
+    ['shellcheck', LAUNCH / name], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stdout
 
 
 GCLOUD = """#!/bin/sh

@@ -237,7 +237,7 @@ class TrainBatches:
     A thread takes the next image that no other has taken, so that all of them
     work on the batch that is needed next.
     """
-    begun: collections.deque = collections.deque()
+    reading: collections.deque = collections.deque()
     threads = reading_threads()
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
@@ -248,15 +248,15 @@ class TrainBatches:
           pool.submit(collections.deque, map(fill, rows), 0)
           for _ in range(threads)
         ]
-        begun.append((batch, rows, work))
-        if len(begun) > _AHEAD:
-          batch, _, work = begun[0]
+        reading.append((batch, rows, work))
+        if len(reading) > _AHEAD:
+          batch, _, work = reading[0]
           for part in work:
             part.result()
-          begun.popleft()
+          reading.popleft()
           yield batch
     finally:
-      for _, rows, _ in begun:
+      for _, rows, _ in reading:
         for _ in rows:  # none is left to read
           pass
 

@@ -40,13 +40,11 @@ def _unit(x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
 
 
 def _features(
-  images: Float[Array, 'b h w 3'], weights: Tree, run: RunOptions | None
+  images: Float[Array, 'b h w 3'], weights: Tree, run: RunOptions
 ) -> list[Float[Array, 'b _ _ _']]:
   widths = tuple(len(weights['heads'][f'tap{n}']) for n in range(1, 6))
   x = image_ops.normalize(2 * images - 1, _SHIFT, _SCALE)
-  features = VGG16(widths, run or RunOptions()).apply(
-    {'params': weights['net']}, x
-  )
+  features = VGG16(widths, run).apply({'params': weights['net']}, x)
   return [_unit(f.astype(jnp.float32)) for f in features]
 
 
@@ -71,8 +69,9 @@ def lpips(x: LossInputs) -> Float[Array, '']:
       f'the loss "lpips" needs images of {MIN_SIDE} pixels a side; got {size}'
     )
   weights, targets = jax.lax.stop_gradient((weights, x.targets))
-  recon = _features(x.reconstruction, weights, x.run)
-  target = _features(targets, weights, x.run)
+  run = x.run or RunOptions()
+  recon = _features(x.reconstruction, weights, run)
+  target = _features(targets, weights, run)
   total = jnp.zeros(len(targets), jnp.float32)
   for n, (a, b) in enumerate(zip(recon, target, strict=True), 1):
     head = jnp.asarray(weights['heads'][f'tap{n}'], jnp.float32)
@@ -82,13 +81,11 @@ def lpips(x: LossInputs) -> Float[Array, '']:
 
 
 def _logits(
-  images: Float[Array, 'b h w 3'], net: Tree, run: RunOptions | None
+  images: Float[Array, 'b h w 3'], net: Tree, run: RunOptions
 ) -> Float[Array, 'b classes']:
   blocks = [net[f'blocks{n}']['scale'].shape for n in range(1, 5)]
   depths, widths = map(tuple, zip(*blocks, strict=True))
-  model = ConvNeXt(
-    depths, widths, len(net['head']['bias']), run or RunOptions()
-  )
+  model = ConvNeXt(depths, widths, len(net['head']['bias']), run)
   x = image_ops.resize(images, (_SIDE, _SIDE), 'bilinear', antialias=True)
   x = model.apply({'params': net}, image_ops.normalize(x, _MEAN, _STD))
   return x.astype(jnp.float32)
@@ -108,5 +105,6 @@ def convnext(x: LossInputs) -> Float[Array, '']:
   x = checked(x, 'convnext')
   weights = weights_of(x, 'convnext')
   weights, targets = jax.lax.stop_gradient((weights, x.targets))
-  logits = _logits(x.reconstruction, weights['net'], x.run)
-  return jnp.mean((logits - _logits(targets, weights['net'], x.run)) ** 2)
+  run = x.run or RunOptions()
+  recon = _logits(x.reconstruction, weights['net'], run)
+  return jnp.mean((recon - _logits(targets, weights['net'], run)) ** 2)
