@@ -238,8 +238,9 @@ def test_tpu_vms_run_the_command_as_given(tmp_path):
     )  # fmt: skip
 
   flags = ['--config=configs/a.py:b=c', "--config.data.source=d e'*$HOME"]
-  script('train', *flags)
   log = tmp_path / 'vqrae_jax/train.log'
+  log.touch()  # a worker in the background opens it when it comes to it
+  script('train', *flags)
   wait(lambda: flags[-1] in log.read_text().splitlines())
   script('stop')
   wait(lambda: log.read_text().endswith('stopped\n'))
