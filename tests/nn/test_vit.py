@@ -48,6 +48,18 @@ def test_scan_and_remat_change_nothing_but_the_program():
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
 
 
+def test_product_has_the_gradients_of_matmul():
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = ((2, 3, 5), (5, 7), (2, 3, 7))
+  x, kernel, dy = map(jax.random.normal, keys, shapes)
+  for a in (x, x[0], x[0, 0]):
+    found, want = (jax.vjp(f, a, kernel) for f in (vit.product, jnp.matmul))
+    cotangent = dy.reshape(-1, 7)[: a.size // 5].reshape(want[0].shape)
+    found, want = ((y, *pull(cotangent)) for y, pull in (found, want))
+    for b, c in zip(found, want, strict=True):
+      np.testing.assert_allclose(b, c, rtol=1e-6, atol=1e-6)
+
+
 def test_bf16_with_f32_parameters():
   _, model, variables, x = made(layer_scale=0.1)
   half = vit.Transformer(spec(layer_scale=0.1, dtype='bfloat16'))

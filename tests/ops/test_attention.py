@@ -54,16 +54,28 @@ def with_gradients_of(fn, qkv, cotangent):
   return y, *back(cotangent)
 
 
-def test_f32_and_cpu_take_the_plain_one():
-  for dtype in ('float32', 'bfloat16'):
-    qkv, _ = drawn(600, dtype)
-    found, plain = (
-      jax.jit(fn)(*qkv)
-      for fn in (attention.attention, jax.nn.dot_product_attention)
-    )
-    np.testing.assert_array_equal(
-      *(np.asarray(x, 'f4') for x in (found, plain))
-    )
+def test_bf16_on_a_cpu_takes_the_plain_one():
+  qkv, _ = drawn(600)
+  found, plain = (
+    jax.jit(fn)(*qkv)
+    for fn in (attention.attention, jax.nn.dot_product_attention)
+  )
+  np.testing.assert_array_equal(*(np.asarray(x, 'f4') for x in (found, plain)))
+
+
+def test_f32_attention_is_exact():
+  """Like JAX's own against f64, also where exponentials would overflow."""
+  qkv, cotangent = drawn(197, 'float32')
+  given = [10 * qkv[0], *qkv[1:]], cotangent
+  found = with_gradients(attention.attention, *given)
+  library = with_gradients(jax.nn.dot_product_attention, *given)
+  with jax.enable_x64(True):
+    up = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), given)
+    y, back = jax.vjp(jax.nn.dot_product_attention, *up[0])
+    exact = [np.asarray(x) for x in (y, *back(up[1]))]
+  for a, b, c in zip(found, library, exact, strict=True):
+    error, allowed = (np.linalg.norm(x - c) / np.linalg.norm(c) for x in (a, b))
+    assert error < 1.5 * allowed and error < 1e-5
 
 
 def test_who_takes_what():

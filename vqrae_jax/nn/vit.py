@@ -45,6 +45,35 @@ def norm(spec: ViTSpec, name: str, affine: bool = True) -> nn.Module:
   )
 
 
+@jax.custom_vjp
+def product(x: Float[Array, '... i'], kernel: Float[Array, 'i o']) -> Array:
+  """x @ kernel; its gradient writes the kernel's as [i o] at once. JAX's own
+  rule has [o i], transposed, which takes a CPU twice as long."""
+  return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_gradient(given, dy):
+  x, kernel = given
+  rows = tuple(range(x.ndim - 1))
+  dx = jax.lax.dot_general(dy, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+  return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+product.defvjp(lambda *given: (product(*given), given), _product_gradient)
+
+
+def dense(spec: ViTSpec, features: int, name: str, bias: bool = True):
+  """The blocks' dense layers, [... i] -> [... features]."""
+  return nn.Dense(
+    features,
+    use_bias=bias,
+    dtype=spec.dtype,
+    kernel_init=XAVIER,
+    dot_general=lambda x, kernel, *_, **__: product(x, kernel),
+    name=name,
+  )
+
+
 class Attention(nn.Module):
   """Multi-head self-attention, [b n d] -> [b n d]."""
 
@@ -56,20 +85,13 @@ class Attention(nn.Module):
     head = s.width // s.num_heads
 
     def project(name):
-      y = nn.Dense(
-        s.width,
-        use_bias=s.qkv_bias,
-        dtype=s.dtype,
-        kernel_init=XAVIER,
-        name=name,
-      )(x)
+      y = dense(s, s.width, name, s.qkv_bias)(x)
       if s.qk_norm and name != 'value':
         y = nn.RMSNorm(s.norm_eps, dtype=s.dtype, name=f'{name}_norm')(y)
       return y.reshape(*y.shape[:-1], s.num_heads, head)
 
     y = attention(project('query'), project('key'), project('value'))
-    y = y.reshape(x.shape)
-    return nn.Dense(s.width, dtype=s.dtype, kernel_init=XAVIER, name='out')(y)
+    return dense(s, s.width, 'out')(y.reshape(x.shape))
 
 
 class Mlp(nn.Module):
@@ -80,16 +102,12 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     s = self.spec
-
-    def dense(features, name):
-      return nn.Dense(features, dtype=s.dtype, kernel_init=XAVIER, name=name)
-
-    y = dense(s.mlp_dim, 'fc1')(x)
+    y = dense(s, s.mlp_dim, 'fc1')(x)
     if s.act == 'swiglu':
-      y = jax.nn.silu(dense(s.mlp_dim, 'gate')(x)) * y
+      y = jax.nn.silu(dense(s, s.mlp_dim, 'gate')(x)) * y
     else:
       y = jax.nn.gelu(y, approximate=s.act == 'gelu_tanh')
-    return dense(s.width, 'fc2')(y)
+    return dense(s, s.width, 'fc2')(y)
 
 
 class Block(nn.Module):
