@@ -66,6 +66,8 @@ test-newest:
 	$(VENV)-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m 'not slow and not integration'
 
+# Memory that a step frees is kept and its pages are huge (docs/performance.md).
+bench: export GLIBC_TUNABLES = glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=34359738368:glibc.malloc.trim_threshold=68719476736
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.bench --json=benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.bench --report

@@ -31,7 +31,7 @@ _SAYS_SO = re.compile('Gloo|NCCL|UNAVAILABLE|heartbeat|coordination service')
 def loss_reported() -> Iterator[None]:
   """`with loss_reported(): …` around all work that needs other hosts.
 
-  Ends the process, by a line and exit code 2, if a collective failed since
+  Ends the process, by a line and exit code 75, if a collective failed since
   another host is gone.
   """
   if jax.process_count() == 1:
@@ -51,6 +51,6 @@ def loss_reported() -> Iterator[None]:
     # threads may still abort this process, and their stack hide the line.
     print(f'error: {LOST}', file=sys.stderr, flush=True)
     watch.communicate(b'done\n')
-    os._exit(2)
+    os._exit(75)  # EX_TEMPFAIL of sysexits.h: try again
   finally:
     watch.communicate(b'done\n')

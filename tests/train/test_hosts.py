@@ -118,7 +118,7 @@ def test_a_lost_host_is_said_by_the_other(config, tmp_path, lost):
   runs.signalled(processes.pop(lost), tmp_path / 'run', runs.at_step(3))
   (said,) = last_lines(processes)
   assert said.startswith('error: another host') and 'same command' in said
-  assert processes[0].returncode
+  assert processes[0].returncode in (75, -signal.SIGABRT)
 
 
 @pytest.mark.slow

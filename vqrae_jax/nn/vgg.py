@@ -56,19 +56,40 @@ class VGG16(nn.Module):
   ) -> tuple[Float[Array, 'b _ _ _'], ...]:
     def convolutions(self, x, group):
       small = min(x.shape[1:3]) < 3
-      for n in range(1, CONVOLUTIONS[group - 1] + 1):
-        x = nn.Conv(
-          self.widths[group - 1],
-          (3, 3),
-          padding=1,
-          dtype=self.run.dtype,
-          kernel_init=nn.initializers.he_normal(),
-          precision=self.run.precision,
-          conv_general_dilated=_as_product if small else None,
-          name=f'conv{group}_{n}',
-        )(x)
-        x = jax.nn.relu(x)
-      return x
+      options = dict(
+        features=self.widths[group - 1],
+        kernel_size=(3, 3),
+        padding=1,
+        dtype=self.run.dtype,
+        kernel_init=nn.initializers.he_normal(),
+        precision=self.run.precision,
+        conv_general_dilated=_as_product if small else None,
+      )
+      names = [f'conv{group}_{n + 1}' for n in range(CONVOLUTIONS[group - 1])]
+      if self.is_initializing():
+        for name in names:
+          x = jax.nn.relu(nn.Conv(**options, name=name)(x))
+        return x
+      conv = nn.Conv(**options, parent=None)
+
+      def one(x, leaves):
+        return jax.nn.relu(conv.apply({'params': leaves}, x)), None
+
+      def one_by_one(x, leaves):
+        for each in leaves:
+          x, _ = one(x, each)
+        return x
+
+      def scanned(x, leaves):
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+        return jax.lax.scan(one, x, stacked)[0]
+
+      first, *rest = (self.variables['params'][name] for name in names)
+      # A TPU compiles each convolution by itself, so those of one shape run as
+      # one. CPUs have no fast kernel for it in a loop.
+      return jax.lax.platform_dependent(
+        one(x, first)[0], rest, tpu=scanned, default=one_by_one
+      )
 
     if self.run.remat:
       convolutions = nn.remat(convolutions, static_argnums=2)
