@@ -1,4 +1,5 @@
-"""python -m benchmarks.bench [--only=encode,step] [--pairs=8] [--json=F]
+"""python -m benchmarks.bench [--only=encode,step] [--pairs=8] [--data=DATA]
+  [--json=F]
 
 What the package costs beside others on the same work, one after another in
 rounds, so that other load on the machine meets all alike: of each row the
@@ -8,18 +9,29 @@ same rounds, and what share of it (and on a known GPU of its peak) each row
 reaches. On CPU everything is f32; on a GPU networks run in bf16, quantizers in
 f32. An H100 and an H200 are taken to have 989 TFLOP/s. `--report` writes
 docs/performance.md from benchmarks/results/*.json.
+
+`--only=data --data=DATA` shows whether a source is read at the pace of its
+decoding: beside the training pipeline, from its first batch on, stands a bare
+loop of Pillow over the same images in as many threads, on bytes in memory.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
 import functools
+import io
+import itertools
 import json
 import os
 import pathlib
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
 # Threads that wait would take the time of whoever runs next.
@@ -33,10 +45,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from PIL import Image
 
 import vqrae_jax
 from benchmarks import torch_peers
 from vqrae_jax import optim, sharding
+from vqrae_jax.data import pipeline, sources
 from vqrae_jax.nn.dino import DINO_S8, TAPS
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import trees
@@ -62,6 +76,7 @@ class Row:
 
   calls: dict
   flops: float = 0.0
+  pairs: int | None = None  # fewer than --pairs
 
 
 def vit(side, **fields):
@@ -360,6 +375,64 @@ def optimizer_row(parameters):
   })  # fmt: skip
 
 
+def decode_and_resize(size, data):
+  with Image.open(io.BytesIO(data)) as image:
+    image = image.convert('RGB')
+  left, top = ((n - min(image.size)) // 2 for n in image.size)
+  box = (left, top, left + min(image.size), top + min(image.size))
+  return image.resize(size, Image.BICUBIC, box, reducing_gap=3).tobytes()
+
+
+def data_row(data, batches, side=224, decoder='pil'):
+  """The pipeline of 64 images a batch, from a start to its last batch. No
+  flips: decoding and cropping is what both do."""
+  augment = pipeline.Augment((side, side), resize=side, flip=False)
+  source = sources.open_source(data).decoded_by(decoder, augment.ample)
+  loader = pipeline.TrainBatches(source, augment, batch_size=64, seed=0)
+  threads = pipeline.reading_threads()
+  stretches = {name: itertools.count(step=batches) for name in ('ours', 'bare')}
+
+  def read():
+    iterator = loader.iterate(next(stretches['ours']))
+    collections.deque(itertools.islice(iterator, batches), 0)
+
+  def bare():
+    start = next(stretches['bare'])
+    rows = np.concatenate(
+      [loader._empty(start + n)[0]['photo'] for n in range(batches)]
+    )
+    encoded = [source._bytes(int(source._rows[row])) for row in rows]
+    work = functools.partial(decode_and_resize, (side, side))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      # Every thread has its own share and waits for no other.
+      parts = [encoded[n::threads] for n in range(threads)]
+      list(pool.map(lambda part: collections.deque(map(work, part), 0), parts))
+
+  return Row({'ours': read, 'Pillow': bare})
+
+
+def start_row():
+  """`python -m vqrae_jax.train` of two steps, by what an earlier start has
+  compiled, and without it."""
+  folder = tempfile.TemporaryDirectory()
+
+  def train(cache):
+    with tempfile.TemporaryDirectory(dir=folder.name) as fresh:
+      subprocess.run(
+        [
+          sys.executable, '-m', 'vqrae_jax.train', f'--workdir={fresh}/run',
+          '--config=configs/quickstart.py:steps=2',
+        ],
+        cwd=ROOT, check=True, capture_output=True,
+        env=os.environ | dict(VQRAE_JAX_CACHE=cache or fresh),
+      )  # fmt: skip
+
+  return Row(
+    {'ours': lambda: train(folder.name), 'first start': lambda: train(None)},
+    pairs=3,
+  )
+
+
 def product_row():
   """What the machine gives: a square product in the networks' dtype."""
   n = 8192 if GPU else 2048
@@ -375,7 +448,7 @@ def product_row():
   )
 
 
-def rows():
+def rows(data):
   """{name: () -> Row} for this machine."""
   if GPU:
     return {
@@ -400,11 +473,18 @@ def rows():
     'decode_from_indices, batch 4': lambda: indices_row(4, decode=True),
     'nearest code, 1568 tokens': lambda: nearest_row(1568),
     'optimizer, 50M parameters': lambda: optimizer_row(48 * 2**20),
+    'data, 4 batches': lambda: data_row(data, 4),
+    'data, 4 batches, simplejpeg': lambda: data_row(
+      data, 4, decoder='simplejpeg'
+    ),
+    'data, 16 batches': lambda: data_row(data, 16),
+    'second start': start_row,
   }
 
 
 def measured(row, pairs):
-  """{contender: ([seconds], [CPU seconds])}, the first call left out."""
+  """{contender: ([seconds], [CPU seconds, children's too])}, the first call
+  left out."""
   names = list(row.calls)
   for name in names:
     for _ in range(3 if GPU else 1):
@@ -412,9 +492,9 @@ def measured(row, pairs):
   times = {name: ([], []) for name in names}
   for r in range(pairs):
     for name in names[r % len(names) :] + names[: r % len(names)]:
-      began = time.perf_counter(), time.process_time()
+      began = time.perf_counter(), sum(os.times()[:4])
       row.calls[name]()
-      ended = time.perf_counter(), time.process_time()
+      ended = time.perf_counter(), sum(os.times()[:4])
       for kept, a, b in zip(times[name], began, ended, strict=True):
         kept.append(b - a)
   return times
@@ -498,6 +578,9 @@ def main():
   )
   parser.add_argument('--only', help='words that rows begin with, a,b')
   parser.add_argument('--pairs', type=int, default=20 if GPU else 8)
+  parser.add_argument(
+    '--data', default='bundled:photos', help='a folder, a glob, … for data rows'
+  )
   parser.add_argument('--json', help='where to write the results')
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
@@ -522,22 +605,23 @@ def main():
   }
   peak = next((f for k, f in PEAK.items() if k in report_to['hardware']), None)
   print(f'{report_to["hardware"]}, load {report_to["load"]:.2f}', flush=True)
-  for name, make in rows().items():
+  for name, make in rows(options.data).items():
     if not name.startswith(words):
       continue
     began = time.perf_counter()
     try:
       row = make()
-      found = result(row, measured(row, options.pairs))
+      found = result(row, measured(row, row.pairs or options.pairs))
     except Exception as e:  # the other rows are still worth their time
       print(f'{name}: {type(e).__name__}: {str(e)[:2000]}', flush=True)
       continue
     report_to['rows'][name] = found
-    share = f', {found["flops_per_s"] / peak:.0%} of peak' if peak else ''
-    print(
-      f'{name}: {found["ours_s"]:.4g} s, {found["flops_per_s"] / 1e12:.3g} '
-      f'TFLOP/s{share} ({time.perf_counter() - began:.0f} s)'
-    )
+    rate = ''
+    if found['flops']:
+      rate = f'{found["flops_per_s"] / 1e12:.3g} TFLOP/s '
+      rate += f'{found["flops_per_s"] / peak:.0%} of peak ' if peak else ''
+    took = time.perf_counter() - began
+    print(f'{name}: {found["ours_s"]:.4g} s {rate}(in {took:.0f} s)')
     for other, p in found['peers'].items():
       print(
         f'  / {other:18} {p["ratio"]:.3f} [{p["quartiles"][0]:.3f} '

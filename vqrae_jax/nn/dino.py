@@ -55,7 +55,7 @@ class Backbone(nn.Module):
     size = (s.grid[0] * s.patch_size, s.grid[1] * s.patch_size)
     x = image_ops.resize(images, size, 'bilinear', antialias=False)
     x = image_ops.normalize(x, IMAGENET_NORM.mean, IMAGENET_NORM.std)
-    x = image_ops.patchify(x, s.patch_size)
+    x = image_ops.patchify(x.astype(s.dtype), s.patch_size)
     x = vit.PatchEmbed(s, name='embed')(x)
     x = vit.IntermediateLayers(s, self.taps, name='transformer')(x)
     return x[:, :, s.num_prefix_tokens :]

@@ -84,11 +84,13 @@ class VGG16(nn.Module):
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
         return jax.lax.scan(one, x, stacked)[0]
 
-      first, *rest = (self.variables['params'][name] for name in names)
+      leaves = [self.variables['params'][name] for name in names]
+      if x.shape[-1] != options['features']:
+        x, _ = one(x, leaves.pop(0))
       # A TPU compiles each convolution by itself, so those of one shape run as
       # one. CPUs have no fast kernel for it in a loop.
       return jax.lax.platform_dependent(
-        one(x, first)[0], rest, tpu=scanned, default=one_by_one
+        x, leaves, tpu=scanned, default=one_by_one
       )
 
     if self.run.remat:
