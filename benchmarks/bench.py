@@ -540,7 +540,8 @@ def table(found):
     f'### {found["hardware"]}',
     '',
     f'{found["date"]}; {versions}; {found["dtype"]}; {found["pairs"]} rounds; '
-    f'load {found["load"]:.1f} before them.',
+    f'load {found["load"]:.1f} before them'
+    + (f'; `GLIBC_TUNABLES={m}`.' if (m := found.get('malloc')) else '.'),
     '',
     '| row | ours | rate | beside | ours / it [quartiles] | fastest | CPU |',
     '| --- | --- | --- | --- | --- | --- | --- |',
@@ -600,7 +601,7 @@ def main():
     'load': os.getloadavg()[0],
     'pairs': options.pairs,
     'dtype': DTYPE,
-    'malloc': os.environ.get('GLIBC_TUNABLES', 'as it is'),
+    'malloc': os.environ.get('GLIBC_TUNABLES'),
     'rows': {},
   }
   peak = next((f for k, f in PEAK.items() if k in report_to['hardware']), None)

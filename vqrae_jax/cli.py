@@ -3,7 +3,8 @@
 Flags belong to one call, not to the process, so tests may call a `main` many
 times. A `UserError`, or an error of a file or disk, is one line on stderr and
 exit code 2; a run that was stopped and saved itself exits with 143, as the
-shell reports SIGTERM, one that lost another host with 75 (`hosts.py`). Any other error keeps its traceback.
+shell reports SIGTERM, one that lost another host with 75 (`hosts.py`). Any
+other error keeps its traceback.
 """
 
 import importlib

@@ -48,7 +48,8 @@ def norm(spec: ViTSpec, name: str, affine: bool = True) -> nn.Module:
 @jax.custom_vjp
 def product(x: Float[Array, '... i'], kernel: Float[Array, 'i o']) -> Array:
   """x @ kernel; its gradient writes the kernel's as [i o] at once. JAX's own
-  rule has [o i], transposed, which takes a CPU twice as long."""
+  rule has [o i], transposed, which takes a CPU twice as long. Like the fused
+  attention, not for forward-mode differentiation."""
   return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
