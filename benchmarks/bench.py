@@ -478,7 +478,7 @@ def rows(data):
       data, 4, decoder='simplejpeg'
     ),
     'data, 16 batches': lambda: data_row(data, 16),
-    'second start': start_row,
+    'second start, 3 rounds': start_row,
   }
 
 

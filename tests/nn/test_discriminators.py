@@ -14,6 +14,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.nn import discriminators, spectral
 from vqrae_jax.nn.dino import DINO_S8, DinoDiscriminator
 from vqrae_jax.nn.patchgan import PatchGAN
+from vqrae_jax.nn.vgg import VGG16
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import networks
 
@@ -196,3 +197,33 @@ def test_bf16_and_remat_are_near_and_their_gradients_finite(name):
   assert found.dtype == jnp.float32
   assert error(found, want) < 5e-2
   assert np.isfinite(gradient).all() and np.any(gradient)
+
+
+@pytest.mark.parametrize(
+  'model',
+  [DinoDiscriminator(VIT, TAPS, KERNEL), VGG16((4, 4, 8, 8, 8))],
+  ids=['dino', 'vgg'],
+)
+def test_convolutions_of_one_shape_run_together_on_a_tpu(model, monkeypatch):
+  """To the outputs and the gradients of those one by one."""
+  x = images(2, 48, 48, 3)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+
+  def found(platform):
+    def dependent(*args, default, **branches):
+      return branches.get(platform, default)(*args)
+
+    monkeypatch.setattr(jax.lax, 'platform_dependent', dependent)
+
+    def outputs(variables, x):
+      return jax.tree.leaves(model.apply(variables, x))
+
+    out, pull = jax.vjp(outputs, variables, x)
+    return out, pull([2 * y for y in out])
+
+  together, one_by_one = (jax.tree.leaves(found(p)) for p in ('tpu', 'cpu'))
+  assert len(together) == len(one_by_one)
+  for a, b in zip(together, one_by_one, strict=True):
+    # The bias before an instance norm has no gradient but for rounding.
+    near = 1e-5 * np.abs(b).max() + 1e-6
+    np.testing.assert_allclose(a, b, rtol=0, atol=near)
