@@ -16,6 +16,7 @@ from vqrae_jax.ops import codes, images
 from vqrae_jax.types import LossInputs
 
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
+EXACT = {HIGHEST, codes.SIX_BF16}  # the second on GPUs
 D = 32
 
 
@@ -53,11 +54,11 @@ def test_quantizers(kind):
 
   rest = {k: v for k, v in variables.items() if k != 'params'}
   found = products(jax.grad(loss, (0, 2)), variables['params'], rest, z)
-  assert len(found) >= 3 and set(found) == {HIGHEST}
+  assert len(found) >= 3 and set(found) <= EXACT
   if kind != 'none':
     back = jax.eval_shape(quantizer.apply, variables, z).codes
     lookup = lambda v, c: quantizer.apply(v, c, method='codes_to_indices')  # noqa: E731
-    assert set(products(lookup, variables, back)) <= {HIGHEST}
+    assert set(products(lookup, variables, back)) <= EXACT
 
 
 class NoNetwork:
@@ -99,4 +100,4 @@ def test_adaptive_weight_and_resampling():
     (codes.nearest_code, (jnp.zeros((9, 4)), jnp.zeros((7, 4)))),
   ):
     found = products(fn, *args)
-    assert found and set(found) == {HIGHEST}
+    assert found and set(found) <= EXACT

@@ -98,6 +98,7 @@ class ViTSpec:
   `grid` is the native grid of patches (rows, columns); others are reached by
   interpolating positions. `layer_scale` is the initial value, None for none.
   `qk_norm` normalises queries and keys over the full width (InternViT).
+  With `scan` the blocks are a loop over one, but for a GPU's without `remat`.
   With `remat` a block's gradient computes the block again from its input;
   "dots" keeps the outputs of its dense layers and computes the rest again.
   Of the `num_prefix_tokens` the last `num_registers` have no position; the

@@ -87,6 +87,26 @@ def test_counts_and_sums():
   )
 
 
+@pytest.mark.parametrize('n, used', ((1, 1), (37, 1), (64, 5), (100, 40)))
+def test_a_gpus_sums_of_tokens_are_the_others(n, used, monkeypatch):
+  """By order of code; they are what a table's gradient is too."""
+  rng = np.random.default_rng(n)
+  z = jnp.asarray(rng.normal(size=(n, 3)), jnp.float32)
+  indices = jnp.asarray(rng.integers(0, used, n) * 3 % 41 - 1, jnp.int32)
+  table = jnp.asarray(rng.normal(size=(41, 3)), jnp.float32)
+
+  def found(platform):
+    def dependent(*args, default, **branches):
+      return branches.get(platform, default)(*args)
+
+    monkeypatch.setattr(jax.lax, 'platform_dependent', dependent)
+    gradient = jax.grad(lambda t: (codes.lookup(t, abs(indices)) * z).sum())
+    return codes.sum_by_code(z, indices, 41), gradient(table)
+
+  for ours, others in zip(found('cuda'), found('cpu'), strict=True):
+    np.testing.assert_allclose(ours, others, rtol=1e-6, atol=1e-6)
+
+
 def test_usage_and_perplexity():
   counts = jnp.array([[1, 1, 1, 1], [4, 0, 0, 0], [0, 0, 0, 0]])
   np.testing.assert_allclose(codes.usage(counts), [1, 0.25, 0])

@@ -139,17 +139,22 @@ class Block(nn.Module):
     return x, x if self.emit else None
 
 
-def _stack(s: ViTSpec, emit: bool = False) -> nn.Module:
+def _stack(s: ViTSpec, initializing: bool, emit: bool = False) -> nn.Module:
   """The blocks as one module "blocks": (x, None) -> (x, f[depth b n d])."""
+  # A GPU's loop copies what it reads and keeps, a quarter of forward and
+  # backward; but only a loop makes sure of remat, and compiles in seconds.
+  loop = jax.default_backend() != 'gpu' or s.remat or initializing
+  scan = s.scan and bool(loop)
   block = Block
   if s.remat:
-    block = nn.remat(Block, prevent_cse=False, policy=REMAT[s.remat])
+    # Without a loop, XLA would find what is computed again in what was.
+    block = nn.remat(Block, prevent_cse=not scan, policy=REMAT[s.remat])
   stack = nn.scan(
     block,
     variable_axes={'params': 0},
     split_rngs={'params': True},
     length=s.depth,
-    unroll=1 if s.scan else s.depth,
+    unroll=1 if scan else s.depth,
   )
   return stack(s, emit, name='blocks')
 
@@ -161,7 +166,8 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b n d']) -> Float[Array, 'b n d']:
-    return _stack(self.spec)(x.astype(self.spec.dtype), None)[0]
+    stack = _stack(self.spec, self.is_initializing())
+    return stack(x.astype(self.spec.dtype), None)[0]
 
 
 class IntermediateLayers(nn.Module):
@@ -177,7 +183,8 @@ class IntermediateLayers(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'b n d']) -> Float[Array, 't b n d']:
     s = self.spec
-    outputs = _stack(s, emit=True)(x.astype(s.dtype), None)[1]
+    stack = _stack(s, self.is_initializing(), emit=True)
+    outputs = stack(x.astype(s.dtype), None)[1]
     return jnp.stack([outputs[i] for i in self.layers])
 
 

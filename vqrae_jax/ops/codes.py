@@ -5,6 +5,7 @@ in f32 is TF32 on GPU and bf16 passes on TPU unless it is asked, and either
 picks other codes. Nothing materializes [tokens, K] beyond a chunk.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,9 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
+# As a TPU does it: six products of bf16 parts, f32's error in half the time of
+# a GPU's f32 products.
+SIX_BF16 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 BATCH_AXES = ('data', 'fsdp')  # mesh axes that a batch of tokens lies over
 SCORES_PER_CHUNK = 2**24  # f32 scores at once on a device: 64 MiB
 
@@ -41,8 +45,15 @@ def _nearest(z: Array, codes: Array) -> Array:
   z, codes = z - center, codes - center
   half_norms = 0.5 * jnp.sum(codes * codes, axis=-1)
 
+  def products(precision, tokens):
+    return jnp.einsum('nc,kc->nk', tokens, codes, precision=precision)
+
   def chunk_argmin(tokens):
-    dots = jnp.einsum('nc,kc->nk', tokens, codes, precision=HIGHEST)
+    dots = jax.lax.platform_dependent(
+      tokens,
+      cuda=functools.partial(products, SIX_BF16),
+      default=functools.partial(products, HIGHEST),
+    )
     return jnp.argmin(half_norms - dots, axis=-1).astype(jnp.int32)
 
   n, c = z.shape
@@ -87,8 +98,19 @@ def lookup(
   gathered table, and the gradient comes back as a reduce-scatter of its rows.
   """
   flat = indices.reshape(math.prod(indices.shape))
-  found = _by_device(lambda indices, codes: codes[indices], flat, codes)
+  found = _by_device(functools.partial(_rows, len(codes)), flat, codes)
   return found.reshape(*indices.shape, codes.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(size: int, indices: Array, codes: Array) -> Array:
+  return codes[indices]
+
+
+_rows.defvjp(
+  lambda size, indices, codes: (codes[indices], indices),
+  lambda size, indices, dy: (None, sum_by_code(dy, indices, size)),
+)
 
 
 def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
@@ -154,9 +176,38 @@ def sum_by_code(
   z: Float[Array, '*s c'], indices: Int[Array, '*s'], size: int
 ) -> Float[Array, 'k c']:
   """f32[k c]: the sum of the tokens assigned to each code."""
-  flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
+  flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1]).astype(jnp.float32)
   index = indices.reshape(math.prod(indices.shape))
-  return jax.ops.segment_sum(flat.astype(jnp.float32), index, size)
+
+  def sorted_sums(flat, index):
+    """Tokens in the order of their codes: each takes up the sum of the one,
+    two, four … after it of the same code, so that a code's first has all.
+
+    For GPUs, where XLA adds by atomics: in no fixed order, and within a train
+    step (H200, 12544 tokens of 1536) in 61 ms of 273; alone .2, and this 1.6.
+    """
+    order = jnp.argsort(index)
+    flat, index = flat[order], index[order]
+    at, n = jnp.arange(len(flat)), len(flat)
+
+    def take_up(doubled, flat):
+      after = at + (1 << doubled)
+      same = index.at[after].get(mode='fill', fill_value=-1) == index
+      more = flat.at[after].get(mode='fill', fill_value=0)
+      return flat + jnp.where(same[:, None], more, 0)
+
+    flat = jax.lax.fori_loop(0, (n - 1).bit_length(), take_up, flat)
+    first = jnp.searchsorted(index, jnp.arange(size))
+    occurs = index.at[first].get(mode='fill', fill_value=-1) == jnp.arange(size)
+    sums = flat.at[first].get(mode='fill', fill_value=0)
+    return jnp.where(occurs[:, None], sums, 0)
+
+  return jax.lax.platform_dependent(
+    flat,
+    index,
+    cuda=sorted_sums,
+    default=functools.partial(jax.ops.segment_sum, num_segments=size),
+  )
 
 
 def usage(counts: Int[Array, '*q k']) -> Float[Array, ' *q']:
