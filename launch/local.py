@@ -6,7 +6,7 @@
 Each is `python -m vqrae_jax.train` with what follows `--`; its number stands
 before its lines. SIGTERM and Ctrl-C reach all as SIGTERM, on which they save
 and exit with 143; a second one kills them. If one fails the others are ended,
-and its exit code is this program's.
+and its exit code is this program's, not the 75 of one that lost it.
 
 Tried: two processes on CPU devices (tests/test_launch.py); no accelerators.
 """
@@ -75,11 +75,11 @@ def main() -> int:
   code, asked, deadline = 0, False, float('inf')
   while running:
     time.sleep(0.1)
-    for process in running:
-      if process.poll() and not code:
-        code = process.returncode
-        code = code if code > 0 else 128 - code  # a signal, as a shell says it
-        deadline = time.time() + GRACE
+    failed = [p.returncode for p in running if p.poll()]
+    if failed and not code:
+      code = next((c for c in failed if c != 75), 75)
+      code = code if code > 0 else 128 - code  # a signal, as a shell says it
+      deadline = time.time() + GRACE
     running = [p for p in running if p.returncode is None]
     kill = len(received) > 1 or time.time() > deadline
     for process in running:

@@ -20,7 +20,7 @@ import jax
 from vqrae_jax.errors import UserError
 
 LOST = (
-  'another host of this run is gone, and this one cannot go on without it; '
+  'error: a host of this run is gone, and the others cannot go on without it; '
   'the same command on all hosts goes on from the last checkpoint'
 )
 # How collectives and the coordination service say so.
@@ -38,7 +38,7 @@ def loss_reported() -> Iterator[None]:
     yield
     return
   watch = subprocess.Popen(
-    ['sh', '-c', 'read -r word || echo "error: $0" >&2', LOST],
+    ['sh', '-c', 'read -r word || echo "$0" >&2', LOST],
     stdin=subprocess.PIPE,
     start_new_session=True,  # or Ctrl-C would end it first
   )
@@ -49,7 +49,7 @@ def loss_reported() -> Iterator[None]:
       raise
     # Not by an exception: until Python has shut down, the service's own
     # threads may still abort this process, and their stack hide the line.
-    print(f'error: {LOST}', file=sys.stderr, flush=True)
+    print(LOST, file=sys.stderr, flush=True)
     watch.communicate(b'done\n')
     os._exit(75)  # EX_TEMPFAIL of sysexits.h: try again
   finally:

@@ -33,7 +33,8 @@ def project():
     copy, skip = pathlib.Path(folder), shutil.ignore_patterns('__pycache__')
     for name in ('vqrae_jax', 'configs', 'launch', 'tests', 'docs'):
       shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    shutil.copy(ROOT / 'pyproject.toml', copy)
+    for name in ('pyproject.toml', 'constraints.txt'):
+      shutil.copy(ROOT / name, copy)
     yield copy
 
 
