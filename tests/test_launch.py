@@ -128,9 +128,12 @@ def test_two_processes_are_stopped_and_killed_and_go_on(config, want, tmp_path):
   assert launched.returncode == 143, said
   for rank in '01':
     assert f'{rank}: stopped: by the scheduler after step' in said
+  stopped = runs.rows(workdir)[-1]['step']
   launched = runs.launched(config, workdir, 1)
-  wait(lambda: runs.at_step(STEPS // 2)(workdir))
   pid = launched.pid
+  while not runs.at_step(stopped + 1)(workdir):  # the rest takes half a second
+    assert launched.poll() is None
+    time.sleep(0.001)
   children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text()
   os.kill(int(children.split()[1]), signal.SIGKILL)
   said = launched.communicate(timeout=300)[1]
