@@ -48,6 +48,23 @@ def test_scan_and_remat_change_nothing_but_the_program():
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
 
 
+@pytest.mark.parametrize('platform, alone', (('cpu', 1), ('gpu', 2)))
+def test_a_gpu_loops_only_where_it_must(platform, alone, monkeypatch):
+  """For remat and to make weights; else a loop's copies cost a quarter."""
+  s, model, variables, x = made()
+  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+
+  def blocks_at_once(fn, *args):
+    loops = jax.make_jaxpr(fn)(*args).eqns
+    return [e.params['unroll'] for e in loops if e.primitive.name == 'scan']
+
+  assert s.depth == 2
+  assert blocks_at_once(model.apply, variables, x) == [alone]
+  remat = vit.Transformer(spec(remat=True))
+  assert blocks_at_once(remat.apply, variables, x) == [1]
+  assert blocks_at_once(model.init, jax.random.key(0), x) == [1]
+
+
 def test_product_has_the_gradients_of_matmul():
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = ((2, 3, 5), (5, 7), (2, 3, 7))
