@@ -9,6 +9,11 @@ hugoycj/RAE, a fork of bytetriper/RAE.
 import ml_collections
 
 
+def of_any_type(value) -> ml_collections.FieldReference:
+  """A value that the command line may replace by one of another type."""
+  return ml_collections.FieldReference(value, field_type=object)
+
+
 def base() -> ml_collections.ConfigDict:
   """Every key but `model`, `losses` and `schedules`, so that each can be
   changed from the command line. Durations are strings: "500 steps"."""
@@ -69,7 +74,7 @@ def small_model(patch: int, pixels: int, quantizer: dict) -> dict:
     quantizer=quantizer,
     decoder=dict(vit=ends | dict(posemb='sincos2d')),
     dtype='float32',
-    remat=False,
+    remat=of_any_type(False),
   )
 
 
@@ -105,7 +110,7 @@ def recipe(
     quantizer=quantizer,
     decoder=decoder,
     dtype='bfloat16',
-    remat=remat,
+    remat=of_any_type(remat),
   )
   config.init.encoder = encoder
   config.data.update(

@@ -71,14 +71,19 @@ def main() -> int:
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
-  running = [start(i, address, args) for i in range(args.processes)]
+  processes = [start(i, address, args) for i in range(args.processes)]
+  running = processes
   code, asked, deadline = 0, False, float('inf')
   while running:
     time.sleep(0.1)
-    failed = [p.returncode for p in running if p.poll()]
+    failed = [p for p in running if p.poll()]
     if failed and not code:
-      code = next((c for c in failed if c != 75), 75)
+      first = min(failed, key=lambda p: p.returncode == 75)
+      code = first.returncode
       code = code if code > 0 else 128 - code  # a signal, as a shell says it
+      if not received:
+        number = processes.index(first)
+        print(f'process {number} ended with {code}; so do all', file=sys.stderr)
       deadline = time.time() + GRACE
     running = [p for p in running if p.returncode is None]
     kill = len(received) > 1 or time.time() > deadline

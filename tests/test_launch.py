@@ -138,6 +138,7 @@ def test_two_processes_are_stopped_and_killed_and_go_on(config, want, tmp_path):
   os.kill(int(children.split()[1]), signal.SIGKILL)
   said = launched.communicate(timeout=300)[1]
   assert launched.returncode == 128 + signal.SIGKILL, said
+  assert 'process 1 ended with 137' in said
   assert len(runs.rows(workdir)) < STEPS
   said = runs.finished(runs.launched(config, workdir, 1))
   assert 'resumed from step' in said

@@ -20,8 +20,8 @@ import jax
 from vqrae_jax.errors import UserError
 
 LOST = (
-  'error: a host of this run is gone, and the others cannot go on without it; '
-  'the same command on all hosts goes on from the last checkpoint'
+  'error: a host of this run is gone or does not answer, and the others cannot '
+  'go on without it; the same command on all hosts resumes'
 )
 # How collectives and the coordination service say so.
 _SAYS_SO = re.compile('Gloo|NCCL|UNAVAILABLE|heartbeat|coordination service')
@@ -49,7 +49,8 @@ def loss_reported() -> Iterator[None]:
       raise
     # Not by an exception: until Python has shut down, the service's own
     # threads may still abort this process, and their stack hide the line.
-    print(LOST, file=sys.stderr, flush=True)
+    reason = str(e).strip().partition('\n')[0]
+    print(f'{LOST} ({reason})', file=sys.stderr, flush=True)
     watch.communicate(b'done\n')
     os._exit(75)  # EX_TEMPFAIL of sysexits.h: try again
   finally:

@@ -87,6 +87,33 @@ def test_counts_and_sums():
   )
 
 
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+@pytest.mark.parametrize('n', (0, 24))
+def test_lookup_is_indexing(n, dtype):
+  """Its gradient too: of indices from the end, of none, in the codes' dtype."""
+  rng = np.random.default_rng(0)
+  table = jnp.asarray(rng.normal(size=(7, 3)), dtype)
+  indices = jnp.asarray(rng.integers(-7, 7, (n, 2)), jnp.int32)
+  weight = jnp.asarray(rng.normal(size=(n, 2, 3)), dtype)
+  found, want = (
+    jax.jit(jax.value_and_grad(lambda t, rows=rows: (rows(t) * weight).sum()))(
+      table
+    )
+    for rows in (lambda t: codes.lookup(t, indices), lambda t: t[indices])
+  )
+  assert found[1].dtype == want[1].dtype
+  rough = dict(rtol=1e-6, atol=1e-6) if dtype == 'float32' else dict(atol=0.1)
+  for pair in zip(found, want, strict=True):
+    np.testing.assert_allclose(*(np.asarray(x, 'f4') for x in pair), **rough)
+
+
+def test_the_nearest_code_of_bf16_is_that_of_its_values_in_f32():
+  z = jax.random.normal(jax.random.key(0), (256, 8), jnp.bfloat16)
+  table = jax.random.normal(jax.random.key(1), (500, 8), jnp.bfloat16)
+  want = codes.nearest_code(z.astype(jnp.float32), table.astype(jnp.float32))
+  np.testing.assert_array_equal(codes.nearest_code(z, table), want)
+
+
 @pytest.mark.parametrize('n, used', ((1, 1), (37, 1), (64, 5), (100, 40)))
 def test_a_gpus_sums_of_tokens_are_the_others(n, used, monkeypatch):
   """By order of code; they are what a table's gradient is too."""

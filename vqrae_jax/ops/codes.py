@@ -77,13 +77,13 @@ def nearest_code(
   searches for its own share of the tokens. No gradient passes.
 
   Args:
-    z: f32[... c] tokens.
-    codes: f32[k c].
+    z: f[... c] tokens, compared in f32.
+    codes: f[k c].
 
   Returns:
     i32[...] in [0, k).
   """
-  z, codes = jax.lax.stop_gradient((z, codes))
+  z, codes = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codes))
   shape = z.shape[:-1]
   flat = z.reshape(math.prod(shape), z.shape[-1])
   return _by_device(_nearest, flat, codes).reshape(shape)
@@ -107,9 +107,13 @@ def _rows(size: int, indices: Array, codes: Array) -> Array:
   return codes[indices]
 
 
+def _rows_gradient(size, indices, dy):
+  counted = jnp.where(indices < 0, indices + size, indices)  # -1 is the last
+  return None, sum_by_code(dy, counted, size).astype(dy.dtype)
+
+
 _rows.defvjp(
-  lambda size, indices, codes: (codes[indices], indices),
-  lambda size, indices, dy: (None, sum_by_code(dy, indices, size)),
+  lambda size, indices, codes: (codes[indices], indices), _rows_gradient
 )
 
 
@@ -175,9 +179,11 @@ def count_codes(indices: Int[Array, '*s'], size: int) -> Int[Array, ' k']:
 def sum_by_code(
   z: Float[Array, '*s c'], indices: Int[Array, '*s'], size: int
 ) -> Float[Array, 'k c']:
-  """f32[k c]: the sum of the tokens assigned to each code."""
+  """f32[k c]: the sum of each code's tokens; negative indices are dropped."""
   flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1]).astype(jnp.float32)
   index = indices.reshape(math.prod(indices.shape))
+  if not flat.size:
+    return jnp.zeros((size, z.shape[-1]))
 
   def sorted_sums(flat, index):
     """Tokens in the order of their codes: each takes up the sum of the one,
