@@ -3,7 +3,8 @@
 # make test         environment with the test extra, the whole fast suite
 # make test-slow    the tests that take minutes each, older CPUs, Python 3.12
 # make bench        environment with the test extra; speed beside PyTorch, into
-#                   docs/performance.md (20 minutes on two idle cores)
+#                   docs/performance.md (40 minutes on two idle cores); with
+#                   DATA=a folder, a glob, … that of reading it too
 # make lint         environment with the test extra; ruff, format and rules
 # make clean        removes both environments and what builds leave, no run
 PYTHON ?= python3
@@ -69,7 +70,8 @@ test-newest:
 # Memory that a step frees is kept and its pages are huge (docs/performance.md).
 bench: export GLIBC_TUNABLES = glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=34359738368:glibc.malloc.trim_threshold=68719476736
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks.bench --json=benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.bench --json=benchmarks/results/cpu.json \
+	  $(if $(DATA),--data=$(DATA))
 	$(BIN)/python -m benchmarks.bench --report
 
 lint: $(VENV)/.test

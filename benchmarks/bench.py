@@ -25,6 +25,7 @@ import functools
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -463,7 +464,6 @@ def rows(data):
       'optimizer, 300M parameters': lambda: optimizer_row(300 * 2**20),
     }
   return {
-    # First: it takes 19 GB, and what rows have freed is kept (Makefile).
     'stage-1 step, 128 px, batch 2': lambda: step_row(2, 128),
     'matrix product': product_row,
     'encoder, batch 1': lambda: encoder_row(1),
@@ -473,13 +473,23 @@ def rows(data):
     'decode_from_indices, batch 4': lambda: indices_row(4, decode=True),
     'nearest code, 1568 tokens': lambda: nearest_row(1568),
     'optimizer, 50M parameters': lambda: optimizer_row(48 * 2**20),
+    'second start, 3 rounds': start_row,
+  } | (data_rows(data) if data else {})
+
+
+def data_rows(data):
+  return {
     'data, 4 batches': lambda: data_row(data, 4),
     'data, 4 batches, simplejpeg': lambda: data_row(
       data, 4, decoder='simplejpeg'
     ),
     'data, 16 batches': lambda: data_row(data, 16),
-    'second start, 3 rounds': start_row,
   }
+
+
+def row_result(name, data, pairs):
+  row = rows(data)[name]()
+  return result(row, measured(row, row.pairs or pairs))
 
 
 def measured(row, pairs):
@@ -579,9 +589,7 @@ def main():
   )
   parser.add_argument('--only', help='words that rows begin with, a,b')
   parser.add_argument('--pairs', type=int, default=20 if GPU else 8)
-  parser.add_argument(
-    '--data', default='bundled:photos', help='a folder, a glob, … for data rows'
-  )
+  parser.add_argument('--data', help='a folder, a glob, …, for the data rows')
   parser.add_argument('--json', help='where to write the results')
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
@@ -606,13 +614,20 @@ def main():
   }
   peak = next((f for k, f in PEAK.items() if k in report_to['hardware']), None)
   print(f'{report_to["hardware"]}, load {report_to["load"]:.2f}', flush=True)
-  for name, make in rows(options.data).items():
+  # A process each, so that none meets what another leaves. A GPU's start slowly.
+  pool = concurrent.futures.ProcessPoolExecutor(
+    1, multiprocessing.get_context('spawn'), max_tasks_per_child=1
+  )
+  for name in rows(options.data):
     if not name.startswith(words):
       continue
     began = time.perf_counter()
+    task = name, options.data, options.pairs
     try:
-      row = make()
-      found = result(row, measured(row, row.pairs or options.pairs))
+      if GPU:
+        found = row_result(*task)
+      else:
+        found = pool.submit(row_result, *task).result()
     except Exception as e:  # the other rows are still worth their time
       print(f'{name}: {type(e).__name__}: {str(e)[:2000]}', flush=True)
       continue
@@ -631,7 +646,6 @@ def main():
       )  # fmt: skip
     if options.json:
       pathlib.Path(options.json).write_text(json.dumps(report_to, indent=1))
-    del row
     if GPU:
       torch.cuda.empty_cache()
 
