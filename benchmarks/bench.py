@@ -614,7 +614,8 @@ def main():
   }
   peak = next((f for k, f in PEAK.items() if k in report_to['hardware']), None)
   print(f'{report_to["hardware"]}, load {report_to["load"]:.2f}', flush=True)
-  # A process each, so that none meets what another leaves. A GPU's start slowly.
+  # A process each, so that none meets what another leaves. On a GPU they start
+  # too slowly.
   pool = concurrent.futures.ProcessPoolExecutor(
     1, multiprocessing.get_context('spawn'), max_tasks_per_child=1
   )
