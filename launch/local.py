@@ -83,7 +83,8 @@ def main() -> int:
       code = code if code > 0 else 128 - code  # a signal, as a shell says it
       if not received:
         number = processes.index(first)
-        print(f'process {number} ended with {code}; so do all', file=sys.stderr)
+        line = f'process {number} ended with {code}; ending the others'
+        print(line, file=sys.stderr)
       deadline = time.time() + GRACE
     running = [p for p in running if p.returncode is None]
     kill = len(received) > 1 or time.time() > deadline

@@ -16,7 +16,6 @@ from vqrae_jax.ops import codes, images
 from vqrae_jax.types import LossInputs
 
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
-EXACT = {HIGHEST, codes.SIX_BF16}  # the second on GPUs
 D = 32
 
 
@@ -54,11 +53,14 @@ def test_quantizers(kind):
 
   rest = {k: v for k, v in variables.items() if k != 'params'}
   found = products(jax.grad(loss, (0, 2)), variables['params'], rest, z)
-  assert len(found) >= 3 and set(found) <= EXACT
+  # The search for the nearest code has a branch of its own for GPUs.
+  searches = kind.startswith(('vq', 'simvq'))
+  assert found.count(codes.SIX_BF16) == searches
+  assert len(found) >= 3 and set(found) - {codes.SIX_BF16} == {HIGHEST}
   if kind != 'none':
     back = jax.eval_shape(quantizer.apply, variables, z).codes
     lookup = lambda v, c: quantizer.apply(v, c, method='codes_to_indices')  # noqa: E731
-    assert set(products(lookup, variables, back)) <= EXACT
+    assert set(products(lookup, variables, back)) <= {HIGHEST, codes.SIX_BF16}
 
 
 class NoNetwork:
@@ -97,7 +99,8 @@ def test_adaptive_weight_and_resampling():
     (lambda t: images.resize(t, (4, 9), 'bicubic', False), (g[0],)),
     (lambda x: images.resize_exact(x, (5, 9), 'bicubic'), (g,)),
     (jax.grad(lambda x: images.resize_exact(x, (5, 9), 'bicubic').sum()), (g,)),
-    (codes.nearest_code, (jnp.zeros((9, 4)), jnp.zeros((7, 4)))),
   ):
     found = products(fn, *args)
-    assert found and set(found) <= EXACT
+    assert found and set(found) == {HIGHEST}
+  nearest = products(codes.nearest_code, jnp.zeros((9, 4)), jnp.zeros((7, 4)))
+  assert len(nearest) == 2 and set(nearest) == {HIGHEST, codes.SIX_BF16}

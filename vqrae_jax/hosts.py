@@ -21,7 +21,7 @@ from vqrae_jax.errors import UserError
 
 LOST = (
   'error: a host of this run is gone or does not answer, and the others cannot '
-  'go on without it; the same command on all hosts resumes'
+  'continue without it; the same command on all hosts resumes'
 )
 # How collectives and the coordination service say so.
 _SAYS_SO = re.compile('Gloo|NCCL|UNAVAILABLE|heartbeat|coordination service')

@@ -143,11 +143,11 @@ def _stack(s: ViTSpec, initializing: bool, emit: bool = False) -> nn.Module:
   """The blocks as one module "blocks": (x, None) -> (x, f[depth b n d])."""
   # A GPU's loop copies what it reads and keeps, a quarter of forward and
   # backward; but only a loop makes sure of remat, and compiles in seconds.
-  loop = jax.default_backend() != 'gpu' or s.remat or initializing
-  scan = s.scan and bool(loop)
+  unrolls = jax.default_backend() == 'gpu' and not (s.remat or initializing)
+  scan = s.scan and not unrolls
   block = Block
   if s.remat:
-    # Without a loop, XLA would find what is computed again in what was.
+    # Outside a loop XLA would merge the second computation with the first.
     block = nn.remat(Block, prevent_cse=not scan, policy=REMAT[s.remat])
   stack = nn.scan(
     block,

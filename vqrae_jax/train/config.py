@@ -159,7 +159,7 @@ class DataSpec:
     include, exclude: globs of images' names.
     resize, crop, flip: as in `data.pipeline.Augment`.
     decoder: of JPEG files: "pil", or "simplejpeg" (`pip install
-      'vqrae_jax[fast_jpeg]'`), for large photographs: what is at least twice
+      'vqrae_jax[fast_jpeg]'`), for large images: what is at least twice
       as large as needed is decoded smaller at once, to slightly other pixels.
       A run keeps the one it has.
     examples: the length of a source without one.
