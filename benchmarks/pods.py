@@ -12,14 +12,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAD = """# Recipes on pods
 
 Compiled ahead of time by `python -m vqrae_jax.preflight` for devices that are
-not there; nothing ran. "Needs" is what the compiler sets aside on a device for
-the train step, the larger of the two programs: parameters, moments, averages,
-frozen networks, the batch, temporaries and the program itself. FLOPs are of
-one image of the train step, whatever is computed twice included.
+not there; nothing ran. A row is the report of
 
-| recipe | devices | batch | images at once | needs, GiB | of | \
+    python -m vqrae_jax.preflight --config=configs/RECIPE --topology=DEVICES
+
+with `--config.batch_size` where it is given and `--config.init_from=RUN` for
+stage 2. "Needs" is what the compiler sets aside on a device for the train step,
+the larger of the two programs: parameters, moments, EMA weights, frozen
+networks, the batch, temporaries and the program itself. FLOPs are of one image
+of the train step, whatever is computed twice included.
+
+| recipe | devices | mesh | batch | images at once | needs, GiB | of | \
 temporaries, MiB | code, MiB | compiled in, CPU-minutes | GFLOPs an image |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -32,7 +37,8 @@ def row(found):
   batch, memory = found['batch'], step['memory']
   cells = [
     f'`{" ".join([config, *overrides])}`',
-    f'{found["devices"]}',
+    re.search(r'--topology=(\S+)', found['command'])[1],
+    ', '.join(f'{k}={v}' for k, v in found['mesh'].items() if v > 1),
     batch['size'],
     batch['microbatch'],
     f'{step["needs"] / gib:.2f}{fits}',

@@ -5,11 +5,11 @@
 #   export NAME=vqrae ZONE=us-central1-a TYPE=v5litepod-64
 #   export RUNTIME=v2-alpha-tpuv5-lite   # v5p: TYPE=v5p-128 v2-alpha-tpuv5
 #   launch/tpu_vm.sh create [--spot]     # waits until the slice is there
-#   launch/tpu_vm.sh install             # the checkout's HEAD and its packages
+#   launch/tpu_vm.sh install             # what is committed, and its packages
 #   launch/tpu_vm.sh train --config=configs/simvq_siglip_l.py \
 #     --config.data.source=DATA --workdir=gs://BUCKET/runs/NAME
 #   launch/tpu_vm.sh log                 # worker 0's, as it grows
-#   launch/tpu_vm.sh stop                # saves; the same train goes on
+#   launch/tpu_vm.sh stop                # saves; the same train resumes
 #   launch/tpu_vm.sh delete
 #
 # DATA is a path on every worker (`launch/tpu_vm.sh run COMMAND` mounts a bucket

@@ -50,7 +50,7 @@ def test_vqrae_lists_the_commands(monkeypatch, capsys):
   [
     (UserError('what was\nwrong'), 2, 'error: what was wrong\n'),
     (FileNotFoundError(2, 'No such file', 'a/b'), 2, 'error: a/b: No such fi'),
-    (OSError(28, 'No space left on device'), 2, 'error: No space left'),
+    (OSError(28, 'No space left on device'), 1, 'error: No space left'),
     (Stopped('by SIGTERM'), 143, 'stopped: by SIGTERM\n'),
   ],
 )

@@ -77,7 +77,7 @@ def test_memory_by_kind_is_the_states_own(planned):
   state, frozen = state_lib.state_shapes(plan.spec, mesh)
   assert memory['parameters'] == size(state.tokenizer.params)
   assert memory['moments'] == size(state.tokenizer.opt_state)
-  assert memory['average'] == memory['parameters']
+  assert memory['EMA weights'] == memory['parameters']
   assert memory['frozen'] == size(frozen.params)
   assert memory['codebook'] == size(state.codebook) > 0
   assert memory['discriminator'] == size(
@@ -86,7 +86,7 @@ def test_memory_by_kind_is_the_states_own(planned):
   assert memory['usage window'] == size(state.usage)
   assert memory['batch'] == 2 * 16 * 16 * 3
   # The step's numbers, its counter, its key; nothing is padded on a CPU.
-  assert 0 <= memory['padding, numbers'] < 1024
+  assert 0 <= memory['padding, scalars'] < 1024
   assert memory['temporaries'] > 0
   step = planned[0]['train_step']
   assert step['needs'] == sum(memory.values())

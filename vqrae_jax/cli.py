@@ -247,8 +247,15 @@ def _is_ours(record: std_logging.LogRecord) -> bool:
   return not (noise and any(part in record.pathname for part in theirs))
 
 
+_BAD_PATH = (
+  FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
+  PermissionError,
+)  # fmt: skip
+
+
 def run(main: Callable[[list[str]], None]) -> None:
-  """Runs `main(argv)`; a `UserError` is one line and exit code 2."""
+  """Runs `main(argv)`; bad input is one line and exit code 2, another error of
+  the system (a full disk) one line and 1."""
   # absl asks the process-wide flags, which stay empty here, how to log.
   flags.FLAGS.mark_as_parsed()
   logging.use_absl_handler()
@@ -270,7 +277,8 @@ def run(main: Callable[[list[str]], None]) -> None:
       raise
     where = f'{e.filename}: ' if e.filename else ''
     print(f'error: {where}{e.strerror}', file=sys.stderr)
-    sys.exit(2)
+    # A scheduler does not start again after 2: a disk may be back by then.
+    sys.exit(2 if isinstance(e, _BAD_PATH) else 1)
   except Stopped as e:
     print(f'stopped: {e}', file=sys.stderr)
     sys.exit(143)

@@ -3,7 +3,7 @@
 A row is (regex, schedule); the first that matches a leaf's whole name claims
 it, and every leaf must be claimed. A schedule of None freezes its leaves:
 they are left out of the trainable tree at init, so no optimizer state,
-average or checkpoint holds a copy. A schedule with `layers` gives a vector
+EMA tree or checkpoint holds a copy. A schedule with `layers` gives a vector
 [L] over the stacked blocks: a factor each, None for a slice that must not
 move by one bit.
 

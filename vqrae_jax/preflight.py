@@ -100,6 +100,7 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
   # Else libtpu asks the network which machine this is.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
   try:
     return topologies.get_topology_desc(name, 'tpu').devices
   except jax.errors.JaxRuntimeError as e:
@@ -222,7 +223,7 @@ def _train_step(plan: setup_lib.Plan) -> dict[str, Any]:
   arguments = {
     'parameters': state.tokenizer.params,
     'moments': state.tokenizer.opt_state,
-    'average': state.ema,
+    'EMA weights': state.ema,
     'frozen': (frozen.params, frozen.losses, frozen.teacher),
     'codebook': state.codebook,
     'discriminator': (state.discriminator, frozen.discriminator),
@@ -306,7 +307,7 @@ def _program(
       stats, text = compiled.memory_analysis(), compiled.as_text()
       given = sum(memory.values())
       memory |= {
-        'padding, numbers': stats.argument_size_in_bytes - given,
+        'padding, scalars': stats.argument_size_in_bytes - given,
         'results': stats.output_size_in_bytes - stats.alias_size_in_bytes,
         'temporaries': stats.temp_size_in_bytes,
         'code': stats.generated_code_size_in_bytes,
@@ -418,7 +419,7 @@ def _section(title: str, rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _mib(size: float) -> str:
-  return f'{size / MIB:,.1f}'
+  return f'{round(size / MIB, 1) + 0.0:,.1f}'  # no -0.0
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -477,14 +478,14 @@ def _program_lines(program: Mapping[str, Any], dtype: str) -> list[str]:
       'memory of a device, MiB', [(k, _mib(n)) for k, n in memory.items()]
     ),
     *_section(
-      'largest temporaries, MiB',
+      'largest temporaries: MiB each, how many, shape, operation',
       [
         (_mib(b['bytes']), f'{b["count"]} ×', b['shape'], b['name'][:90])
         for b in program['buffers']
       ],
     ),
     *_section(
-      'collectives of a device, MiB',
+      'collectives of a device: MiB in all, how many, kind',
       [
         (_mib(sums['bytes']), f'{sums["count"]} ×', kind)
         for kind, sums in program['collectives'].items()
@@ -503,8 +504,8 @@ def _program_lines(program: Mapping[str, Any], dtype: str) -> list[str]:
     lines += _section(title, rows[:10] if dtype != 'float32' else [])
   rows = [(_mib(leaf['bytes']), leaf['name']) for leaf in held['largest']]
   if rows:
-    whole = f'{held["leaves"]} leaves are whole on every device, MiB: '
-    lines += _section(whole + _mib(held['bytes']), rows)
+    title = f'{held["leaves"]} replicated leaves, MiB of a device: '
+    lines += _section(title + _mib(held['bytes']), rows)
   return lines
 
 

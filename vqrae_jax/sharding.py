@@ -23,8 +23,8 @@ from vqrae_jax.ops import trees
 
 AXES = ('data', 'fsdp', 'model')
 
-# End of a leaf's name -> the axes of its trailing dimensions; leading ones
-# (the stack of blocks, an average's history) are whole on every device.
+# End of a leaf's name -> the axes of its trailing dimensions; leading ones,
+# as of stacked blocks, are replicated.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'(lpips|convnext)/.*', ()),  # small, and every device wants all of it
   (r'attention/(query|key|value)/kernel', ('fsdp', 'model')),

@@ -112,8 +112,8 @@ def _explain_leaves(
   else:
     return
   raise UserError(
-    f'the run in {workdir} cannot go on: {why}; undo that, or name another '
-    f'--workdir with --config.init_from={workdir}'
+    f'the run in {workdir} cannot be resumed: {why}; undo that, or name '
+    f'another --workdir with --config.init_from={workdir}'
   )
 
 

@@ -223,7 +223,7 @@ def train(
         if manifest is not None:
           _warn_of_changes(workdir / 'config.json', config)
         reporting.write_json(workdir / 'config.json', config_lib.plain(config))
-      logging.info('%s; the first step compiles', setup.describe())
+      logging.info('%s', setup.describe())
       if spec.every:
         checkpoints.begin_from(position.step)
       state, figures = run(
@@ -296,7 +296,10 @@ def run(
       loop.pending = (number, metrics)
       if number == position.step + 1:
         jax.block_until_ready(metrics)
-        # Compiled: speed is measured from here.
+        logging.info(
+          'step %d took %.0f s, with compiling; speed is measured from here',
+          number, time.perf_counter() - asked,
+        )  # fmt: skip
         compile_cache.log_saved()
         loop.ready, loop.waited = time.perf_counter(), 0.0
         loop.waited_in_all = 0.0

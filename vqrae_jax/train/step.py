@@ -272,7 +272,7 @@ def train_step(
     )  # fmt: skip
     params = optax.apply_updates(params, updates)
     if spec.ema:
-      # A short run's average must not remember the first random weights.
+      # A short run's EMA weights must not remember the first random ones.
       t = state.step.astype(jnp.float32)
       decay = jnp.minimum(hparams['ema'], (1 + t) / (10 + t))
 
