@@ -67,7 +67,7 @@ setup(
     'demo': ['scikit-image', 'scikit-learn'],
     'fast_jpeg': ['simplejpeg'],  # data.decoder="simplejpeg"
     'unit': UNIT,
-    'test': [*UNIT, 'simplejpeg', 'torch'],
+    'test': [*UNIT, 'simplejpeg', 'torch', 'vector-quantize-pytorch'],
   },
   classifiers=[
     'Programming Language :: Python :: 3.11',
