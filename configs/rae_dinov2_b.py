@@ -7,7 +7,8 @@ against, the same in all but the quantizer and the noise.
 
 The training is `common.rae`'s, with RAE's noise on the latents, N(0, 1) times
 U[0, .8), one U an image. The published decoder comes by
-`--config.init.decoder=rae:FILE`.
+`--config.init.decoder=rae:FILE`; it was trained on images that torch's bicubic
+brought from 256 to 224 pixels, `--config.model.encoder.resize=torch_bicubic`.
 """
 
 from configs import common
@@ -22,6 +23,7 @@ def get_config(arguments=None):
     resize=384,
     flip=False,
   )
+  config.model.encoder.resize = 'bicubic'
   config.noise_tau = 0.8
   common.rae(config)
   return config

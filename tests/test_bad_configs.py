@@ -21,6 +21,7 @@ DISTILL = dict(l2=1.0, distill=1.0)
 SELF = dict(weight=1.0, target='self')
 POSITION = dict(norm='position', grid=(4, 4))
 STATS = dict(init=dict(latents='s.npz'))
+ATTENTION = dict(layers=(0, 1), fuse='attention')
 RANDOM = dict(init=dict(networks='random'))
 
 
@@ -62,6 +63,15 @@ def model(**keys):
 
 def quantizer(**fields):
   return model(quantizer=fields)
+
+
+def encoder(**fields):
+  return model(encoder=dict(vit=tiny.VIT) | fields)
+
+
+def features(shallow=False, **terms):
+  section = dict(shallow=shallow)
+  return model(feature_decoder=section) | losses(l2=1.0, features=terms)
 
 
 # What `read_config` alone refuses.
@@ -166,6 +176,23 @@ BUILD = [
   (quantizer(name='vq', num_codes=HUGE), 'model.quantizer.num_codes='),
   (model(encoder=dict(name='siglp')), 'siglip'),
   (model(decoder=dict(name='LL')), '"L"'),
+  (encoder(layers=(1, 0)), 'encoder.layers=(1, 0)'),
+  (encoder(layers=(0, 2)), 'encoder.layers=(0, 2)'),
+  (encoder(fuse='concat'), 'encoder.layers'),
+  (encoder(layers=(0, 1), fuse='sum'), 'concat, mean'),
+  (encoder(layers=(0,), fuse='attention'), 'encoder.layers=(0,)'),
+  (encoder(layers=(0, 1), output_norm=('none',)), 'encoder.output_norm='),
+  (encoder(add_final_mean=True, **ATTENTION), 'encoder.add_final_mean'),
+  (
+    model(encoder=dict(vit=tiny.VIT) | ATTENTION, latents=dict(norm='channel'))
+    | STATS,
+    'model.latents.norm="channel"',
+  ),
+  (features(shallow=True), 'model.feature_decoder.shallow'),
+  (features(deap=1.0), '"features/deep"'),
+  (features(shallow=False, deep=-1.0), 'losses.features.deep.weight=-1.0'),
+  (losses(features=1.0), 'losses.features=1.0'),
+  (losses(l2=1.0, features=dict(deep=1.0)), 'model.feature_decoder'),
   (model(dtype='bf16'), '"bfloat16"'),
   (model(encoder=dict(vit=tiny.VIT | dict(width=HUGE))), 'encoder.vit.width='),
   (rows(('.*', None)), 'schedules'),
@@ -181,7 +208,10 @@ BUILD = [
   (model(latents=POSITION) | data(image_size=32) | STATS, 'data.image_size'),
   (model(latents=POSITION) | tiles(8) | STATS, 'eval.tile'),
   (STATS, 'init.latents=s.npz'),
+  (data(crop='squash', resize=20), 'data.resize=20'),
   (data(image_size=18), '18x18'),
+  (data(image_size=[16, 18]), '18x18'),
+  (data(image_size=[]), 'data.image_size=()'),
   (data(source='nowhere'), 'data.source'),
   (data(include=('chelsee',)), 'include=("chelsee",)'),
   (data(include=('chelsee',)), '"chelsea"'),

@@ -22,6 +22,7 @@ from tests.golden import make_encoder_params as golden
 from tests.weights import torch_rae
 from vqrae_jax import convert, encoders, quantizers
 from vqrae_jax.errors import UserError
+from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import vqrae_torch
 from vqrae_jax.specs import EncoderSpec, build_spec, merge_sections
@@ -107,8 +108,7 @@ def test_parity_and_the_way_back(form):
   """Every quantizer by itself, on random latents."""
   write_config(quantizer=form.split('-')[0])
   state = state_of(form)
-  more = ['--quantizer=bound="clip"'] if form == 'fsq-clip' else []
-  tokenizer, variables = convert_file(state, *more)
+  tokenizer, variables = convert_file(state)
   z = torch.randn(3, 4, 4, 32, generator=torch.Generator().manual_seed(0))
   with torch.no_grad():
     z_q, indices = torch_vqrae.quantize(state, z.flatten(1, 2), form)
@@ -188,6 +188,35 @@ def test_fields_that_the_file_does_not_tell():
   fields = '--quantizer=distance="cosine",code_scale="unit"'
   tokenizer, _ = convert_file(state_of('simvq-l2'), fields)
   assert tokenizer.quantizer.code_scale == 'unit'
+
+
+def test_trained_positions_are_read_off_the_file(capsys):
+  """Whatever the config says; and images are resized as RAE does."""
+  state = state_of()
+  state['decoder.decoder_pos_embed'] = state['decoder.decoder_pos_embed'] + 0.5
+  write_config(posemb='sincos2d', prefix_has_posemb=False)
+  tokenizer, variables = convert_file(state)
+  assert 'trained' in capsys.readouterr().out
+  positions = variables['params']['decoder']['embed']['positions']
+  want = state['decoder.decoder_pos_embed'][0, 1:]
+  np.testing.assert_array_equal(positions.reshape(want.shape), want)
+  check_way_back(state)
+  assert tokenizer.encoder_spec.resize == 'torch_bicubic'
+  x = np.random.default_rng(0).random((1, 24, 16, 3), np.float32)
+  want = torch.nn.functional.interpolate(
+    torch.tensor(x).permute(0, 3, 1, 2), (30, 20), mode='bicubic'
+  ).permute(0, 2, 3, 1)
+  vit = tiny.VIT | dict(patch_size=5)
+  model = tiny.model() | dict(encoder=dict(vit=vit, resize='torch_bicubic'))
+  tokenizer, variables = tiny.built(model)
+  found, resized = (
+    tokenizer.apply(variables, images, method=method)
+    for images, method in (
+      (x, 'read'),
+      (want.numpy(), lambda t, x: t.encoder(x)),
+    )
+  )
+  np.testing.assert_allclose(found, resized, rtol=1e-4, atol=1e-5)
 
 
 def test_a_decoder_alone(capsys):
@@ -281,6 +310,7 @@ SIMVQ = dict(code_dim=32, projection=False)
   'kind, fields, key',
   [
     ('fsq-cosmos', {}, 'quantizer.convention'),
+    ('fsq-centered', dict(bound='clip'), 'quantizer.levels='),
     ('simvq-l2', {}, 'quantizer.projection'),
     ('simvq-l2', SIMVQ, 'quantizer.normalize'),
     ('simvq-cosine', SIMVQ, 'quantizer.code_scale'),
@@ -307,6 +337,11 @@ def test_encoders_that_the_project_does_not_have(kind, changes):
   section = merge_sections(described(kind), changes)
   with pytest.raises(UserError, match='SigLIP, DINOv2, ViT-MAE, InternViT'):
     vqrae_torch.encoder_family(build_spec(EncoderSpec, section, kind))
+
+
+def test_a_bound_that_the_project_does_not_have_is_not_written():
+  with pytest.raises(UserError, match='quantizer.bound="tanh"'):
+    vqrae_torch.to_torch(build_tokenizer(tiny.model('fsq-centered')), {})
 
 
 def test_every_row_of_the_table_has_a_family():

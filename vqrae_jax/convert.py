@@ -46,7 +46,12 @@ from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.paths import check_writable
 from vqrae_jax.pretrained import encoders, rae, vqrae_torch
-from vqrae_jax.specs import DTYPES, EncoderSpec
+from vqrae_jax.specs import (
+  DTYPES,
+  TORCH_BICUBIC,
+  EncoderSpec,
+  merge_sections,
+)
 from vqrae_jax.weights.files import WeightFile, open_weights, write_safetensors
 from vqrae_jax.weights.hub import parse_source
 from vqrae_jax.weights.load import Pretrained
@@ -249,6 +254,9 @@ def _convert_tokenizer(
   if section.pop('name', form.name) != form.name:
     print(f'  overrides model.quantizer.name of the config: {form.name}')
     section = {}
+  model = _as_trained(source, model)
+  print(f'images are resized as RAE does: encoder.resize="{TORCH_BICUBIC}"')
+  model = merge_sections(model, dict(encoder=dict(resize=TORCH_BICUBIC)))
   section = section | form.fields | form.defaults | fields
   section['name'] = form.name
   if section.get('distance') == 'l2':  # whose codes have one scale
@@ -279,11 +287,21 @@ def _convert_tokenizer(
   print(f'wrote {out}, fingerprint {fingerprint[:12]}…')
 
 
+def _as_trained(source: WeightFile, model: dict) -> dict:
+  """The config's `model`, with learned positions of the decoder where those of
+  the file are not the fixed ones."""
+  if not rae.has_trained_positions(source, build_tokenizer(model).decoder_spec):
+    return model
+  print('the positions of its decoder were trained, and are read off the file')
+  learned = dict(posemb='learned', prefix_has_posemb=True)
+  return merge_sections(model, dict(decoder=dict(vit=learned)))
+
+
 def _convert_decoder(
   source: WeightFile, model: dict, out: pathlib.Path
 ) -> None:
   """A published RAE decoder, matched with the config's, as .safetensors."""
-  tokenizer = build_tokenizer(model)
+  tokenizer = build_tokenizer(_as_trained(source, model))
   spec = tokenizer.decoder_spec
   fit = rae.fit_decoder(source, spec, tokenizer.latent_dim)
   report_keys(source, {'decoder': fit})

@@ -33,13 +33,14 @@ from vqrae_jax.types import LossInputs, TokenizerOutput, Tree
 PRECISIONS = ('default', 'canonical')
 
 
-_ALL = ('encoder', 'latents', 'quantizer', 'decoder')
+_ENCODER = ('encoder', 'fusion')
+_DECODER = ('latents', 'quantizer', 'feature_decoder', 'decoder')
 # {method: the parts of the tokenizer that it reads}.
 _PARTS = {
-  'encode': _ALL[:1],
-  'encode_to_indices': _ALL[:3],
-  'decode_from_indices': _ALL[1:],
-  '__call__': _ALL,
+  'encode': _ENCODER,
+  'encode_to_indices': (*_ENCODER, *_DECODER[:2]),
+  'decode_from_indices': _DECODER,
+  '__call__': (*_ENCODER, *_DECODER),
 }
 
 

@@ -244,7 +244,7 @@ def _encode(plan: setup_lib.Plan) -> dict[str, Any]:
   tokenizer = plan.tokenizer
   name = 'encode_to_indices' if tokenizer.codebook_size else 'encode'
   method = getattr(inference, name)
-  parts = ('encoder', 'latents', 'quantizer')
+  parts = ('encoder', 'fusion', 'latents', 'quantizer')
   leaves = {
     n: leaf
     for n, leaf in variable_shapes(tokenizer).items()

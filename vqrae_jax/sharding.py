@@ -35,7 +35,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'mlp/fc2/kernel', ('model', 'fsdp')),
   (r'embed/(linear/kernel|prefix\w*|registers)', (None, 'fsdp')),
   (r'embed/positions', (None, None, 'fsdp')),
-  (r'head/kernel', ('fsdp', None)),
+  (r'(\w+_)?head/kernel', ('fsdp', None)),
   (r'quantizer/(codes|basis|sums|kernel|project_\w+/kernel)', ('fsdp', None)),
   (r'quantizer/(project_\w+/dense\d|map_tokens)/kernel', ('fsdp', None)),
   (r'quantizer/(frequencies|project_in/gain)', ()),

@@ -7,6 +7,7 @@ tokenizer's `config.json` and of its fingerprint.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import types
@@ -27,10 +28,16 @@ LATER_FIELDS = {
   'code_scale': 'rms',
   'token_map': False,
   'basis_init': 'tokens',
+  'layers': None,
+  'fuse': 'mean',
+  'add_final_mean': False,
 }
 DTYPES = ('float32', 'bfloat16')
 REMATS = (False, True, 'dots')
 RESIZES = ('bicubic', 'bilinear')
+TORCH_BICUBIC = 'torch_bicubic'
+OUTPUT_NORMS = ('affine', 'plain', 'none')
+FUSES = ('mean', 'concat', 'attention')
 LATENT_NORMS = ('none', 'channel', 'position')
 INT_BOUND = 2**31  # of whole numbers in a config: JAX counts in 32 bits
 
@@ -161,21 +168,80 @@ class EncoderSpec:
   `output_norm` is "affine" (the published final norm), "plain" (the same
   without its affine parameters) or "none" (before the final norm).
   `final_norm` is False where the family publishes none: "affine" is then the
-  identity.
+  identity. `resize` is how images are brought to the encoder's size: "bicubic"
+  or "bilinear" as PIL does, or "torch_bicubic" as RAE does, without antialias.
+
+  With `layers` the latents are made of the outputs of those blocks, counted
+  from 0, each through the norm (with a tuple, each through its own), and blocks
+  above the last of them are left out. `fuse` is "mean", "concat" (of channels)
+  or "attention" (a trained cross-attention from the last of them to the
+  others). `add_final_mean` adds to the mean that of the last one's tokens.
   """
 
   vit: ViTSpec
   pixel_norm: PixelNorm = PixelNorm()
-  output_norm: str = 'affine'
+  output_norm: str | tuple[str, ...] = 'affine'
   final_norm: bool = True
   resize: str = 'bicubic'
   posemb_resize: str = 'bicubic'
   posemb_antialias: bool = False
+  layers: tuple[int, ...] | None = None
+  fuse: str = 'mean'
+  add_final_mean: bool = False
 
   def __post_init__(self):
-    one_of('encoder.output_norm', self.output_norm, ('affine', 'plain', 'none'))
-    one_of('encoder.resize', self.resize, RESIZES)
+    one_of('encoder.resize', self.resize, (*RESIZES, TORCH_BICUBIC))
     one_of('encoder.posemb_resize', self.posemb_resize, RESIZES)
+    one_of('encoder.fuse', self.fuse, FUSES)
+    for norm in self.norms:
+      one_of('encoder.output_norm', norm, OUTPUT_NORMS)
+    layers, depth = self.layers, self.vit.depth
+    if layers is None:
+      if (self.fuse, self.add_final_mean) != ('mean', False):
+        raise UserError(
+          'encoder.fuse and encoder.add_final_mean need encoder.layers, the '
+          'blocks to fuse: layers=(7, 23) for instance'
+        )
+    elif not layers or any(
+      not low < high for low, high in itertools.pairwise((-1, *layers, depth))
+    ):
+      raise UserError(
+        f'encoder.layers={layers} must be blocks in rising order, 0 to '
+        f'{depth - 1}'
+      )
+    elif self.fuse == 'attention' and len(layers) < 2:
+      raise UserError(
+        f'encoder.layers={layers}: encoder.fuse="attention" needs two or more'
+      )
+    if len(self.norms) != len(layers or (0,)):
+      raise UserError(
+        f'encoder.output_norm={self.output_norm} must be one norm, or one for '
+        f'each of encoder.layers={layers}'
+      )
+    if self.add_final_mean and self.fuse != 'mean':
+      raise UserError(
+        f'encoder.add_final_mean goes with fuse="mean", not "{self.fuse}"'
+      )
+
+  @property
+  def norms(self) -> tuple[str, ...]:
+    """The norm of each output that is read."""
+    if isinstance(self.output_norm, tuple):
+      return self.output_norm
+    return (self.output_norm,) * len(self.layers or (0,))
+
+  @property
+  def computed(self) -> ViTSpec:
+    """`vit` up to the last block that is read."""
+    if self.layers is None:
+      return self.vit
+    return dataclasses.replace(self.vit, depth=self.layers[-1] + 1)
+
+  @property
+  def latent_dim(self) -> int:
+    """Channels of the latents."""
+    concat = self.layers is not None and self.fuse == 'concat'
+    return self.vit.width * (len(self.layers) if concat else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +250,16 @@ class DecoderSpec:
 
   vit: ViTSpec
   pixel_norm: PixelNorm = PixelNorm()
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDecoderSpec:
+  """A ViT between quantizer and decoder that predicts the encoder's outputs:
+  of the last block read ("deep"), from which the decoder makes pixels, and with
+  `shallow` of the first one too. Its patch_size is of no effect."""
+
+  vit: ViTSpec
+  shallow: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,10 @@ class TokenizerOutput:
       its `codes` are of the normalized ones.
     features: f[b n d], the decoder's tokens before its head, cls included.
     losses: {name: f32[]} unweighted, if requested; else None.
+    layers: f[b gh gw t d], the outputs of the blocks `encoder.layers`, of which
+      the latents are made; None where the last is read alone.
+    predictions: by the feature decoder, of the last and the first of them:
+      {"deep", "shallow": f[b gh gw d]}; None without one.
   """
 
   images: Float[Array, 'b h w 3']
@@ -56,6 +60,13 @@ class TokenizerOutput:
   quantizer: QuantizerOutput
   features: Float[Array, 'b n e']
   losses: dict[str, Array] | None = None
+  layers: Float[Array, 'b gh gw t d'] | None = None
+  predictions: dict[str, Array] | None = None
+
+  @property
+  def encoded(self) -> Array:
+    """What the encoder alone gives: `layers`, or the latents."""
+    return self.latents if self.layers is None else self.layers
 
 
 @struct.dataclass
@@ -82,7 +93,7 @@ class LatentInputs:
 
   Attributes:
     out: one forward pass.
-    teacher: f[b gh gw d], the teacher's latents of the same images, or None.
+    teacher: what the teacher gives in place of `out.encoded`, or None.
   """
 
   out: TokenizerOutput
@@ -133,14 +144,14 @@ class AtImage:
     gan: the adversarial one's, neither weighted nor balanced, or None.
     fakes: f32[b h w 3], the reconstruction rounded to 8 bits, if a
       discriminator learns on it.
-    latents: f[b gh gw d] of an encoder that is frozen, else None.
+    encoded: what an encoder gives that is frozen, else None.
   """
 
   metrics: Tree
   image: Array | None
   gan: Array | None
   fakes: Array | None
-  latents: Array | None
+  encoded: Array | None
 
 
 @struct.dataclass

@@ -50,12 +50,16 @@ def batches(source, **keys):
   return pipeline.TrainBatches(source, pipeline.Augment((8, 8)), **keys)
 
 
-def test_hosts_take_slices_of_one_global_batch():
-  """Wherever they start: the position is the step."""
-  whole = batches(Flawed(bad=THIRDS))
+@pytest.mark.parametrize('sizes', ((), ((4, 6), (8, 8), (8, 12))))
+def test_hosts_take_slices_of_one_global_batch(sizes):
+  """Wherever they start: the position is the step. Of several sizes each step
+  has one."""
+  whole = batches(Flawed(bad=THIRDS), sizes=sizes)
   for hosts, start in ((1, 0), (1, 5), (2, 2), (4, 5)):
     parts = [
-      batches(Flawed(bad=THIRDS), process_index=p, process_count=hosts)
+      batches(
+        Flawed(bad=THIRDS), sizes=sizes, process_index=p, process_count=hosts
+      )
       for p in range(hosts)
     ]
     parts = [part.iterate(start) for part in parts]
@@ -64,6 +68,8 @@ def test_hosts_take_slices_of_one_global_batch():
       found = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
       jax.tree.map(np.testing.assert_array_equal, found, whole.batch(step))
       assert found['index'].tolist() == [*range(8 * step, 8 * step + 8)]
+  shapes = {whole.batch(step)['images'].shape[1:3] for step in range(12)}
+  assert shapes == set(sizes or [(8, 8)])
 
 
 def test_unreadable_images_are_replaced_and_change_no_other():
@@ -207,6 +213,14 @@ def test_crops_are_parts_of_the_image_flipped_or_not():
       assert out[:, ::-1].tobytes() in windows
       flips += 1
   assert 8 < flips < 32
+
+
+def test_squashed_images_are_whole():
+  image = Image.fromarray(makers.photo(0, 30, 50))
+  augment = pipeline.Augment((16, 24), crop='squash', flip=False)
+  found = pipeline.augment_image(image, augment, np.random.default_rng(0))
+  want = image.resize((24, 16), Image.BICUBIC, reducing_gap=3)
+  np.testing.assert_array_equal(found, np.asarray(want))
 
 
 @pytest.mark.parametrize('resize', (None, 20, 90, (20, 90)))

@@ -4,6 +4,7 @@ Other key formats give the same leaves as the hub's, whose parity
 `test_converted.py` has; leaves that are equal need no second reference.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -13,7 +14,9 @@ import pytest
 import vqrae_jax
 from tests.encoders import references
 from tests.encoders.references import model, saved
+from vqrae_jax import convert
 from vqrae_jax.ops import trees
+from vqrae_jax.pretrained import encoders
 
 torch = pytest.importorskip('torch')
 save_file = pytest.importorskip('safetensors.torch').save_file
@@ -109,3 +112,22 @@ def test_mae_with_its_pretraining_decoder(tmp_path):
   full.save_pretrained(tmp_path)
   have = vqrae_jax.load_encoder(str(tmp_path))
   check_equal(have, vqrae_jax.load_encoder(str(saved('mae'))))
+
+
+@pytest.mark.parametrize('stacked', (False, True))
+def test_the_first_blocks_of_other_files(stacked, tiny_row, tmp_path):
+  """big_vision's files, one of which stacks its blocks, and converted ones."""
+  path, folder = tmp_path / 'siglip.npz', str(saved('siglip'))
+  np.savez(path, **references.big_vision(model('siglip'), stacked))
+  convert.convert_encoder(folder, tmp_path / 'converted', None, 'float32')
+  sources = (
+    (folder, None),
+    (str(path), 'tiny'),
+    (str(tmp_path / 'converted'), None),
+  )
+  found = [encoders.find_encoder(*source) for source in sources]
+  spec = dataclasses.replace(encoders.spec_of(found[0]), layers=(0,))
+  want, *others = (encoders.fit_encoder(f, spec) for f in found)
+  for other in others:
+    for name in want.target:
+      np.testing.assert_array_equal(want.read(name), other.read(name))

@@ -26,13 +26,14 @@ from PIL import Image
 from vqrae_jax.data.decode import MAX_PIXELS, EncodedImages, ImageDecodeError
 from vqrae_jax.errors import UserError
 
-CROPS = ('random', 'center')
+CROPS = ('random', 'center', 'squash')
 Images = EncodedImages | Sequence[np.ndarray]  # each uint8 [h w 3]
 # So many unreadable draws in a row are no accident.
 MAX_DRAWS = 16
 # Batches that are read while one is used: the next, and one for threads that
 # find none of its images left.
 _AHEAD = 2
+_SIZES = 105  # apart from other draws of a seed and a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Augment:
     resize: the shorter side before cropping, in pixels; a pair draws it log-
       uniformly between the two; None keeps the image's own size (one
       smaller than `size` is always brought up to it).
-    crop: "random" or "center".
+    crop: "random", "center", or "squash": all of the image brought to
+      `size`, whatever its aspect ratio, and `resize` has no part.
     flip: mirror half of the images left to right.
   """
 
@@ -83,10 +85,13 @@ def augment_image(
   if isinstance(image, np.ndarray):
     image = Image.fromarray(image)
   w, h = image.size
+  ch, cw = augment.size
+  if augment.crop == 'squash':
+    image = image.resize((cw, ch), Image.BICUBIC, reducing_gap=3)
+    return _flipped(image, augment, rng)
   side = _target_side(h, w, augment, rng)
   # All of the image at its new size, of which the crop is a window.
   rh, rw = (max(side, round(n * side / min(h, w))) for n in (h, w))
-  ch, cw = augment.size
   if augment.crop == 'random':
     top, left = rng.integers(rh - ch + 1), rng.integers(rw - cw + 1)
   else:
@@ -103,6 +108,10 @@ def augment_image(
     box = tuple(map(min, box, (w, h, w, h)))
     # Shrinks by whole factors first where three pixels or more become one.
     image = image.resize((cw, ch), Image.BICUBIC, box=box, reducing_gap=3)
+  return _flipped(image, augment, rng)
+
+
+def _flipped(image: Image.Image, augment: Augment, rng) -> np.ndarray:
   if augment.flip and rng.random() < 0.5:
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   return np.asarray(image)
@@ -146,18 +155,24 @@ class TrainBatches:
     *,
     batch_size: int,
     seed: int,
+    sizes: Sequence[tuple[int, int]] = (),
     process_index: int = 0,
     process_count: int = 1,
   ):
     """Args:
     source: the images.
     augment: how each becomes an image.
+    sizes: of which each step has one in place of `augment.size`.
     batch_size: B, over all hosts: a multiple of P.
     seed: of the order and of the crops.
     process_index, process_count: p and P.
     """
     local = batch_size // process_count
-    self._source, self._augment, self._seed = source, augment, seed
+    self._source, self._seed = source, seed
+    self._augments = [
+      dataclasses.replace(augment, size=size)
+      for size in sizes or (augment.size,)
+    ]
     self._unreadable: dict[str, str] = {}
     self._lock = threading.Lock()
     order = _global_order(len(source), seed)
@@ -217,16 +232,18 @@ class TrainBatches:
   def _empty(self, step: int) -> tuple[dict, Callable[[int], None]]:
     """(this host's batch of a step, unread; what reads a row of it)."""
     index, photo = self._batches[step * self._stride + self._first]
-    images = np.empty((len(index), *self._augment.size, 3), np.uint8)
+    augment = self._augments[0]
+    if (several := len(self._augments)) > 1:
+      draw = np.random.default_rng((self._seed, step, _SIZES))
+      augment = self._augments[draw.integers(several)]
+    images = np.empty((len(index), *augment.size, 3), np.uint8)
     skipped = np.empty(len(index), np.int32)
 
     def fill(row):
       i = int(index[row])
       rng = np.random.Philox(key=self._key, counter=(0, 0, 0, i))
       image, photo[row], skipped[row] = self._draw(i, int(photo[row]))
-      images[row] = augment_image(
-        image, self._augment, np.random.Generator(rng)
-      )
+      images[row] = augment_image(image, augment, np.random.Generator(rng))
 
     batch = dict(images=images, index=index, photo=photo, skipped=skipped)
     return batch, fill

@@ -4,8 +4,8 @@
   model.safetensors   every leaf under its own name, blocks stacked
 
 The fields are those of an `EncoderSpec` without the run options (scan, remat,
-dtype) and without `output_norm`: the file keeps the final norm, and the caller
-of `load_encoder` chooses which norm applies. `convert.py` writes the folder.
+dtype) and without the choice of outputs (`output_norm`, `layers`, …): the file
+keeps all blocks and the final norm. `convert.py` writes the folder.
 No file is opened here.
 """
 
@@ -27,13 +27,14 @@ KEY = 'encoder'
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """Every leaf of the file, unchanged."""
   rows: list = [Rule(name, name) for name in shapes]
-  if why := spec.final_norm and naming.FINAL_NORM[spec.output_norm]:
+  if why := spec.final_norm and naming.norm_unused(spec):
     rows.append(ignore('norm/.*', why))
   return Table(tuple(rows), ())
 
 
 KEY_FORMATS = (naming.KeyFormat('this package', f'^{BLOCKS}', table),)
-_LEFT_OUT = {'output_norm', *(f'vit.{name}' for name in RUN_OPTIONS)}
+_CHOICE = {'output_norm', 'layers', 'fuse', 'add_final_mean'}
+_LEFT_OUT = {*_CHOICE, *(f'vit.{name}' for name in RUN_OPTIONS)}
 _FIELDS = {
   *(f.name for f in dataclasses.fields(EncoderSpec)),
   *(f'vit.{f.name}' for f in dataclasses.fields(ViTSpec)),
@@ -45,7 +46,8 @@ _LATER = {*LATER_FIELDS, *(f'vit.{name}' for name in LATER_FIELDS)}
 def describe(spec: EncoderSpec) -> dict[str, Any]:
   """The section that `fields` reads."""
   section = dataclasses.asdict(spec)
-  del section['output_norm']
+  for name in _CHOICE:
+    del section[name]
   for name in RUN_OPTIONS:
     del section['vit'][name]
   return section

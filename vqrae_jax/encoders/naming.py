@@ -16,7 +16,7 @@ from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
 from vqrae_jax.weights.rules import Rule, Table, ignore
 
 BLOCKS = 'transformer/blocks/'
-FINAL_NORM = {
+_FINAL_NORM = {
   'affine': '',
   'plain': 'the final norm\'s affine: output_norm="plain" has none',
   'none': 'the final norm: output_norm="none" stops before it',
@@ -125,11 +125,17 @@ def hf_embeddings() -> list[Rule]:
   ]
 
 
+def norm_unused(spec: EncoderSpec) -> str:
+  """Why the final norm's leaves are not used; "" if they are."""
+  used = 'affine' if 'affine' in spec.norms else spec.norms[0]
+  return _FINAL_NORM[used]
+
+
 def final_norm(spec: EncoderSpec, theirs: str) -> list:
   """The final norm, or why it is skipped."""
   if not spec.final_norm:
     return []
-  why = FINAL_NORM[spec.output_norm]
+  why = norm_unused(spec)
   return [ignore(rf'{theirs}\..*', why)] if why else norm(theirs, 'norm')
 
 

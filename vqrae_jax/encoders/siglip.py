@@ -127,7 +127,7 @@ def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
     ignore('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
     ignore('txt/.*|t|b', 'the text tower'),
   ]
-  if why := naming.FINAL_NORM[spec.output_norm]:
+  if why := naming.norm_unused(spec):
     rows.append(ignore('Transformer/encoder_norm/.*', why))
   return Table(tuple(rows), ('params/', 'opt/target/', 'img/'))
 

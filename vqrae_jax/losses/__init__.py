@@ -9,10 +9,22 @@ takes images in [0, 1], keeps one name from config to plot, and is logged
 unweighted.
 """
 
-from vqrae_jax.losses.latent import codebook, commit, distill
+from vqrae_jax.losses.latent import (
+  codebook,
+  commit,
+  deep_features,
+  distill,
+  shallow_features,
+)
 from vqrae_jax.losses.perceptual import convnext, lpips
 from vqrae_jax.losses.reconstruction import l1, l2
 
 IMAGE_TERMS = {'l1': l1, 'l2': l2}
 FROZEN_TERMS = {'lpips': lpips, 'convnext': convnext}
-LATENT_TERMS = {'commit': commit, 'codebook': codebook, 'distill': distill}
+LATENT_TERMS = {
+  'commit': commit,
+  'codebook': codebook,
+  'distill': distill,
+  'features/deep': deep_features,  # losses.features=dict(deep=…, shallow=…)
+  'features/shallow': shallow_features,
+}

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 
 from vqrae_jax.types import LatentInputs
 
+EPS = 1e-12  # of squared norms: a token of zeros has a gradient too
+
 
 def commit(x: LatentInputs) -> Float[Array, '']:
   """mean (latents - sg(codes))^2 in code space."""
@@ -26,7 +28,8 @@ def codebook(x: LatentInputs) -> Float[Array, '']:
 def distill(x: LatentInputs) -> Float[Array, '']:
   """How far the latents, or the decoder's inputs, drifted; f32.
 
-  With a teacher, mean (latents - teacher)^2: the continuous latents stay
+  With a teacher, mean (latents - teacher)^2, of each of `encoder.layers`: they
+  stay
   those of a frozen encoder (arXiv 2511.23386). Without one ("self"),
   mean (z_q - sg(latents))^2, as in the PyTorch project: codes and the map
   from codes to latents follow the continuous latents. Here the gradient ends at
@@ -36,11 +39,35 @@ def distill(x: LatentInputs) -> Float[Array, '']:
   for the quantizer, all of these are in the encoder's own space: z_q is
   denormalized before the decoder reads it.
   """
-  latents = x.out.latents.astype(jnp.float32)
   if x.teacher is not None:
-    return jnp.mean((latents - x.teacher.astype(jnp.float32)) ** 2)
+    encoded = x.out.encoded.astype(jnp.float32)
+    return jnp.mean((encoded - x.teacher.astype(jnp.float32)) ** 2)
+  latents = x.out.latents.astype(jnp.float32)
   out = x.out.quantizer
   # Out of training z_q has no gradient to the latents.
   z_q = out.z_q if out.quantized is None else out.quantized
   latents = jax.lax.stop_gradient(latents)
   return jnp.mean((z_q.astype(jnp.float32) - latents) ** 2)
+
+
+def deep_features(x: LatentInputs) -> Float[Array, '']:
+  """`feature_loss` of the last block that is read, or of the latents."""
+  return feature_loss(x, 'deep', -1)
+
+
+def shallow_features(x: LatentInputs) -> Float[Array, '']:
+  """`feature_loss` of the first of `encoder.layers`."""
+  return feature_loss(x, 'shallow', 0)
+
+
+def feature_loss(x: LatentInputs, name: str, layer: int) -> Float[Array, '']:
+  """How far the feature decoder's prediction is from the encoder's output,
+  which gets no gradient (IDEAL, arXiv 2606.11096): 1 - cosine and squared
+  distance, each a mean over tokens, the distance over channels too; f32."""
+  target = x.out.encoded
+  target = target[..., layer, :] if target.ndim == 5 else target
+  target = jax.lax.stop_gradient(target.astype(jnp.float32))
+  found = x.out.predictions[name].astype(jnp.float32)
+  norms = ((found**2).sum(-1) + EPS) * ((target**2).sum(-1) + EPS)
+  cosine = (found * target).sum(-1) / jnp.sqrt(norms)
+  return jnp.mean(1 - cosine) + jnp.mean((found - target) ** 2)

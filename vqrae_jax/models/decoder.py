@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from vqrae_jax.nn import vit
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.specs import DecoderSpec
+from vqrae_jax.specs import DecoderSpec, FeatureDecoderSpec
 
 _COMMON = dict(
   patch_size=16,
@@ -54,3 +54,25 @@ class Decoder(nn.Module):
     x = image_ops.unpatchify(x.astype('float32'), s.patch_size)
     x = image_ops.denormalize(x, spec.pixel_norm.mean, spec.pixel_norm.std)
     return x, features
+
+
+class FeatureDecoder(nn.Module):
+  """z_q f[b gh gw d] -> {"deep": f[b gh gw width], and with `spec.shallow`
+  "shallow"}: predictions of the encoder's outputs, a linear head each (IDEAL,
+  arXiv 2606.11096)."""
+
+  spec: FeatureDecoderSpec
+  width: int
+
+  @nn.compact
+  def __call__(self, z_q: Float[Array, 'b gh gw d']) -> dict[str, Array]:
+    s = self.spec.vit
+    x = vit.PatchEmbed(s, name='embed')(z_q)
+    x = vit.norm(s, 'norm')(vit.Transformer(s, name='transformer')(x))
+    x = x[:, s.num_prefix_tokens :].reshape(*z_q.shape[:3], s.width)
+    return {
+      name: nn.Dense(
+        self.width, dtype=s.dtype, kernel_init=vit.XAVIER, name=f'{name}_head'
+      )(x)
+      for name in ('deep', *['shallow'] * self.spec.shallow)
+    }

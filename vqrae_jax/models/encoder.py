@@ -2,11 +2,14 @@
 
 Every family is this module with another spec (`encoders/`). It does not resize
 images to the model's size (the tokenizer does, by its size rule), pool or
-project.
+project. With `spec.layers` it gives the outputs of several blocks, which
+`Fusion` makes latents of: means over blocks after RAEv2 (arXiv 2605.18324),
+cross-attention after IDEAL (2606.11096).
 """
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
@@ -16,9 +19,12 @@ from vqrae_jax.nn import vit
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.specs import EncoderSpec
 
+FUSION_HEADS = 8  # of the cross-attention, as IDEAL has it
+
 
 class Encoder(nn.Module):
-  """f[b h w 3] in [0, 1] -> latents f[b h//p w//p d].
+  """f[b h w 3] in [0, 1] -> f[b h//p w//p d], or f[b h//p w//p t d] of the t
+  blocks `spec.layers`.
 
   A remainder of h or w modulo the patch p is cropped at the bottom and right.
   Prefix tokens are dropped from the output.
@@ -29,8 +35,8 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(
     self, images: Shaped[ArrayLike, 'b h w 3']
-  ) -> Float[Array, 'b gh gw d']:
-    spec, s = self.spec, self.spec.vit
+  ) -> Float[Array, 'b gh gw *d']:
+    spec, s = self.spec, self.spec.computed
     images = image_ops.to_unit(images)
     b, h, w, _ = images.shape
     gh, gw = h // s.patch_size, w // s.patch_size
@@ -44,10 +50,65 @@ class Encoder(nn.Module):
     x = vit.PatchEmbed(
       s, spec.posemb_resize, spec.posemb_antialias, name='embed'
     )(x)
-    x = vit.Transformer(s, name='transformer')(x)
-    if spec.output_norm == 'plain':  # a LayerNorm in every family
-      layer = dataclasses.replace(s, norm='layer')
-      x = vit.norm(layer, 'norm', affine=False)(x)
-    elif spec.output_norm == 'affine' and spec.final_norm:
-      x = vit.norm(s, 'norm')(x)
-    return x[:, s.num_prefix_tokens :].reshape(b, gh, gw, s.width)
+    norms = {
+      # A LayerNorm in every family.
+      'plain': vit.norm(
+        dataclasses.replace(s, norm='layer'), 'plain_norm', affine=False
+      ),
+      'none': lambda x: x,
+    }
+    norms['affine'] = vit.norm(s, 'norm') if spec.final_norm else norms['none']
+
+    def output(x, norm):
+      x = norms[norm](x)
+      return x[:, s.num_prefix_tokens :].reshape(b, gh, gw, s.width)
+
+    if spec.layers is None:
+      x = vit.Transformer(s, name='transformer')(x)
+      return output(x, spec.output_norm)
+    blocks = vit.IntermediateLayers(s, spec.layers, name='transformer')(x)
+    outputs = map(output, blocks, spec.norms)
+    return jnp.stack([*outputs], axis=3)
+
+
+class Fusion(nn.Module):
+  """Outputs of blocks f[b gh gw t d] -> latents f[b gh gw c]; "attention"
+  alone has leaves.
+
+  "attention": x = deep + MHA(q=norm(deep), k=v=norm(the others)), then
+  x + mlp(norm(x)), whose hidden channels are twice as many; IDEAL's dropout is
+  left out.
+  """
+
+  spec: EncoderSpec
+
+  @nn.compact
+  def __call__(
+    self, layers: Float[Array, 'b gh gw t d']
+  ) -> Float[Array, 'b gh gw c']:
+    spec = self.spec
+    *grid, t, d = layers.shape
+    deep = layers[..., -1, :]
+    if spec.fuse == 'concat':
+      return layers.reshape(*grid, t * d)
+    if spec.fuse == 'mean':
+      x = layers.mean(-2, dtype=jnp.float32)
+      if spec.add_final_mean:
+        x = x + deep.mean((1, 2), keepdims=True, dtype=jnp.float32)
+      return x.astype(layers.dtype)
+    s = dataclasses.replace(
+      spec.vit,
+      norm='layer',
+      num_heads=FUSION_HEADS,
+      mlp_dim=2 * d,
+      act='gelu',
+      qkv_bias=True,
+      qk_norm=False,
+    )
+    x = deep.reshape(grid[0], -1, d)
+    others = layers[..., :-1, :].reshape(grid[0], -1, d)
+    x = x + vit.Attention(s, name='attention')(
+      vit.norm(s, 'norm_queries')(x), vit.norm(s, 'norm_keys')(others)
+    )
+    x = x + vit.Mlp(s, name='mlp')(vit.norm(s, 'norm_mlp')(x))
+    return x.reshape(deep.shape)

@@ -25,16 +25,18 @@ from jaxtyping import Array
 from vqrae_jax import quantizers
 from vqrae_jax.encoders import ENCODERS
 from vqrae_jax.errors import UserError, choose, did_you_mean
-from vqrae_jax.models.decoder import DECODERS, Decoder
-from vqrae_jax.models.encoder import Encoder
+from vqrae_jax.models.decoder import DECODERS, Decoder, FeatureDecoder
+from vqrae_jax.models.encoder import Encoder, Fusion
 from vqrae_jax.models.latents import LatentNorm
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import trees
 from vqrae_jax.specs import (
   LATER_FIELDS,
   RUN_OPTIONS,
+  TORCH_BICUBIC,
   DecoderSpec,
   EncoderSpec,
+  FeatureDecoderSpec,
   LatentsSpec,
   build_spec,
   merge_sections,
@@ -52,10 +54,17 @@ class Tokenizer(nn.Module):
   quantizer: quantizers.Quantizer
   decoder_spec: DecoderSpec
   latents_spec: LatentsSpec = LatentsSpec()
+  features_spec: FeatureDecoderSpec | None = None
 
   def setup(self):
     self.encoder = Encoder(self.encoder_spec)
     self.decoder = Decoder(self.decoder_spec)
+    if self.encoder_spec.layers:
+      self.fusion = Fusion(self.encoder_spec)
+    if self.features_spec:
+      self.feature_decoder = FeatureDecoder(
+        self.features_spec, self.encoder_spec.vit.width
+      )
     self.latents = LatentNorm(self.latents_spec, self.latent_dim)
 
   @property
@@ -66,7 +75,7 @@ class Tokenizer(nn.Module):
   @property
   def latent_dim(self) -> int:
     """Channels of the continuous latents."""
-    return self.encoder_spec.vit.width
+    return self.encoder_spec.latent_dim
 
   @property
   def codebook_size(self) -> int:
@@ -95,12 +104,24 @@ class Tokenizer(nn.Module):
 
   def encode(self, images: ArrayLike) -> Array:
     """f[b h w 3] in [0, 1] (or uint8) -> latents f[b gh gw d]."""
+    return self.fuse(self.read(images))
+
+  def read(self, images: ArrayLike) -> Array:
+    """What the encoder alone gives: the latents, or with `encoder.layers` the
+    blocks' outputs f[b gh gw t d]."""
     images = image_ops.to_unit(images)
     grid = self.grid(*images.shape[1:3])
     p = self.encoder_spec.vit.patch_size
     size = (grid[0] * p, grid[1] * p)
-    images = image_ops.resize_exact(images, size, self.encoder_spec.resize)
+    if (method := self.encoder_spec.resize) == TORCH_BICUBIC:
+      images = image_ops.resize(images, size, 'bicubic', antialias=False)
+    else:
+      images = image_ops.resize_exact(images, size, method)
     return self.encoder(images)
+
+  def fuse(self, encoded: Array) -> Array:
+    """`read`'s outputs -> latents f[b gh gw d]."""
+    return self.fusion(encoded) if self.encoder_spec.layers else encoded
 
   def project_to_code_space(self, images: ArrayLike) -> Array:
     """Images -> f32[n c], the tokens that codes are compared with."""
@@ -119,11 +140,20 @@ class Tokenizer(nn.Module):
     """i32[b gh gw] -> f32[b h w 3] not clipped; needs no encoder variables."""
     return self.decode_codes(self.quantizer.indices_to_codes(indices))[0]
 
-  def decode_codes(self, codes: Array) -> tuple[Array, Array]:
-    """Codes f32[b gh gw c] -> (images f32[b h w 3] not clipped, features)."""
+  def decode(self, z_q: Array) -> tuple[Array, Array, dict | None]:
+    """z_q f[b gh gw d] -> (images f32[b h w 3] not clipped, the decoder's
+    features, the feature decoder's predictions, None without one)."""
+    predictions = None
+    if self.features_spec:
+      predictions = self.feature_decoder(z_q)
+      z_q = predictions['deep']
+    return *self.decoder(z_q), predictions
+
+  def decode_codes(self, codes: Array) -> tuple[Array, Array, dict | None]:
+    """`decode` of codes f32[b gh gw c]."""
     codes = jax.lax.optimization_barrier(codes)
     z_q = self.latents.inverse(self.quantizer.codes_to_latents(codes))
-    return jax.lax.optimization_barrier(self.decoder(z_q))
+    return jax.lax.optimization_barrier(self.decode(z_q))
 
   def __call__(
     self,
@@ -132,7 +162,7 @@ class Tokenizer(nn.Module):
     train: bool = False,
     rngs: Any = None,
     noise: Array | None = None,
-    latents: Array | None = None,
+    encoded: Array | None = None,
   ) -> TokenizerOutput:
     """One pass: images f[b h w 3] in [0, 1] to a reconstruction.
 
@@ -142,10 +172,11 @@ class Tokenizer(nn.Module):
       rngs: keys for stochastic quantizers, by name.
       noise: f32[b gh gw d], added to the quantizer's input, not to the
         returned latents.
-      latents: f[b gh gw d], `encode(images)` where it is at hand.
+      encoded: `read(images)`, where it is at hand.
     """
-    if latents is None:
-      latents = self.encode(images)
+    if encoded is None:
+      encoded = self.read(images)
+    latents = self.fuse(encoded)
     if not train:
       latents = jax.lax.optimization_barrier(latents)
     z = latents if noise is None else latents + noise.astype(latents.dtype)
@@ -157,11 +188,16 @@ class Tokenizer(nn.Module):
     if out.quantized is not None:
       out = out.replace(quantized=self.latents.inverse(out.quantized))
     if train:
-      images, features = self.decoder(out.z_q)
+      images, features, predictions = self.decode(out.z_q)
     else:
-      images, features = self.decode_codes(out.codes)
+      images, features, predictions = self.decode_codes(out.codes)
     return TokenizerOutput(
-      images=images, latents=latents, quantizer=out, features=features
+      images=images,
+      latents=latents,
+      quantizer=out,
+      features=features,
+      layers=encoded if self.encoder_spec.layers else None,
+      predictions=predictions,
     )
 
   def baked_codebook(self) -> dict[str, Array]:
@@ -172,7 +208,7 @@ class Tokenizer(nn.Module):
     """The same tokenizer run with another dtype, scan or remat."""
 
     def changed(spec):
-      return dataclasses.replace(
+      return spec and dataclasses.replace(
         spec, vit=dataclasses.replace(spec.vit, **options)
       )
 
@@ -182,6 +218,7 @@ class Tokenizer(nn.Module):
     return self.clone(
       encoder_spec=changed(self.encoder_spec),
       decoder_spec=changed(self.decoder_spec),
+      features_spec=changed(self.features_spec),
       quantizer=quantizer,
     )
 
@@ -214,6 +251,21 @@ def _decoder_spec(
   return build_spec(DecoderSpec, section, 'model.decoder')
 
 
+def _features_spec(
+  section: Mapping | None, decoder: DecoderSpec, encoder: EncoderSpec
+) -> FeatureDecoderSpec | None:
+  if section is None:
+    return None
+  section = merge_sections({'vit': dataclasses.asdict(decoder.vit)}, section)
+  spec = build_spec(FeatureDecoderSpec, section, 'model.feature_decoder')
+  if spec.shallow and len(encoder.layers or ()) < 2:
+    raise UserError(
+      'model.feature_decoder.shallow predicts the first of encoder.layers, and '
+      f'there are no two: encoder.layers={encoder.layers}'
+    )
+  return spec
+
+
 def build_tokenizer(model_config: Any) -> Tokenizer:
   """The tokenizer that a config's `model` section describes; no arrays yet.
 
@@ -224,6 +276,8 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
       decoder: dict(name="B"|"L"|"XL"|"symmetric") and, or, its fields.
       latents: dict(norm="none"|"channel"|"position"), "none" if absent; with
         "position" also grid=(rows, columns).
+      feature_decoder: dict(vit=dict(…), shallow=False), or absent: a
+        `FeatureDecoderSpec`; what `vit` leaves out is the decoder's.
       dtype, scan, remat: run options; "float32", True, False by default.
 
   Returns:
@@ -236,7 +290,8 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
   """
   to_dict = getattr(model_config, 'to_dict', None)
   config = to_dict() if to_dict else dict(model_config)
-  known = ('encoder', 'quantizer', 'decoder', 'latents', *RUN_OPTIONS)
+  known = ('encoder', 'quantizer', 'decoder', 'latents')
+  known += ('feature_decoder', *RUN_OPTIONS)
   for key in config:
     if key not in known:
       raise UserError(f'unknown key "model.{key}"{did_you_mean(key, known)}')
@@ -248,13 +303,23 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
       )
   options = {k: config[k] for k in RUN_OPTIONS if k in config}
   encoder = _encoder_spec(config['encoder'], options)
+  decoder = _decoder_spec(config['decoder'], options, encoder)
+  latents = build_spec(LatentsSpec, config['latents'], 'model.latents')
+  if latents.norm != 'none' and encoder.fuse == 'attention':
+    raise UserError(
+      f'model.latents.norm="{latents.norm}" measures latents before training, '
+      'and encoder.fuse="attention" trains them; use norm="none"'
+    )
   return Tokenizer(
     encoder_spec=encoder,
     quantizer=quantizers.build(
-      config['quantizer'], encoder.vit.width, options.get('dtype', 'float32')
+      config['quantizer'], encoder.latent_dim, options.get('dtype', 'float32')
     ),
-    decoder_spec=_decoder_spec(config['decoder'], options, encoder),
-    latents_spec=build_spec(LatentsSpec, config['latents'], 'model.latents'),
+    decoder_spec=decoder,
+    latents_spec=latents,
+    features_spec=_features_spec(
+      config.get('feature_decoder'), decoder, encoder
+    ),
   )
 
 
@@ -277,7 +342,7 @@ def describe(tokenizer: Tokenizer) -> dict:
     for option in RUN_OPTIONS:
       del fields['vit'][option]
     fields['vit'] = old_fields(fields['vit'])
-    return fields
+    return old_fields(fields)
 
   quantizer = tokenizer.quantizer
   fields = {
@@ -295,6 +360,8 @@ def describe(tokenizer: Tokenizer) -> dict:
   # Younger than format 1, like LATER_FIELDS, but a section.
   if tokenizer.latents_spec != LatentsSpec():
     model['latents'] = dataclasses.asdict(tokenizer.latents_spec)
+  if tokenizer.features_spec is not None:
+    model['feature_decoder'] = spec_fields(tokenizer.features_spec)
   return model
 
 

@@ -76,17 +76,19 @@ def dense(spec: ViTSpec, features: int, name: str, bias: bool = True):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention, [b n d] -> [b n d]."""
+  """Multi-head attention, [b n d] -> [b n d], to itself or to `context`
+  [b m d]."""
 
   spec: ViTSpec
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array, context: Array | None = None) -> Array:
     s = self.spec
     head = s.width // s.num_heads
 
     def project(name):
-      y = dense(s, s.width, name, s.qkv_bias)(x)
+      source = x if context is None or name == 'query' else context
+      y = dense(s, s.width, name, s.qkv_bias)(source)
       if s.qk_norm and name != 'value':
         y = nn.RMSNorm(s.norm_eps, dtype=s.dtype, name=f'{name}_norm')(y)
       return y.reshape(*y.shape[:-1], s.num_heads, head)

@@ -20,27 +20,29 @@ LANES = 128  # a TPU's tile: what splash counts tokens in
 TPU_TOKENS = 512
 
 Heads = Float[Array, 'b n heads d']
+Others = Float[Array, 'b m heads d']
 
 
-def attention(q: Heads, k: Heads, v: Heads) -> Heads:
+def attention(q: Heads, k: Others, v: Others) -> Heads:
   """softmax(q k^T / sqrt(d)) v.
 
   Args:
-    q, k, v: one dtype; bfloat16 takes the fused kernels.
+    q, k, v: one dtype; bfloat16 takes the fused kernels, if q is as long as
+      k and v.
   """
   if q.dtype != jnp.bfloat16:
     return plain(q, k, v)
-  fused = {}
-  if cudnn_takes(q.shape):
+  fused, alike = {}, q.shape == k.shape
+  if alike and cudnn_takes(q.shape):
     fused['cuda'] = flash
-  if splash_takes(q.shape):
+  if alike and splash_takes(q.shape):
     fused['tpu'] = splash
   return jax.lax.platform_dependent(
     q, k, v, default=jax.nn.dot_product_attention, **fused
   )
 
 
-def plain(q: Heads, k: Heads, v: Heads) -> Heads:
+def plain(q: Heads, k: Others, v: Others) -> Heads:
   """`jax.nn.dot_product_attention` for CPUs, in half its time: products take
   their operands in order, and a row is divided by its sum after the second one,
   for which exponentials are written once."""

@@ -10,6 +10,7 @@ another package is built.
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from vqrae_jax.specs import (
   merge_sections,
 )
 from vqrae_jax.weights import hub
-from vqrae_jax.weights.files import open_weights
+from vqrae_jax.weights.files import LazyArray, WeightFile, open_weights
 from vqrae_jax.weights.load import Pretrained
 
 CONFIG, PIXELS = hub.CONFIGS
@@ -197,6 +198,8 @@ def fit_encoder(
       placed = jax.sharding.NamedSharding(mesh, axes)
     return jax.ShapeDtypeStruct(like.shape, jnp.dtype(dtype), sharding=placed)
 
+  if spec.layers is not None:
+    source = _first_blocks(source, spec.computed.depth, spec.vit.depth)
   side = spec.vit.patch_size
   image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
   target = jax.eval_shape(Encoder(spec).init, jax.random.key(0), image)
@@ -207,6 +210,27 @@ def fit_encoder(
     hint=f'the file has the names of {key_format.name}, the model has '
     f'width {spec.vit.width}, depth {spec.vit.depth}, grid {spec.vit.grid}',
   )
+
+
+def _first_blocks(source: WeightFile, blocks: int, of: int) -> WeightFile:
+  """The file without what is of blocks above the first `blocks`, in their own
+  keys or in stacked arrays."""
+
+  def first(key, array):
+    if not ('blocks/' in key or '/encoderblock/' in key):
+      return array
+    if array.shape[0] != of:
+      return array  # does not fit, which the match will show
+    read = lambda: array.read()[:blocks]  # noqa: E731
+    return LazyArray((blocks, *array.shape[1:]), array.dtype, read)
+
+  numbered = re.compile(r'(?:layers?\.|encoderblock_)(\d+)[./]')
+  handles = {
+    key: first(key, array)
+    for key, array in source.items()
+    if not (found := numbered.search(key)) or int(found[1]) < blocks
+  }
+  return WeightFile(source.name, handles, source.note)
 
 
 def load_encoder(

@@ -19,7 +19,7 @@ from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.ops import posemb
 from vqrae_jax.specs import DecoderSpec
 from vqrae_jax.weights.files import WeightFile
-from vqrae_jax.weights.load import Pretrained, export
+from vqrae_jax.weights.load import TOLERANCE, Pretrained, export
 from vqrae_jax.weights.rules import Rule, Table, computed, ignore
 
 _POSITIONS = 'decoder_pos_embed'
@@ -43,8 +43,8 @@ def rae_table(spec: DecoderSpec) -> Table:
       _POSITIONS,
       lambda: _fixed_positions(spec),
       'fixed sin-cos positions',
-      hint='to keep the table of the file, set '
-      'decoder.vit.posemb="learned" and decoder.vit.prefix_has_posemb=True',
+      hint='to keep the table of the file, set model.decoder.vit='
+      'dict(posemb="learned", prefix_has_posemb=True) in the config file',
     )
   rows = (
     positions,
@@ -82,6 +82,16 @@ def _check_spec(spec: DecoderSpec) -> None:
         f'decoder.vit.num_heads={s.num_heads}, but the RAE decoder {name} has '
         f'{row["num_heads"]}'
       )
+
+
+def has_trained_positions(source: WeightFile, spec: DecoderSpec) -> bool:
+  """Whether a file's positions are not the fixed ones of a decoder of `spec`,
+  and so were trained."""
+  fixed = _fixed_positions(spec)
+  found = next((x for k, x in source.items() if k.endswith(_POSITIONS)), None)
+  if found is None or found.shape != fixed.shape:
+    return False
+  return float(np.abs(found.read() - fixed).max()) > TOLERANCE
 
 
 def _sizes(source: WeightFile) -> str:

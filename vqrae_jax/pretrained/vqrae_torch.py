@@ -60,7 +60,9 @@ def encoder_family(spec: EncoderSpec) -> str:
   s = spec.vit
   plain = s.norm == 'layer' and not s.qk_norm
   scaled = s.layer_scale is not None
-  if s.posemb == 'learned' and not s.num_prefix_tokens:
+  if spec.layers is not None:
+    pass  # it reads the last one only
+  elif s.posemb == 'learned' and not s.num_prefix_tokens:
     if plain and not scaled and s.qkv_bias:
       return 'SigLIP'
   elif s.posemb == 'learned' and s.prefix_has_posemb:
@@ -196,11 +198,16 @@ def _detect_fsq(source: WeightFile) -> Form:
     tops = source['quantizer.codebook'].read().max(0)
   if tops is not None:
     levels = fields['levels'] = tuple(round(2 * float(t) + 1) for t in tops)
-  bound = '; bound from the config (no key distinguishes "tanh" and "clip")'
+  defaults = {}
   if mlp:
-    fields['bound'], bound = 'clip', ''
+    fields['bound'] = 'clip'
+  else:  # in all of the project's code; a fork may differ, and no key shows it
+    defaults['bound'] = 'clip'
   ways = f'in {fields["adapter_in"]}, out {fields["adapter_out"]}'
-  return Form('fsq', fields, {}, f'FSQ, levels {levels}, {ways}{bound}')
+  summary = (
+    f'FSQ, levels {levels}, {ways}, bound "clip" unless --quantizer says'
+  )
+  return Form('fsq', fields, defaults, summary)
 
 
 def _detect_simvq(source: WeightFile) -> Form:
@@ -271,6 +278,7 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
         f'quantizer.convention="{q.convention}": the PyTorch project has '
         'FSQ of convention="centered" only'
       )
+    _check_levels(q)
     rows += _fsq_rows(q)
   elif q.projection:
     raise UserError(
@@ -293,6 +301,19 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
     rows.append(Rule('post_quant_conv.weight', f'{_P}post_conv/kernel', 'conv'))
     rows.append(Rule('post_quant_conv.bias', f'{_P}post_conv/bias'))
   return Table(tuple(rows), ())
+
+
+def _check_levels(q: quantizers.FSQ) -> None:
+  """Linear FSQ there rounds to whole numbers, which are levels only where their
+  number is odd."""
+  linear = q.adapter_in == 'linear' and q.bound == 'clip'
+  if linear and any(n % 2 == 0 for n in q.levels):
+    raise UserError(
+      f'quantizer.levels={q.levels}: the linear FSQ of the PyTorch project '
+      'rounds to whole numbers, which an even number of levels does not have; '
+      'there is no counterpart here (a fork that bounds by tanh: '
+      '--quantizer=bound="tanh")'
+    )
 
 
 def _check_simvq(q: quantizers.SimVQ) -> None:
@@ -437,6 +458,11 @@ def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   if f'{_C}basis' in leaves or f'{_P}codes' in leaves:
     leaves.pop(f'{_C}codes', None)  # baked
   parts, q = _by_part(leaves), tokenizer.quantizer
+  if isinstance(q, quantizers.FSQ) and q.bound == 'tanh':
+    raise UserError(
+      'quantizer.bound="tanh": the FSQ of the PyTorch project clips and would '
+      'give other indices; train with bound="clip" and odd levels to go there'
+    )
   encoder = export_encoder(parts['encoder'], tokenizer.encoder_spec)
   decoder = rae.export_rae_decoder(parts['decoder'], tokenizer.decoder_spec)
   arrays = export(quantizer_table(q), parts['quantizer'])

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 import operator
 import pathlib
 from collections.abc import Mapping
@@ -155,7 +156,8 @@ class DataSpec:
 
   Attributes:
     source: a DATA source (`data.sources.open_source`).
-    image_size: pixels, or (h, w).
+    image_size: pixels, or (h, w); or a list of those, of which each step has
+      one, drawn by seed and step.
     include, exclude: globs of images' names.
     resize, crop, flip: as in `data.pipeline.Augment`.
     decoder: of JPEG files: "pil", or "simplejpeg" (`pip install
@@ -168,7 +170,7 @@ class DataSpec:
   """
 
   source: str
-  image_size: int | tuple[int, int]
+  image_size: int | tuple[int, int] | tuple[tuple[int, int], ...]
   include: tuple[str, ...] = ()
   exclude: tuple[str, ...] = ()
   resize: int | tuple[int, int] | None = None
@@ -184,8 +186,10 @@ class DataSpec:
     one_of('data.crop', self.crop, CROPS)
     one_of('data.decoder', self.decoder, DECODERS)
     size, r = self.image_size, self.resize
-    if not _sides(size, 2):
-      raise UserError(f'data.image_size={size} must be pixels, or (h, w)')
+    if not self.sizes or not all(_sides(s, 2) for s in self.sizes):
+      raise UserError(
+        f'data.image_size={size} must be pixels, or (h, w), or a list of those'
+      )
     if r is not None and (
       not _sides(r, 2) or (isinstance(r, tuple) and r[0] > r[1])
     ):
@@ -193,13 +197,24 @@ class DataSpec:
         f'data.resize={r} must be pixels of the shorter side, or (lowest, '
         'highest)'
       )
+    if self.crop == 'squash' and r is not None:
+      raise UserError(
+        f'data.resize={r} has no part in data.crop="squash"; set it to None'
+      )
     at_least(1, 'data.', self, 'examples')
 
   @property
   def size(self) -> tuple[int, int]:
-    """(h, w) of a training image."""
+    """(h, w) of a training image, the largest."""
+    return max(self.sizes, key=math.prod)
+
+  @property
+  def sizes(self) -> tuple[tuple[int, int], ...]:
+    """(h, w) of a training image, all that there are."""
     s = self.image_size
-    return s if isinstance(s, tuple) else (s, s)
+    if not isinstance(s, tuple):
+      return ((s, s),)
+    return s if all(isinstance(n, tuple) for n in s) else (s,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,13 +411,21 @@ class RunConfig:
     """{name: LossTerm}, names checked against the loss tables."""
     known = [*IMAGE_TERMS, *FROZEN_TERMS, *LATENT_TERMS, 'gan']
     terms: dict[str, LossTerm] = {}
-    for name, value in self.losses.items():
+    given = dict(self.losses)
+    features = given.pop('features', {})
+    if not isinstance(features, Mapping):
+      raise UserError(
+        f'losses.features={features!r} must be dict(deep=…, shallow=…)'
+      )
+    given |= {f'features/{k}': value for k, value in features.items()}
+    for name, value in given.items():
+      where = f'losses.{name.replace("/", ".")}'
       if name not in known:
-        raise UserError(f'unknown "losses.{name}"{did_you_mean(name, known)}')
+        raise UserError(f'unknown "{where}"{did_you_mean(name, known)}')
       if not isinstance(value, Mapping):
         value = {'weight': value}
       kind = TERMS.get(name, LossTerm)
-      terms[name] = build_spec(kind, value, f'losses.{name}')
+      terms[name] = build_spec(kind, value, where)
     if not terms:
       raise UserError(f'losses is empty; there are: {", ".join(known)}')
     self._check_teacher(terms.get('distill'))
@@ -475,6 +498,11 @@ def plain(config: Any) -> Any:
   return config
 
 
+def _at(config: Any, section: str, key: str) -> Any:
+  section = config.get(section)
+  return section.get(key) if hasattr(section, 'get') else None
+
+
 def read_config(config: Any) -> RunConfig:
   """A ConfigDict (or mapping) as a `RunConfig`; opens no file.
 
@@ -482,7 +510,12 @@ def read_config(config: Any) -> RunConfig:
     UserError: an unknown, mistyped or impossible key, or missing keys: those
       of all sections at once.
   """
+  several = isinstance(_at(config, 'data', 'image_size'), list)
   config = plain(config)
+  if several:  # a tuple would be (h, w)
+    sizes = config['data']['image_size']
+    pairs = tuple(s if isinstance(s, tuple) else (s, s) for s in sizes)
+    config['data']['image_size'] = pairs
   missing = missing_keys(RunConfig, config, 'config')
   sections = config.get('model', {})
   if isinstance(sections, Mapping):
@@ -542,7 +575,8 @@ def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
       f'{flag} computes them for --config.init.latents=stats.npz; or set '
       'init_from'
     )
-  latents.check_grid(norm, tokenizer.grid(*spec.data.size), 'data.image_size')
+  for size in spec.data.sizes:
+    latents.check_grid(norm, tokenizer.grid(*size), 'data.image_size')
   if spec.eval is not None:
     tile = spec.eval.tile
     latents.check_grid(norm, tokenizer.grid(tile, tile), 'eval.tile')

@@ -276,6 +276,7 @@ def run(
   update_norms, rows = setup.update_norms(), setup.config.log.every
   hparams = setup_lib.f32(setup.hparams)
   batches = setup.batches.iterate(position.step)
+  compiled = set()  # shapes of images
   with (
     contextlib.closing(loop.report),
     stop_requests() as stop,
@@ -294,13 +295,15 @@ def run(
       # One step behind, so that the device always has work.
       loop.settle()
       loop.pending = (number, metrics)
-      if number == position.step + 1:
+      if (shape := batch['images'].shape) not in compiled:
+        compiled.add(shape)
         jax.block_until_ready(metrics)
         logging.info(
-          'step %d took %.0f s, with compiling; speed is measured from here',
-          number, time.perf_counter() - asked,
+          'step %d, the first at %dx%d pixels, took %.0f s with compiling',
+          number, *shape[1:3], time.perf_counter() - asked,
         )  # fmt: skip
         compile_cache.log_saved()
+        # Speed is measured from here.
         loop.ready, loop.waited = time.perf_counter(), 0.0
         loop.waited_in_all = 0.0
         loop.report.measure_from(number)

@@ -111,7 +111,9 @@ class Setup(Plan):
       'seed': config.seed,
       'batch_size': config.batch_size,
       'images': len(self.source),
-      'image_size': list(config.data.size),
+      'image_size': list(config.data.size)
+      if len(config.data.sizes) == 1
+      else [list(size) for size in config.data.sizes],
       'decoder': config.data.decoder,
       'model': json.loads(export.canonical_json(describe(self.tokenizer))),
     }
@@ -124,13 +126,13 @@ class Setup(Plan):
     for name, index, _ in self.step.optimizer.leaves:
       moves = self.step.optimizer.schedules[index][1]
       trained += sizes[name] * (1 if moves is None else np.mean(moves))
-    h, w = self.config.data.size
+    pixels = ', '.join(f'{h}x{w}' for h, w in self.config.data.sizes)
     k = self.tokenizer.codebook_size
     quantizer = type(self.tokenizer.quantizer).__name__
     return (
       f'{sum(sizes.values()) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of '
       f'them trained, {quantizer}{f" with {k} codes" if k else ""}, '
-      f'{len(self.source)} images at {h}x{w}, batch {self.config.batch_size}, '
+      f'{len(self.source)} images at {pixels}, batch {self.config.batch_size}, '
       f'{self.total_steps} steps on {self.mesh.size} '
       f'{jax.devices()[0].platform} device(s)'
     )
@@ -201,6 +203,7 @@ def setup(
   batches = TrainBatches(
     source.decoded_by(data.decoder, augment.ample),
     augment,
+    sizes=data.sizes,
     batch_size=config.batch_size,
     seed=config.seed,
     process_index=jax.process_index(),
@@ -302,7 +305,8 @@ def plan_step(
       a leaf no row claims, an image size off the decoder's patch, nothing to
       train, a start after the end.
   """
-  tokenizer.grid(*config.data.size)
+  for size in config.data.sizes:
+    tokenizer.grid(*size)
   shapes = jax.eval_shape(lambda: state_lib.random_variables(tokenizer, 0))
   leaves = trees.flatten(shapes['params'])
   # A table that follows an average has no rate, but may be frozen too.
@@ -377,6 +381,15 @@ def _check_terms(
         f'losses.{name}: the quantizer {type(tokenizer.quantizer).__name__} as '
         f'configured has no such loss (it has {", ".join(given) or "none"}); '
         'remove the term'
+      )
+  spec = tokenizer.features_spec
+  has = ('deep', *['shallow'] * spec.shallow) if spec else ()
+  for name in terms:
+    section, _, feature = name.partition('/')
+    if section == 'features' and feature not in has:
+      raise UserError(
+        f'losses.features.{feature} needs a model.feature_decoder that '
+        f'predicts it (this one predicts: {", ".join(has) or "none"})'
       )
   target = getattr(terms.get('distill'), 'target', None)
   if target == 'teacher' and not any(

@@ -53,7 +53,7 @@ def _reconstruct(
   params: Any,
   images: jax.Array,
   sample_ids: jax.Array,
-  latents: jax.Array | None = None,
+  encoded: jax.Array | None = None,
 ) -> TokenizerOutput:
   """The tokenizer's forward with the trainable leaves `params`."""
   noise = None
@@ -69,7 +69,7 @@ def _reconstruct(
   if state.codebook:
     variables['codebook'] = state.codebook
   return spec.tokenizer.apply(
-    variables, images, train=True, noise=noise, latents=latents
+    variables, images, train=True, noise=noise, encoded=encoded
   )
 
 
@@ -100,8 +100,8 @@ def _at_image(
     fakes = adversarial.to_8_bits(recon)
   metrics = {f'loss/{name}': x for name, x in values.items()}
   metrics['mse'] = jnp.mean((jnp.clip(recon, 0.0, 1.0) - images) ** 2)
-  latents = None if spec.trains_encoder else out.latents
-  return AtImage(metrics, image, gan, fakes, latents)
+  encoded = None if spec.trains_encoder else out.encoded
+  return AtImage(metrics, image, gan, fakes, encoded)
 
 
 def loss_gradients(
@@ -125,13 +125,13 @@ def loss_gradients(
       `images` if None.
   """
   step = spec, state, frozen, hparams
-  latents, teacher = at and at.latents, None
+  encoded, teacher = at and at.encoded, None
   if spec.teacher:
     variables = {'params': frozen.teacher}
-    teacher = spec.tokenizer.apply(variables, images, method='encode')
+    teacher = spec.tokenizer.apply(variables, images, method='read')
 
   def forward(params):
-    out = _reconstruct(*step, params, images, sample_ids, latents)
+    out = _reconstruct(*step, params, images, sample_ids, encoded)
     inputs = LatentInputs(out, teacher)
     losses = {name: LATENT_TERMS[name](inputs) for name in spec.latent_losses}
     # Without an image loss nothing may pretend to reach the decoder.
@@ -175,7 +175,7 @@ def accumulated(
   All are equally large, so that means of gradients and losses are those of the
   whole batch; stats are sums. With an adaptive adversarial loss a sweep of
   forwards comes first, whose weight is that of the whole batch. It keeps each
-  image's cotangents, and the latents of a frozen encoder, so that the second
+  image's cotangents, and what a frozen encoder gives, so that the second
   pass repeats neither the losses nor that encoder.
 
   Returns:

@@ -28,7 +28,7 @@ from vqrae_jax.weights.rules import (
 )
 
 _LISTED = 4  # names of a kind in an error
-_TOLERANCE = 1e-5  # of arrays that the model computes
+TOLERANCE = 1e-5  # of arrays that the model computes
 
 # ----------------------------------------------------------------------------
 # What a table wants of a file, for one model.
@@ -229,7 +229,7 @@ class Pretrained:
       if key := self._keys.get(name):
         have = self._read(key, np.dtype('float32'))
         off = float(np.max(np.abs(have - row.value()), initial=0))
-        if off > _TOLERANCE:
+        if off > TOLERANCE:
           raise UserError(
             f'{source.name}: {printable(key)} differs by up to {off:.3g} from '
             f'what the model computes ({row.why})'
