@@ -44,7 +44,7 @@ class Encoder(nn.Module):
     x = vit.PatchEmbed(
       s, spec.posemb_resize, spec.posemb_antialias, name='embed'
     )(x)
-    x = vit.Transformer(s, name='transformer')(x)
+    x = vit.Transformer(s, name='transformer')(x, vit.rotation(s, (gh, gw)))
     if spec.output_norm == 'plain':  # a LayerNorm in every family
       layer = dataclasses.replace(s, norm='layer')
       x = vit.norm(layer, 'norm', affine=False)(x)
