@@ -36,11 +36,16 @@ def test_import_is_light():
   assert not {*HEAVY} & {*modules.split()}
 
 
-@pytest.mark.parametrize('kind', ('fsq-cosmos', 'simvq-cosine'))
-def test_jit_vmap_and_symbolic_export(kind, monkeypatch):
+@pytest.mark.parametrize(
+  'kind, posemb', [('fsq-cosmos', 'rope2d'), ('simvq-cosine', None)]
+)
+def test_jit_vmap_and_symbolic_export(kind, posemb, monkeypatch):
   """Exported, a count of tokens is a symbol, and goes through the loop over
   chunks of 10 tokens."""
-  tokenizer, variables = tiny.built(tiny.model(kind, depth=1))
+  config = tiny.model(kind, depth=1)
+  for part in ('encoder', 'decoder') if posemb else ():
+    config[part]['vit'] |= dict(posemb=posemb)
+  tokenizer, variables = tiny.built(config)
   images = jnp.asarray(tiny.images(6)) / 255.0
   encode = functools.partial(vqrae_jax.encode_to_indices, tokenizer)
   decode = functools.partial(vqrae_jax.decode_from_indices, tokenizer)

@@ -41,7 +41,9 @@ def test_nested_sections_and_lists_become_hashable_specs():
     (dict(num_prefix_tokens=-1), 'num_prefix_tokens=-1'),
     (dict(num_registers=1), 'vit.num_registers=1'),
     (dict(width=6, num_heads=1, posemb='sincos2d'), 'vit.width=6'),
+    (dict(width=24, num_heads=4, posemb='rope2d'), 'vit.width=24'),
     (dict(qkv_bias=1), 'vit.qkv_bias=1'),
+    (dict(qkv_bias='qk'), "vit.qkv_bias='qk'"),
   ],
 )
 def test_a_wrong_value_is_named(change, key):

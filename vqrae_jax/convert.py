@@ -411,6 +411,13 @@ def _call_any_size(model: Any, x: Any, patch: int, **options: Any) -> Any:
   return model(x, interpolate_pos_encoding=True, **options)
 
 
+def _call_clip(model: Any, x: Any, patch: int) -> Any:
+  """CLIP's patches through its final norm, as `encoders/clip.py` says."""
+  out = _call_any_size(model, x, patch)
+  out.last_hidden_state = model.post_layernorm(out.last_hidden_state)
+  return out
+
+
 def _call_unmasked(model: Any, x: Any, patch: int) -> Any:
   """ViT-MAE without masks, its tokens in the image's order."""
   model.config.mask_ratio = 0.0
@@ -438,8 +445,11 @@ REFERENCES: dict[str, tuple[str, Callable]] = {
   'siglip2_vision_model': ('Siglip2VisionModel', _call_naflex),
   'dinov2': ('Dinov2Model', _call),
   'dinov2_with_registers': ('Dinov2WithRegistersModel', _call),
+  'dinov3_vit': ('DINOv3ViTModel', _call),
   'vit_mae': ('ViTMAEModel', _call_unmasked),
   'internvl_vision': ('InternVLVisionModel', _call),
+  'clip': ('CLIPVisionModel', _call_clip),
+  'clip_vision_model': ('CLIPVisionModel', _call_clip),
 }
 # Parts of a class that its last hidden state does not depend on.
 _UNUSED = ('head.', 'pooler.', 'embeddings.mask_token')

@@ -22,6 +22,7 @@ RUN_OPTIONS = ('scan', 'remat', 'dtype')
 # that older tokenizers keep their fingerprints.
 LATER_FIELDS = {
   'num_registers': 0,
+  'embed_norm': False,
   'bound': 'tanh',
   'adapter_in': 'linear',
   'adapter_out': 'linear',
@@ -34,6 +35,8 @@ LATER_FIELDS = {
 }
 DTYPES = ('float32', 'bfloat16')
 REMATS = (False, True, 'dots')
+ACTS = ('gelu', 'gelu_tanh', 'quick_gelu', 'swiglu')
+POSEMBS = ('learned', 'sincos2d', 'rope2d')
 RESIZES = ('bicubic', 'bilinear')
 TORCH_BICUBIC = 'torch_bicubic'
 OUTPUT_NORMS = ('affine', 'plain', 'none')
@@ -103,7 +106,11 @@ class ViTSpec:
   """A plain pre-norm vision transformer, encoder or decoder.
 
   `grid` is the native grid of patches (rows, columns); others are reached by
-  interpolating positions. `layer_scale` is the initial value, None for none.
+  interpolating positions. With `posemb` "rope2d" (DINOv3) the patches' queries
+  and keys are rotated by coordinates that any grid has, and there is no table.
+  With `qkv_bias` "qv" the keys alone have none (DINOv3). With `embed_norm` the
+  tokens are normalised before the blocks, and patches are embedded without a
+  bias (CLIP). `layer_scale` is the initial value, None for none.
   `qk_norm` normalises queries and keys over the full width (InternViT).
   With `scan` the blocks are a loop over one, but for a GPU's without `remat`.
   With `remat` a block's gradient computes the block again from its input;
@@ -121,13 +128,14 @@ class ViTSpec:
   norm: str = 'layer'
   norm_eps: float = 1e-6
   act: str = 'gelu'
-  qkv_bias: bool = True
+  qkv_bias: bool | str = True
   qk_norm: bool = False
   layer_scale: float | None = None
   posemb: str = 'learned'
   num_prefix_tokens: int = 0
   prefix_has_posemb: bool = False
   num_registers: int = 0
+  embed_norm: bool = False
   scan: bool = True
   remat: bool | str = False
   dtype: str = 'float32'
@@ -138,8 +146,9 @@ class ViTSpec:
     if self.norm_eps <= 0:
       raise UserError(f'vit.norm_eps={self.norm_eps} must be above 0')
     one_of('vit.norm', self.norm, ('layer', 'rms'))
-    one_of('vit.act', self.act, ('gelu', 'gelu_tanh', 'swiglu'))
-    one_of('vit.posemb', self.posemb, ('learned', 'sincos2d'))
+    one_of('vit.act', self.act, ACTS)
+    one_of('vit.qkv_bias', self.qkv_bias, (True, False, 'qv'))
+    one_of('vit.posemb', self.posemb, POSEMBS)
     one_of('vit.dtype', self.dtype, DTYPES)
     one_of('vit.remat', self.remat, REMATS)
     _grid('vit', self.grid)
@@ -158,6 +167,13 @@ class ViTSpec:
       raise UserError(
         f'vit.width={self.width} must be a multiple of 4 for '
         'vit.posemb="sincos2d"'
+      )
+    head = self.width // self.num_heads
+    if self.posemb == 'rope2d' and head % 4:
+      raise UserError(
+        f'vit.width={self.width} gives vit.num_heads={self.num_heads} heads of '
+        f'{head} channels, which must be a multiple of 4 for '
+        'vit.posemb="rope2d"'
       )
 
 

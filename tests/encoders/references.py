@@ -20,6 +20,10 @@ torch = pytest.importorskip('torch')
 
 HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+OPENAI = dict(
+  mean=(0.48145466, 0.4578275, 0.40821073),
+  std=(0.26862954, 0.26130258, 0.27577711),
+)
 
 
 class Kind(NamedTuple):
@@ -32,6 +36,9 @@ class Kind(NamedTuple):
 
 
 SWIGLU = dict(use_swiglu_ffn=True)
+REGISTERS = dict(num_register_tokens=4)
+GATED = REGISTERS | dict(use_gated_mlp=True, hidden_act='silu')
+NO_BIAS = dict(query_bias=False, value_bias=False)
 LARGE = dict(attention_bias=False, use_qk_norm=True, norm_type='rms_norm')
 KINDS = {
   'siglip': Kind('SiglipVision', 'post_layernorm', HALF),
@@ -40,9 +47,16 @@ KINDS = {
   'dinov2-swiglu': Kind('Dinov2', config=SWIGLU),
   'dinov2-registers': Kind('Dinov2WithRegisters'),
   'dinov2-registers-swiglu': Kind('Dinov2WithRegisters', config=SWIGLU),
+  'dinov3': Kind('DINOv3ViT', 'norm', config=REGISTERS),
+  'dinov3-gated': Kind('DINOv3ViT', 'norm', config=GATED),
+  'dinov3-7b': Kind('DINOv3ViT', 'norm', config=GATED | NO_BIAS),
   'mae': Kind('ViTMAE'),
   'internvit-300m': Kind('InternVLVision', config=dict(attention_bias=True)),
   'internvit-6b': Kind('InternVLVision', config=LARGE),
+  'clip': Kind('CLIPVision', 'post_layernorm', OPENAI),
+  'clip-laion': Kind(
+    'CLIPVision', 'post_layernorm', OPENAI, dict(hidden_act='gelu')
+  ),
 }
 
 
@@ -78,9 +92,13 @@ def randomise(model, seed=0):
   return model.eval()
 
 
+def build(kind, **sizes):
+  model = getattr(transformers, f'{KINDS[kind].classes}Model')
+  return model(config(kind, **sizes))
+
+
 def make(kind, seed=0, **sizes):
-  build = getattr(transformers, f'{KINDS[kind].classes}Model')
-  return randomise(build(config(kind, **sizes)), seed)
+  return randomise(build(kind, **sizes), seed)
 
 
 def sizes_of(vit) -> dict:

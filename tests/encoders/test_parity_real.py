@@ -44,7 +44,21 @@ CASES = {
   'vit-mae-base': ('mae', (160, 320)),
   'internvit-300m-448px': ('internvit-300m', (224, 448)),
   'internvit-6b-448px-v2_5': ('internvit-6b', (224, 448)),
+  'dinov3-vits16-pretrain-lvd1689m': ('dinov3', (160, 320)),
+  'dinov3-vits16plus-pretrain-lvd1689m': ('dinov3-gated', (160, 320)),
+  'dinov3-vitb16-pretrain-lvd1689m': ('dinov3', (160, 320)),
+  'dinov3-vitl16-pretrain-lvd1689m': ('dinov3', (160, 320)),
+  'dinov3-vith16plus-pretrain-lvd1689m': ('dinov3-gated', (160, 320)),
+  'dinov3-vit7b16-pretrain-lvd1689m': ('dinov3-7b', (160, 320)),
+  'clip-vit-base-patch16': ('clip', (160, 320)),
+  'clip-vit-h-14-laion2b-s32b-b79k': ('clip-laion', (140, 280)),
 }
+# Two of their blocks, at full width; `test_sources.py` has all their shapes.
+TWO_BLOCKS = (
+  'internvit-6b-448px-v2_5',
+  *[n for n in CASES if 'dinov3' in n and 'vits16-' not in n],
+  'clip-vit-h-14-laion2b-s32b-b79k',
+)
 
 
 def free():
@@ -66,7 +80,7 @@ def test_parity(name, tmp_path):
   free()
   kind, wide = CASES[name]
   sizes = references.sizes_of(golden.spec_of(name).vit)
-  if kind == 'internvit-6b':  # two of its 45 layers, at full width
+  if name in TWO_BLOCKS:
     sizes['depth'] = 2
   sizes['pixels'] += 6 * name.endswith('patch14-384')  # of no patch
   pixels, patch = sizes['pixels'], sizes['patch']
@@ -87,7 +101,7 @@ def test_parity(name, tmp_path):
   # One framework at a time: 16 GB for the largest encoder, 21 with both.
   del model
   free()
-  row = None if name.startswith('internvit') else name
+  row = None if name in TWO_BLOCKS or 'internvit' in name else name
   encoder, variables = vqrae_jax.load_encoder(str(tmp_path), row=row)
   for shape, x in images.items():
     with jax.default_matmul_precision('highest'):

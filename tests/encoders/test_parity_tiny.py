@@ -45,7 +45,9 @@ def check_equal(one, other):
 
 
 @pytest.mark.parametrize('output_norm', ('plain', 'none'))
-@pytest.mark.parametrize('kind', ('siglip', 'mae', 'internvit-6b'))
+@pytest.mark.parametrize(
+  'kind', ('siglip', 'mae', 'internvit-6b', 'dinov3', 'clip')
+)
 def test_other_output_norms(kind, output_norm):
   loaded = vqrae_jax.load_encoder(str(saved(kind)), output_norm)
   check_parity(kind, *loaded, output_norm)
@@ -102,6 +104,28 @@ def test_siglip_with_its_text_tower(prefix, tiny_row, copy):
   have = vqrae_jax.load_encoder(str(copy))
   assert have[0].spec.resize == 'bilinear'
   check_equal(have, want)
+
+
+def test_clip_with_its_text_tower(tmp_path):
+  """As published: the prefix, both towers' heads, a list of position numbers;
+  and a wrapper's prefix beside none of them."""
+  alone = model('clip')
+  state = {f'vision_model.{k}': v for k, v in alone.state_dict().items()}
+  wrapped = {f'module.vision_tower.{k}': v for k, v in state.items()}
+  state['vision_model.embeddings.position_ids'] = torch.arange(17)[None]
+  for name in ('text_model.embeddings.position_embedding.weight',
+               'visual_projection.weight', 'text_projection.weight',
+               'logit_scale'):  # fmt: skip
+    state[name] = torch.ones(2)
+  described = alone.config.to_dict()
+  around = dict(model_type='clip', vision_config=described)
+  want = vqrae_jax.load_encoder(str(saved('clip')))
+  for arrays, config in ((state, around), (wrapped, described)):
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    save_file(arrays, tmp_path / 'model.safetensors')
+    have = vqrae_jax.load_encoder(str(tmp_path))
+    assert have[0].spec == want[0].spec
+    check_equal(have, want)
 
 
 def test_mae_with_its_pretraining_decoder(tmp_path):

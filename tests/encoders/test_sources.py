@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from tests.encoders.references import saved
 from tests.golden import make_encoder_params as golden
 from vqrae_jax import encoders, sharding
 from vqrae_jax.errors import UserError
+from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders as pretrained
 from vqrae_jax.specs import EncoderSpec, build_spec
+from vqrae_jax.weights.files import LazyArray, WeightFile
+from vqrae_jax.weights.load import Pretrained
 
 torch = pytest.importorskip('torch')
 safetensors_torch = pytest.importorskip('safetensors.torch')
@@ -34,18 +38,24 @@ def check_refused(words, *args, **kwargs):
 
 
 def kind_of(name):
-  """A row's reference; None for SigLIP2 of a fixed size, whose config.json does
-  not tell it from SigLIP."""
+  """A row's reference; None where config.json does not tell a row from others:
+  SigLIP2 of a fixed size from SigLIP, nor other pixel norms."""
   giant = '-swiglu' if name.endswith('giant') else ''
   kinds = {
     'siglip2.*naflex': 'naflex',
     'siglip2': None,
     'siglip': 'siglip',
+    'dinov3.*sat493m|clip-vit-l-14-laion': None,
+    'dinov3.*7b': 'dinov3-7b',
+    'dinov3.*plus': 'dinov3-gated',
+    'dinov3': 'dinov3',
     'dinov2-with': f'dinov2-registers{giant}',
     'dinov2': f'dinov2{giant}',
     'vit-mae': 'mae',
     'internvit-300m': 'internvit-300m',
     'internvit-6b': 'internvit-6b',
+    'clip.*laion': 'clip-laion',
+    'clip': 'clip',
   }
   return next(kind for words, kind in kinds.items() if re.match(words, name))
 
@@ -67,6 +77,42 @@ def test_config_json_agrees_with_the_row(name):
     config = dict(model_type='intern_vit_6b', num_hidden_layers=45)
     config |= dict(image_size=448)
   assert encoders.fields_of(config, name) == have
+
+
+def _published(name):
+  return name.startswith(('dinov3-', 'clip-')) and kind_of(name)
+
+
+@pytest.mark.parametrize('name', filter(_published, encoders.ENCODERS))
+def test_names_and_shapes_at_full_size(name):
+  """Every array of transformers' model, but the mask token, is a leaf's, and
+  the other way round."""
+  spec, kind = golden.spec_of(name), kind_of(name)
+  with torch.device('meta'):
+    model = references.build(kind, **references.sizes_of(spec.vit))
+  shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+  if kind.startswith('dinov3'):  # as its files have them
+    shapes = {k.removeprefix('model.'): shape for k, shape in shapes.items()}
+  arrays = {k: LazyArray(s, np.dtype('f4'), None) for k, s in shapes.items()}
+  image = jnp.zeros((1, spec.vit.patch_size, spec.vit.patch_size, 3))
+  target = jax.eval_shape(Encoder(spec).init, jax.random.key(0), image)
+  table = encoders.key_format(shapes, name).table(spec, shapes)
+  fit = Pretrained(WeightFile(name, arrays), table, target['params'])
+  assert {*fit.ignored} <= {'embeddings.mask_token'}
+
+
+@pytest.mark.parametrize(
+  'change',
+  (
+    dict(key_bias=True, query_bias=False),
+    dict(proj_bias=False),
+    dict(rope_theta=1e4),
+    dict(use_gated_mlp=True),
+  ),
+)
+def test_a_dinov3_that_nobody_published(change):
+  with pytest.raises(UserError, match='bias|rope_theta|hidden_act'):
+    encoders.fields_of(dict(model_type='dinov3_vit') | change, 'x')
 
 
 @pytest.mark.parametrize('revision', ('', '@main', f'@{COMMIT}'))
@@ -125,7 +171,7 @@ def test_files_that_do_not_fit(copy):
     ('[' * 100_000, 'config.json'),
     ('{"format_version": 1}', 'load_tokenizer'),
     # A list of the families, not the nearest name ("siglip_vision_model").
-    ('{"model_type": "clip_vision_model"}', ('dinov2', 'vit_mae')),
+    ('{"model_type": "blip_vision_model"}', ('dinov2', 'vit_mae')),
     ('{}', ('model_type', 'siglip_vision_model')),
     ('{"model_type": "siglip", "vision_config": "x"}', 'config.json'),
     ('{"model_type": "dinov2", "hidden_size": "x"}', 'dinov2'),

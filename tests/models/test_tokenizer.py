@@ -42,6 +42,32 @@ def test_size_rule_with_unlike_patches(h, w):
   np.testing.assert_allclose(latents, out.latents, atol=1e-5)
 
 
+def test_rope2d_on_both_sides_takes_any_grid():
+  """No leaf is of positions, yet moving an image's patches moves more than
+  their latents."""
+  config = tiny.model('none', dtype='bfloat16', remat=True)
+  for part in ('encoder', 'decoder'):
+    config[part]['vit'] |= dict(posemb='rope2d')
+  tokenizer, variables = tiny.built(config)
+  assert build_tokenizer(describe(tokenizer)) == tokenizer.with_run_options(
+    dtype='float32', remat=False
+  )
+  assert not [n for n in variable_shapes(tokenizer) if 'positions' in n]
+
+  @jax.jit
+  def run(variables, images):
+    out = vqrae_jax.reconstruct(tokenizer, variables, images)
+    return out.images, out.latents.astype('float32')
+
+  for h, w in ((16, 16), (8, 24)):
+    images = tiny.images(2, h, w)
+    out, latents = run(variables, images)
+    assert out.shape == images.shape and np.isfinite(out).all()
+    _, moved = run(variables, np.roll(images, 4, axis=2))
+    back = np.roll(moved, -1, axis=2)
+    assert np.abs(back - latents).max() > 0.05 * np.abs(latents).max()
+
+
 @pytest.mark.parametrize('kind', [*tiny.FORMS, 'none'])
 def test_describe_inverts_build(kind):
   config = tiny.model(kind, post_quant=dict(kernel=3, space='latent'))

@@ -28,12 +28,13 @@ def made(**fields):
 
 
 def test_scan_and_remat_change_nothing_but_the_program():
-  fields = dict(act='swiglu', layer_scale=0.1)
-  _, model, variables, x = made(**fields)
+  fields = dict(act='swiglu', layer_scale=0.1, posemb='rope2d')
+  s, model, variables, x = made(**fields)
+  rotation = vit.rotation(s, (3, 3))
 
   @functools.partial(jax.jit, static_argnums=0)
   def outputs(model, variables):
-    out, pull = jax.vjp(lambda v: model.apply(v, x), variables)
+    out, pull = jax.vjp(lambda v: model.apply(v, x, rotation), variables)
     return out, pull(2 * out)
 
   want, gradient = outputs(model, variables)
@@ -78,12 +79,14 @@ def test_product_has_the_gradients_of_matmul():
 
 
 def test_bf16_with_f32_parameters():
-  _, model, variables, x = made(layer_scale=0.1)
-  half = vit.Transformer(spec(layer_scale=0.1, dtype='bfloat16'))
-  found = jax.jit(half.apply)(variables, x)
+  fields = dict(layer_scale=0.1, posemb='rope2d')
+  s, model, variables, x = made(**fields)
+  rotation = vit.rotation(s, (3, 3))
+  half = vit.Transformer(spec(**fields, dtype='bfloat16'))
+  found = jax.jit(half.apply)(variables, x, rotation)
   assert found.dtype == jnp.bfloat16
   assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(variables))
-  want = model.apply(variables, x)
+  want = model.apply(variables, x, rotation)
   error = np.linalg.norm(found - want) / np.linalg.norm(want)
   assert error < 2e-2, error
 
@@ -107,3 +110,15 @@ def test_prefix_comes_first_and_positions_fit_any_grid(posemb, grid):
   np.testing.assert_allclose(
     out[0, :3], p['prefix'] + p['prefix_positions'], atol=1e-6
   )
+
+
+def test_rope2d_has_no_table_and_leaves_prefix_tokens_alone():
+  s = spec(posemb='rope2d', num_prefix_tokens=2, num_registers=1)
+  x = jax.random.normal(jax.random.key(0), (2, 2, 3, 5))
+  model = vit.PatchEmbed(s)
+  variables = model.init(jax.random.key(1), x)
+  assert {*variables['params']} == {'linear', 'prefix', 'registers'}
+  assert model.apply(variables, x).shape == (2, 2 + 6, s.width)
+  cos, sin = vit.rotation(s, (2, 3))
+  assert (cos[:2] == 1).all() and (sin[:2] == 0).all()
+  assert len(np.unique(sin[2:], axis=0)) == 6

@@ -48,6 +48,7 @@ def test_wrappers_of_one_file(prefix):
     (dict(norm_eps=1e-6), LATENT, ('norm_eps',)),
     (DECODERS['B'] | dict(num_heads=16), LATENT, ('num_heads',)),
     (dict(posemb='learned'), LATENT, ('prefix_has_posemb',)),
+    (dict(posemb='rope2d'), LATENT, ('rope2d', 'sincos2d')),
   ],
 )
 def test_misfits_name_both_sides(fields, latent, words):

@@ -11,14 +11,24 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vqrae_jax.encoders import converted, dinov2, internvit, mae, siglip
+from vqrae_jax.encoders import (
+  clip,
+  converted,
+  dinov2,
+  dinov3,
+  internvit,
+  mae,
+  siglip,
+)
 from vqrae_jax.encoders.naming import KeyFormat, Shapes
 from vqrae_jax.errors import UserError
 
-ENCODERS = {**siglip.ROWS, **dinov2.ROWS, **mae.ROWS, **internvit.ROWS}
+_FAMILIES = (siglip, dinov2, dinov3, mae, internvit, clip)
+ENCODERS = {name: row for f in _FAMILIES for name, row in f.ROWS.items()}
+# CLIP first: SigLIP and InternViT each have some of its keys.
 KEY_FORMATS = tuple(
   key_format
-  for family in (siglip, dinov2, mae, internvit, converted)
+  for family in (clip, *_FAMILIES[:-1], converted)
   for key_format in family.KEY_FORMATS
 )
 
@@ -28,9 +38,11 @@ _READERS = {
   'siglip2_vision_model': siglip.fields,
   'dinov2': dinov2.fields,
   'dinov2_with_registers': dinov2.fields,
+  'dinov3_vit': dinov3.fields,
   'vit_mae': mae.fields,
   'intern_vit_6b': internvit.fields,
   'internvl_vision': internvit.fields,
+  'clip_vision_model': clip.fields,
 }
 # A model around an encoder -> the model_type of its "vision_config".
 _AROUND = {
@@ -38,6 +50,7 @@ _AROUND = {
   'siglip2': 'siglip2_vision_model',
   'internvl_chat': 'intern_vit_6b',
   'internvl': 'internvl_vision',
+  'clip': 'clip_vision_model',
 }
 
 
@@ -102,11 +115,18 @@ class Published:
 
 
 _MAE_LICENCE = "see the hub's page; the authors' repository is CC BY-NC 4.0"
+_CLIP_LICENCE = "see the hub's page; the authors' repository is MIT"
+# Last updated 2025-08-19; `docs/encoders.md` says what is in it.
+_DINOV3_LICENCE = (
+  "DINOv3 License, Meta's own: "
+  'https://ai.meta.com/resources/models-and-libraries/dinov3-license'
+)
 # First part of a row's name -> (owner on the hub, licence).
 _OWNERS = {
   'siglip2': ('google', 'Apache-2.0'),
   'siglip': ('google', 'Apache-2.0'),
   'dinov2': ('facebook', 'Apache-2.0'),
+  'dinov3': ('facebook', _DINOV3_LICENCE),
   'vit': ('facebook', _MAE_LICENCE),
   'internvit': ('OpenGVLab', 'MIT'),
 }
@@ -114,6 +134,9 @@ _OWNERS = {
 
 def _published(name: str) -> Published:
   family = name.split('-')[0]
+  if family == 'clip':
+    hub = clip.HUBS[name]
+    return Published(hub, 'MIT' if hub.startswith('laion/') else _CLIP_LICENCE)
   owner, licence = _OWNERS[family]
   if family == 'internvit':  # the one whose repositories have capitals
     for low, high in (

@@ -67,7 +67,11 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   return Table(rows)
 
 
-KEY_FORMATS = (naming.KeyFormat('DINOv2', r'\.layer_scale1\.lambda1$', table),)
+KEY_FORMATS = (
+  naming.KeyFormat(
+    'DINOv2', r'encoder\.layer\.\d+\.layer_scale1\.lambda1$', table
+  ),
+)
 
 
 def fields(config: Mapping[str, Any]) -> dict:

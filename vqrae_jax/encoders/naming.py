@@ -28,8 +28,8 @@ SIZES = {
   'base': dict(width=768, depth=12, num_heads=12, mlp_dim=3072),
   'large': dict(width=1024, depth=24, num_heads=16, mlp_dim=4096),
 }
-_QKV = ('query', 'key', 'value')
-QKV = tuple(f'{BLOCKS}attention/{name}' for name in _QKV)
+QKV_NAMES = ('query', 'key', 'value')
+QKV = tuple(f'{BLOCKS}attention/{name}' for name in QKV_NAMES)
 NORMS = {'norm1': 'norm1', 'norm2': 'norm2'}
 HF_NORMS = {'layernorm_before': 'norm1', 'layernorm_after': 'norm2'}
 CLS_TOKEN = dict(num_prefix_tokens=1, prefix_has_posemb=True)
@@ -42,7 +42,8 @@ class KeyFormat:
 
   Attributes:
     name: the family's, for messages.
-    signature: a regex found in some key of such a file, and of no other.
+    signature: a regex found in some key of such a file, and in none of a
+      format that is tried later (`encoders.KEY_FORMATS`).
     table: (spec, {the file's key: shape}) -> the weight table.
   """
 
@@ -88,12 +89,17 @@ def fc_layers(prefix: str) -> dict[str, str]:
 
 def qkv_layers(layers: str, out: str) -> dict[str, str]:
   """An attention's linear layers; `layers` has {} for query, key and value."""
-  names = {layers.format(n, n[0]): f'attention/{n}' for n in _QKV}
+  names = {layers.format(n, n[0]): f'attention/{n}' for n in QKV_NAMES}
   return names | {out: 'attention/out'}
 
 
 # The attention of transformers' ViT: DINOv2 and ViT-MAE have it.
 HF_ATTENTION = qkv_layers('attention.attention.{0}', 'attention.output.dense')
+
+# The blocks of transformers' CLIP: SigLIP has them too.
+HF_CLIP = qkv_layers('self_attn.{1}_proj', 'self_attn.out_proj')
+HF_CLIP |= fc_layers('mlp.')
+HF_CLIP_NORMS = {f'layer_norm{n}': f'norm{n}' for n in '12'}
 
 
 def hf_vit(layer: str) -> list[Rule]:
@@ -140,7 +146,7 @@ def final_norm(spec: EncoderSpec, theirs: str) -> list:
 
 
 _TANH = dict.fromkeys(('gelu_pytorch_tanh', 'gelu_new'), 'gelu_tanh')
-_ACTS = {'gelu': 'gelu', **_TANH}
+_ACTS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', **_TANH}
 
 
 def vit_fields(

@@ -73,10 +73,6 @@ ROWS = {
   },
 }
 
-_LINEARS = naming.qkv_layers('self_attn.{1}_proj', 'self_attn.out_proj')
-_LINEARS |= naming.fc_layers('mlp.')
-_NORMS = {f'layer_norm{n}': f'norm{n}' for n in '12'}
-
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """The hub's names; a patch embedding with two axes is NaFlex's."""
@@ -86,7 +82,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   rows = (
     *naming.dense(embed, 'embed/linear', transform=layout),
     Rule('embeddings.position_embedding.weight', 'embed/positions', 'grid'),
-    *naming.blocks('encoder.layers.{i}.', _LINEARS, _NORMS),
+    *naming.blocks('encoder.layers.{i}.', naming.HF_CLIP, naming.HF_CLIP_NORMS),
     *naming.final_norm(spec, 'post_layernorm'),
     ignore(r'head\..*', 'the pooling head: latents are taken before it'),
     ignore(r'text_model\..*|logit_(scale|bias)', 'the text tower'),

@@ -2,9 +2,9 @@
 
 The layout of RAE's decoder (arXiv 2510.11690), after MAE's (2111.06377): a
 linear embedding, a trainable cls token that is dropped at the end, fixed
-sin-cos positions, pre-norm blocks, a norm and one linear head to
-patch*patch*3 values laid out (row, column, channel). No tanh at the end:
-pixels are y * std + mean.
+sin-cos positions (or others of the spec), pre-norm blocks, a norm and one
+linear head to patch*patch*3 values laid out (row, column, channel). No tanh at
+the end: pixels are y * std + mean.
 """
 
 from flax import linen as nn
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
     spec, s = self.spec, self.spec.vit
     b, gh, gw, _ = z_q.shape
     x = vit.PatchEmbed(s, name='embed')(z_q)
-    x = vit.Transformer(s, name='transformer')(x)
+    x = vit.Transformer(s, name='transformer')(x, vit.rotation(s, (gh, gw)))
     features = vit.norm(s, 'norm')(x)
     x = nn.Dense(
       s.patch_size**2 * 3,
@@ -68,7 +68,9 @@ class FeatureDecoder(nn.Module):
   def __call__(self, z_q: Float[Array, 'b gh gw d']) -> dict[str, Array]:
     s = self.spec.vit
     x = vit.PatchEmbed(s, name='embed')(z_q)
-    x = vit.norm(s, 'norm')(vit.Transformer(s, name='transformer')(x))
+    rotation = vit.rotation(s, z_q.shape[1:3])
+    x = vit.Transformer(s, name='transformer')(x, rotation)
+    x = vit.norm(s, 'norm')(x)
     x = x[:, s.num_prefix_tokens :].reshape(*z_q.shape[:3], s.width)
     return {
       name: nn.Dense(

@@ -63,11 +63,12 @@ class Encoder(nn.Module):
       x = norms[norm](x)
       return x[:, s.num_prefix_tokens :].reshape(b, gh, gw, s.width)
 
+    rotation = vit.rotation(s, (gh, gw))
     if spec.layers is None:
-      x = vit.Transformer(s, name='transformer')(x)
+      x = vit.Transformer(s, name='transformer')(x, rotation)
       return output(x, spec.output_norm)
-    blocks = vit.IntermediateLayers(s, spec.layers, name='transformer')(x)
-    outputs = map(output, blocks, spec.norms)
+    blocks = vit.IntermediateLayers(s, spec.layers, name='transformer')
+    outputs = map(output, blocks(x, rotation), spec.norms)
     return jnp.stack([*outputs], axis=3)
 
 
@@ -108,7 +109,8 @@ class Fusion(nn.Module):
     x = deep.reshape(grid[0], -1, d)
     others = layers[..., :-1, :].reshape(grid[0], -1, d)
     x = x + vit.Attention(s, name='attention')(
-      vit.norm(s, 'norm_queries')(x), vit.norm(s, 'norm_keys')(others)
+      vit.norm(s, 'norm_queries')(x),
+      context=vit.norm(s, 'norm_keys')(others),
     )
     x = x + vit.Mlp(s, name='mlp')(vit.norm(s, 'norm_mlp')(x))
     return x.reshape(deep.shape)

@@ -1,15 +1,14 @@
 """The vision transformer: one stack of pre-norm blocks for every network.
 
 ViT (arXiv 2010.11929) with the variations that the published encoders need:
-LayerNorm or RMSNorm, gelu, tanh-gelu or SwiGLU, biases on q k v, RMS norm of
-queries and keys (full width, as InternViT), LayerScale (arXiv 2103.17239).
+LayerNorm or RMSNorm, gelu, tanh-gelu, quick-gelu or SwiGLU, biases on q k v,
+RMS norm of queries and keys (full width, as InternViT), rotated queries and
+keys (RoPE, as DINOv3), LayerScale (arXiv 2103.17239).
 
 The blocks' parameters are stacked [depth, ...] and stay so on disk; `scan`
 off unrolls the same loop. No patches, positions or heads here: see
 `PatchEmbed` below for tokens and `models/` for whole networks.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +74,13 @@ def dense(spec: ViTSpec, features: int, name: str, bias: bool = True):
   )
 
 
+def rotation(s: ViTSpec, grid: tuple[int, int]) -> posemb.Rotation | None:
+  """Of the tokens of a grid, prefix tokens first; None but for "rope2d"."""
+  if s.posemb != 'rope2d':
+    return None
+  return posemb.rope2d(s.width // s.num_heads, grid, s.num_prefix_tokens)
+
+
 class Attention(nn.Module):
   """Multi-head attention, [b n d] -> [b n d], to itself or to `context`
   [b m d]."""
@@ -82,16 +88,25 @@ class Attention(nn.Module):
   spec: ViTSpec
 
   @nn.compact
-  def __call__(self, x: Array, context: Array | None = None) -> Array:
+  def __call__(
+    self,
+    x: Array,
+    rotation: posemb.Rotation | None = None,
+    context: Array | None = None,
+  ) -> Array:
     s = self.spec
     head = s.width // s.num_heads
 
     def project(name):
       source = x if context is None or name == 'query' else context
-      y = dense(s, s.width, name, s.qkv_bias)(source)
+      bias = name != 'key' if s.qkv_bias == 'qv' else bool(s.qkv_bias)
+      y = dense(s, s.width, name, bias)(source)
       if s.qk_norm and name != 'value':
         y = nn.RMSNorm(s.norm_eps, dtype=s.dtype, name=f'{name}_norm')(y)
-      return y.reshape(*y.shape[:-1], s.num_heads, head)
+      y = y.reshape(*y.shape[:-1], s.num_heads, head)
+      if rotation is not None and name != 'value':
+        y = posemb.rotate(y, rotation)
+      return y
 
     y = attention(project('query'), project('key'), project('value'))
     return dense(s, s.width, 'out')(y.reshape(x.shape))
@@ -108,6 +123,8 @@ class Mlp(nn.Module):
     y = dense(s, s.mlp_dim, 'fc1')(x)
     if s.act == 'swiglu':
       y = jax.nn.silu(dense(s, s.mlp_dim, 'gate')(x)) * y
+    elif s.act == 'quick_gelu':
+      y = y * jax.nn.sigmoid(1.702 * y)
     else:
       y = jax.nn.gelu(y, approximate=s.act == 'gelu_tanh')
     return dense(s, s.width, 'fc2')(y)
@@ -123,7 +140,9 @@ class Block(nn.Module):
   emit: bool = False
 
   @nn.compact
-  def __call__(self, x: Array, _: Any = None) -> tuple[Array, Array | None]:
+  def __call__(
+    self, x: Array, rotation: posemb.Rotation | None = None
+  ) -> tuple[Array, Array | None]:
     s = self.spec
 
     def scaled(y, name):
@@ -134,7 +153,7 @@ class Block(nn.Module):
       return y * self.param(name, init, (s.width,)).astype(y.dtype)
 
     x = nn.with_logical_constraint(x, BATCH_TOKENS)
-    y = Attention(s, name='attention')(norm(s, 'norm1')(x))
+    y = Attention(s, name='attention')(norm(s, 'norm1')(x), rotation)
     x = x + scaled(y, 'scale1')
     y = Mlp(s, name='mlp')(norm(s, 'norm2')(x))
     x = x + scaled(y, 'scale2')
@@ -142,7 +161,7 @@ class Block(nn.Module):
 
 
 def _stack(s: ViTSpec, initializing: bool, emit: bool = False) -> nn.Module:
-  """The blocks as one module "blocks": (x, None) -> (x, f[depth b n d])."""
+  """The blocks as one module "blocks": (x, rotation) -> (x, f[depth b n d])."""
   # A GPU's loop copies what it reads and keeps, a quarter of forward and
   # backward; but only a loop makes sure of remat, and compiles in seconds.
   unrolls = jax.default_backend() == 'gpu' and not (s.remat or initializing)
@@ -155,6 +174,7 @@ def _stack(s: ViTSpec, initializing: bool, emit: bool = False) -> nn.Module:
     block,
     variable_axes={'params': 0},
     split_rngs={'params': True},
+    in_axes=nn.broadcast,
     length=s.depth,
     unroll=1 if scan else s.depth,
   )
@@ -167,9 +187,11 @@ class Transformer(nn.Module):
   spec: ViTSpec
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'b n d']) -> Float[Array, 'b n d']:
+  def __call__(
+    self, x: Float[Array, 'b n d'], rotation: posemb.Rotation | None = None
+  ) -> Float[Array, 'b n d']:
     stack = _stack(self.spec, self.is_initializing())
-    return stack(x.astype(self.spec.dtype), None)[0]
+    return stack(x.astype(self.spec.dtype), rotation)[0]
 
 
 class IntermediateLayers(nn.Module):
@@ -183,10 +205,12 @@ class IntermediateLayers(nn.Module):
   layers: tuple[int, ...]
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'b n d']) -> Float[Array, 't b n d']:
+  def __call__(
+    self, x: Float[Array, 'b n d'], rotation: posemb.Rotation | None = None
+  ) -> Float[Array, 't b n d']:
     s = self.spec
     stack = _stack(s, self.is_initializing(), emit=True)
-    outputs = stack(x.astype(s.dtype), None)[1]
+    outputs = stack(x.astype(s.dtype), rotation)[1]
     return jnp.stack([outputs[i] for i in self.layers])
 
 
@@ -194,8 +218,9 @@ class PatchEmbed(nn.Module):
   """Linear embedding of a grid, plus positions, plus prefix tokens.
 
   [b gh gw p] -> [b prefix+gh*gw d]. Positions follow `spec.posemb`: fixed
-  sin-cos in the native grid's coordinates, or a learned table resampled (f32)
-  to the given grid. Prefix tokens come first, registers last among them.
+  sin-cos in the native grid's coordinates, a learned table resampled (f32) to
+  the given grid, or none here ("rope2d": `rotation`). Prefix tokens come first,
+  registers last among them. With `spec.embed_norm` a norm ends it.
   """
 
   spec: ViTSpec
@@ -206,16 +231,22 @@ class PatchEmbed(nn.Module):
   def __call__(self, x: Float[Array, 'b gh gw p']) -> Float[Array, 'b n d']:
     s = self.spec
     b, *grid, _ = x.shape
-    x = nn.Dense(s.width, dtype=s.dtype, kernel_init=XAVIER, name='linear')(x)
+    x = nn.Dense(
+      s.width,
+      use_bias=not s.embed_norm,
+      dtype=s.dtype,
+      kernel_init=XAVIER,
+      name='linear',
+    )(x)
     x = x.reshape(b, grid[0] * grid[1], s.width)
     small = nn.initializers.normal(0.02)
     if s.posemb == 'sincos2d':
       positions = posemb.sincos2d(s.width, tuple(grid), s.grid)
-    else:
+      x = x + jnp.asarray(positions, x.dtype)
+    elif s.posemb == 'learned':
       table = self.param('positions', small, (*s.grid, s.width))
       table = images.resize(table, tuple(grid), self.resize, self.antialias)
-      positions = table.reshape(-1, s.width)
-    x = x + jnp.asarray(positions, x.dtype)
+      x = x + jnp.asarray(table.reshape(-1, s.width), x.dtype)
     prefixes = []
     if others := s.num_prefix_tokens - s.num_registers:
       # Not zeros, as published: a norm with eps 1e-12 over a zero token has
@@ -230,4 +261,6 @@ class PatchEmbed(nn.Module):
     prefixes = [
       jnp.broadcast_to(t.astype(x.dtype)[None], (b, *t.shape)) for t in prefixes
     ]
-    return jnp.concatenate([*prefixes, x], axis=1) if prefixes else x
+    if prefixes:
+      x = jnp.concatenate([*prefixes, x], axis=1)
+    return norm(s, 'norm')(x) if s.embed_norm else x

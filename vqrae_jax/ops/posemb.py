@@ -1,11 +1,22 @@
-"""Fixed sin-cos position embeddings on a 2-d grid.
+"""Fixed positions on a 2-d grid: sin-cos to add, rotations of queries and keys.
 
 Sin-cos follows the layout of MAE (arXiv 2111.06377) and of RAE's decoder: the
 first half of the channels encodes the column, the second the row, each as
 [sin | cos] with frequencies 10000^(-k / (d/4)).
+
+Rotations are those of DINOv3 (2508.10104; RoPE, 2104.09864) in normalised
+coordinates: rows and columns each run from -1 to 1 whatever the grid, so no
+grid needs interpolation. DINOv3's random shifts and scales of them in training
+are left out.
 """
 
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+ROPE_BASE = 100.0
+Rotation = tuple[Float[ArrayLike, 'n c'], Float[ArrayLike, 'n c']]
 
 
 def _coordinates(n: int, native: int) -> np.ndarray:
@@ -33,3 +44,35 @@ def sincos2d(
   by_row = np.broadcast_to(line(rows)[:, None], (*grid, width // 2))
   table = np.concatenate([by_col, by_row], axis=-1)
   return table.reshape(-1, width).astype(np.float32)
+
+
+def rope2d(head: int, grid: tuple[int, int], prefix: int = 0) -> Rotation:
+  """f32 (cosines, sines) [prefix+gh*gw head/2] of the tokens' angles.
+
+  A patch whose centre is at (y, x), both in (-1, 1), has the angles 2π·y·ω and
+  then 2π·x·ω with ω_k = 100^(-k / (head/4)). Prefix tokens have the angle 0.
+
+  Args:
+    head: channels of a head, a multiple of 4.
+    grid: rows and columns of patches.
+    prefix: tokens before the patches.
+  """
+  omega = ROPE_BASE ** (-np.arange(head // 4) / (head / 4))
+  rows, cols = ((2 * np.arange(n) + 1) / n - 1 for n in grid)
+  centres = np.stack(np.meshgrid(rows, cols, indexing='ij'), axis=-1)
+  angles = 2 * np.pi * centres.reshape(-1, 2, 1) * omega
+  angles = np.pad(angles.reshape(-1, head // 2), ((prefix, 0), (0, 0)))
+  return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(
+  x: Float[Array, 'b n heads d'], rotation: Rotation
+) -> Float[Array, 'b n heads d']:
+  """Turns channels k and d/2 + k of every head by the token's angle k.
+
+  In f32, whatever the type of x, in which the result is.
+  """
+  cos, sin = (jnp.asarray(a)[:, None] for a in rotation)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return turned.astype(x.dtype)

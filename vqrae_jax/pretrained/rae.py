@@ -70,6 +70,11 @@ def _check_spec(spec: DecoderSpec) -> None:
         f'decoder.vit.{field}={getattr(s, field)!r}, but RAE trained its '
         f'decoders with {want!r}; set it so to exchange weights with them'
       )
+  if s.posemb == 'rope2d':
+    raise UserError(
+      'decoder.vit.posemb="rope2d", but RAE\'s decoders add positions; set '
+      '"sincos2d" or "learned" to exchange weights with them'
+    )
   if s.posemb == 'learned' and not s.prefix_has_posemb:
     raise UserError(
       'decoder.vit.posemb="learned" loads the positions of an RAE file, which '

@@ -60,12 +60,12 @@ def encoder_family(spec: EncoderSpec) -> str:
   s = spec.vit
   plain = s.norm == 'layer' and not s.qk_norm
   scaled = s.layer_scale is not None
-  if spec.layers is not None:
-    pass  # it reads the last one only
-  elif s.posemb == 'learned' and not s.num_prefix_tokens:
+  learned = s.posemb == 'learned' and spec.layers is None
+  learned = learned and not s.embed_norm and s.qkv_bias != 'qv'
+  if learned and not s.num_prefix_tokens:
     if plain and not scaled and s.qkv_bias:
       return 'SigLIP'
-  elif s.posemb == 'learned' and s.prefix_has_posemb:
+  elif learned and s.prefix_has_posemb:
     one = s.num_prefix_tokens == 1 and not s.num_registers
     if scaled and plain and spec.final_norm:
       return 'DINOv2'

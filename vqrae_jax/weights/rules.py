@@ -92,6 +92,8 @@ TRANSFORMS = {
   # One that cuts patches: [d 3 p p] to [p*p*3 d]; and as flax lays it.
   'conv_patch': Transform(_patches, axes=(3, 2, 0, 1)),
   'flax patch': Transform(_patches),
+  # One token alone: [d] to [1 d].
+  'token': Transform(lambda ours: ours[1:]),
   # A batch axis of one in front.
   'batched': Transform(lambda ours: (1, *ours), axis=1),
   # A value a channel, over images [c h w] and batches of them: [c 1 1] and
