@@ -107,7 +107,7 @@ def test_continuous_decodes_its_codes():
   reconstruct = functools.partial(vqrae_jax.reconstruct, tokenizer)
   out = as_users(reconstruct)(variables, IMAGES)
   decode = functools.partial(tokenizer.apply, method='decode_codes')
-  recon, _ = as_users(decode)(variables, out.quantizer.codes)
+  recon, *_ = as_users(decode)(variables, out.quantizer.codes)
   assert bits(recon) == bits(out.images)
   with pytest.raises(vqrae_jax.UserError, match='continuous'):
     vqrae_jax.encode_to_indices(tokenizer, variables, IMAGES)
