@@ -18,7 +18,6 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import UserError, choose
-from vqrae_jax.ops.posemb import ROPE_BASE
 from vqrae_jax.specs import EncoderSpec
 from vqrae_jax.weights.rules import Rule, Table, ignore
 
@@ -111,7 +110,7 @@ def fields(config: Mapping[str, Any]) -> dict:
   c |= dict(intermediate_size=1536, layer_norm_eps=1e-5, layerscale_value=1.0)
   c |= dict(query_bias=True, key_bias=False, value_bias=True)
   c |= dict(use_gated_mlp=False, hidden_act='gelu', num_register_tokens=0)
-  fixed = dict(proj_bias=True, mlp_bias=True, rope_theta=ROPE_BASE)
+  fixed = dict(proj_bias=True, mlp_bias=True, rope_theta=100.0)
   c |= fixed | config
   for key, want in fixed.items():
     if c[key] != want:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-ROPE_BASE = 100.0
+ROPE_BASE = 100.0  # the only one that `encoders/dinov3.py` takes
 Rotation = tuple[Float[ArrayLike, 'n c'], Float[ArrayLike, 'n c']]
 
 
