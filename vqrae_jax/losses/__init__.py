@@ -9,10 +9,23 @@ takes images in [0, 1], keeps one name from config to plot, and is logged
 unweighted.
 """
 
-from vqrae_jax.losses.latent import codebook, commit, distill
+from vqrae_jax.losses.latent import (
+  codebook,
+  commit,
+  distill,
+  diversity,
+  entropy,
+  kl,
+  orthogonal,
+)
 from vqrae_jax.losses.perceptual import convnext, lpips
 from vqrae_jax.losses.reconstruction import l1, l2
 
 IMAGE_TERMS = {'l1': l1, 'l2': l2}
 FROZEN_TERMS = {'lpips': lpips, 'convnext': convnext}
-LATENT_TERMS = {'commit': commit, 'codebook': codebook, 'distill': distill}
+# Of the quantizer, if it has them (`Quantizer.loss_names`).
+QUANTIZER_TERMS = {
+  'commit': commit, 'codebook': codebook, 'entropy': entropy,
+  'diversity': diversity, 'orthogonal': orthogonal, 'kl': kl,
+}  # fmt: skip
+LATENT_TERMS = QUANTIZER_TERMS | {'distill': distill}
