@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from vqrae_jax import quantizers
+from vqrae_jax.ops import codes as code_ops
 
 B, N, D, K = 2, 5, 6, 9
 Z = jax.random.normal(jax.random.key(0), (B, N, D))
@@ -86,3 +88,16 @@ def test_codes_are_drawn_as_the_softmax_says():
   found = training(quantizer, variables, z, KEYS[:1]).stats['counts'][0] / 4000
   logits = Z[0, 0] @ variables['params']['kernel']
   np.testing.assert_allclose(found, jax.nn.softmax(logits), atol=0.03)
+
+
+def test_exported_with_a_symbolic_batch(monkeypatch):
+  """A count of tokens is a symbol, and goes through chunks of 3 tokens."""
+  quantizer, variables = made()
+  want = quantizer.apply(variables, Z).indices
+  monkeypatch.setattr(code_ops, 'SCORES_PER_CHUNK', K * 3)
+  (b,) = export.symbolic_shape('b')
+  encode = jax.jit(
+    lambda z: quantizer.apply(variables, z, method='latents_to_indices')
+  )
+  z = jax.ShapeDtypeStruct((b, N, D), jnp.float32)
+  np.testing.assert_array_equal(export.export(encode)(z).call(Z), want)
