@@ -36,17 +36,19 @@ QUANTIZERS = {
   'gumbel': dict(name='gumbel', num_codes=64, projection=True, code_dim=12),
 }
 
-# With what only checkpoints of the PyTorch project have, and further fields.
+# With what only checkpoints of the PyTorch project have.
 _LEVELS = dict(name='fsq', levels=(8, 5, 4), convention='centered')
 _COSINE = dict(name='simvq', num_codes=96, distance='cosine', code_dim=32)
-FORMS = QUANTIZERS | {
+_CONVERTED = {
   'fsq-fourier': _LEVELS
   | dict(adapter_in='mlp', adapter_out='fourier', bound='clip'),
   'fsq-clip': _LEVELS | dict(bound='clip'),
   'simvq-rows': _COSINE | dict(code_scale='none', projection=False),
   'simvq-unit': _COSINE
   | dict(code_scale='unit', token_map=True, projection=False),
-} | {
+}
+# With fields that no other form has.
+FURTHER = {
   'fsq-symmetric': dict(
     name='fsq', levels=(8, 5, 2, 4), convention='cosmos',
     preserve_symmetry=True, noise_dropout=0.5, projection='mlp',
@@ -60,6 +62,7 @@ FORMS = QUANTIZERS | {
     projection=True, code_dim=8,
   ),
 }  # fmt: skip
+FORMS = QUANTIZERS | _CONVERTED | FURTHER
 
 # Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
 AS_USERS = flags.AS_USERS

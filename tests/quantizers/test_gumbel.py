@@ -20,8 +20,13 @@ def made():
 
 
 def training(quantizer, variables, z=Z, keys=KEYS, temperature=0.7, **losses):
-  random = dict(samples=keys, temperature=jnp.float32(temperature))
-  return quantizer.apply(variables, z, train=True, random=random, **losses)
+  random = dict(samples=keys, temperature=temperature)
+
+  @jax.jit
+  def run(variables, z, random):
+    return quantizer.apply(variables, z, train=True, random=random, **losses)
+
+  return run(variables, z, random)
 
 
 def test_values_and_gradients_are_the_formulas():
@@ -39,10 +44,10 @@ def test_values_and_gradients_are_the_formulas():
   )
 
   # Each token's noise comes from its sample's key and its place.
-  noise = [
-    [jax.random.gumbel(jax.random.fold_in(key, i), (K,)) for i in range(N)]
-    for key in KEYS
-  ]
+  draw = jax.jit(
+    lambda key, i: jax.random.gumbel(jax.random.fold_in(key, i), (K,))
+  )
+  noise = [[draw(key, i) for i in range(N)] for key in KEYS]
   x, kernel, bias, codes = (
     torch.from_numpy(np.array(a)).requires_grad_()
     for a in (Z, *(variables['params'][n] for n in ('kernel', 'bias', 'codes')))

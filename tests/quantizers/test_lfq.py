@@ -68,9 +68,10 @@ def test_bits_taken_together_have_no_more_entropy():
       'lfq', 4, entropy_bits=together, entropy_gamma=gamma,
       entropy_temperature=1.0,
     )  # fmt: skip
-    return quantizer.apply({}, z, losses=('entropy',)).losses['entropy']
+    run = lambda z: quantizer.apply({}, z, losses=('entropy',))  # noqa: E731
+    return jax.jit(run)(z).losses['entropy']
 
-  own = [entropy(g, 0.0) for g in (1, 2, 4)]
-  np.testing.assert_allclose(own, own[0], rtol=1e-5)
-  spread = [own[0] - entropy(g, 1.0) for g in (1, 2, 4)]
-  assert spread[0] > 1.05 * spread[1] and spread[1] > spread[2] > 0
+  own = [entropy(g, 0.0) for g in (1, 2)]
+  np.testing.assert_allclose(own[0], own[1], rtol=1e-5)
+  by_one, by_two = (own[0] - entropy(g, 1.0) for g in (1, 2))
+  assert by_one > 1.05 * by_two > 0

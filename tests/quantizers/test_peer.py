@@ -53,7 +53,12 @@ def run(quantizer, variables, z, weights, losses):
 
 
 @pytest.mark.parametrize(
-  'distance, rotation', [('l2', False), ('l2', True), ('cosine', True)]
+  'distance, rotation',
+  [
+    pytest.param('l2', False, marks=pytest.mark.slow),
+    ('l2', True),
+    ('cosine', True),
+  ],
 )
 def test_vq_with_an_average(distance, rotation):
   """With a projection, and cosine's diversity, where the peer has distances
@@ -136,7 +141,9 @@ def test_vq_with_a_gradient():
   close(by_params['codes'], theirs._codebook.embed.grad[0])
 
 
-@pytest.mark.parametrize('rotation', (False, True))
+@pytest.mark.parametrize(
+  'rotation', (pytest.param(False, marks=pytest.mark.slow), True)
+)
 def test_simvq(rotation):
   theirs = peer.SimVQ(dim=8, codebook_size=K, rotation_trick=rotation)
   z, weights = random(B, N, 8), random(B, N, 8, std=0.01)

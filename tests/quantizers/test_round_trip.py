@@ -24,10 +24,19 @@ def compiled(quantizer, method):
   return jax.jit(apply, compiler_options=tiny.AS_USERS)
 
 
+F32, BF16 = ('float32', 3, (2, 6)), ('bfloat16', 1, (4, 4))
+# These differ from others of their class in f32 only.
+SLOW = {(kind, BF16) for kind in ('lfq', 'gumbel', *tiny.FURTHER)}
+
+
 @pytest.mark.parametrize(
-  'dtype, kernel, grid', [('float32', 3, (2, 6)), ('bfloat16', 1, (4, 4))]
+  'kind, dtype, kernel, grid',
+  [
+    pytest.param(kind, *row, marks=[pytest.mark.slow] * ((kind, row) in SLOW))
+    for kind in tiny.FORMS
+    for row in (F32, BF16)
+  ],
 )
-@pytest.mark.parametrize('kind', tiny.FORMS)
 def test_round_trip(kind, dtype, kernel, grid):
   section = tiny.quantizer(kind, post_quant=dict(kernel=kernel))
   quantizer = quantizers.build(section, D, dtype)

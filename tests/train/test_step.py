@@ -289,20 +289,20 @@ def test_a_stochastic_step_draws_by_sample_and_step(programs):
   turned = run(state, frozen, plan.hparams, images[::-1], ids[::-1])
   assert_close(turned.gradients, first.gradients)
   np.testing.assert_array_equal(turned.stats['counts'], first.stats['counts'])
-  known = programs()
-  colder = planned('gumbel', temperature=schedule | dict(start=0.5), duration=9)
-  assert colder.spec == plan.spec
   later = state.replace(step=jnp.int32(1))
   for other, part in (
     ('sample', run(state, frozen, plan.hparams, images[::-1], ids)),
     ('step', run(later, frozen, plan.hparams, images, ids)),
   ):
     assert (part.stats['counts'] != first.stats['counts']).any(), other
+  known = programs()
+  colder = planned('gumbel', temperature=schedule | dict(start=0.5), duration=9)
+  assert colder.spec == plan.spec
   part = run(state, frozen, colder.hparams, images, ids)
-  np.testing.assert_array_equal(part.stats['counts'], first.stats['counts'])
-  kernel = 'quantizer/kernel'
-  assert (part.gradients[kernel] != first.gradients[kernel]).any()
   assert programs() == known
+  np.testing.assert_array_equal(part.stats['counts'], first.stats['counts'])
+  moved_by = 'quantizer/kernel'
+  assert (part.gradients[moved_by] != first.gradients[moved_by]).any()
   linear = planned('gumbel', temperature=schedule | dict(decay='linear'))
   assert linear.spec != plan.spec
 

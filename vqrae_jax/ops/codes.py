@@ -216,8 +216,8 @@ def by_chunk(fn: Callable, size: int, *tokens: Array) -> Any:
   return jax.lax.map(jax.checkpoint(lambda part: fn(*part)), parts)
 
 
-def in_order(stacked: Array, n: int) -> Array:
-  """[chunks, tokens of one, …] of `by_chunk` -> [n …]."""
+def in_order(stacked: Array, n: Any) -> Array:
+  """[chunks, tokens of one, …] of `by_chunk` -> [n …]; n may be a symbol."""
   flat = jnp.moveaxis(stacked, 0, 1)
   return flat.reshape(-1, *stacked.shape[2:])[:n]
 
