@@ -26,6 +26,7 @@ def base() -> ml_collections.ConfigDict:
   config.ema = 0.999
   config.max_nonfinite = 10
   config.noise_tau = 0.0
+  config.temperature = optional(object)  # of a Gumbel quantizer
   config.data = dict(
     source='FOLDER',
     image_size=ml_collections.FieldReference(256, field_type=object),

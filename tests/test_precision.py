@@ -48,7 +48,9 @@ def test_quantizers(kind):
   variables = jax.eval_shape(quantizer.init, jax.random.key(0), z)
 
   def loss(params, rest, z):
-    out = quantizer.apply({**rest, 'params': params}, z, train=True)
+    out = quantizer.apply(
+      {**rest, 'params': params}, z, train=True, losses=quantizer.loss_names
+    )
     return total((out.z_q, out.losses))
 
   rest = {k: v for k, v in variables.items() if k != 'params'}

@@ -31,12 +31,15 @@ QUANTIZERS = {
   'simvq-cosine': dict(
     name='simvq', num_codes=96, code_dim=24, distance='cosine'
   ),
+  'lfq': dict(name='lfq', bits=8),
+  'bsq': dict(name='bsq', bits=10),
+  'gumbel': dict(name='gumbel', num_codes=64, projection=True, code_dim=12),
 }
 
 # With what only checkpoints of the PyTorch project have.
 _LEVELS = dict(name='fsq', levels=(8, 5, 4), convention='centered')
 _COSINE = dict(name='simvq', num_codes=96, distance='cosine', code_dim=32)
-FORMS = QUANTIZERS | {
+_CONVERTED = {
   'fsq-fourier': _LEVELS
   | dict(adapter_in='mlp', adapter_out='fourier', bound='clip'),
   'fsq-clip': _LEVELS | dict(bound='clip'),
@@ -44,6 +47,22 @@ FORMS = QUANTIZERS | {
   'simvq-unit': _COSINE
   | dict(code_scale='unit', token_map=True, projection=False),
 }
+# With fields that no other form has.
+FURTHER = {
+  'fsq-symmetric': dict(
+    name='fsq', levels=(8, 5, 2, 4), convention='cosmos',
+    preserve_symmetry=True, noise_dropout=0.5, projection='mlp',
+  ),
+  'vq-cosine': dict(
+    name='vq', num_codes=64, distance='cosine', projection='mlp', code_dim=8,
+    rotation=True,
+  ),
+  'vq-unit': dict(
+    name='vq', num_codes=64, distance='cosine', update='gradient',
+    projection=True, code_dim=8,
+  ),
+}  # fmt: skip
+FORMS = QUANTIZERS | _CONVERTED | FURTHER
 
 # Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
 AS_USERS = flags.AS_USERS
@@ -69,6 +88,9 @@ LOSSES = {
   'vq-gradient': dict(l1=1.0, commit=0.25, codebook=1.0),
   'simvq-l2': dict(l2=1.0, commit=0.25, codebook=1.0),
   'simvq-cosine': dict(l2=1.0, commit=0.25, codebook=1.0),
+  'lfq': dict(l2=1.0, commit=0.25, entropy=0.1),
+  'bsq': dict(l2=1.0, commit=0.25, entropy=0.1),
+  'gumbel': dict(l2=1.0, kl=5e-4),
   'none': dict(l2=1.0),
 }
 

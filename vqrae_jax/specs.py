@@ -19,7 +19,8 @@ from vqrae_jax.errors import UserError, did_you_mean
 
 RUN_OPTIONS = ('scan', 'remat', 'dtype')
 # Added after format 1. At these values they are left out of `config.json`, so
-# that older tokenizers keep their fingerprints.
+# that older tokenizers keep their fingerprints. A value is the default of every
+# class with such a field.
 LATER_FIELDS = {
   'num_registers': 0,
   'embed_norm': False,
@@ -32,6 +33,12 @@ LATER_FIELDS = {
   'layers': None,
   'fuse': 'mean',
   'add_final_mean': False,
+  'rotation': False,
+  'entropy_gamma': 1.0,
+  'entropy_temperature': 0.01,
+  'preserve_symmetry': False,
+  'noise_dropout': 0.0,
+  'vq.distance': 'l2',  # of this quantizer: another's is older
 }
 DTYPES = ('float32', 'bfloat16')
 REMATS = (False, True, 'dots')

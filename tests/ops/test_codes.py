@@ -138,3 +138,69 @@ def test_usage_and_perplexity():
   counts = jnp.array([[1, 1, 1, 1], [4, 0, 0, 0], [0, 0, 0, 0]])
   np.testing.assert_allclose(codes.usage(counts), [1, 0.25, 0])
   np.testing.assert_allclose(codes.perplexity(counts), [4, 1, 1], rtol=1e-5)
+
+
+def softmaxes(z, table, temperature):
+  """f64 p[n k] of -distance^2 / temperature."""
+  z, table = np.asarray(z, 'f8'), np.asarray(table, 'f8')
+  scores = -((z[:, None] - table) ** 2).sum(-1) / temperature
+  p = np.exp(scores - scores.max(-1, keepdims=True))
+  return p / p.sum(-1, keepdims=True)
+
+
+def test_entropies_and_their_gradients(monkeypatch):
+  """In nats, the same in chunks, the last of them not full; gradients by finite
+  differences in f64."""
+  z = jax.random.normal(jax.random.key(0), (23, 5)) + 3
+  table = jax.random.normal(jax.random.key(1), (17, 5)) + 3
+
+  def loss(z, table):
+    own, spread = codes.code_entropies(z, table, 0.9)
+    return own - 0.7 * spread, (own, spread)
+
+  def reference(z, table):
+    p = softmaxes(z, table, 0.9)
+    q = p.mean(0)
+    return -(p * np.log(p)).sum(-1).mean(), -(q * np.log(q)).sum()
+
+  for chunk in (2**24, 17 * 5):
+    monkeypatch.setattr(codes, 'SCORES_PER_CHUNK', chunk)
+    run = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    gradients, found = run(z, table)
+    np.testing.assert_allclose(found, reference(z, table), rtol=1e-5)
+    rng, given = np.random.default_rng(0), [np.asarray(z), np.asarray(table)]
+    for i, gradient in enumerate(gradients):
+      way = rng.normal(size=given[i].shape)
+      values = []
+      for sign in (1e-5, -1e-5):
+        moved = [np.asarray(x, 'f8') for x in given]
+        moved[i] = moved[i] + sign * way
+        own, spread = reference(*moved)
+        values.append(own - 0.7 * spread)
+      slope = (values[0] - values[1]) / 2e-5
+      np.testing.assert_allclose((gradient * way).sum(), slope, rtol=1e-4)
+
+
+def test_entropies_where_nothing_is_left_of_a_probability():
+  z, table = jnp.array([[0.0], [1.0]]), jnp.array([[0.0], [1.0], [50.0]])
+  value, slope = jax.value_and_grad(
+    lambda z: codes.code_entropies(z, table, 1e-3)[1]
+  )(z)
+  np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+  assert np.isfinite(slope).all()
+
+
+def test_entropies_of_tokens_on_many_devices_gather_no_scores(monkeypatch):
+  monkeypatch.setattr(codes, 'SCORES_PER_CHUNK', 512 * 16)
+  mesh = sharding.make_mesh('dp')
+  z = jax.random.normal(jax.random.key(0), (1024, 8))
+  table = jax.random.normal(jax.random.key(1), (512, 8))
+  run = lambda z: codes.code_entropies(z, table, 1.0)  # noqa: E731
+  whole = jax.jit(run)(z)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(z, sharding.batch_sharding(mesh))
+    compiled = jax.jit(run).lower(placed).compile()
+    np.testing.assert_allclose(compiled(placed), whole, rtol=1e-5)
+    assert 'all-gather' not in compiled.as_text()
+    used = compiled.memory_analysis().temp_size_in_bytes
+  assert used < 1024 * 512 * 4 / 8, used

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,3 +89,32 @@ def test_centered_is_the_original_specification(bound, levels):
 
 def test_centered_has_no_epsilon_to_outgrow():
   assert fsq((2048, 4), 'centered').codebook_size == 8192
+
+
+def test_noise_dropout_moves_what_the_decoder_reads():
+  """A share of the values, by at most a half, inside [-1, 1], by the sample's
+  key; codes and indices stay."""
+  quantizer = fsq(
+    (8, 5, 4), 'cosmos', preserve_symmetry=True, noise_dropout=0.3
+  )
+  z = jax.random.normal(jax.random.key(0), (2, 4000, 3))
+  keys = jax.random.split(jax.random.key(1), 2)
+  run = jax.jit(
+    lambda z, keys: quantizer.apply({}, z, train=True, random={'samples': keys})
+  )
+  out, still = run(z, keys), quantizer.apply({}, z)
+  np.testing.assert_array_equal(out.codes, still.codes)
+  np.testing.assert_array_equal(out.indices, still.indices)
+  np.testing.assert_array_equal(still.z_q, still.codes)
+  noise = np.asarray(out.z_q - out.codes)
+  inner = np.abs(out.codes) < 0.4  # nothing is clipped
+  drawn = noise[inner] != 0
+  assert abs(drawn.mean() - 0.3) < 0.02
+  assert abs(noise[inner][drawn].mean()) < 0.02
+  assert abs(noise[inner][drawn].std() - 12**-0.5) < 0.01
+  assert np.abs(noise).max() <= 0.5 and np.abs(out.z_q).max() <= 1
+  swapped = run(z[::-1], keys[::-1])
+  np.testing.assert_array_equal(swapped.z_q[::-1], out.z_q)
+  gradient = jax.grad(lambda z: run(z, keys).z_q[inner].sum())(z)
+  want = (1 - np.tanh(z) ** 2) * inner
+  np.testing.assert_allclose(gradient, want, atol=1e-5)

@@ -16,6 +16,8 @@ def made(kind, **fields):
   section = tiny.quantizer(kind) | dict(projection=False) | fields
   if section['name'] == 'fsq':
     section['levels'] = (8, 5, 4, 7, 2, 3)
+  elif section['name'] in ('lfq', 'bsq'):
+    section['bits'] = D
   else:
     section['code_dim'] = D
   quantizer = quantizers.build(section, D, 'float32')
@@ -32,7 +34,7 @@ def gradient(quantizer, variables, z, weights):
   return jax.jit(jax.grad(total))(z)
 
 
-def analytic(kind, quantizer, z, w):
+def analytic(kind, quantizer, variables, z, w):
   z, w = np.asarray(z, np.float64), np.asarray(w, np.float64)
   if kind == 'fsq-centered':
     half = (np.array(quantizer.levels) - 1) / 2
@@ -42,10 +44,20 @@ def analytic(kind, quantizer, z, w):
     half = (levels - 1) * (1 + quantizer.epsilon) / 2
     shift = np.arctanh(np.where(levels % 2 == 0, 0.5, 0) / half)
     return w * half * (1 - np.tanh(z + shift) ** 2) / (levels // 2)
-  if kind.startswith('vq'):
+  if kind == 'lfq' or kind.startswith('vq'):
     return w
+  if kind == 'gumbel':  # without draws, at a temperature of 1
+    params = variables['params']
+    logits = z @ params['kernel'] + params['bias']
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    by_p = w @ np.asarray(params['codes'], np.float64).T
+    by_logit = p * (by_p - (p * by_p).sum(-1, keepdims=True))
+    return by_logit @ np.asarray(params['kernel'], np.float64).T
   # z -> sqrt(D) z / |z|: the part of w across z, over the token's RMS.
   rms = np.sqrt((z**2).mean(-1, keepdims=True))
+  if kind == 'bsq':
+    w = w / np.sqrt(D)
   unit = z / rms
   return (w - unit * (w * unit).mean(-1, keepdims=True)) / rms
 
@@ -55,7 +67,7 @@ def test_surrogate_derivative(kind):
   quantizer, variables, z = made(kind)
   weights = jax.random.normal(jax.random.key(2), z.shape)
   found = np.asarray(gradient(quantizer, variables, z, weights))
-  want = analytic(kind, quantizer, z, weights)
+  want = analytic(kind, quantizer, variables, z, weights)
   error = np.abs(found - want).max() / np.abs(want).max()
   assert error < 1e-6, error
 
@@ -65,6 +77,37 @@ def test_simvq_without_normalisation_passes_straight():
   weights = jax.random.normal(jax.random.key(2), z.shape)
   found = gradient(quantizer, variables, z, weights)
   np.testing.assert_array_equal(found, weights)
+
+
+def test_the_rotation_turns_gradients_with_the_token():
+  """By the scaled rotation's transpose, written out as a matrix; the value is
+  the code, and nothing but the gradient changes."""
+  quantizer, variables, z = made('vq-gradient', rotation=True)
+  weights = jax.random.normal(jax.random.key(2), z.shape)
+  found = np.asarray(gradient(quantizer, variables, z, weights))
+  out = quantizer.apply(variables, z, train=True)
+  rotated = codes.rotate(z, out.codes)
+  np.testing.assert_allclose(rotated, out.codes, atol=1e-5)
+  want = np.zeros(z.shape)
+  for at in np.ndindex(z.shape[:-1]):
+    a, b = np.asarray(z[at], np.float64), np.asarray(out.codes[at], np.float64)
+    u, v = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    cosine, plane = u @ v, np.outer(v, u) - np.outer(u, v)
+    # Rodrigues' formula in any number of dimensions.
+    matrix = np.eye(D) + plane + plane @ plane / (1 + cosine)
+    np.testing.assert_allclose(matrix @ u, v, atol=1e-9)
+    want[at] = np.linalg.norm(b) / np.linalg.norm(a) * matrix.T @ weights[at]
+  np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
+  plain, _, _ = made('vq-gradient')
+  assert plain.apply(variables, z, train=True).losses == out.losses
+
+
+def test_opposite_and_absent_tokens_have_finite_gradients():
+  """Where no plane of rotation is defined."""
+  z = jnp.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+  target = jnp.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+  found = jax.grad(lambda z: codes.rotate(z, target).sum())(z)
+  assert np.isfinite(found).all()
 
 
 @pytest.mark.parametrize('kind', ('vq-gradient', 'simvq-l2', 'simvq-cosine'))

@@ -24,10 +24,19 @@ def compiled(quantizer, method):
   return jax.jit(apply, compiler_options=tiny.AS_USERS)
 
 
+F32, BF16 = ('float32', 3, (2, 6)), ('bfloat16', 1, (4, 4))
+# These differ from others of their class in f32 only.
+SLOW = {(kind, BF16) for kind in ('lfq', 'gumbel', *tiny.FURTHER)}
+
+
 @pytest.mark.parametrize(
-  'dtype, kernel, grid', [('float32', 3, (2, 6)), ('bfloat16', 1, (4, 4))]
+  'kind, dtype, kernel, grid',
+  [
+    pytest.param(kind, *row, marks=[pytest.mark.slow] * ((kind, row) in SLOW))
+    for kind in tiny.FORMS
+    for row in (F32, BF16)
+  ],
 )
-@pytest.mark.parametrize('kind', tiny.FORMS)
 def test_round_trip(kind, dtype, kernel, grid):
   section = tiny.quantizer(kind, post_quant=dict(kernel=kernel))
   quantizer = quantizers.build(section, D, dtype)
@@ -91,6 +100,20 @@ def test_continuous_passes_latents_and_has_no_indices():
     ('fsq-centered', dict(projection=False), '3 channels, latents 32'),
     ('fsq-cosmos', dict(levels=(8, 5), epsilon=0.5), 'epsilon=0.5'),
     ('fsq-cosmos', dict(levels=(2048, 4)), 'epsilon=0.001'),
+    ('fsq-cosmos', dict(preserve_symmetry=1), 'preserve_symmetry=1'),
+    ('fsq-centered', dict(preserve_symmetry=True), 'convention="cosmos"'),
+    ('fsq-cosmos', dict(noise_dropout=0.5), 'preserve_symmetry=True'),
+    ('fsq-symmetric', dict(noise_dropout=1.5), 'noise_dropout=1.5'),
+    ('fsq-fourier', dict(projection='mlp'), 'projection=True'),
+    ('lfq', dict(bits=31), 'bits=31 .*grouped'),
+    ('fsq-cosmos', dict(levels=(64,) * 6), 'levels.*grouped'),
+    ('lfq', dict(bits=0), 'bits=0'),
+    ('bsq', dict(entropy_bits=3), 'entropy_bits=3'),
+    ('lfq', dict(num_codes=8), 'num_codes'),
+    ('gumbel', dict(num_codes=0), 'num_codes=0'),
+    ('vq-ema', dict(distance='cos'), '"cosine"'),
+    ('vq-ema', dict(projection='linear'), "projection='linear'"),
+    ('vq-ema', dict(entropy_temperature=0.0), 'entropy_temperature'),
     ('vq-ema', dict(update='sgd'), 'gradient'),
     ('vq-ema', dict(decay=1.0), 'decay'),
     ('vq-ema', dict(num_codes=0), 'num_codes'),

@@ -73,7 +73,15 @@ def test_a_leaf_without_gradient_is_named(kind, losses, lost):
 
 
 @pytest.mark.parametrize(
-  'kind', ('fsq-cosmos', 'vq-ema', 'vq-gradient', 'simvq-l2')
+  'kind',
+  (
+    'fsq-cosmos',
+    'vq-ema',
+    'vq-gradient',
+    'simvq-l2',
+    pytest.param('lfq', marks=pytest.mark.slow),
+    pytest.param('bsq', marks=pytest.mark.slow),
+  ),
 )
 def test_gradients_equal_one_loss(kind):
   """The pullback of cotangents is the gradient of the weighted sum."""
@@ -86,7 +94,9 @@ def test_gradients_equal_one_loss(kind):
     variables = state_lib.variables_of(state, frozen) | {
       'params': trees.unflatten(params)
     }
-    out = plan.spec.tokenizer.apply(variables, images, train=True)
+    out = plan.spec.tokenizer.apply(
+      variables, images, train=True, losses=tuple(losses)
+    )
     error = out.images - images.astype(jnp.float32) / 255
     values = out.quantizer.losses | {
       'l1': jnp.abs(error).mean(),
@@ -265,6 +275,36 @@ def test_noise_is_added_before_quantising_and_only_there():
   np.testing.assert_allclose(
     out.quantizer.codes - plain.quantizer.codes, added, atol=1e-6
   )
+
+
+def test_a_stochastic_step_draws_by_sample_and_step(programs):
+  """Of the global batch, whatever the order; the temperature is a number."""
+  schedule = dict(start=2.0, end=0.5, duration=4)
+  plan = planned('gumbel', temperature=schedule, duration=8)
+  state, frozen = started(plan)
+  images = np.asarray(tiny.images(8), 'f4') / 255
+  ids = np.arange(8)
+  run = jax.jit(functools.partial(step_lib.loss_gradients, plan.spec))
+  first = run(state, frozen, plan.hparams, images, ids)
+  turned = run(state, frozen, plan.hparams, images[::-1], ids[::-1])
+  assert_close(turned.gradients, first.gradients)
+  np.testing.assert_array_equal(turned.stats['counts'], first.stats['counts'])
+  later = state.replace(step=jnp.int32(1))
+  for other, part in (
+    ('sample', run(state, frozen, plan.hparams, images[::-1], ids)),
+    ('step', run(later, frozen, plan.hparams, images, ids)),
+  ):
+    assert (part.stats['counts'] != first.stats['counts']).any(), other
+  known = programs()
+  colder = planned('gumbel', temperature=schedule | dict(start=0.5), duration=9)
+  assert colder.spec == plan.spec
+  part = run(state, frozen, colder.hparams, images, ids)
+  assert programs() == known
+  np.testing.assert_array_equal(part.stats['counts'], first.stats['counts'])
+  moved_by = 'quantizer/kernel'
+  assert (part.gradients[moved_by] != first.gradients[moved_by]).any()
+  linear = planned('gumbel', temperature=schedule | dict(decay='linear'))
+  assert linear.spec != plan.spec
 
 
 def test_frozen_trees_are_apart_and_hashed_alike():

@@ -14,6 +14,10 @@ from vqrae_jax.losses.latent import (
   commit,
   deep_features,
   distill,
+  diversity,
+  entropy,
+  kl,
+  orthogonal,
   shallow_features,
 )
 from vqrae_jax.losses.perceptual import convnext, lpips
@@ -21,9 +25,12 @@ from vqrae_jax.losses.reconstruction import l1, l2
 
 IMAGE_TERMS = {'l1': l1, 'l2': l2}
 FROZEN_TERMS = {'lpips': lpips, 'convnext': convnext}
-LATENT_TERMS = {
-  'commit': commit,
-  'codebook': codebook,
+# Of the quantizer, if it has them (`Quantizer.loss_names`).
+QUANTIZER_TERMS = {
+  'commit': commit, 'codebook': codebook, 'entropy': entropy,
+  'diversity': diversity, 'orthogonal': orthogonal, 'kl': kl,
+}  # fmt: skip
+LATENT_TERMS = QUANTIZER_TERMS | {
   'distill': distill,
   'features/deep': deep_features,  # losses.features=dict(deep=…, shallow=…)
   'features/shallow': shallow_features,

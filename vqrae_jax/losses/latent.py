@@ -25,6 +25,27 @@ def codebook(x: LatentInputs) -> Float[Array, '']:
   return x.out.quantizer.losses['codebook']
 
 
+def entropy(x: LatentInputs) -> Float[Array, '']:
+  """Mean entropy of a token's softmax over codes, less gamma times the entropy
+  of the tokens' mean, nats (arXiv 2310.05737): sure of a code, all in use."""
+  return x.out.quantizer.losses['entropy']
+
+
+def diversity(x: LatentInputs) -> Float[Array, '']:
+  """Less the entropy of the mean of tokens' softmax over codes, nats."""
+  return x.out.quantizer.losses['diversity']
+
+
+def orthogonal(x: LatentInputs) -> Float[Array, '']:
+  """How far codes are from orthogonal (arXiv 2112.00384)."""
+  return x.out.quantizer.losses['orthogonal']
+
+
+def kl(x: LatentInputs) -> Float[Array, '']:
+  """Divergence of tokens' softmax over codes from uniform, nats (Gumbel)."""
+  return x.out.quantizer.losses['kl']
+
+
 def distill(x: LatentInputs) -> Float[Array, '']:
   """How far the latents, or the decoder's inputs, drifted; f32.
 

@@ -14,7 +14,7 @@ fuse before the barrier cannot change what follows it.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,7 +160,8 @@ class Tokenizer(nn.Module):
     images: ArrayLike,
     *,
     train: bool = False,
-    rngs: Any = None,
+    random: Mapping[str, Array] | None = None,
+    losses: Sequence[str] = (),
     noise: Array | None = None,
     encoded: Array | None = None,
   ) -> TokenizerOutput:
@@ -169,7 +170,9 @@ class Tokenizer(nn.Module):
     Args:
       images: f[b h w 3] in [0, 1], or uint8.
       train: gradients pass straight through the quantizer.
-      rngs: keys for stochastic quantizers, by name.
+      random: what a stochastic quantizer draws with, keys for each image
+        (`quantizers/base.py`).
+      losses: the quantizer's regularisers to compute too, among other names.
       noise: f32[b gh gw d], added to the quantizer's input, not to the
         returned latents.
       encoded: `read(images)`, where it is at hand.
@@ -183,7 +186,7 @@ class Tokenizer(nn.Module):
     z = self.latents.normalise(z)
     if not train:
       z = jax.lax.optimization_barrier(z)
-    out = self.quantizer(z, train=train, rngs=rngs)
+    out = self.quantizer(z, train=train, random=random, losses=losses)
     out = out.replace(z_q=self.latents.inverse(out.z_q))
     if out.quantized is not None:
       out = out.replace(quantized=self.latents.inverse(out.quantized))
@@ -272,7 +275,8 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
   Args:
     model_config: a mapping (ConfigDict or dict) with
       encoder: dict(name=…) of the encoder table and, or, its spec's fields.
-      quantizer: dict(name="fsq"|"vq"|"simvq"|"none", …).
+      quantizer: dict(name=…), a name of `quantizers.QUANTIZERS`, and its
+        fields.
       decoder: dict(name="B"|"L"|"XL"|"symmetric") and, or, its fields.
       latents: dict(norm="none"|"channel"|"position"), "none" if absent; with
         "position" also grid=(rows, columns).
@@ -330,12 +334,12 @@ def describe(tokenizer: Tokenizer) -> dict:
   what t computes.
   """
 
-  def old_fields(fields):
-    return {
-      name: value
-      for name, value in fields.items()
-      if name not in LATER_FIELDS or value != LATER_FIELDS[name]
-    }
+  def old_fields(fields, kind=''):
+    def later(name, value):
+      keys = {name, f'{kind}.{name}'} & LATER_FIELDS.keys()
+      return any(value == LATER_FIELDS[key] for key in keys)
+
+    return {n: value for n, value in fields.items() if not later(n, value)}
 
   def spec_fields(spec):
     fields = dataclasses.asdict(spec)
@@ -352,9 +356,10 @@ def describe(tokenizer: Tokenizer) -> dict:
   }
   if quantizer.post_quant is not None:
     fields['post_quant'] = dataclasses.asdict(quantizer.post_quant)
+  name = quantizers.name_of(quantizer)
   model = {
     'encoder': spec_fields(tokenizer.encoder_spec),
-    'quantizer': {'name': quantizers.name_of(quantizer), **old_fields(fields)},
+    'quantizer': {'name': name, **old_fields(fields, name)},
     'decoder': spec_fields(tokenizer.decoder_spec),
   }
   # Younger than format 1, like LATER_FIELDS, but a section.

@@ -1,4 +1,4 @@
-"""Codes and indices: nearest entry, straight-through, digits, usage.
+"""Codes and indices: nearest entry, gradients, entropies, digits, usage.
 
 All arithmetic is f32 and every product asks for the highest precision: a dot
 in f32 is TF32 on GPU and bf16 passes on TPU unless it is asked, and either
@@ -8,6 +8,7 @@ picks other codes. Nothing materializes [tokens, K] beyond a chunk.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,36 @@ def straight_through(
   """
   sg = jax.lax.stop_gradient
   return sg(codes) + (surrogate - sg(surrogate))
+
+
+def unit_rms(x: Float[Array, '*s c']) -> Float[Array, '*s c']:
+  """x scaled to mean square 1 over channels; zeros stay zeros."""
+  return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+def unit(x: Float[Array, '*s c']) -> Float[Array, '*s c']:
+  """x scaled to norm 1 over channels; zeros stay zeros."""
+  return unit_rms(x) * x.shape[-1] ** -0.5
+
+
+def rotate(
+  z: Float[Array, '*s c'], codes: Float[Array, '*s c']
+) -> Float[Array, '*s c']:
+  """z times the scaled rotation that takes it to its code (arXiv 2410.06424).
+
+  The rotation is in the plane of the two. It and the scale |code| / |z| count
+  as constants: the gradient to z is turned back and scaled by them, and none
+  goes to the codes.
+  """
+  sg = jax.lax.stop_gradient
+
+  def dot(a, b):
+    return jnp.sum(a * b, axis=-1, keepdims=True)
+
+  u, v = unit(sg(z)), unit(sg(codes))
+  middle = unit(u + v)
+  scale = jnp.sqrt(dot(sg(codes), sg(codes)) / (dot(sg(z), sg(z)) + 1e-12))
+  return scale * (z - 2 * dot(z, middle) * middle + 2 * dot(z, u) * v)
 
 
 def _nearest(z: Array, codes: Array) -> Array:
@@ -117,15 +148,20 @@ _rows.defvjp(
 )
 
 
-def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
-  """fn(tokens [n …], codes [k c]) -> [n …], under an ambient mesh by each
-  device on its own tokens."""
+def _batch_axes() -> tuple[str, ...]:
+  """The ambient mesh's axes that tokens lie over."""
   mesh = jax.sharding.get_abstract_mesh()
   # Not inside a caller's own shard_map, whose axes are Manual.
   kinds = dict(zip(mesh.axis_names, mesh.axis_types or (), strict=True))
-  axes = tuple(
+  return tuple(
     a for a in BATCH_AXES if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1
   )
+
+
+def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
+  """fn(tokens [n …], codes [k c]) -> [n …], under an ambient mesh by each
+  device on its own tokens."""
+  mesh, axes = jax.sharding.get_abstract_mesh(), _batch_axes()
   n, shards = tokens.shape[0], math.prod(mesh.shape[a] for a in axes)
   if shards == 1 or not isinstance(n, int) or n % shards:
     return fn(tokens, codes)
@@ -145,6 +181,97 @@ def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
     out_specs=spec(axes),
     check_vma=False,
   )(tokens, codes)
+
+
+def by_chunk(fn: Callable, size: int, *tokens: Array) -> Any:
+  """fn(arrays [n …], counted bool[n]) of chunks, its results stacked.
+
+  A chunk has at most `SCORES_PER_CHUNK` scores a device at `size` scores a
+  token; a gradient computes it again. Chunk i of m holds tokens i, i + m, …,
+  so that each device keeps its own; what fills the last up does not count.
+
+  Args:
+    fn: of a chunk of each of `tokens`.
+    size: scores of one token.
+    *tokens: [n …] each.
+
+  Returns:
+    fn's results with a first axis of chunks; `in_order` undoes it for those
+    that have an entry a token.
+  """
+  n, shape = tokens[0].shape[0], jax.sharding.get_abstract_mesh().shape
+  shards = math.prod(shape[a] for a in _batch_axes())
+  most = max(SCORES_PER_CHUNK // size, 1) * shards
+  m = -(-n // most)
+  if isinstance(n, int):
+    m = max(m, 1)
+    most = -(-n // (m * shards)) * shards  # equal parts
+  total = m * most
+
+  def split(x):
+    x = jnp.pad(x, [(0, total - n)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.moveaxis(x.reshape(most, m, *x.shape[1:]), 1, 0)
+
+  parts = *map(split, tokens), split(jnp.ones(n, bool))
+  return jax.lax.map(jax.checkpoint(lambda part: fn(*part)), parts)
+
+
+def in_order(stacked: Array, n: Any) -> Array:
+  """[chunks, tokens of one, …] of `by_chunk` -> [n …]; n may be a symbol."""
+  flat = jnp.moveaxis(stacked, 0, 1)
+  return flat.reshape(-1, *stacked.shape[2:])[:n]
+
+
+def entropies(
+  scores: Callable[[Array], Array], size: int, tokens: Float[Array, 'n c']
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """Of softmax(scores), in nats: (the mean of tokens' entropies, the entropy
+  of tokens' mean).
+
+  Args:
+    scores: f32[m c] -> f32[m k], row by row.
+    size: k.
+    tokens: f32[n c].
+  """
+
+  def sums(tokens, counted):
+    log_p = jax.nn.log_softmax(scores(tokens))
+    p = jnp.exp(log_p)
+    own = -jnp.sum(p * log_p, axis=-1)
+    return jnp.sum(own * counted), jnp.sum(p * counted[:, None], axis=0)
+
+  own, p = by_chunk(sums, size, tokens)
+  n = tokens.shape[0]
+  mean = p.sum(0) / n
+  # Where nothing is left of p in f32 its slope is that of 1e-20.
+  spread = -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-20)))
+  return own.sum() / n, spread
+
+
+def code_entropies(
+  z: Float[Array, '*s c'], codes: Float[Array, 'k c'], temperature: float
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """`entropies` of tokens' softmax over codes, of -distance^2 / temperature."""
+  # Distances are the same, and scores of few digits the smaller.
+  center = jax.lax.stop_gradient(codes.mean(0))
+  codes = codes - center
+  squares = jnp.sum(codes * codes, axis=-1)
+
+  def scores(tokens):
+    dots = jnp.einsum('nc,kc->nk', tokens - center, codes, precision=HIGHEST)
+    return (2 * dots - squares) / temperature
+
+  flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
+  return entropies(scores, codes.shape[0], flat)
+
+
+def orthogonality(codes: Float[Array, 'k c']) -> Float[Array, '']:
+  """|C C^T|^2 / k^2 - 1/k of unit rows C: 0 where all are orthogonal
+  (arXiv 2112.00384, eq. 2)."""
+  rows, k = unit(codes), codes.shape[0]
+  # As large as that of rows, and c x c instead of k x k.
+  gram = jnp.einsum('kc,kd->cd', rows, rows, precision=HIGHEST)
+  return jnp.sum(gram * gram) / k**2 - 1 / k
 
 
 def radix_strides(levels: Sequence[int], last_is_least: bool) -> np.ndarray:

@@ -286,6 +286,11 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
       'quantizer.projection must be False'
     )
   elif isinstance(q, quantizers.VQ):
+    if q.distance != 'l2':
+      raise UserError(
+        f'quantizer.distance="{q.distance}": the PyTorch project has VQ of '
+        'distance="l2" only'
+      )
     ours = _C if q.update == 'ema' else _P
     rows.append(Rule(_TABLES[q.update], f'{ours}codes'))
     rows.append(ignore(_AVERAGE, 'EMA state, which no tokenizer has'))

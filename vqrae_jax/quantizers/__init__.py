@@ -9,18 +9,28 @@ from collections.abc import Mapping
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.quantizers.base import Continuous, Quantizer
 from vqrae_jax.quantizers.fsq import FSQ
+from vqrae_jax.quantizers.gumbel import Gumbel
+from vqrae_jax.quantizers.lfq import BSQ, LFQ
 from vqrae_jax.quantizers.simvq import SimVQ
 from vqrae_jax.quantizers.vq import VQ
 from vqrae_jax.specs import build_spec
 
-QUANTIZERS = {'fsq': FSQ, 'vq': VQ, 'simvq': SimVQ, 'none': Continuous}
+QUANTIZERS = {
+  'fsq': FSQ,
+  'lfq': LFQ,
+  'bsq': BSQ,
+  'vq': VQ,
+  'simvq': SimVQ,
+  'gumbel': Gumbel,
+  'none': Continuous,
+}
 
 
 def build(section: Mapping, latent_dim: int, dtype: str) -> Quantizer:
   """The quantizer that `section` names, for latents of `latent_dim`.
 
   Args:
-    section: dict(name="fsq"|"vq"|"simvq"|"none", **its fields).
+    section: dict(name=…, **its fields), a name of `QUANTIZERS`.
     latent_dim: the encoder's width.
     dtype: of its map from codes to latents.
 

@@ -13,7 +13,7 @@ optimizer step.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -33,7 +33,8 @@ class Quantizer(nn.Module):
 
   Attributes:
     latent_dim: d, the width of the encoder's latents.
-    projection: learned linear maps between latents and codes, in and out.
+    projection: learned linear maps between latents and codes, in and out;
+      "mlp": the map in is an MLP, the map out linear.
     post_quant: a convolution between codes and latents, or None.
     dtype: of `codes_to_latents`; assignment is always f32.
   """
@@ -50,11 +51,12 @@ class Quantizer(nn.Module):
   positive: ClassVar[Sequence[str]] = ()
 
   latent_dim: int
-  projection: bool = True
+  projection: bool | str = True
   post_quant: PostQuantSpec | None = None
   dtype: str = 'float32'
 
   def __post_init__(self):
+    one_of('quantizer.projection', self.projection, (True, False, 'mlp'))
     for field, options in self.choices:
       one_of(f'quantizer.{field}', getattr(self, field), options)
     for field in self.positive:
@@ -76,11 +78,19 @@ class Quantizer(nn.Module):
 
   @property
   def loss_names(self) -> tuple[str, ...]:
-    """The losses that a call returns, for the config to weigh."""
+    """The losses that a config may weigh: a call returns those of `LOSSES`
+    always, the others (regularisers) where they are asked for."""
     return ()
+
+  @property
+  def draws(self) -> bool:
+    """Whether training draws random numbers (`random` of a call)."""
+    return False
 
   def make_project_in(self) -> nn.Module:
     """[... d] -> [... c]."""
+    if self.projection == 'mlp':
+      return MLP(self.code_width)
     return nn.Dense(self.code_width, precision=HIGHEST)
 
   def make_project_out(self) -> nn.Module:
@@ -104,9 +114,31 @@ class Quantizer(nn.Module):
     """f32[... c] -> (surrogate f32[... c], indices i32[...])."""
     raise NotImplementedError
 
+  def _gradient_path(self, surrogate: Array, codes: Array) -> Array:
+    """f32[... c] that the codes' gradient passes through in training."""
+    return surrogate
+
+  def _perturbed(self, codes: Array, rngs: Any) -> Array:
+    """Codes as the decoder reads them in training."""
+    return codes
+
+  def _regulariser(self, name: str, z: Array, surrogate: Array) -> Array:
+    """f32[], a loss of `loss_names` that is none of `LOSSES`.
+
+    Args:
+      name: the loss's.
+      z: f32[... c], the input of `_assign`.
+      surrogate: its output.
+    """
+    raise NotImplementedError
+
   def _lookup(self, indices: Array) -> Array:
     """i32[...] -> codes f32[... c]."""
     raise NotImplementedError
+
+  def _losses(self, z: Array, indices: Array, codes: Array) -> dict[str, Array]:
+    """{name: f32[]} of surrogate, indices and codes."""
+    return {n: LOSSES[n](z, codes) for n in self.loss_names if n in LOSSES}
 
   def _stats(self, z: Array, indices: Array, train: bool) -> dict[str, Array]:
     """Sums over the batch: counts i32[q k], and what the update needs."""
@@ -179,7 +211,12 @@ class Quantizer(nn.Module):
     return self.post_conv(z)
 
   def __call__(
-    self, latents: Array, *, train: bool = False, rngs: Any = None
+    self,
+    latents: Array,
+    *,
+    train: bool = False,
+    random: Mapping[str, Array] | None = None,
+    losses: Sequence[str] = (),
   ) -> QuantizerOutput:
     """Quantizes f[... d].
 
@@ -187,24 +224,33 @@ class Quantizer(nn.Module):
       latents: any leading shape; a post_quant kernel above 1 needs [b gh gw].
       train: gradients pass straight through, and stats hold what the codebook's
         update needs; else the looked-up codes are used as they are.
-      rngs: keys for stochastic quantizers, by name.
+      random: what a quantizer that `draws` draws with in training (`rngs` is
+        an argument of linen's `apply`): "samples", a key for each entry of the
+        first axis, and "temperature", f32[], of a Gumbel quantizer. Without it
+        nothing is drawn.
+      losses: the regularisers to compute too, among other names.
 
     Returns:
       A `QuantizerOutput`; `codes` equal `indices_to_codes(indices)` bitwise.
     """
     z = self.to_code_space(latents)
-    surrogate, indices = self._assign(z, train, rngs)
+    surrogate, indices = self._assign(z, train, random)
     codes = self._lookup(indices)
-    losses = {n: LOSSES[n](surrogate, codes) for n in self.loss_names}
-    quantized = None
+    values = self._losses(surrogate, indices, codes)
+    for name in self.loss_names:
+      if name in losses and name not in LOSSES:
+        values[name] = self._regulariser(name, z, surrogate)
+    quantized, decoded = None, codes
     if train:
       quantized = self.codes_to_latents(codes)
-      codes = code_ops.straight_through(surrogate, codes)
+      path = self._gradient_path(surrogate, codes)
+      codes = code_ops.straight_through(path, codes)
+      decoded = self._perturbed(codes, random)
     return QuantizerOutput(
-      z_q=self.codes_to_latents(codes),
+      z_q=self.codes_to_latents(decoded),
       codes=codes,
       indices=indices,
-      losses=losses,
+      losses=values,
       stats=self._stats(surrogate, indices, train),
       quantized=quantized,
     )
@@ -235,6 +281,28 @@ def codebook_loss(surrogate: Array, codes: Array) -> Array:
 LOSSES = {'commit': commitment, 'codebook': codebook_loss}
 
 
+class MLP(nn.Module):
+  """f32[... d] -> f32[... c]: two layers with a GELU between, d wide."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = nn.Dense(x.shape[-1], precision=HIGHEST, name='dense0')(x)
+    x = jax.nn.gelu(x, approximate=False)
+    return nn.Dense(self.features, precision=HIGHEST, name='dense1')(x)
+
+
+def check_size(given: str, size: int) -> None:
+  """Raises a UserError, which starts with the fields `given`, unless an i32
+  index can count `size` codes."""
+  if size >= 2**31:
+    raise UserError(
+      f'{given} make {size} codes; an i32 index holds fewer than 2147483648: '
+      'give a token several smaller codes (a grouped quantizer)'
+    )
+
+
 def init_codes_from_data(z: Array, num_codes: int, rng: Array) -> Array:
   """Codes f32[num_codes c] at tokens f32[n c] of a batch, drawn by `rng`.
 
@@ -251,7 +319,7 @@ def init_codes_from_data(z: Array, num_codes: int, rng: Array) -> Array:
 
 
 class TableQuantizer(Quantizer):
-  """The nearest of the `num_codes` rows of a table f32[k c]."""
+  """Codes are the `num_codes` rows of a table f32[k c]."""
 
   @property
   def codebook_size(self):
@@ -271,6 +339,44 @@ class TableQuantizer(Quantizer):
     return code_ops.nearest_code(codes.astype(jnp.float32), self._table())
 
 
+class Nearest(TableQuantizer):
+  """The nearest row of the table.
+
+  Losses that spread its use: "entropy" (arXiv 2310.05737), mean entropy of a
+  token's softmax over codes less gamma times the entropy of the tokens' mean;
+  "diversity", the second alone; "orthogonal" (arXiv 2112.00384), of rows that
+  a gradient moves. The softmax is of -distance^2 / temperature.
+
+  Attributes:
+    rotation: gradients pass to a token through the rotation, with its scale,
+      that takes it to its code (arXiv 2410.06424), not as they are.
+    entropy_gamma: of "entropy".
+    entropy_temperature: of the softmax, in units of squared distances.
+  """
+
+  training_fields = ('rotation', 'entropy_gamma', 'entropy_temperature')
+  positive = ('num_codes', 'code_dim', 'entropy_temperature')
+
+  rotation: bool = False
+  entropy_gamma: float = 1.0
+  entropy_temperature: float = 0.01
+
+  def _gradient_path(self, surrogate, codes):
+    if self.rotation:
+      return code_ops.rotate(surrogate, codes)
+    return surrogate
+
+  def _regulariser(self, name, z, surrogate):
+    if name == 'orthogonal':
+      return code_ops.orthogonality(self._table())
+    tokens, spread = code_ops.code_entropies(
+      surrogate, self._table(), self.entropy_temperature
+    )
+    if name == 'diversity':
+      return -spread
+    return tokens - self.entropy_gamma * spread
+
+
 class Continuous(Quantizer):
   """The continuous autoencoder (RAE, arXiv 2510.11690): codes equal latents.
 
@@ -283,14 +389,14 @@ class Continuous(Quantizer):
 
   positive = ('code_dim',)
 
-  projection: bool = False
+  projection: bool | str = False
   code_dim: int | None = None
 
   @property
   def codebook_size(self):
     return 0
 
-  def __call__(self, latents, *, train=False, rngs=None):
+  def __call__(self, latents, *, train=False, random=None, losses=()):
     """Latents f[... d] as `codes` f32[... c]; no indices."""
     codes = self.to_code_space(latents)
     return QuantizerOutput(

@@ -9,6 +9,13 @@ L, bounded = tanh(z + atanh(off/half)) half - off, code = round(bounded) /
 "centered": h = (L-1)/2, bounded = tanh(z) h, digit = clip(round(bounded + h)),
 code = digit - h; the last digit is least significant.
 
+`preserve_symmetry` (arXiv 2411.19842), with "cosmos": the bound of "centered",
+which has as many steps above 0 as below, as code = (digit - h) / h in [-1, 1];
+the first digit stays least significant. `noise_dropout` goes with it: in
+training each value is moved, with that probability, by a uniform number in
+[-1/2, 1/2) and clipped to [-1, 1] before the decoder reads it, so that a
+decoder does not depend on the codes' exact values.
+
 No codebook is learned, so nothing collapses and there is no codebook loss; a
 commitment loss exists for "centered" only.
 
@@ -96,7 +103,12 @@ class FSQ(base.Quantizer):
       needs "clip".
     adapter_out: the projection out: "linear", or "fourier", which passes no
       useful gradient.
+    preserve_symmetry: with "cosmos", codes symmetric around 0.
+    noise_dropout: with `preserve_symmetry`, the share of values that training
+      moves.
   """
+
+  training_fields = ('noise_dropout',)
 
   choices = (
     ('convention', ('centered', 'cosmos')),
@@ -111,6 +123,8 @@ class FSQ(base.Quantizer):
   bound: str = 'tanh'
   adapter_in: str = 'linear'
   adapter_out: str = 'linear'
+  preserve_symmetry: bool = False
+  noise_dropout: float = 0.0
 
   def __post_init__(self):
     super().__post_init__()
@@ -119,11 +133,7 @@ class FSQ(base.Quantizer):
       raise UserError(
         f'quantizer.levels={levels} must be whole numbers of at least 2'
       )
-    if math.prod(levels) >= 2**31:
-      raise UserError(
-        f'quantizer.levels={levels} make {math.prod(levels)} codes; an i32 '
-        'index holds fewer than 2147483648'
-      )
+    base.check_size(f'quantizer.levels={levels}', math.prod(levels))
     widest = 1 / (max(levels) - 1)
     if cosmos and not 0 < self.epsilon < widest:
       raise UserError(
@@ -144,6 +154,25 @@ class FSQ(base.Quantizer):
     if self.adapter_in == 'mlp' and self.bound != 'clip':
       raise UserError(
         'quantizer.adapter_in="mlp" ends in a tanh: set quantizer.bound="clip"'
+      )
+    if self.adapter_in == self.projection == 'mlp':
+      raise UserError(
+        'quantizer.adapter_in="mlp" and quantizer.projection="mlp" are two '
+        'maps into code space: set quantizer.projection=True'
+      )
+    if self.preserve_symmetry and not cosmos:
+      raise UserError(
+        'quantizer.preserve_symmetry=True needs quantizer.convention="cosmos"; '
+        '"centered" is symmetric as it is'
+      )
+    if not 0 <= self.noise_dropout <= 1:
+      raise UserError(
+        f'quantizer.noise_dropout={self.noise_dropout} must lie in [0, 1]'
+      )
+    if self.noise_dropout and not self.preserve_symmetry:
+      raise UserError(
+        f'quantizer.noise_dropout={self.noise_dropout} is in units of codes in '
+        '[-1, 1]: set quantizer.preserve_symmetry=True'
       )
 
   def make_project_in(self):
@@ -186,6 +215,10 @@ class FSQ(base.Quantizer):
     return ('commit',) if self.convention == 'centered' else ()
 
   @property
+  def draws(self):
+    return self.noise_dropout > 0
+
+  @property
   def _strides(self):
     return code_ops.radix_strides(
       self.levels, last_is_least=self.convention == 'centered'
@@ -195,6 +228,8 @@ class FSQ(base.Quantizer):
   def _grid(self):
     """(offset, scale), f32[c] each: a code is (digit - offset) / scale."""
     radix = np.asarray(self.levels, np.float32)
+    if self.preserve_symmetry:
+      return (radix - 1) / 2, (radix - 1) / 2
     if self.convention == 'centered':
       return (radix - 1) / 2, np.ones_like(radix)
     return radix // 2, radix // 2
@@ -205,6 +240,9 @@ class FSQ(base.Quantizer):
     if self.convention == 'centered':
       x = jnp.tanh(z) * offset if self.bound == 'tanh' else z
       digits = jnp.round(x + offset)
+    elif self.preserve_symmetry:
+      x = jnp.tanh(z) * offset
+      digits = jnp.floor(x + offset + 0.5)
     else:
       half = (radix - 1) * (1 + self.epsilon) / 2
       off = np.where(radix % 2 == 0, 0.5, 0.0)
@@ -217,6 +255,18 @@ class FSQ(base.Quantizer):
   def _assign(self, z, train, rngs):
     surrogate, digits = self.bounded(z)
     return surrogate, code_ops.digits_to_index(digits, self._strides)
+
+  def _perturbed(self, codes, rngs):
+    if not (self.noise_dropout and rngs):
+      return codes
+
+    def moved(key, codes):
+      which, how = jax.random.split(key)
+      drawn = jax.random.bernoulli(which, self.noise_dropout, codes.shape)
+      noise = jax.random.uniform(how, codes.shape, minval=-0.5, maxval=0.5)
+      return jnp.where(drawn, jnp.clip(codes + noise, -1, 1), codes)
+
+    return jax.vmap(moved)(rngs['samples'], codes)
 
   def _lookup(self, indices):
     digits = code_ops.index_to_digits(indices, self._strides, self.levels)

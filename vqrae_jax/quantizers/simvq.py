@@ -25,16 +25,11 @@ from flax import linen as nn
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
-from vqrae_jax.ops.codes import HIGHEST
+from vqrae_jax.ops.codes import HIGHEST, unit_rms
 from vqrae_jax.quantizers import base
 
 
-def _unit_rms(x):
-  """x scaled to mean square 1 over channels; zeros stay zeros."""
-  return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
-
-
-class SimVQ(base.TableQuantizer):
+class SimVQ(base.Nearest):
   """The nearest of `num_codes` rows of basis @ W + b.
 
   Attributes:
@@ -55,9 +50,9 @@ class SimVQ(base.TableQuantizer):
     ('basis_init', ('tokens', 'normal')),
     ('code_scale', ('rms', 'unit', 'none')),
   )
-  loss_names = ('commit', 'codebook')
-  training_fields = ('basis_std', 'basis_init')
-  positive = ('num_codes', 'code_dim', 'basis_std')
+  loss_names = ('commit', 'codebook', 'entropy', 'diversity', 'orthogonal')
+  training_fields = (*base.Nearest.training_fields, 'basis_std', 'basis_init')
+  positive = (*base.Nearest.positive, 'basis_std')
 
   num_codes: int = 16384
   code_dim: int = 1536
@@ -93,7 +88,7 @@ class SimVQ(base.TableQuantizer):
     if self.basis_init == 'normal' or self.token_map:
       return codebook
     if self.normalize or self.distance == 'cosine':
-      z = _unit_rms(z)
+      z = unit_rms(z)
     return {'basis': base.init_codes_from_data(z, self.num_codes, rng)}
 
   def _table(self):
@@ -111,7 +106,7 @@ class SimVQ(base.TableQuantizer):
     """Tokens, or the table's rows, as `code_scale` says."""
     if self.code_scale == 'none':
       return x
-    x = _unit_rms(x)
+    x = unit_rms(x)
     return x if self.code_scale == 'rms' else x * self.code_dim**-0.5
 
   def _assign(self, z, train, rngs):
@@ -119,8 +114,8 @@ class SimVQ(base.TableQuantizer):
       z = self.map_tokens(z)
     table = self._table()
     if self.code_scale != 'rms':  # compared by angle, whatever their size
-      indices = code_ops.nearest_code(_unit_rms(z), _unit_rms(table))
+      indices = code_ops.nearest_code(unit_rms(z), unit_rms(table))
       return self._scaled(z), indices
     if self.normalize or self.distance == 'cosine':
-      z = _unit_rms(z)
+      z = unit_rms(z)
     return z, code_ops.nearest_code(z, table)

@@ -10,6 +10,10 @@ codebook at the first step: a code without tokens is divided by almost zero and
 reaches a norm of 1e6. Here N starts at one per code and the codes start at
 tokens of the first batch. A code moves only when it wins a token; idle codes
 are not revived yet.
+
+distance="cosine" (arXiv 2110.04627): tokens and codes are unit vectors, and the
+average is scaled to norm one. With `projection` and a small `code_dim` these
+are the l2-normalised codebooks of low dimension that many tokenizers use.
 """
 
 import jax
@@ -21,8 +25,8 @@ from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.quantizers import base
 
 
-class VQ(base.TableQuantizer):
-  """The nearest of `num_codes` codes in squared L2.
+class VQ(base.Nearest):
+  """The nearest of `num_codes` codes.
 
   Attributes:
     num_codes: K.
@@ -31,19 +35,23 @@ class VQ(base.TableQuantizer):
     decay: g of the moving average, usually .95 to .999.
     epsilon: of the Laplace smoothing.
     data_init: start the codes at tokens of the first batch.
+    distance: "l2", or "cosine" for unit vectors on both sides.
   """
 
-  choices = (('update', ('ema', 'gradient')),)
-  training_fields = ('decay', 'epsilon', 'data_init')
-  positive = ('num_codes', 'code_dim', 'epsilon')
+  choices = (('update', ('ema', 'gradient')), ('distance', ('l2', 'cosine')))
+  training_fields = (
+    *base.Nearest.training_fields, 'decay', 'epsilon', 'data_init'
+  )  # fmt: skip
+  positive = (*base.Nearest.positive, 'epsilon')
 
-  projection: bool = False
+  projection: bool | str = False
   num_codes: int = 8192
   code_dim: int | None = None
   update: str = 'ema'
   decay: float = 0.99
   epsilon: float = 1e-5
   data_init: bool = True
+  distance: str = 'l2'
 
   def __post_init__(self):
     super().__post_init__()
@@ -52,7 +60,8 @@ class VQ(base.TableQuantizer):
 
   @property
   def loss_names(self):
-    return ('commit',) if self.update == 'ema' else ('commit', 'codebook')
+    moved = ('codebook', 'orthogonal') if self.update == 'gradient' else ()
+    return ('commit', 'entropy', 'diversity', *moved)
 
   @property
   def ema_tables(self):
@@ -64,17 +73,29 @@ class VQ(base.TableQuantizer):
       self.codes = self.param('codes', nn.initializers.normal(1.0), shape)
       return
     table = self.table('codes', 1.0, shape)
+    if self.is_initializing():
+      table.value = self._compared(table.value)
     self.codes = table.value
     # The state of the average: absent from a tokenizer on disk.
     if self.is_initializing():
       self.variable('codebook', 'counts', jnp.ones, shape[:1], jnp.float32)
       self.variable('codebook', 'sums', lambda: table.value)
 
+  def _compared(self, x):
+    """Tokens or codes, as they are compared."""
+    return code_ops.unit(x) if self.distance == 'cosine' else x
+
   def _assign(self, z, train, rngs):
-    return z, code_ops.nearest_code(z, self.codes)
+    z = self._compared(z)
+    return z, code_ops.nearest_code(z, self._table())
 
   def _table(self):
-    return self.codes
+    if self.distance == 'l2' or self.update == 'ema':
+      return self.codes
+    if self.has_variable('codebook', 'codes'):  # baked
+      return self.get_variable('codebook', 'codes')
+    # The rows are the same to the last bit whatever reads them.
+    return jax.lax.optimization_barrier(self._compared(self.codes))
 
   def _stats(self, z, indices, train):
     stats = super()._stats(z, indices, train)
@@ -87,9 +108,8 @@ class VQ(base.TableQuantizer):
     """Codes at tokens of the batch."""
     if not self.data_init or self.update != 'ema':
       return codebook
-    return self._fresh_average(
-      base.init_codes_from_data(z, self.num_codes, rng)
-    )
+    codes = base.init_codes_from_data(self._compared(z), self.num_codes, rng)
+    return self._fresh_average(self._compared(codes))
 
   def _fresh_average(self, codes):
     counts = jnp.ones(self.num_codes, jnp.float32)
@@ -114,5 +134,6 @@ class VQ(base.TableQuantizer):
     # A code without tokens stays: its count decays below epsilon, and the
     # quotient would draw it to the origin, where all other idle codes are.
     won = (count > 0)[:, None]
-    codes = jnp.where(won, sums / (smooth * total)[:, None], codebook['codes'])
+    moved = self._compared(sums / (smooth * total)[:, None])
+    codes = jnp.where(won, moved, codebook['codes'])
     return {'codes': codes, 'counts': counts, 'sums': sums}

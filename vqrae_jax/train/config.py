@@ -20,7 +20,7 @@ from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
-from vqrae_jax.optim import UNITS, AdamWConfig, Schedule, steps_of
+from vqrae_jax.optim import DECAYS, UNITS, AdamWConfig, Schedule, steps_of
 from vqrae_jax.specs import (
   RunOptions,
   at_least,
@@ -340,6 +340,31 @@ class EvalSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Temperature:
+  """The temperature of a Gumbel quantizer in training.
+
+  Attributes:
+    start: at the first step.
+    end: after `duration`.
+    decay: from one to the other: "cosine", "linear" or "constant".
+    duration: "10 epochs", "2000 steps" or a number of steps; None: the run's.
+  """
+
+  start: float = 1.0
+  end: float = 0.0625
+  decay: str = 'cosine'
+  duration: Duration | None = None
+
+  def __post_init__(self):
+    one_of('temperature.decay', self.decay, DECAYS)
+    if min(self.start, self.end) <= 0:
+      raise UserError(
+        f'temperature.start={self.start} and temperature.end={self.end} must '
+        'be above 0'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """A full run.
 
@@ -355,6 +380,7 @@ class RunConfig:
     noise_tau: noise on latents in training, U[0, tau) x N(0, 1), one U a
       sample, before they are normalised and quantised; .8 for RAE, 0 for
       discrete tokens.
+    temperature: of model.quantizer.name="gumbel"; None for its defaults.
     init_from: a run's workdir or a tokenizer's directory whose weights the
       run starts with; optimizer and step count are re-initialized.
     init: parts of the weights from elsewhere.
@@ -379,6 +405,7 @@ class RunConfig:
   optim: AdamWConfig = AdamWConfig()
   ema: float = 0.999
   noise_tau: float = 0.0
+  temperature: Temperature | None = None
   init_from: str | None = None
   init: InitSpec = InitSpec()
   teacher: str | None = None

@@ -18,12 +18,13 @@ import numpy as np
 from absl import logging
 from flax import linen as nn
 
-from vqrae_jax import export, optim, sharding
+from vqrae_jax import export, optim, quantizers, sharding
 from vqrae_jax.data.decode import EncodedImages
 from vqrae_jax.data.pipeline import Augment, TrainBatches
 from vqrae_jax.data.sources import open_source
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
+from vqrae_jax.losses import QUANTIZER_TERMS
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.nn import discriminators
 from vqrae_jax.ops import trees
@@ -62,7 +63,7 @@ class Plan:
 
   def rates_at(self, step: int, skipped: int = 0) -> dict[str, float]:
     """{"lr/PART": the highest rate} of encoder, quantizer and decoder,
-    {"weight/LOSS": its weight}.
+    {"weight/LOSS": its weight}, "temperature" of a Gumbel quantizer.
 
     Args:
       step: completed steps before the one that is asked for.
@@ -75,6 +76,10 @@ class Plan:
     for name, index, _ in optimizer.leaves:
       part = f'lr/{name.split("/")[0]}'
       rates[part] = max(rates.get(part, 0.0), float(now[index]))
+    if self.step.temperature is not None:
+      rates['temperature'] = float(
+        optim.learning_rate(self.step.temperature, numbers['temperature'], step)
+      )
     return rates | {
       f'weight/{name}': float(optim.loss_weight(loss, step))
       for name, loss in numbers['losses'].items()
@@ -347,6 +352,17 @@ def plan_step(
       )
     hparams['losses'][name] = dict(weight=term.weight, start=start, ramp=ramp)
   hparams |= {n: x for n in ('ema', 'noise_tau') if (x := getattr(config, n))}
+  temperature = _temperature(config, tokenizer)
+  if temperature is not None:
+    over = temperature.duration
+    if over is not None:
+      over = optim.steps_of(over, steps_per_epoch, 'temperature.duration')
+    hparams['temperature'] = dict(
+      lr=temperature.start,
+      end_lr=temperature.end,
+      warmup=0,
+      total=total if over is None else over,
+    )
   gan = None
   if config.discriminator is not None:
     start = hparams['losses']['gan']['start']
@@ -361,6 +377,7 @@ def plan_step(
     accumulate=config.accumulate,
     ema=bool(config.ema),
     noise=bool(config.noise_tau),
+    temperature=temperature and temperature.decay,
     teacher=config.teacher is not None,
     usage_window=config.log.usage_window,
     networks_run=config.networks.over(config.model),
@@ -370,12 +387,26 @@ def plan_step(
   return spec, hparams, shapes, total
 
 
+def _temperature(
+  config: config_lib.RunConfig, tokenizer: Tokenizer
+) -> config_lib.Temperature | None:
+  """Of a Gumbel quantizer."""
+  if isinstance(tokenizer.quantizer, quantizers.Gumbel):
+    return config.temperature or config_lib.Temperature()
+  if config.temperature is not None:
+    raise UserError(
+      'temperature is that of model.quantizer.name="gumbel", and the quantizer '
+      f'is "{quantizers.name_of(tokenizer.quantizer)}"; remove it'
+    )
+  return None
+
+
 def _check_terms(
   terms: Mapping[str, Any], tokenizer: Tokenizer, trainable: Mapping[str, Any]
 ) -> None:
   """The losses can be had from this quantizer and these schedules."""
   given = tokenizer.quantizer.loss_names
-  for name in ('commit', 'codebook'):
+  for name in QUANTIZER_TERMS:
     if name in terms and name not in given:
       raise UserError(
         f'losses.{name}: the quantizer {type(tokenizer.quantizer).__name__} as '

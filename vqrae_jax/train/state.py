@@ -39,6 +39,7 @@ class StepSpec:
     accumulate: microbatches that a step's batch is computed in.
     ema: whether there are EMA weights.
     noise: whether noise is added to the latents.
+    temperature: the decay of the Gumbel temperature, or None.
     teacher: whether a frozen encoder is distilled from.
     networks_run: how the losses' networks are run.
     usage_window: steps over which codes are counted.
@@ -53,6 +54,7 @@ class StepSpec:
   accumulate: int
   ema: bool
   noise: bool
+  temperature: str | None
   teacher: bool
   networks_run: RunOptions
   usage_window: int

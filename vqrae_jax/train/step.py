@@ -27,7 +27,7 @@ from vqrae_jax.losses import (
 from vqrae_jax.ops import augment, trees
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.optim import Numbers, loss_weight
+from vqrae_jax.optim import Numbers, learning_rate, loss_weight
 from vqrae_jax.train.gan import over_microbatches
 from vqrae_jax.train.state import StepSpec
 from vqrae_jax.types import (
@@ -42,7 +42,8 @@ from vqrae_jax.types import (
 
 Metrics = dict[str, jax.Array]
 _IMAGE = IMAGE_TERMS | FROZEN_TERMS
-_NOISE = 104  # apart from the discriminator's draws of the same step
+# Apart from each other and from the discriminator's draws of the same step.
+_NOISE, _QUANTIZER = 104, 105
 
 
 def _reconstruct(
@@ -56,20 +57,33 @@ def _reconstruct(
   encoded: jax.Array | None = None,
 ) -> TokenizerOutput:
   """The tokenizer's forward with the trainable leaves `params`."""
-  noise = None
+  noise = random = None
+  key = jax.random.fold_in(state.rng, state.step)
   if spec.noise:
-    key = jax.random.fold_in(state.rng, state.step)
     grid = spec.tokenizer.grid(*images.shape[1:3])
     noise = hparams['noise_tau'] * augment.draw_noise(
       jax.random.fold_in(key, _NOISE),
       sample_ids,
       (*grid, spec.tokenizer.latent_dim),
     )
+  if spec.tokenizer.quantizer.draws:
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    random = {'samples': fold(jax.random.fold_in(key, _QUANTIZER), sample_ids)}
+    if spec.temperature is not None:
+      random['temperature'] = learning_rate(
+        spec.temperature, hparams['temperature'], state.step
+      )
   variables = {'params': trees.merge(params, frozen.params)}
   if state.codebook:
     variables['codebook'] = state.codebook
   return spec.tokenizer.apply(
-    variables, images, train=True, noise=noise, encoded=encoded
+    variables,
+    images,
+    train=True,
+    random=random,
+    losses=spec.latent_losses,
+    noise=noise,
+    encoded=encoded,
   )
 
 

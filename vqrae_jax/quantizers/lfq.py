@@ -1,0 +1,108 @@
+"""Lookup-free quantization (arXiv 2310.05737), and BSQ (arXiv 2406.07548).
+
+A code is the signs of its channels, so that no table is searched or stored: a
+channel above 0 is the bit 1, the last channel's is least significant. LFQ's
+codes are +-1; BSQ ("bsq") puts tokens and codes on the unit sphere, where the
+codes are +-1/sqrt(bits).
+
+The entropy loss makes tokens sure of their code and lets all codes be used: the
+mean entropy of a token's softmax over codes, less gamma times the entropy of
+the tokens' mean. A token's softmax is a product over bits, and so its entropy
+is exactly the sum of the bits'. That of the mean is a sum only if the bits are
+independent; `entropy_bits` says how many are taken together.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.quantizers import base
+
+TOGETHER = 12  # bits that LFQ's entropy takes together by default, at most
+
+
+class LFQ(base.Quantizer):
+  """The signs of `bits` channels; K is 2^bits.
+
+  Attributes:
+    bits: channels of a code.
+    entropy_bits: how many bits' joint entropy is computed, of 2^entropy_bits
+      codes for every token, a divisor of `bits`; the groups' entropies are
+      added up. None: all of them up to 12, beyond that and for BSQ one.
+    entropy_gamma: weight of the mean's entropy in "entropy".
+    entropy_temperature: of the softmax over codes, whose scores are
+      -distance^2 / temperature.
+  """
+
+  spherical: ClassVar[bool] = False
+  loss_names = ('commit', 'entropy')
+  training_fields = ('entropy_bits', 'entropy_gamma', 'entropy_temperature')
+  positive = ('bits', 'entropy_bits', 'entropy_temperature')
+
+  bits: int = 14
+  entropy_bits: int | None = None
+  entropy_gamma: float = 1.0
+  entropy_temperature: float = 0.01
+
+  def __post_init__(self):
+    super().__post_init__()
+    base.check_size(f'quantizer.bits={self.bits}', 2**self.bits)
+    if self.bits % self._entropy_bits:
+      raise UserError(
+        f'quantizer.entropy_bits={self.entropy_bits} must divide '
+        f'quantizer.bits={self.bits}'
+      )
+
+  @property
+  def codebook_size(self):
+    return 2**self.bits
+
+  @property
+  def code_width(self):
+    return self.bits
+
+  @property
+  def _entropy_bits(self):
+    if self.entropy_bits is not None:
+      return self.entropy_bits
+    return 1 if self.spherical or self.bits > TOGETHER else self.bits
+
+  @property
+  def _size(self):
+    """A code's channels are plus or minus this."""
+    return np.float32(self.bits**-0.5 if self.spherical else 1)
+
+  def _codes(self, indices, bits):
+    strides = code_ops.radix_strides((2,) * bits, last_is_least=True)
+    digits = code_ops.index_to_digits(indices, strides, (2,) * bits)
+    return (2 * digits - 1).astype(jnp.float32) * self._size
+
+  def _assign(self, z, train, rngs):
+    z = code_ops.unit(z) if self.spherical else z
+    return z, self.codes_to_indices(z)
+
+  def _lookup(self, indices):
+    return self._codes(indices, self.bits)
+
+  def codes_to_indices(self, codes):
+    strides = code_ops.radix_strides((2,) * self.bits, last_is_least=True)
+    return code_ops.digits_to_index((codes > 0).astype(jnp.int32), strides)
+
+  def _regulariser(self, name, z, surrogate):
+    g = self._entropy_bits
+    codes = self._codes(jnp.arange(2**g), g)
+    groups = jnp.moveaxis(surrogate.reshape(-1, self.bits // g, g), 1, 0)
+    tokens, spread = jax.vmap(
+      lambda z: code_ops.code_entropies(z, codes, self.entropy_temperature)
+    )(groups)
+    return tokens.sum() - self.entropy_gamma * spread.sum()
+
+
+class BSQ(LFQ):
+  """LFQ on the unit sphere: codes are +-1/sqrt(bits) a channel."""
+
+  spherical = True
