@@ -33,17 +33,42 @@ QUANTIZERS = {
   ),
 }
 
+# Of several codes a token.
+_TABLE = dict(name='vq', num_codes=64, code_dim=8)
+NESTED = {
+  'residual-vq': dict(name='residual', stages=2, quantizer=_TABLE),
+  'residual-fsq': dict(
+    name='residual',
+    stages=2,
+    quantizer=dict(name='fsq', levels=(8, 5, 4), bound='clip'),
+  ),
+  'residual-shared': dict(
+    name='residual',
+    stages=2,
+    shared=True,
+    quantizer=dict(name='simvq', num_codes=64, code_dim=8, normalize=False),
+  ),
+  'grouped-vq': dict(
+    name='grouped', groups=2, quantizer=_TABLE | dict(update='gradient')
+  ),
+  'multiscale': dict(name='multiscale', scales=(1, 4), quantizer=_TABLE),
+}
+
 # With what only checkpoints of the PyTorch project have.
 _LEVELS = dict(name='fsq', levels=(8, 5, 4), convention='centered')
 _COSINE = dict(name='simvq', num_codes=96, distance='cosine', code_dim=32)
-FORMS = QUANTIZERS | {
-  'fsq-fourier': _LEVELS
-  | dict(adapter_in='mlp', adapter_out='fourier', bound='clip'),
-  'fsq-clip': _LEVELS | dict(bound='clip'),
-  'simvq-rows': _COSINE | dict(code_scale='none', projection=False),
-  'simvq-unit': _COSINE
-  | dict(code_scale='unit', token_map=True, projection=False),
-}
+FORMS = (
+  QUANTIZERS
+  | NESTED
+  | {
+    'fsq-fourier': _LEVELS
+    | dict(adapter_in='mlp', adapter_out='fourier', bound='clip'),
+    'fsq-clip': _LEVELS | dict(bound='clip'),
+    'simvq-rows': _COSINE | dict(code_scale='none', projection=False),
+    'simvq-unit': _COSINE
+    | dict(code_scale='unit', token_map=True, projection=False),
+  }
+)
 
 # Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
 AS_USERS = flags.AS_USERS
@@ -69,6 +94,7 @@ LOSSES = {
   'vq-gradient': dict(l1=1.0, commit=0.25, codebook=1.0),
   'simvq-l2': dict(l2=1.0, commit=0.25, codebook=1.0),
   'simvq-cosine': dict(l2=1.0, commit=0.25, codebook=1.0),
+  'residual-vq': dict(l2=1.0, commit=0.25),
   'none': dict(l2=1.0),
 }
 

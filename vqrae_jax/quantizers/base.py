@@ -40,6 +40,8 @@ class Quantizer(nn.Module):
 
   # q; index shapes have an axis of q when it is above 1.
   codes_per_token: ClassVar[int] = 1
+  # -1 where a code may be left out.
+  lowest_index: ClassVar[int] = 0
   # Codebook tables that `update_codebook` moves; schedules may freeze them.
   ema_tables: ClassVar[Sequence[str]] = ()
   # Fields that only training reads: if only these differ, equal leaves give
@@ -75,9 +77,24 @@ class Quantizer(nn.Module):
     return self.code_dim or self.latent_dim
 
   @property
+  def index_axes(self) -> tuple[str, ...]:
+    """Names of the axes of one image's indices."""
+    return ('gh', 'gw') + (('q',) if self.codes_per_token > 1 else ())
+
+  def index_shape(self, grid: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the indices of a grid of tokens."""
+    q = self.codes_per_token
+    return (*grid, q) if q > 1 else tuple(grid)
+
+  @property
   def loss_names(self) -> tuple[str, ...]:
     """The losses that a call returns, for the config to weigh."""
     return ()
+
+  @property
+  def draws(self) -> bool:
+    """Whether training draws random numbers (`rngs`)."""
+    return False
 
   def make_project_in(self) -> nn.Module:
     """[... d] -> [... c]."""
@@ -107,6 +124,10 @@ class Quantizer(nn.Module):
   def _lookup(self, indices: Array) -> Array:
     """i32[...] -> codes f32[... c]."""
     raise NotImplementedError
+
+  def _losses(self, z: Array, indices: Array, codes: Array) -> dict[str, Array]:
+    """{name: f32[]} of surrogate, indices and codes."""
+    return {n: LOSSES[n](z, codes) for n in self.loss_names if n in LOSSES}
 
   def _stats(self, z: Array, indices: Array, train: bool) -> dict[str, Array]:
     """Sums over the batch: counts i32[q k], and what the update needs."""
@@ -187,7 +208,8 @@ class Quantizer(nn.Module):
       latents: any leading shape; a post_quant kernel above 1 needs [b gh gw].
       train: gradients pass straight through, and stats hold what the codebook's
         update needs; else the looked-up codes are used as they are.
-      rngs: keys for stochastic quantizers, by name.
+      rngs: what a quantizer that `draws` draws with in training: "samples", a
+        key for each entry of the first axis. Without them nothing is drawn.
 
     Returns:
       A `QuantizerOutput`; `codes` equal `indices_to_codes(indices)` bitwise.
@@ -195,7 +217,7 @@ class Quantizer(nn.Module):
     z = self.to_code_space(latents)
     surrogate, indices = self._assign(z, train, rngs)
     codes = self._lookup(indices)
-    losses = {n: LOSSES[n](surrogate, codes) for n in self.loss_names}
+    losses = self._losses(surrogate, indices, codes)
     quantized = None
     if train:
       quantized = self.codes_to_latents(codes)
