@@ -30,6 +30,7 @@ from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.latents import LatentNorm
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import trees
+from vqrae_jax.quantizers.nested import PARTS
 from vqrae_jax.specs import (
   LATER_FIELDS,
   RUN_OPTIONS,
@@ -47,7 +48,7 @@ TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
 def is_training_only(name: str) -> bool:
   """Whether a leaf of that name is, in a quantizer or one that is nested."""
-  return name.replace(f'/{quantizers.PARTS}/', '/') in TRAINING_ONLY
+  return name.replace(f'/{PARTS}/', '/') in TRAINING_ONLY
 
 
 class Tokenizer(nn.Module):

@@ -11,7 +11,7 @@ from vqrae_jax.quantizers.base import Continuous, Quantizer
 from vqrae_jax.quantizers.fsq import FSQ
 from vqrae_jax.quantizers.grouped import Grouped
 from vqrae_jax.quantizers.multiscale import MultiScale
-from vqrae_jax.quantizers.nested import PARTS, Nested
+from vqrae_jax.quantizers.nested import Nested
 from vqrae_jax.quantizers.residual import Residual
 from vqrae_jax.quantizers.simvq import SimVQ
 from vqrae_jax.quantizers.vq import VQ

@@ -304,7 +304,7 @@ def plan_step(
       a leaf no row claims, an image size off the decoder's patch, nothing to
       train, a start after the end.
   """
-  tokenizer.grid(*config.data.size)
+  tokenizer.index_shape(*config.data.size)
   shapes = jax.eval_shape(lambda: state_lib.random_variables(tokenizer, 0))
   leaves = trees.flatten(shapes['params'])
   # A table that follows an average has no rate, but may be frozen too.
