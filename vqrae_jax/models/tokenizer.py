@@ -137,7 +137,7 @@ class Tokenizer(nn.Module):
     images: ArrayLike,
     *,
     train: bool = False,
-    rngs: Any = None,
+    random: Any = None,
     noise: Array | None = None,
     latents: Array | None = None,
   ) -> TokenizerOutput:
@@ -146,7 +146,7 @@ class Tokenizer(nn.Module):
     Args:
       images: f[b h w 3] in [0, 1], or uint8.
       train: gradients pass straight through the quantizer.
-      rngs: {"samples": a key an image} for a quantizer that `draws`.
+      random: {"samples": a key an image} for a quantizer that `draws`.
       noise: f32[b gh gw d], added to the quantizer's input, not to the
         returned latents.
       latents: f[b gh gw d], `encode(images)` where it is at hand.
@@ -159,7 +159,7 @@ class Tokenizer(nn.Module):
     z = self.latents.normalise(z)
     if not train:
       z = jax.lax.optimization_barrier(z)
-    out = self.quantizer(z, train=train, rngs=rngs)
+    out = self.quantizer(z, train=train, random=random)
     out = out.replace(z_q=self.latents.inverse(out.z_q))
     if out.quantized is not None:
       out = out.replace(quantized=self.latents.inverse(out.quantized))

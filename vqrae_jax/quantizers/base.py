@@ -93,7 +93,7 @@ class Quantizer(nn.Module):
 
   @property
   def draws(self) -> bool:
-    """Whether training draws random numbers (`rngs`)."""
+    """Whether training draws random numbers (`random`)."""
     return False
 
   def make_project_in(self) -> nn.Module:
@@ -117,7 +117,7 @@ class Quantizer(nn.Module):
     make = lambda: init(self.make_rng('params'), shape)  # noqa: E731
     return self.variable('codebook', name, make)
 
-  def _assign(self, z: Array, train: bool, rngs: Any) -> tuple[Array, Array]:
+  def _assign(self, z: Array, train: bool, random: Any) -> tuple[Array, Array]:
     """f32[... c] -> (surrogate f32[... c], indices i32[...])."""
     raise NotImplementedError
 
@@ -200,7 +200,7 @@ class Quantizer(nn.Module):
     return self.post_conv(z)
 
   def __call__(
-    self, latents: Array, *, train: bool = False, rngs: Any = None
+    self, latents: Array, *, train: bool = False, random: Any = None
   ) -> QuantizerOutput:
     """Quantizes f[... d].
 
@@ -208,14 +208,14 @@ class Quantizer(nn.Module):
       latents: any leading shape; a post_quant kernel above 1 needs [b gh gw].
       train: gradients pass straight through, and stats hold what the codebook's
         update needs; else the looked-up codes are used as they are.
-      rngs: what a quantizer that `draws` draws with in training: "samples", a
+      random: what a quantizer that `draws` draws with in training: "samples", a
         key for each entry of the first axis. Without them nothing is drawn.
 
     Returns:
       A `QuantizerOutput`; `codes` equal `indices_to_codes(indices)` bitwise.
     """
     z = self.to_code_space(latents)
-    surrogate, indices = self._assign(z, train, rngs)
+    surrogate, indices = self._assign(z, train, random)
     codes = self._lookup(indices)
     losses = self._losses(surrogate, indices, codes)
     quantized = None
@@ -312,7 +312,7 @@ class Continuous(Quantizer):
   def codebook_size(self):
     return 0
 
-  def __call__(self, latents, *, train=False, rngs=None):
+  def __call__(self, latents, *, train=False, random=None):
     """Latents f[... d] as `codes` f32[... c]; no indices."""
     codes = self.to_code_space(latents)
     return QuantizerOutput(

@@ -214,7 +214,7 @@ class FSQ(base.Quantizer):
     digits = jnp.clip(digits, 0, (radix - 1).astype('f4'))
     return x / scale, digits.astype(jnp.int32)
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     surrogate, digits = self.bounded(z)
     return surrogate, code_ops.digits_to_index(digits, self._strides)
 

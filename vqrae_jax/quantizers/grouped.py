@@ -5,8 +5,6 @@ With g groups of K codes a token has K^g values: this is also how it has more
 than the 2^31 that one i32 index counts. A group's quantizer may be residual.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -37,8 +35,7 @@ class Grouped(nested.Nested):
     inner = self.quantizer
     while isinstance(inner, nested.Nested):
       inner = inner.quantizer
-    named = {f.name for f in dataclasses.fields(inner)}
-    follows = 'code_dim' in named and inner.code_dim is None
+    follows = nested.value_of(inner, 'code_dim', 0) is None
     if follows and self.latent_dim % self.groups:
       raise UserError(
         f'quantizer.groups={self.groups} must divide the {self.latent_dim} '
@@ -85,13 +82,13 @@ class Grouped(nested.Nested):
       return jnp.stack(indices, -1)
     return jnp.concatenate(indices, -1)
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     def of_group(i, keys):
       return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
 
     surrogates, indices = [], []
     for i, x in enumerate(jnp.split(z, self.groups, -1)):
-      keys = jax.tree.map(lambda k, i=i: of_group(i, k), rngs)
+      keys = jax.tree.map(lambda k, i=i: of_group(i, k), random)
       surrogate, index = self._call(i, '_assign', x, train, keys)
       surrogates.append(surrogate)
       indices.append(index)

@@ -153,7 +153,7 @@ class MultiScale(nested.Nested):
       for x, size in zip(parts, self.sizes, strict=True)
     ]
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     rest, found = jax.lax.stop_gradient(z), []
     if self.is_initializing():  # by one token: all variables are made already
       n = sum(map(math.prod, self.sizes))

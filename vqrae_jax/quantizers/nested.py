@@ -20,6 +20,16 @@ from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.quantizers import base
 
 PARTS = 'parts'
+# What a nested quantizer must have, of the fields it has; and a stage's.
+_ALONE = {'rotation': False, 'noise_dropout': 0.0}
+_SUBTRACTED = {'distance': 'l2', 'normalize': False, 'token_map': False}
+
+
+def value_of(module: base.Quantizer, name: str, default: Any) -> Any:
+  """A field's value, or `default` if it has none of that name. (`getattr` of
+  what a linen module lacks calls its `setup`.)"""
+  names = {f.name for f in dataclasses.fields(module)}
+  return getattr(module, name) if name in names else default
 
 
 class Nested(base.Quantizer):
@@ -34,6 +44,15 @@ class Nested(base.Quantizer):
   allowed: ClassVar[Sequence[str]] = ()
 
   quantizer: base.Quantizer | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    for field, right in _ALONE.items():
+      if value_of(self.quantizer, field, right) != right:
+        raise UserError(
+          f'quantizer.quantizer.{field}: a quantizer of several codes passes '
+          f'gradients by itself; set it to {right!r}'
+        )
 
   @property
   def codes_per_part(self) -> int:
@@ -139,19 +158,14 @@ def _slices(tree: Any, count: int) -> list:
   return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
 
 
-# What a stage of a residual quantizer must have, of the fields it has.
-_SUBTRACTED = {'distance': 'l2', 'normalize': False, 'token_map': False}
-
-
 def check_residual(quantizer: base.Quantizer) -> None:
   """A code can be subtracted from the token that it is nearest to.
 
   Raises:
     UserError: the quantizer compares tokens by angle, or scaled, or mapped.
   """
-  fields = {f.name for f in dataclasses.fields(quantizer)}
-  for field in fields & _SUBTRACTED.keys():
-    have, right = getattr(quantizer, field), _SUBTRACTED[field]
+  for field, right in _SUBTRACTED.items():
+    have = value_of(quantizer, field, right)
     if have != right:
       raise UserError(
         f'quantizer.quantizer.{field}={have!r}: a stage compares what is left '

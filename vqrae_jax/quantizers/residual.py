@@ -119,7 +119,7 @@ class Residual(nested.Nested):
       rest = rest - jax.lax.stop_gradient(codes)
     return found
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     z = self._bounded(z)
     found, rest = [], jax.lax.stop_gradient(z)
     for i in range(self.stages):
@@ -128,8 +128,8 @@ class Residual(nested.Nested):
       found.append(indices)
       rest = rest - self._stage_codes(i, indices)
     indices = jnp.stack(found, -1)
-    if train and self.draws and rngs is not None:
-      kept = self._kept(rngs['samples'])
+    if train and self.draws and random is not None:
+      kept = self._kept(random['samples'])
       kept = kept.reshape(-1, *[1] * (indices.ndim - 1))
       indices = jnp.where(jnp.arange(self.stages) < kept, indices, -1)
     return z, indices

@@ -70,7 +70,7 @@ class VQ(base.TableQuantizer):
       self.variable('codebook', 'counts', jnp.ones, shape[:1], jnp.float32)
       self.variable('codebook', 'sums', lambda: table.value)
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     return z, code_ops.nearest_code(z, self.codes)
 
   def _table(self):

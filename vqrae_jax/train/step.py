@@ -10,7 +10,6 @@ with a non-finite loss or gradient norm is skipped: all of the state but its
 counter stays as it was, bit for bit.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +42,8 @@ from vqrae_jax.types import (
 
 Metrics = dict[str, jax.Array]
 _IMAGE = IMAGE_TERMS | FROZEN_TERMS
-_NOISE = 104  # apart from the discriminator's draws of the same step
-_QUANTIZER = 105
+# Apart from each other and from the discriminator's draws of the same step.
+_NOISE, _QUANTIZER = 104, 105
 
 
 def _reconstruct(
@@ -58,14 +57,12 @@ def _reconstruct(
   latents: jax.Array | None = None,
 ) -> TokenizerOutput:
   """The tokenizer's forward with the trainable leaves `params`."""
-  noise = rngs = None
+  noise = random = None
+  key = jax.random.fold_in(state.rng, state.step)
   if spec.tokenizer.quantizer.draws:
-    key = jax.random.fold_in(state.rng, state.step)
-    key = jax.random.fold_in(key, _QUANTIZER)
-    of_sample = jax.vmap(functools.partial(jax.random.fold_in, key))
-    rngs = {'samples': of_sample(sample_ids)}
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    random = {'samples': fold(jax.random.fold_in(key, _QUANTIZER), sample_ids)}
   if spec.noise:
-    key = jax.random.fold_in(state.rng, state.step)
     grid = spec.tokenizer.grid(*images.shape[1:3])
     noise = hparams['noise_tau'] * augment.draw_noise(
       jax.random.fold_in(key, _NOISE),
@@ -76,7 +73,7 @@ def _reconstruct(
   if state.codebook:
     variables['codebook'] = state.codebook
   return spec.tokenizer.apply(
-    variables, images, train=True, rngs=rngs, noise=noise, latents=latents
+    variables, images, train=True, random=random, noise=noise, latents=latents
   )
 
 
