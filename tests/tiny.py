@@ -36,6 +36,27 @@ QUANTIZERS = {
   'gumbel': dict(name='gumbel', num_codes=64, projection=True, code_dim=12),
 }
 
+# Of several codes a token.
+_TABLE = dict(name='vq', num_codes=64, code_dim=8)
+NESTED = {
+  'residual-vq': dict(name='residual', stages=2, quantizer=_TABLE),
+  'residual-fsq': dict(
+    name='residual',
+    stages=2,
+    quantizer=dict(name='fsq', levels=(8, 5, 4), bound='clip'),
+  ),
+  'residual-shared': dict(
+    name='residual',
+    stages=2,
+    shared=True,
+    quantizer=dict(name='simvq', num_codes=64, code_dim=8, normalize=False),
+  ),
+  'grouped-vq': dict(
+    name='grouped', groups=2, quantizer=_TABLE | dict(update='gradient')
+  ),
+  'multiscale': dict(name='multiscale', scales=(1, 4), quantizer=_TABLE),
+}
+
 # With what only checkpoints of the PyTorch project have.
 _LEVELS = dict(name='fsq', levels=(8, 5, 4), convention='centered')
 _COSINE = dict(name='simvq', num_codes=96, distance='cosine', code_dim=32)
@@ -62,7 +83,7 @@ FURTHER = {
     projection=True, code_dim=8,
   ),
 }  # fmt: skip
-FORMS = QUANTIZERS | _CONVERTED | FURTHER
+FORMS = QUANTIZERS | NESTED | _CONVERTED | FURTHER
 
 # Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
 AS_USERS = flags.AS_USERS
@@ -91,6 +112,7 @@ LOSSES = {
   'lfq': dict(l2=1.0, commit=0.25, entropy=0.1),
   'bsq': dict(l2=1.0, commit=0.25, entropy=0.1),
   'gumbel': dict(l2=1.0, kl=5e-4),
+  'residual-vq': dict(l2=1.0, commit=0.25),
   'none': dict(l2=1.0),
 }
 

@@ -31,10 +31,10 @@ from vqrae_jax.encoders import converted
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.files import Path, is_url, to_path
 from vqrae_jax.models.tokenizer import (
-  TRAINING_ONLY,
   Tokenizer,
   build_tokenizer,
   describe,
+  is_training_only,
   variable_shapes,
 )
 from vqrae_jax.ops import trees
@@ -74,15 +74,15 @@ def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   """{leaf name: array on the host} of a tokenizer, its code table baked."""
   leaves = trees.flatten(variables)
   # A table that is already baked is computed again, from the weights.
-  if 'codebook/quantizer/basis' in leaves:
-    leaves.pop('codebook/quantizer/codes', None)
+  for name in [n for n in leaves if n.endswith('/basis')]:
+    leaves.pop(f'{name.removesuffix("basis")}codes', None)
   make = jax.jit(lambda v: tokenizer.apply(v, method='baked_codebook'))
-  for name, table in make(trees.unflatten(leaves)).items():
+  for name, table in trees.flatten(make(trees.unflatten(leaves))).items():
     leaves[f'codebook/quantizer/{name}'] = table
   return {
     name: np.asarray(leaf)
     for name, leaf in jax.device_get(leaves).items()
-    if name not in TRAINING_ONLY
+    if not is_training_only(name)
   }
 
 

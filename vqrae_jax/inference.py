@@ -58,7 +58,8 @@ def _check_variables(tokenizer: Any, variables: Any, method: str) -> None:
     if name.split('/')[1] in _PARTS[method]
   }
   # SimVQ reads the baked table or computes it from the basis.
-  tables = {'codebook/quantizer/codes', 'codebook/quantizer/basis'}
+  tables = {n for n in wanted if n.endswith(('/codes', '/basis'))}
+  tables = {n for n in tables if n.startswith('codebook/quantizer/')}
   for name in tables - have.keys() if tables & have.keys() else ():
     wanted.pop(name, None)
   found = {name: have[name] for name in wanted if name in have}
@@ -78,16 +79,19 @@ def _check_images(images: Any) -> None:
 def _check_indices(indices: Any, tokenizer: Tokenizer) -> None:
   if not jnp.issubdtype(indices.dtype, jnp.integer):
     raise UserError(f'indices must be integers, got {indices.dtype}')
-  want = 3 + (tokenizer.quantizer.codes_per_token > 1)
-  if indices.ndim != want:
+  axes = tokenizer.quantizer.index_axes
+  if indices.ndim != 1 + len(axes):
     raise UserError(
-      f'indices must have {want} axes [b gh gw…], got shape {indices.shape}'
+      f'indices must have {1 + len(axes)} axes [b {" ".join(axes)}], got shape '
+      f'{indices.shape}'
     )
   size, found = tokenizer.codebook_size, image_ops.value_range(indices)
-  if size and found and not (found[0] >= 0 and found[1] < size):
+  least = tokenizer.quantizer.lowest_index
+  if size and found and not (found[0] >= least and found[1] < size):
+    left_out = ', and -1 for one that is left out' if least else ''
     raise UserError(
       f'indices have values in [{found[0]}, {found[1]}]; this tokenizer has '
-      f'codes 0 to {size - 1} (codebook_size={size})'
+      f'codes 0 to {size - 1}{left_out} (codebook_size={size})'
     )
 
 
@@ -131,7 +135,7 @@ def encode_to_indices(
 
   Returns:
     i32[b gh gw] in [0, K), K = `tokenizer.codebook_size`, the vocabulary size;
-    the last axes are `tokenizer.index_shape(h, w)`.
+    the last axes are `tokenizer.index_shape(h, w)`: also [gh gw q] or [n].
 
   Raises:
     UserError: a wrong shape, size or type; values at hand outside [-.01, 1.01]
@@ -152,7 +156,9 @@ def decode_from_indices(
   Args:
     tokenizer: from `build_tokenizer` or `load_tokenizer`.
     variables: its variables; those of the quantizer and decoder suffice.
-    indices: integers [b gh gw] in [0, K), K = `tokenizer.codebook_size`.
+    indices: integers [b gh gw] in [0, K), K = `tokenizer.codebook_size`; of
+      the shape that `encode_to_indices` gives. -1 leaves a stage of a residual
+      quantizer, or of a multi-scale one, out.
     precision: "default" or "canonical".
 
   Returns:

@@ -33,12 +33,24 @@ SLOW = {(kind, BF16) for kind in ('lfq', 'gumbel', *tiny.FURTHER)}
   'kind, dtype, kernel, grid',
   [
     pytest.param(kind, *row, marks=[pytest.mark.slow] * ((kind, row) in SLOW))
-    for kind in tiny.FORMS
+    for kind in sorted(tiny.FORMS.keys() - tiny.NESTED)
     for row in (F32, BF16)
   ],
 )
 def test_round_trip(kind, dtype, kernel, grid):
+  check_round_trip(kind, dtype, kernel, grid)
+
+
+@pytest.mark.parametrize('kind', tiny.NESTED)
+def test_round_trip_of_several_codes(kind):
+  check_round_trip(kind, 'bfloat16', 3, (2, 6))
+
+
+def check_round_trip(kind, dtype, kernel, grid):
   section = tiny.quantizer(kind, post_quant=dict(kernel=kernel))
+  if kind == 'multiscale':
+    gh, gw = grid
+    section['scales'] = ((1, gw // 2), (gh, gw))
   quantizer = quantizers.build(section, D, dtype)
   z = jax.random.normal(jax.random.key(0), (2, *grid, D), dtype)
   variables = jax.jit(quantizer.init)(jax.random.key(1), z)
@@ -48,24 +60,33 @@ def test_round_trip(kind, dtype, kernel, grid):
 
   def lookups(q, z, codes):
     indices = q.latents_to_indices(z)
-    flat = q.latents_to_indices(z.reshape(-1, D))
-    return indices, flat, q.indices_to_codes(indices), q.codes_to_indices(codes)
+    if kind == 'multiscale':  # it needs the grid
+      flat = indices
+    else:
+      flat = q.latents_to_indices(z.reshape(-1, D)).reshape(indices.shape)
+    if kind.startswith(('residual', 'multiscale')):
+      back = q.codes_to_indices(q.indices_to_stage_codes(indices))
+    else:
+      back = q.codes_to_indices(codes)
+    return indices, flat, q.indices_to_codes(indices), back
 
   out, train = compiled(quantizer, forward)(variables, z)
   indices, flat, codes, back = compiled(quantizer, lookups)(
     variables, z, out.codes
   )
   assert out.z_q.shape == z.shape and out.z_q.dtype == dtype
-  assert indices.shape == (2, *grid) and indices.dtype == jnp.int32
+  assert indices.shape == (2, *quantizer.index_shape(grid))
+  assert indices.ndim == 1 + len(quantizer.index_axes)
+  assert indices.dtype == jnp.int32
   assert indices.min() >= 0 and indices.max() < quantizer.codebook_size
   assert len(np.unique(indices)) > 4, 'the test saw few codes'
-  for same in (out.indices, train.indices, back, flat.reshape(indices.shape)):
+  for same in (out.indices, train.indices, back, flat):
     np.testing.assert_array_equal(same, indices)
   assert codes.dtype == jnp.float32
   for same in (out.codes, train.codes):
     assert np.asarray(same).tobytes() == np.asarray(codes).tobytes()
   counts = out.stats['counts']
-  assert counts.shape == (1, quantizer.codebook_size)
+  assert counts.shape == (quantizer.codes_per_token, quantizer.codebook_size)
   assert counts.dtype == jnp.int32 and counts.sum() == indices.size
 
 

@@ -144,10 +144,11 @@ def evaluate_tiles(
 
   Returns:
     images, psnr (pooled MSE), psnr_mean, psnr_block_mean, ssim, and for a
-    discrete tokenizer psnr_shuffled, codes_used, usage, perplexity and
-    bits_per_image.
+    discrete tokenizer psnr_shuffled, codes_used, usage, perplexity,
+    bits_per_image and effective_bits (of a token). Of several codes a token
+    usage and perplexity are means, codes_used and effective_bits sums.
   """
-  tokenizer.grid(tile, tile)
+  tokenizer.index_shape(tile, tile)
   baseline = metrics.Sums()
 
   def batches():
@@ -164,8 +165,11 @@ def evaluate_tiles(
   figures['psnr_block_mean'] = baseline.results()['psnr']
   if indices is None:
     return figures
-  order = np.random.default_rng(0).permutation(indices.ravel())
-  order, at, shuffled = order.reshape(indices.shape), 0, metrics.Sums()
+  # Tokens change places, each with all of its codes.
+  codes = indices.reshape(-1, tokenizer.quantizer.codes_per_token)
+  order = np.random.default_rng(0).permutation(len(codes))
+  order = codes[order].reshape(indices.shape)
+  at, shuffled = 0, metrics.Sums()
   decode = _jitted(inference.decode_from_indices)
   for tiles, count in tile_batches(source, tile, batch_size):
     rows = np.zeros_like(indices, shape=(batch_size, *indices.shape[1:]))
@@ -175,6 +179,7 @@ def evaluate_tiles(
   return figures | {
     'psnr_shuffled': shuffled.results()['psnr'],
     'bits_per_image': bits_per_image(tokenizer, tile, tile),
+    'effective_bits': float(metrics.entropy(total.counts).sum() / math.log(2)),
   }
 
 

@@ -54,14 +54,18 @@ class Sums:
       results['ssim'] = self.ssim / n
     if np.ndim(self.counts):
       used = (self.counts > 0).sum(-1)
-      p = self.counts / np.maximum(self.counts.sum(-1, keepdims=True), 1)
-      entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
       results |= {
         'codes_used': int(used.sum()),
         'usage': float(used.mean() / self.counts.shape[-1]),
-        'perplexity': float(np.exp(entropy).mean()),
+        'perplexity': float(np.exp(entropy(self.counts)).mean()),
       }
     return results
+
+
+def entropy(counts: np.ndarray) -> np.ndarray:
+  """The entropy of counts [... k] in nats, f64[...]; 0 if all are 0."""
+  p = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+  return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
 
 
 @jax.jit

@@ -30,6 +30,7 @@ from vqrae_jax.models.encoder import Encoder, Fusion
 from vqrae_jax.models.latents import LatentNorm
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import trees
+from vqrae_jax.quantizers.nested import PARTS
 from vqrae_jax.specs import (
   LATER_FIELDS,
   RUN_OPTIONS,
@@ -45,6 +46,11 @@ from vqrae_jax.types import TokenizerOutput
 
 # The state of an EMA codebook's average: no part of a tokenizer.
 TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
+
+
+def is_training_only(name: str) -> bool:
+  """Whether a leaf of that name is, in a quantizer or one that is nested."""
+  return name.replace(f'/{PARTS}/', '/') in TRAINING_ONLY
 
 
 class Tokenizer(nn.Module):
@@ -98,9 +104,9 @@ class Tokenizer(nn.Module):
     return h // p, w // p
 
   def index_shape(self, h: int, w: int) -> tuple[int, ...]:
-    """The shape of one h x w image's indices: (gh, gw), or (gh, gw, q)."""
-    q = self.quantizer.codes_per_token
-    return self.grid(h, w) + ((q,) if q > 1 else ())
+    """The shape of one h x w image's indices: (gh, gw), (gh, gw, q) with q
+    codes a token, or (n,) with several scales."""
+    return self.quantizer.index_shape(self.grid(h, w))
 
   def encode(self, images: ArrayLike) -> Array:
     """f[b h w 3] in [0, 1] (or uint8) -> latents f[b gh gw d]."""
@@ -131,13 +137,14 @@ class Tokenizer(nn.Module):
     return z.reshape(-1, z.shape[-1])
 
   def encode_to_indices(self, images: ArrayLike) -> Array:
-    """Images -> i32[b gh gw]; needs no decoder variables."""
+    """Images -> i32[b *index_shape]; needs no decoder variables."""
     latents = jax.lax.optimization_barrier(self.encode(images))
     z = jax.lax.optimization_barrier(self.latents.normalise(latents))
     return self.quantizer.latents_to_indices(z)
 
   def decode_from_indices(self, indices: ArrayLike) -> Array:
-    """i32[b gh gw] -> f32[b h w 3] not clipped; needs no encoder variables."""
+    """i32[b *index_shape] -> f32[b h w 3] not clipped; needs no encoder
+    variables."""
     return self.decode_codes(self.quantizer.indices_to_codes(indices))[0]
 
   def decode(self, z_q: Array) -> tuple[Array, Array, dict | None]:
@@ -275,8 +282,7 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
   Args:
     model_config: a mapping (ConfigDict or dict) with
       encoder: dict(name=…) of the encoder table and, or, its spec's fields.
-      quantizer: dict(name=…), a name of `quantizers.QUANTIZERS`, and its
-        fields.
+      quantizer: dict(name=…) of `quantizers.QUANTIZERS` and its fields.
       decoder: dict(name="B"|"L"|"XL"|"symmetric") and, or, its fields.
       latents: dict(norm="none"|"channel"|"position"), "none" if absent; with
         "position" also grid=(rows, columns).
@@ -348,18 +354,24 @@ def describe(tokenizer: Tokenizer) -> dict:
     fields['vit'] = old_fields(fields['vit'])
     return old_fields(fields)
 
-  quantizer = tokenizer.quantizer
-  fields = {
-    f.name: getattr(quantizer, f.name)
-    for f in dataclasses.fields(quantizer)
-    if f.name not in ('parent', 'name', 'latent_dim', 'dtype')
-  }
-  if quantizer.post_quant is not None:
-    fields['post_quant'] = dataclasses.asdict(quantizer.post_quant)
-  name = quantizers.name_of(quantizer)
+  def quantizer_fields(quantizer, outer=('latent_dim', 'dtype')):
+    fields = {
+      f.name: getattr(quantizer, f.name)
+      for f in dataclasses.fields(quantizer)
+      if f.name not in ('parent', 'name', *outer)
+    }
+    if quantizer.post_quant is not None:
+      fields['post_quant'] = dataclasses.asdict(quantizer.post_quant)
+    if isinstance(quantizer, quantizers.Nested):
+      fields['quantizer'] = quantizer_fields(
+        quantizer.quantizer, quantizers.OUTER
+      )
+    name = quantizers.name_of(quantizer)
+    return {'name': name, **old_fields(fields, name)}
+
   model = {
     'encoder': spec_fields(tokenizer.encoder_spec),
-    'quantizer': {'name': name, **old_fields(fields, name)},
+    'quantizer': quantizer_fields(tokenizer.quantizer),
     'decoder': spec_fields(tokenizer.decoder_spec),
   }
   # Younger than format 1, like LATER_FIELDS, but a section.
@@ -383,4 +395,4 @@ def variable_shapes(tokenizer: Tokenizer) -> dict[str, jax.ShapeDtypeStruct]:
 
   shapes = jax.eval_shape(make, jax.random.key(0), image)
   leaves = trees.flatten(shapes[0]) | trees.flatten(shapes[1])
-  return {n: leaf for n, leaf in leaves.items() if n not in TRAINING_ONLY}
+  return {n: leaf for n, leaf in leaves.items() if not is_training_only(n)}

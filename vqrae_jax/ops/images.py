@@ -133,8 +133,14 @@ def resize_matrix(
   """f64[new_size size]: the weights that resample a line of `size` samples.
 
   With antialias the kernel widens with the scale and is renormalised at the
-  borders; without, samples beyond a border repeat it, as torch does.
+  borders; without, samples beyond a border repeat it, as torch does. "area" is
+  the mean of the samples that a new one touches (adaptive average pooling).
   """
+  if method == 'area':
+    index, sample = np.arange(new_size)[:, None], np.arange(size)
+    first = index * size // new_size
+    touched = (first <= sample) & (sample < -(-(index + 1) * size // new_size))
+    return touched / touched.sum(1, keepdims=True)
   kernel, support = choose(_KERNELS, method, 'resize method')
   scale = size / new_size
   centers = (np.arange(new_size) + 0.5) * scale

@@ -272,6 +272,11 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
     UserError: the project has no such quantizer.
   """
   rows: list = []
+  if isinstance(q, quantizers.Nested):
+    raise UserError(
+      f'quantizer.name="{quantizers.name_of(q)}": the PyTorch project has one '
+      'code a token'
+    )
   if isinstance(q, quantizers.FSQ):
     if q.convention != 'centered':
       raise UserError(

@@ -9,8 +9,12 @@ from collections.abc import Mapping
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.quantizers.base import Continuous, Quantizer
 from vqrae_jax.quantizers.fsq import FSQ
+from vqrae_jax.quantizers.grouped import Grouped
 from vqrae_jax.quantizers.gumbel import Gumbel
 from vqrae_jax.quantizers.lfq import BSQ, LFQ
+from vqrae_jax.quantizers.multiscale import MultiScale
+from vqrae_jax.quantizers.nested import Nested
+from vqrae_jax.quantizers.residual import Residual
 from vqrae_jax.quantizers.simvq import SimVQ
 from vqrae_jax.quantizers.vq import VQ
 from vqrae_jax.specs import build_spec
@@ -23,7 +27,13 @@ QUANTIZERS = {
   'simvq': SimVQ,
   'gumbel': Gumbel,
   'none': Continuous,
+  # Made of another quantizer, which chooses each of several codes.
+  'residual': Residual,
+  'grouped': Grouped,
+  'multiscale': MultiScale,
 }
+# Fields that a nested quantizer has from the one around it.
+OUTER = ('latent_dim', 'dtype', 'projection', 'post_quant')
 
 
 def build(section: Mapping, latent_dim: int, dtype: str) -> Quantizer:
@@ -46,7 +56,34 @@ def build(section: Mapping, latent_dim: int, dtype: str) -> Quantizer:
         f'{"the encoder" if key == "latent_dim" else "model.dtype"}'
       )
   fields = dict(latent_dim=latent_dim, dtype=dtype) | fields
+  if issubclass(cls, Nested):
+    fields['quantizer'] = _nested(cls, fields, latent_dim, 'model.quantizer')
   return build_spec(cls, fields, 'model.quantizer')
+
+
+def _nested(
+  outer: type[Nested], fields: Mapping, latent_dim: int, where: str
+) -> Quantizer:
+  """The quantizer that `fields` of an outer one name."""
+  section, key = fields.get('quantizer'), f'{where}.quantizer'
+  if not isinstance(section, Mapping):
+    raise UserError(
+      f'{key}={section!r} must be a section, dict(name=…), of what chooses '
+      f'each code: {", ".join(outer.allowed)}'
+    )
+  fields = {k: v for k, v in section.items() if k != 'name'}
+  table = {name: QUANTIZERS[name] for name in outer.allowed}
+  cls = choose(table, section.get('name', ''), f'{key}.name')
+  for name in OUTER:
+    if name in fields:
+      raise UserError(
+        f'{key}.{name} is not set here: the nested quantizer lies in code '
+        f'space; set {where}.{name}'
+      )
+  fields |= dict(latent_dim=latent_dim, projection=False)
+  if issubclass(cls, Nested):
+    fields['quantizer'] = _nested(cls, fields, latent_dim, key)
+  return build_spec(cls, fields, key)
 
 
 def name_of(quantizer: Quantizer) -> str:

@@ -41,6 +41,8 @@ class Quantizer(nn.Module):
 
   # q; index shapes have an axis of q when it is above 1.
   codes_per_token: ClassVar[int] = 1
+  # -1 where a code may be left out.
+  lowest_index: ClassVar[int] = 0
   # Codebook tables that `update_codebook` moves; schedules may freeze them.
   ema_tables: ClassVar[Sequence[str]] = ()
   # Fields that only training reads: if only these differ, equal leaves give
@@ -77,6 +79,16 @@ class Quantizer(nn.Module):
     return self.code_dim or self.latent_dim
 
   @property
+  def index_axes(self) -> tuple[str, ...]:
+    """Names of the axes of one image's indices."""
+    return ('gh', 'gw') + (('q',) if self.codes_per_token > 1 else ())
+
+  def index_shape(self, grid: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the indices of a grid of tokens."""
+    q = self.codes_per_token
+    return (*grid, q) if q > 1 else tuple(grid)
+
+  @property
   def loss_names(self) -> tuple[str, ...]:
     """The losses that a config may weigh: a call returns those of `LOSSES`
     always, the others (regularisers) where they are asked for."""
@@ -110,7 +122,7 @@ class Quantizer(nn.Module):
     make = lambda: init(self.make_rng('params'), shape)  # noqa: E731
     return self.variable('codebook', name, make)
 
-  def _assign(self, z: Array, train: bool, rngs: Any) -> tuple[Array, Array]:
+  def _assign(self, z: Array, train: bool, random: Any) -> tuple[Array, Array]:
     """f32[... c] -> (surrogate f32[... c], indices i32[...])."""
     raise NotImplementedError
 
@@ -118,7 +130,7 @@ class Quantizer(nn.Module):
     """f32[... c] that the codes' gradient passes through in training."""
     return surrogate
 
-  def _perturbed(self, codes: Array, rngs: Any) -> Array:
+  def _perturbed(self, codes: Array, random: Any) -> Array:
     """Codes as the decoder reads them in training."""
     return codes
 

@@ -252,12 +252,12 @@ class FSQ(base.Quantizer):
     digits = jnp.clip(digits, 0, (radix - 1).astype('f4'))
     return x / scale, digits.astype(jnp.int32)
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     surrogate, digits = self.bounded(z)
     return surrogate, code_ops.digits_to_index(digits, self._strides)
 
-  def _perturbed(self, codes, rngs):
-    if not (self.noise_dropout and rngs):
+  def _perturbed(self, codes, random):
+    if not (self.noise_dropout and random):
       return codes
 
     def moved(key, codes):
@@ -266,7 +266,7 @@ class FSQ(base.Quantizer):
       noise = jax.random.uniform(how, codes.shape, minval=-0.5, maxval=0.5)
       return jnp.where(drawn, jnp.clip(codes + noise, -1, 1), codes)
 
-    return jax.vmap(moved)(rngs['samples'], codes)
+    return jax.vmap(moved)(random['samples'], codes)
 
   def _lookup(self, indices):
     digits = code_ops.index_to_digits(indices, self._strides, self.levels)

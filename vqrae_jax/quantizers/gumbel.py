@@ -65,7 +65,7 @@ class Gumbel(base.TableQuantizer):
     """f32[n c] -> f32[n k]."""
     return jnp.matmul(tokens, self.kernel, precision=HIGHEST) + self.bias
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     shape, c = z.shape[:-1], z.shape[-1]
     n, k = math.prod(shape), self.num_codes
     tokens = z.reshape(n, c)
@@ -78,9 +78,9 @@ class Gumbel(base.TableQuantizer):
       return z, code_ops.in_order(indices, n).reshape(shape)
 
     keys, temperature = None, 1.0
-    if rngs:
-      temperature = rngs.get('temperature', temperature)
-      keys = _token_keys(rngs['samples'], math.prod(shape[1:]))
+    if random:
+      temperature = random.get('temperature', temperature)
+      keys = _token_keys(random['samples'], math.prod(shape[1:]))
     table = jax.lax.stop_gradient(self.codes)
 
     def sample(tokens, *rest):

@@ -81,7 +81,7 @@ class LFQ(base.Quantizer):
     digits = code_ops.index_to_digits(indices, strides, (2,) * bits)
     return (2 * digits - 1).astype(jnp.float32) * self._size
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     z = code_ops.unit(z) if self.spherical else z
     return z, self.codes_to_indices(z)
 

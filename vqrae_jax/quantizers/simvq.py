@@ -109,7 +109,7 @@ class SimVQ(base.Nearest):
     x = unit_rms(x)
     return x if self.code_scale == 'rms' else x * self.code_dim**-0.5
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     if self.token_map:
       z = self.map_tokens(z)
     table = self._table()

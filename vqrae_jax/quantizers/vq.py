@@ -85,7 +85,7 @@ class VQ(base.Nearest):
     """Tokens or codes, as they are compared."""
     return code_ops.unit(x) if self.distance == 'cosine' else x
 
-  def _assign(self, z, train, rngs):
+  def _assign(self, z, train, random):
     z = self._compared(z)
     return z, code_ops.nearest_code(z, self._table())
 

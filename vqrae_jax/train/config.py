@@ -631,9 +631,12 @@ SIMVQ_COMMIT = (0.001, 0.5)
 
 def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
   """One line that names every value outside its usual range, or None."""
-  name, terms = quantizers.name_of(tokenizer.quantizer), spec.terms()
+  quantizer, key, terms = tokenizer.quantizer, 'model.quantizer', spec.terms()
+  while isinstance(quantizer, quantizers.Nested):
+    quantizer, key = quantizer.quantizer, f'{key}.quantizer'
+  name = quantizers.name_of(quantizer)
   found = [
-    (f'model.quantizer.{field}', getattr(tokenizer.quantizer, field), usual)
+    (f'{key}.{field}', getattr(quantizer, field), usual)
     for field, usual in RANGES.get(name, {}).items()
   ]
   if 'commit' in terms:

@@ -9,6 +9,7 @@ gets.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -347,8 +348,9 @@ class _Loop:
     self.first = position.step
     config = setup.config
     self.visualizer = reporting.Visualizer(setup, started.frozen)
-    gh, gw = setup.tokenizer.grid(*config.data.size)
-    tokens = config.log.usage_window * config.batch_size * gh * gw
+    tokens = math.prod(setup.tokenizer.index_shape(*config.data.size))
+    tokens *= config.log.usage_window * config.batch_size
+    tokens //= setup.tokenizer.quantizer.codes_per_token  # of each codebook
     reachable = min(tokens / max(setup.tokenizer.codebook_size, 1), 1.0)
     warmup = self.first + config.log.usage_window
     self.alarms = Alarms(setup.step.gan, setup.hparams, warmup, reachable)

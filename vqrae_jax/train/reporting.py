@@ -304,8 +304,6 @@ def finish(
     figures |= evaluator.evaluate_tiles(
       tokenizer, variables, setup.held_out, spec.tile, spec.batch_size
     )
-    if 'perplexity' in figures:
-      figures['effective_bits'] = math.log2(max(figures['perplexity'], 1.0))
     figures['eval_images'] = names
     page = picture_of(tokenizer, variables, setup.held_out, spec.tile)
     visualize.save_png(page, workdir / 'reconstructions.png')

@@ -132,11 +132,13 @@ class Setup(Plan):
       moves = self.step.optimizer.schedules[index][1]
       trained += sizes[name] * (1 if moves is None else np.mean(moves))
     pixels = ', '.join(f'{h}x{w}' for h, w in self.config.data.sizes)
-    k = self.tokenizer.codebook_size
-    quantizer = type(self.tokenizer.quantizer).__name__
+    k, q = self.tokenizer.codebook_size, self.tokenizer.quantizer
+    codes = f' with {k} codes' if k else ''
+    if q.codes_per_token > 1:
+      codes = f' with {q.codes_per_token} x {k} codes'
     return (
       f'{sum(sizes.values()) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of '
-      f'them trained, {quantizer}{f" with {k} codes" if k else ""}, '
+      f'them trained, {type(q).__name__}{codes}, '
       f'{len(self.source)} images at {pixels}, batch {self.config.batch_size}, '
       f'{self.total_steps} steps on {self.mesh.size} '
       f'{jax.devices()[0].platform} device(s)'
@@ -311,7 +313,7 @@ def plan_step(
       train, a start after the end.
   """
   for size in config.data.sizes:
-    tokenizer.grid(*size)
+    tokenizer.index_shape(*size)
   shapes = jax.eval_shape(lambda: state_lib.random_variables(tokenizer, 0))
   leaves = trees.flatten(shapes['params'])
   # A table that follows an average has no rate, but may be frozen too.
@@ -335,8 +337,9 @@ def plan_step(
   window = 4 * config.log.usage_window * q.codes_per_token * q.codebook_size
   if window > 2**30:
     raise UserError(
-      f'log.usage_window={config.log.usage_window} steps of {q.codebook_size} '
-      f'counts take {window / 2**30:.1f} GiB; shorten the window'
+      f'log.usage_window={config.log.usage_window} steps of '
+      f'{q.codes_per_token * q.codebook_size} counts take '
+      f'{window / 2**30:.1f} GiB; shorten the window'
     )
   optimizer, numbers = optim.make_optimizer(
     config.optim, schedules, trainable, total, steps_per_epoch, epoch=epoch

@@ -1,0 +1,138 @@
+"""Grouped quantization (arXiv 2502.20321): the channels of a code are split
+into groups, and each is quantized alone; a product of codebooks.
+
+With g groups of K codes a token has K^g values: this is also how it has more
+than the 2^31 that one i32 index counts. A group's quantizer may be residual.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.quantizers import nested
+
+
+class Grouped(nested.Nested):
+  """`groups` codes a token, side by side.
+
+  Indices are i32[... q], the groups in the order of their channels (all of a
+  residual group's stages, then the next group's). Losses are means over groups.
+
+  Attributes:
+    groups: g.
+    shared: one table for all groups; it learns from all of them.
+  """
+
+  allowed = ('vq', 'simvq', 'fsq', 'residual')
+  positive = ('groups',)
+
+  groups: int = 8
+  shared: bool = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    inner = self.quantizer
+    while isinstance(inner, nested.Nested):
+      inner = inner.quantizer
+    follows = nested.value_of(inner, 'code_dim', 0) is None
+    if follows and self.latent_dim % self.groups:
+      raise UserError(
+        f'quantizer.groups={self.groups} must divide the {self.latent_dim} '
+        'channels of the latents; or set quantizer.quantizer.code_dim'
+      )
+
+  @property
+  def codes_per_token(self):
+    return self.groups * self.codes_per_part
+
+  @property
+  def tables(self):
+    return 1 if self.shared else self.groups
+
+  @property
+  def part_dim(self):
+    return self.latent_dim // self.groups
+
+  @property
+  def code_width(self):
+    return self.groups * self.part.code_width
+
+  @property
+  def lowest_index(self):
+    return self.quantizer.lowest_index
+
+  @property
+  def draws(self):
+    return self.quantizer.draws
+
+  def _indices(self, indices: Array) -> list[Array]:
+    """i32[... q] -> each group's, as its quantizer has them."""
+    if indices.shape[-1:] != (self.codes_per_token,):
+      raise UserError(
+        f'indices must have a last axis of {self.codes_per_token}, one a code '
+        f'of quantizer.groups={self.groups}, got shape {indices.shape}'
+      )
+    if self.codes_per_part == 1:
+      return [indices[..., i] for i in range(self.groups)]
+    return jnp.split(indices, self.groups, -1)
+
+  def _joined(self, indices: list[Array]) -> Array:
+    if self.codes_per_part == 1:
+      return jnp.stack(indices, -1)
+    return jnp.concatenate(indices, -1)
+
+  def _assign(self, z, train, random):
+    def of_group(i, keys):
+      return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+
+    surrogates, indices = [], []
+    for i, x in enumerate(jnp.split(z, self.groups, -1)):
+      keys = jax.tree.map(lambda k, i=i: of_group(i, k), random)
+      surrogate, index = self._call(i, '_assign', x, train, keys)
+      surrogates.append(surrogate)
+      indices.append(index)
+    return jnp.concatenate(surrogates, -1), self._joined(indices)
+
+  def _lookup(self, indices):
+    codes = [
+      self._call(i, '_lookup', x) for i, x in enumerate(self._indices(indices))
+    ]
+    return jnp.concatenate(codes, -1)
+
+  def _groups(self, z: Array, indices: Array) -> list[tuple]:
+    split, index = jnp.split(z, self.groups, -1), self._indices(indices)
+    return list(zip(range(self.groups), split, index, strict=True))
+
+  def _losses(self, z, indices, codes):
+    codes = jnp.split(codes, self.groups, -1)
+    found = [
+      self._call(i, '_losses', x, index, codes[i])
+      for i, x, index in self._groups(z, indices)
+    ]
+    return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *found)
+
+  def _stats(self, z, indices, train):
+    found = [
+      self._call(i, '_stats', x, index, train)
+      for i, x, index in self._groups(z, indices)
+    ]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+
+  def init_codebook(self, codebook, z, rng):
+    """Each table at its group's tokens; a shared one at those of all."""
+    if nested.PARTS not in codebook:
+      return codebook
+    tokens = jnp.stack(jnp.split(z, self.groups, -1))
+    tokens = tokens.reshape(self.tables, -1, tokens.shape[-1])
+    keys = jax.random.split(rng, self.tables)
+    return self._each(self.part.init_codebook, codebook, tokens, keys)
+
+  def codes_to_indices(self, codes):
+    """f32[... c] -> i32[... q]; not of residual groups, whose codes are
+    sums."""
+    found = [
+      self._call(i, 'codes_to_indices', x)
+      for i, x in enumerate(jnp.split(codes, self.groups, -1))
+    ]
+    return self._joined(found)

@@ -1,0 +1,227 @@
+"""Multi-scale residual quantization (arXiv 2404.02905): a grid of latents as
+maps of indices from coarse to fine.
+
+At each scale what is left of the grid is shrunk to the scale by averages over
+areas, quantized with the one table, enlarged again (bicubic, as torch without
+antialias), smoothed by a convolution phi,
+  h -> (1 - ratio) h + ratio conv3x3(h),
+and subtracted. The code of the grid is the sum over scales. Scales share a few
+phi, by their place between the first and the last scale.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.ops import images as image_ops
+from vqrae_jax.ops.codes import HIGHEST
+from vqrae_jax.quantizers import base, nested
+
+
+class MultiScale(nested.Nested):
+  """A grid of tokens as n indices, the sum of the areas of its scales.
+
+  Latents are [... gh gw d] with the grid of the last scale; indices are
+  i32[... n], each scale's rows one after another, coarse scales first. An index
+  of -1 adds nothing: a prefix of the scales decodes too. Losses are means over
+  scales, of the sum so far against the latents.
+
+  The sum does not tell which codes it is of: `codes_to_indices` takes those of
+  `indices_to_stage_codes`, f32[... n c].
+
+  Attributes:
+    scales: sides of square maps, or (rows, columns), coarse to fine; the last
+      is the grid of the tokens.
+    phis: how many convolutions the scales share; 0 for none.
+    residual_ratio: of the convolution's output in phi.
+  """
+
+  allowed = ('vq', 'simvq')
+  lowest_index = -1
+
+  scales: tuple[int | tuple[int, int], ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+  phis: int = 4
+  residual_ratio: float = 0.5
+
+  def __post_init__(self):
+    super().__post_init__()
+    sides = [side for size in self.sizes for side in size]
+    last = self.sizes[-1:]
+    if (
+      not sides
+      or min(sides) < 1
+      or any(a > b for s in self.sizes for a, b in zip(s, *last, strict=True))
+    ):
+      raise UserError(
+        f'quantizer.scales={self.scales} must be sides of at least 1, none '
+        'above the last'
+      )
+    if self.phis < 0 or not 0 <= self.residual_ratio <= 1:
+      raise UserError(
+        f'quantizer.phis={self.phis} must be at least 0 and quantizer.'
+        f'residual_ratio={self.residual_ratio} lie in [0, 1]'
+      )
+    nested.check_residual(self.quantizer)
+
+  @property
+  def sizes(self) -> list[tuple[int, int]]:
+    """(rows, columns) of each scale."""
+    return [(s, s) if isinstance(s, int) else tuple(s) for s in self.scales]
+
+  @property
+  def tables(self):
+    return 1
+
+  @property
+  def loss_names(self):
+    return ('commit', 'codebook')  # the latter also trains phi
+
+  @property
+  def index_axes(self):
+    return ('n',)
+
+  def index_shape(self, grid):
+    self._check_grid(grid)
+    return (sum(map(math.prod, self.sizes)),)
+
+  def _check_grid(self, grid: tuple[int, ...]) -> None:
+    if tuple(grid) != self.sizes[-1]:
+      raise UserError(
+        f'quantizer.scales end in {self.sizes[-1]}, but the grid of tokens is '
+        f'{tuple(grid)}: make the last scale (rows, columns) of the grid'
+      )
+
+  def setup_codes(self):
+    super().setup_codes()
+    self.phi = [
+      nn.Conv(self.code_width, (3, 3), precision=HIGHEST)
+      for _ in range(self.phis)
+    ]
+    if self.is_initializing():
+      for phi in self.phi:
+        phi(jnp.zeros((1, 1, 1, self.code_width)))
+
+  def _smoothed(self, codes: Array, scale: int) -> Array:
+    """phi of a scale: the one whose place in (0, 1) is nearest to the scale's,
+    as in the paper's code, whose places differ for four."""
+    if not self.phis:
+      return codes
+    margin = 1 / (3 if self.phis == 4 else 2) / self.phis
+    places = np.linspace(margin, 1 - margin, self.phis)
+    at = scale / max(len(self.scales) - 1, 1)
+    phi = self.phi[int(np.argmin(np.abs(places - at)))]
+    ratio = self.residual_ratio
+    return (1 - ratio) * codes + ratio * phi(codes)
+
+  def _enlarged(self, scale: int, codes: Array) -> Array:
+    """A scale's map f32[... h w c] -> what it adds to the grid."""
+    # Computed from the same values by themselves, whatever is around them.
+    codes = jax.lax.optimization_barrier(codes)
+    codes = image_ops.resize(codes, self.sizes[-1], 'bicubic', antialias=False)
+    return jax.lax.optimization_barrier(self._smoothed(codes, scale))
+
+  def _added(self, scale: int, indices: Array) -> Array:
+    """i32[... h w] -> f32[... gh gw c]."""
+    return self._enlarged(scale, self._rows(indices))
+
+  def _rows(self, indices: Array) -> Array:
+    """i32[...] -> f32[... c], zeros at -1."""
+    codes = self._call(0, '_lookup', jnp.maximum(indices, 0))
+    return jnp.where(indices[..., None] < 0, 0, codes)
+
+  def _shrunk(self, rest: Array, scale: int) -> Array:
+    if self.sizes[scale] == rest.shape[-3:-1]:
+      return rest
+    return image_ops.resize(rest, self.sizes[scale], 'area')
+
+  def _maps(self, indices: Array) -> list[Array]:
+    """i32[... n] -> [i32[... h w]] of each scale."""
+    ends = np.cumsum([math.prod(size) for size in self.sizes])
+    if indices.shape[-1:] != (ends[-1],):
+      raise UserError(
+        f'indices must have a last axis of {ends[-1]}, all of quantizer.'
+        f'scales={self.scales}, got shape {indices.shape}'
+      )
+    parts = jnp.split(indices, ends[:-1], -1)
+    return [
+      x.reshape(*x.shape[:-1], *size)
+      for x, size in zip(parts, self.sizes, strict=True)
+    ]
+
+  def _assign(self, z, train, random):
+    rest, found = jax.lax.stop_gradient(z), []
+    if self.is_initializing():  # by one token: all variables are made already
+      n = sum(map(math.prod, self.sizes))
+      return z, jnp.zeros((*z.shape[:-3], n), jnp.int32)
+    self._check_grid(z.shape[-3:-1])
+    for scale in range(len(self.scales)):
+      tokens = self._shrunk(rest, scale)
+      indices = self._call(0, '_assign', tokens, train, None)[1]
+      rest = rest - self._added(scale, indices)
+      found.append(indices.reshape(*indices.shape[:-2], -1))
+    return z, jnp.concatenate(found, -1)
+
+  def _lookup(self, indices):
+    return self._sums(indices)[-1]
+
+  def _sums(self, indices: Array) -> list[Array]:
+    """The code after each scale."""
+    sums = []
+    for scale, index in enumerate(self._maps(indices)):
+      added = self._added(scale, index)
+      sums.append(sums[-1] + added if sums else added)
+    return sums
+
+  def _losses(self, z, indices, codes):
+    if self.is_initializing():
+      return {name: jnp.zeros(()) for name in self.loss_names}
+    sums = jnp.stack(self._sums(indices))
+    return {name: base.LOSSES[name](z, sums) for name in self.loss_names}
+
+  def _stats(self, z, indices, train):
+    if self.is_initializing():
+      return {}
+    rest, found = jax.lax.stop_gradient(z), []
+    for scale, index in enumerate(self._maps(indices)):
+      tokens = self._shrunk(rest, scale)
+      found.append(self._call(0, '_stats', tokens, index, train))
+      rest = rest - self._added(scale, index)
+    return jax.tree.map(lambda *x: sum(x), *found)
+
+  def init_codebook(self, codebook, z, rng):
+    """The codes at tokens of all scales, phi taken as the identity."""
+    grid = self.sizes[-1]
+
+    def take(rest, scale):
+      return self._shrunk(rest, scale).reshape(-1, z.shape[-1])
+
+    def leave(rest, scale, codes):
+      codes = codes.reshape(len(rest), *self.sizes[scale], z.shape[-1])
+      return rest - image_ops.resize(codes, grid, 'bicubic', antialias=False)
+
+    def init(old):
+      rows = nested.rows_of_all_stages(
+        z.reshape(-1, *grid, z.shape[-1]),
+        [math.prod(size) for size in self.sizes],
+        self.codebook_size, take, leave, rng,
+      )  # fmt: skip
+      return self.part.init_codebook(old, rows, rng)
+
+    if nested.PARTS not in codebook:
+      return codebook
+    return self._each(init, codebook)
+
+  def indices_to_stage_codes(self, indices: Array) -> Array:
+    """i32[... n] -> the table's rows f32[... n c], before they are enlarged."""
+    return self._rows(indices)
+
+  def codes_to_indices(self, codes):
+    """f32[... n c], the table's rows -> i32[... n]."""
+    n = sum(map(math.prod, self.sizes))
+    nested.check_stage_codes(codes, n, self.code_width)
+    return self._call(0, 'codes_to_indices', codes)

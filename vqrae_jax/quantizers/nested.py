@@ -1,0 +1,217 @@
+"""Several codes a token: what residual, grouped and multi-scale quantizers
+share. (Each has a file of its own, with its papers.)
+
+Each code is chosen by a quantizer of another file, the field `quantizer`. Its
+variables are stacked along a first axis, one slice a table, under the name
+"parts"; its methods are applied to a slice.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.quantizers import base
+
+PARTS = 'parts'
+# What a nested quantizer must have, of the fields it has; and a stage's.
+_ALONE = {'rotation': False, 'noise_dropout': 0.0}
+_SUBTRACTED = {'distance': 'l2', 'normalize': False, 'token_map': False}
+
+
+def value_of(module: base.Quantizer, name: str, default: Any) -> Any:
+  """A field's value, or `default` if it has none of that name. (`getattr` of
+  what a linen module lacks calls its `setup`.)"""
+  names = {f.name for f in dataclasses.fields(module)}
+  return getattr(module, name) if name in names else default
+
+
+class Nested(base.Quantizer):
+  """A quantizer whose codes are chosen by others.
+
+  Attributes:
+    quantizer: chooses one code. It lies in code space: `projection`,
+      `post_quant` and `dtype` are those of the outer one.
+  """
+
+  # Names of the quantizers that may be nested.
+  allowed: ClassVar[Sequence[str]] = ()
+
+  quantizer: base.Quantizer | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    for field, right in _ALONE.items():
+      if value_of(self.quantizer, field, right) != right:
+        raise UserError(
+          f'quantizer.quantizer.{field}: a quantizer of several codes passes '
+          f'gradients by itself; set it to {right!r}'
+        )
+
+  @property
+  def codes_per_part(self) -> int:
+    """Indices that a part gives for a token."""
+    return self.quantizer.codes_per_token
+
+  @property
+  def tables(self) -> int:
+    """How many parts have variables of their own."""
+    raise NotImplementedError
+
+  @property
+  def part_dim(self) -> int:
+    """Channels of a part whose code width follows the latents."""
+    return self.latent_dim
+
+  @property
+  def part(self) -> base.Quantizer:
+    """What chooses one code, without variables."""
+    part = self.quantizer.clone(
+      parent=None, name=None, latent_dim=self.part_dim
+    )
+    return part.clone(latent_dim=part.code_width)
+
+  @property
+  def codebook_size(self):
+    """K of each index."""
+    return self.quantizer.codebook_size
+
+  @property
+  def code_width(self):
+    return self.part.code_width
+
+  @property
+  def loss_names(self):
+    return tuple(n for n in self.quantizer.loss_names if n in base.LOSSES)
+
+  @property
+  def ema_tables(self):
+    return tuple(f'{PARTS}/{name}' for name in self.quantizer.ema_tables)
+
+  @property
+  def training_fields(self):
+    return tuple(f'quantizer.{n}' for n in self.quantizer.training_fields)
+
+  def setup_codes(self):
+    if not self.is_initializing() or any(
+      self.has_variable(c, PARTS) for c in ('params', 'codebook')
+    ):
+      return
+    part, key = self.part, self.make_rng('params')
+    z = jnp.zeros((1, part.code_width))
+    made = [part.init(k, z) for k in jax.random.split(key, self.tables)]
+    for collection, variables in _stacked(made).items():
+      self.put_variable(collection, PARTS, variables)
+
+  def _call(self, i: int, method: str, *args: Any) -> Any:
+    """A method of part i."""
+    i = i if self.tables > 1 else 0
+    variables = {
+      c: jax.tree.map(lambda x: x[i], self.get_variable(c, PARTS))
+      for c in ('params', 'codebook')
+      if self.has_variable(c, PARTS)
+    }
+    return self.part.apply(variables, *args, method=method)
+
+  def update_codebook(self, codebook, stats):
+    """Each table by the stats of its parts; one that is shared by their
+    sum."""
+    if PARTS not in codebook:
+      return codebook
+    shape = self.tables, -1, self.codes_per_part
+    grouped = jax.tree.map(
+      lambda x: x.reshape(*shape, *x.shape[1:]).sum(1), stats
+    )
+    return self._each(self.part.update_codebook, codebook, grouped)
+
+  def _each(self, fn: Callable, codebook: dict, *trees: Any) -> dict:
+    """fn(its codebook, its slices of `trees`) for every table; `codebook`
+    itself where fn changes none."""
+    old = _slices(codebook[PARTS], self.tables)
+    more = [_slices(tree, self.tables) for tree in trees]
+    new = [fn(*args) for args in zip(old, *more, strict=True)]
+    if all(a is b for a, b in zip(new, old, strict=True)):
+      return codebook
+    return {PARTS: _stacked(new)}
+
+  def baked_codebook(self):
+    baked = [self._call(i, 'baked_codebook') for i in range(self.tables)]
+    return {PARTS: _stacked(baked)} if baked[0] else {}
+
+  def training_codebook(self, tables):
+    if PARTS not in tables:
+      return tables
+    return self._each(self.part.training_codebook, tables)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+  return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def _slices(tree: Any, count: int) -> list:
+  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
+
+
+def check_residual(quantizer: base.Quantizer) -> None:
+  """A code can be subtracted from the token that it is nearest to.
+
+  Raises:
+    UserError: the quantizer compares tokens by angle, or scaled, or mapped.
+  """
+  for field, right in _SUBTRACTED.items():
+    have = value_of(quantizer, field, right)
+    if have != right:
+      raise UserError(
+        f'quantizer.quantizer.{field}={have!r}: a stage compares what is left '
+        f'of a token as it is, and its code is subtracted; set it to {right!r}'
+      )
+
+
+def check_stage_codes(codes: Array, count: int, width: int) -> None:
+  """f32[... count c]; raises a UserError for another shape."""
+  if codes.shape[-2:] != (count, width):
+    raise UserError(
+      f'codes_to_indices takes the codes of {count} stages one by one, '
+      f'[… {count} {width}], as indices_to_stage_codes gives them (their sum '
+      f'does not say which they were); got shape {codes.shape}'
+    )
+
+
+def rows_of_all_stages(
+  rest: Array,
+  counts: Sequence[int],
+  num_codes: int,
+  take: Callable[[Array, int], Array],
+  leave: Callable[[Array, int, Array], Array],
+  rng: Array,
+) -> Array:
+  """f32[num_codes c]: rows for one table that all stages share.
+
+  A share of them lies at the tokens of each stage, what the shares before it
+  leave: else a table at the first stage's tokens would be too coarse for all
+  others.
+
+  Args:
+    rest: what the first stage quantizes.
+    counts: tokens of each stage; shares are in proportion.
+    num_codes: of the table.
+    take: (rest, stage) -> the stage's tokens f32[n c].
+    leave: (rest, stage, its codes f32[n c]) -> what is left.
+    rng: draws the tokens.
+  """
+  ends = np.cumsum(counts) / np.sum(counts) * num_codes
+  ends = np.maximum(np.round(ends).astype(int), 1)
+  table = jnp.zeros((0, take(rest, 0).shape[-1]))
+  for i, end in enumerate(ends):
+    tokens, key = take(rest, i), jax.random.fold_in(rng, i)
+    rows = base.init_codes_from_data(tokens, int(end) - len(table), key)
+    table = jnp.concatenate([table, rows])
+    nearest = code_ops.nearest_code(tokens, table)
+    rest = leave(rest, i, code_ops.lookup(table, nearest))
+  return table

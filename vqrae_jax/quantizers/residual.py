@@ -1,0 +1,220 @@
+"""Residual quantization (arXiv 2107.03312, 2203.01941): stage after stage, each
+quantizes what those before it leave; a token's code is the sum of its stages'.
+
+One quantizer chooses the codes of each stage: "vq", "simvq" (l2, tokens as they
+are) or "fsq". Rounding needs a finer grid at each stage: FSQ's stage i has
+steps of L^-i, after latents are bounded softly to the L/2 that its L levels
+cover (arXiv 2107.03312's scheme with FSQ as its quantizer). The index of a
+token is then a number in base L, a digit a stage.
+
+Dropout (arXiv 2107.03312; with a probability as in 2306.06546): a sample keeps
+its first n stages, n uniform in 1 … stages. The others have the index -1 and
+add nothing, so that fewer stages decode too.
+
+The value that gradients pass through is the (bounded) latent, once. Where each
+stage has a straight-through of its own, as in vector-quantize-pytorch, the
+gradient is too large by the number of stages.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from vqrae_jax.errors import UserError
+from vqrae_jax.quantizers import nested
+from vqrae_jax.quantizers.fsq import FSQ
+
+EXACT = 2**24  # whole numbers that f32 tells apart
+
+
+class Residual(nested.Nested):
+  """`stages` codes a token, whose sum approximates it.
+
+  Indices are i32[... stages], -1 where a stage is dropped. Losses are means
+  over stages, with zeros for those that are dropped.
+
+  The sum does not tell which codes it is of: `codes_to_indices` takes the codes
+  of `indices_to_stage_codes`, one by one. That inverts every index in [0, K) if
+  the rows of a table differ; a dropped stage, a code of zeros, does not come
+  back.
+
+  Attributes:
+    stages: q.
+    shared: one table for all stages; it learns from all of them.
+    dropout: the probability that a sample of a training batch loses stages.
+  """
+
+  allowed = ('vq', 'simvq', 'fsq')
+  positive = ('stages',)
+  lowest_index = -1
+
+  stages: int = 8
+  shared: bool = False
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 <= self.dropout <= 1:
+      raise UserError(f'quantizer.dropout={self.dropout} must lie in [0, 1]')
+    nested.check_residual(self.quantizer)
+    if not isinstance(self.quantizer, FSQ):
+      return
+    for field, right in (('convention', 'centered'), ('bound', 'clip')):
+      if (have := getattr(self.quantizer, field)) != right:
+        raise UserError(
+          f'quantizer.quantizer.{field}={have!r}: stages of FSQ round what is '
+          f'left of a bounded latent; set it to {right!r}'
+        )
+    most = max(self.quantizer.levels)
+    if most**self.stages > EXACT:
+      raise UserError(
+        f'quantizer.stages={self.stages} of {most} levels are finer than f32; '
+        f'set it to {int(np.log(EXACT) / np.log(most))} or less'
+      )
+
+  @property
+  def codes_per_token(self):
+    return self.stages
+
+  @property
+  def tables(self):
+    return 1 if self.shared else self.stages
+
+  @property
+  def draws(self):
+    return self.dropout > 0
+
+  @property
+  def training_fields(self):
+    return (*super().training_fields, 'dropout')
+
+  def _step(self, i: int) -> Any:
+    """The scale of stage i's codes."""
+    if not isinstance(self.quantizer, FSQ):
+      return np.float32(1)
+    return np.asarray(self.quantizer.levels, np.float32) ** np.float32(-i)
+
+  def _bounded(self, z: Array) -> Array:
+    if not isinstance(self.quantizer, FSQ):
+      return z
+    bound = np.asarray(self.quantizer.levels, np.float32) / 2
+    return jnp.tanh(z / bound) * bound
+
+  def _stage_codes(self, i: int, indices: Array) -> Array:
+    """i32[...] -> f32[... c]: what stage i adds; zeros where it is dropped."""
+    codes = self._call(i, '_lookup', jnp.maximum(indices, 0)) * self._step(i)
+    codes = jnp.where(indices[..., None] < 0, 0, codes)
+    # Rounded before they are added, whatever reads them.
+    return jax.lax.optimization_barrier(codes)
+
+  def _stages(self, z: Array, indices: Array) -> list[tuple]:
+    """[(i, what stage i quantizes, its indices, its codes)]."""
+    found, rest = [], z
+    for i in range(self.stages):
+      codes = self._stage_codes(i, indices[..., i])
+      found.append((i, rest, indices[..., i], codes))
+      rest = rest - jax.lax.stop_gradient(codes)
+    return found
+
+  def _assign(self, z, train, random):
+    z = self._bounded(z)
+    found, rest = [], jax.lax.stop_gradient(z)
+    for i in range(self.stages):
+      scaled = rest / self._step(i)
+      indices = self._call(i, '_assign', scaled, train, None)[1]
+      found.append(indices)
+      rest = rest - self._stage_codes(i, indices)
+    indices = jnp.stack(found, -1)
+    if train and self.draws and random is not None:
+      kept = self._kept(random['samples'])
+      kept = kept.reshape(-1, *[1] * (indices.ndim - 1))
+      indices = jnp.where(jnp.arange(self.stages) < kept, indices, -1)
+    return z, indices
+
+  def _kept(self, keys: Array) -> Array:
+    """i32[b]: how many stages each sample keeps; its key decides alone."""
+
+    def one(key):
+      drops, count = jax.random.split(key)
+      kept = jax.random.randint(count, (), 1, self.stages + 1)
+      drops = jax.random.uniform(drops) < self.dropout
+      return jnp.where(drops, kept, self.stages)
+
+    return jax.vmap(one)(keys)
+
+  def _lookup(self, indices):
+    self._check(indices)
+    codes = self._stage_codes(0, indices[..., 0])
+    for i in range(1, self.stages):
+      codes = codes + self._stage_codes(i, indices[..., i])
+    return codes
+
+  def _check(self, indices: Array) -> None:
+    if indices.shape[-1:] != (self.stages,):
+      raise UserError(
+        f'indices must have a last axis of quantizer.stages={self.stages} '
+        f'(-1 for a stage that is left out), got shape {indices.shape}'
+      )
+
+  def _losses(self, z, indices, codes):
+    found = []
+    for i, rest, index, codes in self._stages(z, indices):
+      # A dropped stage is as if it had hit.
+      rest = jnp.where(index[..., None] < 0, 0, rest)
+      found.append(self._call(i, '_losses', rest, index, codes))
+    return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *found)
+
+  def _stats(self, z, indices, train):
+    found = [
+      self._call(i, '_stats', rest, index, train)
+      for i, rest, index, _ in self._stages(z, indices)
+    ]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+
+  def init_codebook(self, codebook, z, rng):
+    """Each stage's codes at what the stages before it leave of the tokens."""
+    if nested.PARTS not in codebook:
+      return codebook
+    part = self.part
+    if self.shared:
+
+      def init(old):
+        rows = nested.rows_of_all_stages(
+          z, [1] * self.stages, self.codebook_size,
+          lambda rest, _: rest, lambda rest, _, codes: rest - codes, rng,
+        )  # fmt: skip
+        return part.init_codebook(old, rows, rng)
+
+      return self._each(init, codebook)
+    rest, keys = z, jax.random.split(rng, self.stages)
+
+    def init(old, key):
+      nonlocal rest
+      new = part.init_codebook(old, rest, key)
+      if new is old:
+        return old
+      # What is no table (a map of codes) is as at the start of a run.
+      variables = {**part.init(key, rest[:1]), 'codebook': new}
+      indices = part.apply(variables, rest, False, None, method='_assign')[1]
+      rest = rest - part.apply(variables, indices, method='_lookup')
+      return new
+
+    return self._each(init, codebook, keys)
+
+  def indices_to_stage_codes(self, indices: Array) -> Array:
+    """i32[... q] -> f32[... q c], whose sum over q is the token's code."""
+    self._check(indices)
+    codes = [self._stage_codes(i, indices[..., i]) for i in range(self.stages)]
+    return jnp.stack(codes, -2)
+
+  def codes_to_indices(self, codes):
+    """f32[... q c], the codes of each stage -> i32[... q]."""
+    nested.check_stage_codes(codes, self.stages, self.code_width)
+    found = [
+      self._call(i, 'codes_to_indices', codes[..., i, :] / self._step(i))
+      for i in range(self.stages)
+    ]
+    return jnp.stack(found, -1)
