@@ -38,6 +38,7 @@ LATER_FIELDS = {
   'entropy_temperature': 0.01,
   'preserve_symmetry': False,
   'noise_dropout': 0.0,
+  'revive_below': 0.1,
   'vq.distance': 'l2',  # of this quantizer: another's is older
 }
 DTYPES = ('float32', 'bfloat16')

@@ -25,6 +25,8 @@ class QuantizerOutput:
     losses: {name: f32[]}, unweighted.
     stats: {"counts": i32[q k], ...}, what `update_codebook` and the usage
       window need; {} if the quantizer is continuous.
+    tokens: f32[b c], in training a token an image, drawn at random, if
+      `update_codebook` wants them; else None.
     quantized: in training z_q again, with a gradient that ends at the codes
       instead of passing straight through to the latents; else None.
   """
@@ -35,6 +37,7 @@ class QuantizerOutput:
   losses: dict[str, Array]
   stats: dict[str, Array]
   quantized: Array | None = None
+  tokens: Array | None = None
 
 
 @struct.dataclass
@@ -163,6 +166,7 @@ class MicrobatchResult:
     metrics: {"loss/NAME", "mse": f32[]}, means too; "mse" is the clipped
       reconstruction's.
     stats: the quantizer's, sums.
+    tokens: the quantizer's sample of them, or None.
     fakes: f32[b h w 3], the reconstruction rounded to 8 bits, if a
       discriminator learns on it.
   """
@@ -170,6 +174,7 @@ class MicrobatchResult:
   gradients: Tree
   metrics: Tree
   stats: Tree
+  tokens: Array | None
   fakes: Array | None
 
 

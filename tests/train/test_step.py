@@ -245,6 +245,9 @@ def test_accumulation_is_one_big_batch():
       noise_tau=0.8,
     )  # fmt: skip
     state, frozen = started(plan)
+    table = state.codebook['quantizer']
+    idle = table['counts'].at[:40].set(1e-3)  # these are revived
+    state = state.replace(codebook={'quantizer': table | {'counts': idle}})
     rows = []
     for i in range(2):
       state, metrics = plan.step(state, frozen, tiny.images(8, seed=i))

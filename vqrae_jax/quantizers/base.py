@@ -157,12 +157,17 @@ class Quantizer(nn.Module):
     counts = code_ops.count_codes(indices, self.codebook_size)
     return {'counts': counts[None]}
 
+  def _tokens(self, z: Array, random: Any) -> Array | None:
+    """f32[b c], a token an image for `update_codebook`, or None."""
+    return None
+
   def init_codebook(self, codebook: dict, z: Array, rng: Array) -> dict:
     """The codebook initialized from a run's first tokens f32[n c]; pure."""
     return codebook
 
   def update_codebook(self, codebook: dict, stats: dict) -> dict:
-    """The codebook after one optimizer step's summed stats; pure."""
+    """The codebook after one optimizer step's summed stats, "tokens" f32[n c]
+    of it among them if the call gives any; pure."""
     return codebook
 
   def baked_codebook(self) -> dict[str, Array]:
@@ -265,6 +270,7 @@ class Quantizer(nn.Module):
       losses=values,
       stats=self._stats(surrogate, indices, train),
       quantized=quantized,
+      tokens=self._tokens(surrogate, random) if train and random else None,
     )
 
   def latents_to_indices(self, latents: Array) -> Array:

@@ -8,8 +8,10 @@ parameter that the codebook loss moves.
 With the usual initialization (N = 0, random codes) the average destroys its own
 codebook at the first step: a code without tokens is divided by almost zero and
 reaches a norm of 1e6. Here N starts at one per code and the codes start at
-tokens of the first batch. A code moves only when it wins a token; idle codes
-are not revived yet.
+tokens of the first batch. A code moves only when it wins a token, and the
+encoder or the projection may move away from it: a code whose average count has
+fallen below `revive_below` becomes a token of the batch (as in Jukebox,
+2005.00341), at most `REVIVED` of them a step.
 
 distance="cosine" (arXiv 2110.04627): tokens and codes are unit vectors, and the
 average is scaled to norm one. With `projection` and a small `code_dim` these
@@ -24,6 +26,8 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.quantizers import base
 
+REVIVED = 256  # codes at most in a step
+
 
 class VQ(base.Nearest):
   """The nearest of `num_codes` codes.
@@ -36,11 +40,14 @@ class VQ(base.Nearest):
     epsilon: of the Laplace smoothing.
     data_init: start the codes at tokens of the first batch.
     distance: "l2", or "cosine" for unit vectors on both sides.
+    revive_below: of "ema", a share of min(1, tokens of a step / num_codes); 0
+      for never. An idle code falls to .1 within 230 steps of decay .99.
   """
 
   choices = (('update', ('ema', 'gradient')), ('distance', ('l2', 'cosine')))
   training_fields = (
-    *base.Nearest.training_fields, 'decay', 'epsilon', 'data_init'
+    *base.Nearest.training_fields, 'decay', 'epsilon', 'data_init',
+    'revive_below',
   )  # fmt: skip
   positive = (*base.Nearest.positive, 'epsilon')
 
@@ -52,9 +59,14 @@ class VQ(base.Nearest):
   epsilon: float = 1e-5
   data_init: bool = True
   distance: str = 'l2'
+  revive_below: float = 0.1
 
   def __post_init__(self):
     super().__post_init__()
+    if not 0 <= self.revive_below < 1:
+      raise UserError(
+        f'quantizer.revive_below={self.revive_below} must lie in [0, 1)'
+      )
     if not 0 <= self.decay < 1:
       raise UserError(f'quantizer.decay={self.decay} must lie in [0, 1)')
 
@@ -66,6 +78,10 @@ class VQ(base.Nearest):
   @property
   def ema_tables(self):
     return ('codes',) if self.update == 'ema' else ()
+
+  @property
+  def draws(self):
+    return self.update == 'ema' and self.revive_below > 0
 
   def setup_codes(self):
     shape = (self.num_codes, self.code_width)
@@ -104,6 +120,16 @@ class VQ(base.Nearest):
       stats['sums'] = code_ops.sum_by_code(z, indices, self.num_codes)[None]
     return stats
 
+  def _tokens(self, z, random):
+    if not self.draws:
+      return None
+    flat = jax.lax.stop_gradient(z).reshape(len(z), -1, z.shape[-1])
+
+    def drawn(key, tokens):
+      return tokens[jax.random.randint(key, (), 0, len(tokens))]
+
+    return jax.vmap(drawn)(random['samples'], flat)
+
   def init_codebook(self, codebook, z, rng):
     """Codes at tokens of the batch."""
     if not self.data_init or self.update != 'ema':
@@ -136,4 +162,17 @@ class VQ(base.Nearest):
     won = (count > 0)[:, None]
     moved = self._compared(sums / (smooth * total)[:, None])
     codes = jnp.where(won, moved, codebook['codes'])
-    return {'codes': codes, 'counts': counts, 'sums': sums}
+    if 'tokens' not in stats:
+      return {'codes': codes, 'counts': counts, 'sums': sums}
+    share = jnp.minimum(1.0, count.sum() / self.num_codes)
+    idle = counts < self.revive_below * share
+    tokens = stats['tokens'][:REVIVED]
+    place = jnp.cumsum(idle) - 1  # among the idle ones
+    revived = (idle & (place < len(tokens)))[:, None]
+    fresh = tokens[jnp.minimum(place, len(tokens) - 1)]
+    codes = jnp.where(revived, fresh, codes)
+    return {
+      'codes': codes,
+      'counts': jnp.where(revived[:, 0], share, counts),
+      'sums': jnp.where(revived, share * fresh, sums),
+    }

@@ -173,7 +173,8 @@ def loss_gradients(
     for name, x in losses.items()
   }
   (gradients,) = pullback((cotangent, weights))
-  return MicrobatchResult(gradients, metrics, out.quantizer.stats, at.fakes)
+  q = out.quantizer
+  return MicrobatchResult(gradients, metrics, q.stats, q.tokens, at.fakes)
 
 
 def accumulated(
@@ -215,12 +216,15 @@ def accumulated(
 
   def gradients(images, sample_ids, at):
     part = loss_gradients(*step, images, sample_ids, at, adaptive_weight)
-    return (part.gradients, part.metrics), part.stats, part.fakes
+    kept = part.tokens, part.fakes
+    return (part.gradients, part.metrics), part.stats, kept
 
-  (means, metrics), stats, fakes = over_microbatches(
+  (means, metrics), stats, (tokens, fakes) = over_microbatches(
     gradients, (*microbatches, kept)
   )
-  return MicrobatchResult(means, metrics, stats, fakes), microbatches
+  if tokens is not None:  # in the order of samples again
+    tokens = jnp.moveaxis(tokens, 0, 1).reshape(len(images), -1)
+  return MicrobatchResult(means, metrics, stats, tokens, fakes), microbatches
 
 
 def train_step(
@@ -254,8 +258,9 @@ def train_step(
   metrics['grad_norm'] = spec.optimizer.norm(batch.gradients)
   codebook, usage, stats = state.codebook, state.usage, batch.stats
   if codebook and spec.updates_codebook:
+    given = stats if batch.tokens is None else stats | {'tokens': batch.tokens}
     updated = spec.tokenizer.quantizer.update_codebook(
-      codebook['quantizer'], stats
+      codebook['quantizer'], given
     )
     codebook = codebook | {'quantizer': updated}
   discriminator = state.discriminator
