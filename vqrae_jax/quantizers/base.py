@@ -142,7 +142,7 @@ class Quantizer(nn.Module):
     """The codebook after one optimizer step's summed stats; pure."""
     return codebook
 
-  def baked_codebook(self) -> dict[str, Array]:
+  def baked_codebook(self) -> dict[str, Any]:
     """The table that inference reads: {} or {"codes": f32[k c]}."""
     return {}
 
