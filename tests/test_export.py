@@ -27,7 +27,9 @@ def saved(kind, folder):
   return folder / 'tokenizer'
 
 
-@pytest.mark.parametrize('kind', ('vq-ema', 'simvq-cosine'))
+@pytest.mark.parametrize(
+  'kind', ('vq-ema', 'simvq-cosine', 'residual-vq', 'residual-shared')
+)
 def test_what_is_opened_is_what_was_saved(kind, tmp_path):
   tokenizer, variables = made(kind)
   path = saved(kind, tmp_path)
@@ -36,14 +38,17 @@ def test_what_is_opened_is_what_was_saved(kind, tmp_path):
   before, after = map(trees.flatten, (variables, opened_variables))
   for name in before.keys() & after.keys():
     np.testing.assert_array_equal(after[name], before[name], name)
+  where = 'codebook/quantizer/'
+  where += 'parts/' if kind in tiny.NESTED else ''
   assert (before.keys() ^ after.keys()) <= {
-    f'codebook/quantizer/{n}' for n in ('codes', 'counts', 'sums')
+    f'{where}{n}' for n in ('codes', 'counts', 'sums')
   }
   # The table is baked: no projection of it is left to the decoding.
-  want = tokenizer.apply(variables, method='baked_codebook')['codes']
-  np.testing.assert_allclose(after['codebook/quantizer/codes'], want, atol=1e-6)
+  (want,) = jax.tree.leaves(tokenizer.apply(variables, method='baked_codebook'))
+  np.testing.assert_allclose(after[f'{where}codes'], want, atol=1e-6)
   decode = functools.partial(vqrae_jax.decode_from_indices, opened)
-  program = jax.make_jaxpr(decode)(opened_variables, np.zeros((1, 4, 4), int))
+  indices = np.zeros((1, *opened.index_shape(16, 16)), int)
+  program = jax.make_jaxpr(decode)(opened_variables, indices)
   dots = [e for e in program.jaxpr.eqns if e.primitive.name == 'dot_general']
   assert not any(f'f32[{opened.codebook_size},' in str(e) for e in dots)
   # Saved again, whatever it runs in: the same bytes.

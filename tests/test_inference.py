@@ -76,6 +76,7 @@ def bits(x):
   'kind, norm, options',
   [
     ('simvq-cosine', 'channel', dict(post_quant=dict(kernel=3))),
+    ('multiscale', 'channel', dict(dtype='bfloat16')),
     (
       'fsq-cosmos',
       'position',
@@ -257,3 +258,20 @@ def test_traced_values_are_not_checked(plain):
 def test_bad_indices_say_what_is_right(indices, words, plain):
   with pytest.raises(vqrae_jax.UserError, match=words):
     vqrae_jax.decode_from_indices(*plain, indices)
+
+
+def test_bad_indices_of_several_codes():
+  """-1 leaves a stage out; fewer or more of them are no indices."""
+  tokenizer, variables = tiny.built(tiny.model('residual-vq', depth=1))
+  decode = functools.partial(
+    jax.eval_shape, vqrae_jax.decode_from_indices, tokenizer, variables
+  )
+  assert tokenizer.index_shape(16, 16) == (4, 4, 2)
+  assert decode(np.zeros((1, 4, 4, 2), int)).shape == (1, 16, 16, 3)
+  with pytest.raises(vqrae_jax.UserError, match='4 axes .b gh gw q.'):
+    decode(np.zeros((1, 4, 4), int))
+  with pytest.raises(vqrae_jax.UserError, match='quantizer.stages=2'):
+    decode(np.zeros((1, 4, 4, 3), int))
+  with pytest.raises(vqrae_jax.UserError, match=r'\[-2, -2\].*, and -1'):
+    at_hand = np.full((1, 4, 4, 2), -2)
+    vqrae_jax.decode_from_indices(tokenizer, variables, at_hand)

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from tests import tiny
-from vqrae_jax import quantizers
+from vqrae_jax import quantizers, sharding
 from vqrae_jax.errors import UserError
 
 C, K, N = 6, 24, 40
@@ -343,6 +344,28 @@ def test_dropout_drops_the_last_stages_of_a_sample():
   assert whole.indices.min() >= 0  # without keys nothing is drawn
 
 
+def test_a_sum_does_not_say_its_codes():
+  """Quantized again, stage by stage, it gives others: what is inverted are
+  the codes one by one."""
+  quantizer = made('residual', stages=2)
+  codes = tokens(2, K, C)
+  variables = {'codebook': {'parts': jax.tree.map(jnp.asarray, ema(codes))}}
+
+  @jax.jit
+  def run(indices):
+    summed = quantizer.apply(variables, indices, method='indices_to_codes')
+    again = quantizer.apply(variables, summed, method='latents_to_indices')
+    each = quantizer.apply(variables, indices, method='indices_to_stage_codes')
+    back = quantizer.apply(variables, each, method='codes_to_indices')
+    return summed, again, each, back
+
+  grid = np.stack(np.meshgrid(np.arange(K), np.arange(K)), -1)
+  summed, again, each, back = run(jnp.asarray(grid, jnp.int32))
+  assert (np.asarray(again) != grid).any(-1).mean() > 0.1
+  np.testing.assert_array_equal(back, grid)
+  np.testing.assert_array_equal(each.sum(-2), summed)
+
+
 @pytest.mark.parametrize('shared', (False, True))
 def test_stages_start_at_what_is_left(shared):
   """Each stage halves the error at least, and no table starts idle."""
@@ -467,6 +490,56 @@ def test_wrong_shapes_say_what_is_right():
       jax.eval_shape(apply, variables, x)
   with pytest.raises(UserError, match='quantizer.scales'):
     scales.index_shape((4, 4))
+
+
+def test_on_two_devices_and_exported():
+  """Stacked tables are split by their rows; a batch may be a symbol."""
+  quantizer = made('residual', stages=2)
+  z = jnp.asarray(tokens(8, 5, C))
+  variables = {'codebook': {'parts': ema(tables(2, K, C))}}
+
+  def run(variables, z):
+    out = quantizer.apply(variables, z, train=True)
+    parts = variables['codebook']
+    return out.indices, quantizer.update_codebook(parts, out.stats)
+
+  indices, new = jax.jit(run)(variables, z)
+  mesh = sharding.make_mesh('fsdp', jax.devices()[:2])
+  tree = {'codebook': {'quantizer': variables['codebook']}}
+  places = sharding.shardings_for(tree, mesh)['codebook']['quantizer']
+  assert places['parts']['codes'].spec[1] == 'fsdp'
+  with jax.set_mesh(mesh):
+    split = {'codebook': jax.device_put(variables['codebook'], places)}
+    batch = sharding.place_batch({'z': np.asarray(z)}, mesh)['z']
+    found, moved = jax.jit(run)(split, batch)
+  np.testing.assert_array_equal(found, indices)
+  jax.tree.map(close, moved, new)
+
+  symbolic = jax.ShapeDtypeStruct((*export.symbolic_shape('b'), 5, C), z.dtype)
+  encode = functools.partial(quantizer.apply, method='latents_to_indices')
+  variables = jax.tree.map(jnp.asarray, variables)
+  stored = export.export(jax.jit(encode))(variables, symbolic).serialize()
+  found = export.deserialize(stored).call(variables, z)
+  np.testing.assert_array_equal(found, indices)
+
+
+def test_scales_export_with_a_symbolic_batch():
+  quantizer = made('multiscale', scales=(1, 2, 3), phis=1)
+  z = jnp.asarray(tokens(2, 3, 3, C))
+  variables = jax.jit(quantizer.init)(jax.random.key(0), z)
+
+  def run(variables, z):
+    indices = quantizer.apply(variables, z, method='latents_to_indices')
+    return indices, quantizer.apply(
+      variables, indices, method='indices_to_codes'
+    )
+
+  want = jax.jit(run)(variables, z)
+  symbolic = jax.ShapeDtypeStruct((*export.symbolic_shape('b'), 3, 3, C), 'f4')
+  stored = export.export(jax.jit(run))(variables, symbolic).serialize()
+  found = export.deserialize(stored).call(variables, z)
+  np.testing.assert_array_equal(found[0], want[0])
+  close(found[1], want[1])
 
 
 def test_bits_of_a_token_add_up():

@@ -30,6 +30,9 @@ def test_unusual_values_are_named(kind, keys, named):
   losses, fields = tiny.LOSSES[kind], dict(keys)
   if kind.startswith(('vq', 'simvq')):
     fields = dict(num_codes=512) | fields
+  if kind in tiny.NESTED:
+    of_each = tiny.NESTED[kind]['quantizer']
+    fields = dict(quantizer=of_each | dict(num_codes=512))
   if 'commit' in fields:
     losses = losses | dict(commit=fields.pop('commit'))
   noise = fields.pop('noise_tau', 0.0)

@@ -144,6 +144,42 @@ def test_a_resumed_run_is_the_uninterrupted_one(run_config, tmp_path):
   assert picture.read_bytes() == before
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('one_device')
+def test_several_codes_a_token(images, tmp_path):
+  """EMA stages with dropout: a resumed run is the uninterrupted one; its
+  tokenizer starts another."""
+  model = tiny.model('residual-vq', depth=1, dropout=0.5)
+  config = runs.plain(
+    images, 'residual-vq', model=model, duration=4, accumulate=2,
+    checkpoint=dict(every=2, keep=9), eval=dict(source=str(images), tile=16),
+    log=dict(every=1, images_every=0, usage_window=2, tensorboard=False),
+  )  # fmt: skip
+  workdir = tmp_path / 'run'
+  want = loop.train(config, workdir)
+  whole = list(map(tiny.without_clocks, runs.rows(workdir)))
+  before = runs.last_state(workdir)
+  shutil.rmtree(workdir / 'checkpoints/00000004')
+  again = loop.train(config, workdir)
+  assert again['fingerprint'] == want['fingerprint']
+  assert list(map(tiny.without_clocks, runs.rows(workdir))) == whole
+  assert runs.last_state(workdir) == before
+  assert 0 < whole[-1]['usage'] <= 1 and whole[-1]['loss/commit'] > 0
+  # 16 tokens of two codes; bits add up over both.
+  assert want['bits_per_image'] == 16 * 2 * 6
+  assert want['effective_bits'] >= np.log2(want['perplexity'])
+  tokenizer, variables = vqrae_jax.load_tokenizer(workdir / 'tokenizer')
+  indices = vqrae_jax.encode_to_indices(
+    tokenizer, variables, tiny.images(1, 16, 24)
+  )
+  assert indices.shape == (1, 4, 6, 2)
+  second = loop.train(
+    config | dict(duration=2, init_from=str(workdir / 'tokenizer')),
+    tmp_path / 'second',
+  )
+  assert second['fingerprint'] != want['fingerprint']
+
+
 def test_a_workdir_in_a_bucket(run_config):
   """Rows, config, figures and tokenizer go there and come from there; only
   checkpoints are Orbax's own to write."""

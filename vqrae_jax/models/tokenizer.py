@@ -210,8 +210,9 @@ class Tokenizer(nn.Module):
       predictions=predictions,
     )
 
-  def baked_codebook(self) -> dict[str, Array]:
-    """The code table that inference reads: {"codes": f32[k c]} or {}."""
+  def baked_codebook(self) -> dict[str, Any]:
+    """The code table that inference reads: {"codes": f32[k c]} or {}, or
+    {"parts": …} of stacked ones."""
     return self.quantizer.baked_codebook()
 
   def with_run_options(self, **options: Any) -> 'Tokenizer':

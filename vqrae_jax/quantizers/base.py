@@ -170,7 +170,7 @@ class Quantizer(nn.Module):
     of it among them if the call gives any; pure."""
     return codebook
 
-  def baked_codebook(self) -> dict[str, Array]:
+  def baked_codebook(self) -> dict[str, Any]:
     """The table that inference reads: {} or {"codes": f32[k c]}."""
     return {}
 

@@ -606,6 +606,7 @@ def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
     latents.check_grid(norm, tokenizer.grid(*size), 'data.image_size')
   if spec.eval is not None:
     tile = spec.eval.tile
+    tokenizer.index_shape(tile, tile)
     latents.check_grid(norm, tokenizer.grid(tile, tile), 'eval.tile')
 
 
