@@ -107,7 +107,7 @@ def recipe(
   """
   config = base()
   config.model = dict(
-    encoder=dict(name=encoder, output_norm='plain'),
+    encoder=dict(name=encoder, output_norm=of_any_type('plain')),
     quantizer=quantizer,
     decoder=decoder,
     dtype='bfloat16',

@@ -23,7 +23,7 @@ from configs import common
 RECIPES = (
   'simvq_siglip_l', 'simvq_siglip2_l', 'vq_dinov2_b', 'vq_dinov2_b_decxl',
   'vqvae_16k', 'fsq_siglip_l', 'fsq_cosmos_64k', 'internvit_6b',
-  'paper_siglip2_so400m', 'paper_internvit_300m',
+  'paper_siglip2_so400m', 'paper_internvit_300m', 'ideal_siglip2_l',
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def get_config(arguments=None):
   config.discriminator.start = '0 epochs'
   config.teacher = None
   config.schedules = (
-    (r'(encoder|quantizer)/.*', None),
+    (r'(encoder|fusion|quantizer|feature_decoder)/.*', None),
     (r'.*', dict(lr=2e-5, end_lr=2e-6, warmup=1000)),
   )
   return config

@@ -31,7 +31,12 @@ LARGE = [n for n in NAMES if n not in SMALL]
 # With what else they can be asked for; None is the recipe itself.
 ALL = [(n, None) for n in NAMES] + [
   tuple(row.split(':'))
-  for row in (*today.golden('recipes'), 'finetune_decoder:recipe=vq_dinov2_b')
+  for row in (
+    *today.golden('recipes'),
+    'finetune_decoder:recipe=vq_dinov2_b',
+    'finetune_decoder:recipe=ideal_siglip2_l',
+    'raev2_dinov3_l:blocks=7',
+  )
   if ':' in row
 ]
 FAST = [
@@ -61,11 +66,11 @@ def check_builds(spec, step, numbers):
 
 @pytest.mark.parametrize('name', LARGE)
 def test_weights_come_from_the_table(name):
-  """And latents are RAE's."""
+  """And latents are RAE's, but those of several blocks."""
   spec = read(name)
   section = spec.model['encoder']
   build_tokenizer(spec.model)
-  assert section['output_norm'] == 'plain'
+  assert section['output_norm'] == 'plain' or section.get('layers')
   assert spec.init.encoder == (None if spec.init_from else section['name'])
 
 
@@ -136,7 +141,9 @@ def test_a_finetuned_decoder_moves_no_index():
   assert {n.split('/')[0] for n in step.trainable} == {'decoder'}
   assert not step.updates_codebook
   recipes = importlib.import_module('configs.finetune_decoder').RECIPES
-  assert {*recipes} == {*LARGE} - {'finetune_decoder', 'rae_dinov2_b'}
+  assert {*recipes} == {*LARGE} - {
+    'finetune_decoder', 'rae_dinov2_b', 'raev2_dinov3_l'
+  }  # fmt: skip
   spec = read('finetune_decoder', 'recipe=simvq_siglip2_l,preset=paper')
   like = read('simvq_siglip2_l', 'preset=paper')
   assert spec.model == like.model and spec.data == like.data
