@@ -252,3 +252,27 @@ def test_a_codebook_follows_an_encoder_that_moves(revive_below, least, most):
     codebook = step(codebook, 3 * batch() + 5, fold(keys, i))
   used = usage(quantizer, {'codebook': codebook}, lambda: 3 * batch() + 5)
   assert least <= used <= most, used
+
+
+def test_kmeans_plus_plus_finds_what_a_random_start_misses():
+  """64 clusters apart, as many codes: nearly each has one."""
+  rng = np.random.default_rng(0)
+  centers = 20 * rng.normal(size=(64, 8))
+  label = rng.integers(64, size=4096)
+  z = jnp.asarray(centers[label] + rng.normal(size=(4096, 8)), jnp.float32)
+  hit = {}
+  for name, start in (
+    ('tokens', made(8, num_codes=64)),
+    ('kmeans++', made(8, num_codes=64, data_init='kmeans++')),
+  ):
+    codebook = jax.jit(start.init_codebook)({}, z, jax.random.key(1))
+    distances = ((codebook['codes'][:, None] - centers) ** 2).sum(-1)
+    hit[name] = len(np.unique(distances.argmin(1)))
+    assert len(np.unique(np.asarray(codebook['codes']), axis=0)) == 64
+  assert hit['tokens'] < 50 and hit['kmeans++'] >= 56, hit
+  # Fewer tokens than codes: they repeat, and no two are the same.
+  few = made(8, num_codes=64, data_init='kmeans++')
+  codes = few.init_codebook({}, z[:5], jax.random.key(1))['codes']
+  assert len(np.unique(np.asarray(codes), axis=0)) == 64
+  basis = made(8, 'simvq', num_codes=64, code_dim=8, basis_init='kmeans++')
+  assert basis.init_codebook({}, z, jax.random.key(1))['basis'].shape == (64, 8)

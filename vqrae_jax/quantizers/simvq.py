@@ -38,7 +38,8 @@ class SimVQ(base.Nearest):
     distance: "l2" or "cosine".
     normalize: with "l2", scale tokens to an RMS of one ("cosine" always does).
     basis_init: "tokens" of a run's first batch, under a map that starts as the
-      identity, or "normal", random rows under a random map, as the papers.
+      identity, "kmeans++", tokens far from one another, or "normal", random
+      rows under a random map, as the papers.
     basis_std: of the normal basis; 1 gives codes an RMS near one.
     code_scale: with "cosine", the codes that the decoder reads: "rms" an RMS
       of one, "unit" a norm of one, "none" the table's rows.
@@ -47,7 +48,7 @@ class SimVQ(base.Nearest):
 
   choices = (
     ('distance', ('l2', 'cosine')),
-    ('basis_init', ('tokens', 'normal')),
+    ('basis_init', ('tokens', 'kmeans++', 'normal')),
     ('code_scale', ('rms', 'unit', 'none')),
   )
   loss_names = ('commit', 'codebook', 'entropy', 'diversity', 'orthogonal')
@@ -74,7 +75,7 @@ class SimVQ(base.Nearest):
   def setup_codes(self):
     c = self.code_dim
     init = nn.initializers.lecun_normal()
-    if self.basis_init == 'tokens':
+    if self.basis_init != 'normal':
       init = lambda _, shape: jnp.eye(*shape)  # noqa: E731
     self.kernel = self.param('kernel', init, (c, c))
     self.bias = self.param('bias', nn.initializers.zeros, (c,))
@@ -89,7 +90,10 @@ class SimVQ(base.Nearest):
       return codebook
     if self.normalize or self.distance == 'cosine':
       z = unit_rms(z)
-    return {'basis': base.init_codes_from_data(z, self.num_codes, rng)}
+    start = base.init_codes_from_data
+    if self.basis_init == 'kmeans++':
+      start = base.spread_codes
+    return {'basis': start(z, self.num_codes, rng)}
 
   def _table(self):
     """f32[k c], the codes: the baked ones, else all of basis @ W + b."""

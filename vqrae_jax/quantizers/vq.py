@@ -38,13 +38,18 @@ class VQ(base.Nearest):
     update: "ema" or "gradient".
     decay: g of the moving average, usually .95 to .999.
     epsilon: of the Laplace smoothing.
-    data_init: start the codes at tokens of the first batch.
+    data_init: start the codes at tokens of the first batch; "kmeans++" at
+      tokens far from one another.
     distance: "l2", or "cosine" for unit vectors on both sides.
     revive_below: of "ema", a share of min(1, tokens of a step / num_codes); 0
       for never. An idle code falls to .1 within 230 steps of decay .99.
   """
 
-  choices = (('update', ('ema', 'gradient')), ('distance', ('l2', 'cosine')))
+  choices = (
+    ('update', ('ema', 'gradient')),
+    ('distance', ('l2', 'cosine')),
+    ('data_init', (True, False, 'kmeans++')),
+  )
   training_fields = (
     *base.Nearest.training_fields, 'decay', 'epsilon', 'data_init',
     'revive_below',
@@ -57,7 +62,7 @@ class VQ(base.Nearest):
   update: str = 'ema'
   decay: float = 0.99
   epsilon: float = 1e-5
-  data_init: bool = True
+  data_init: bool | str = True
   distance: str = 'l2'
   revive_below: float = 0.1
 
@@ -134,7 +139,10 @@ class VQ(base.Nearest):
     """Codes at tokens of the batch."""
     if not self.data_init or self.update != 'ema':
       return codebook
-    codes = base.init_codes_from_data(self._compared(z), self.num_codes, rng)
+    start = base.init_codes_from_data
+    if self.data_init == 'kmeans++':
+      start = base.spread_codes
+    codes = start(self._compared(z), self.num_codes, rng)
     return self._fresh_average(self._compared(codes))
 
   def _fresh_average(self, codes):
