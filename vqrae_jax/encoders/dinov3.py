@@ -6,6 +6,8 @@ in coordinates that run from -1 to 1 on any grid (`ops/posemb.py`). Keys have no
 bias, and the 7B has none on queries and values either. Images are resized
 bilinear; pixels by ImageNet's mean and std, or by those of the satellite images
 that the "sat493m" weights are of. No mask token, no heads, no ConvNeXts.
+transformers' processor resizes floats; a tokenizer here rounds to 8 bits, as
+Pillow does and as for all families.
 
 The numbers are those of the authors' repository (facebookresearch/dinov3 at
 6876159, 2026-07-15) and agree with transformers' classes. The published
