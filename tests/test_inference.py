@@ -264,7 +264,8 @@ def test_bad_indices_of_several_codes():
   """-1 leaves a stage out; fewer or more of them are no indices."""
   tokenizer, variables = tiny.built(tiny.model('residual-vq', depth=1))
   decode = functools.partial(
-    jax.eval_shape, vqrae_jax.decode_from_indices, tokenizer, variables
+    jax.eval_shape,
+    functools.partial(vqrae_jax.decode_from_indices, tokenizer, variables),
   )
   assert tokenizer.index_shape(16, 16) == (4, 4, 2)
   assert decode(np.zeros((1, 4, 4, 2), int)).shape == (1, 16, 16, 3)

@@ -21,7 +21,8 @@ class QuantizerOutput:
   Attributes:
     z_q: f[... d], what the decoder reads: `codes_to_latents(codes)`.
     codes: f32[... c], exactly the looked-up values.
-    indices: i32[...] (or i32[... q]); None if the quantizer is continuous.
+    indices: i32[...], i32[... q] with several codes a token, i32[b n] with
+      several scales; None if the quantizer is continuous.
     losses: {name: f32[]}, unweighted.
     stats: {"counts": i32[q k], ...}, what `update_codebook` and the usage
       window need; {} if the quantizer is continuous.

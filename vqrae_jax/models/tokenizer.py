@@ -50,7 +50,7 @@ TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
 def is_training_only(name: str) -> bool:
   """Whether a leaf of that name is, in a quantizer or one that is nested."""
-  return name.replace(f'/{PARTS}/', '/') in TRAINING_ONLY
+  return name.replace(f'{PARTS}/', '') in TRAINING_ONLY
 
 
 class Tokenizer(nn.Module):
