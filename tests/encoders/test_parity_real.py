@@ -16,13 +16,13 @@ Largest figures on two CPU cores (2026-11-21, torch 2.13, jax 0.10.2):
   internvit-300m-448px         9.3e-07   1.11e-02  1.10e-02
   internvit-6b, two layers     5.0e-07   5.38e-03  5.15e-03
 
-And on 2026-11-26, the f32 figures alone (torch 2.13, jax 0.10.2,
-transformers 5.23):
+And on 2026-11-26, but for the first the f32 figures alone (torch 2.13, jax
+0.10.2, transformers 5.23):
 
-  dinov3-vits16                6.2e-07
+  dinov3-vits16                6.2e-07   8.52e-03  8.60e-03
   clip-vit-base-patch16        8.3e-07
   two blocks of dinov3-vits16plus 4.4e-07, -vitb16 4.4e-07, -vitl16 4.8e-07,
-  -vith16plus 5.8e-07, of clip-vit-h-14-laion2b 7.9e-07
+  -vith16plus 5.8e-07, -vit7b16 6.5e-07, of clip-vit-h-14-laion2b 7.9e-07
 """
 
 import ctypes
