@@ -3,7 +3,7 @@
 A source is parsed here (`parse_source`), a repository of the Hugging Face hub
 becomes a folder (`snapshot`, by `huggingface_hub`), and single files of the
 web come from one table (`FILES`, by `pooch`). Nothing of what is downloaded is
-run. Encoders of the hub have their own table (`encoders/published.py`).
+run. Encoders of the hub have their own table (`encoders.PUBLISHED`).
 """
 
 import dataclasses
