@@ -146,6 +146,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(run_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
+def test_several_sizes(images, tmp_path):
+  """Each step has one of them; rotations fit any grid. Resumed in between, the
+  run is the uninterrupted one."""
+  rope = dict(posemb='rope2d')
+  model = tiny.model('vq-ema', depth=1)
+  for part in ('encoder', 'decoder'):
+    model[part] = dict(vit=model[part]['vit'] | rope)
+  config = runs.plain(
+    images, model=model, duration=6, checkpoint=dict(every=2, keep=9),
+    data=dict(source=str(images), image_size=[16, (24, 8)]),
+  )  # fmt: skip
+  want = loop.train(config, tmp_path)
+  whole = list(map(tiny.without_clocks, runs.rows(tmp_path)))
+  batches = runs.setup(config).batches
+  shapes = {batches.batch(step)['images'].shape[1:3] for step in range(6)}
+  assert shapes == {(16, 16), (24, 8)}
+  for name in ('00000006', '00000004'):
+    shutil.rmtree(tmp_path / 'checkpoints' / name)
+  again = loop.train(config, tmp_path)
+  assert list(map(tiny.without_clocks, runs.rows(tmp_path))) == whole
+  assert again['fingerprint'] == want['fingerprint']
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('one_device')
 def test_several_codes_a_token(images, tmp_path):
   """EMA stages with dropout: a resumed run is the uninterrupted one; its
   tokenizer starts another."""
