@@ -337,6 +337,9 @@ def test_dropout_drops_the_last_stages_of_a_sample():
   same = np.arange(4) < kept[..., None]
   np.testing.assert_array_equal(out.indices, np.where(same, whole.indices, -1))
   np.testing.assert_array_equal(codes, out.codes)
+  stages = np.asarray(codebook['parts']['codes'])[np.arange(4), whole.indices]
+  want = np.where(same[..., None], stages, 0).sum(-2)
+  np.testing.assert_allclose(codes, want, atol=1e-5)
   np.testing.assert_array_equal(out.stats['counts'].sum(1), same.sum((0, 1)))
   assert out.losses['commit'] < whole.losses['commit']
   again, _, _ = run(z[::-1], keys(64)[::-1])
