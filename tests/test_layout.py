@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(vqrae_jax.__file__).parent
 
 # A package or module imports those of a lower row only (and row 0 itself).
 ORDER = (
-  {'errors', 'files', 'paths', 'specs', 'types', 'ops'},
+  {'errors', 'files', 'paths', 'plugins', 'specs', 'types', 'ops'},
   {'nn', 'programs', 'weights'},
   {'quantizers', 'encoders'},
   {'models', 'losses', 'optim', 'sharding', 'data', 'hosts'},
@@ -27,6 +27,7 @@ RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 ONLY = {
   'errors': set(),
   'paths': {'errors'},
+  'plugins': {'errors'},
   'files': set(),
   'types': set(),
   'specs': {'errors'},

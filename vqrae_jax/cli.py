@@ -94,6 +94,15 @@ def new_file(path: str, ending: str, flag: str = '--out') -> pathlib.Path:
   return out
 
 
+def define_trusted(values: flags.FlagValues) -> None:
+  """The flag of a command that opens a tokenizer."""
+  text = (
+    'packages whose code may be run, where the encoder or the quantizer is of '
+    'another package'
+  )
+  flags.DEFINE_list('trusted', [], text, flag_values=values)
+
+
 HOSTS = ('coordinator_address', 'num_processes', 'process_id')
 
 

@@ -21,7 +21,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -212,12 +212,18 @@ def _read_config(path: Path) -> dict:
 
 
 def load_tokenizer(
-  source: str | os.PathLike, **options: Any
+  source: str | os.PathLike,
+  *,
+  trusted: Collection[str] = (),
+  **options: Any,
 ) -> tuple[Tokenizer, dict]:
   """Opens a tokenizer directory.
 
   Args:
     source: the directory, or gs://…, that training or `save_tokenizer` wrote.
+    trusted: packages whose code it may import, where the encoder or the
+      quantizer is a class of another package ("package.module:Class"): to
+      import code runs it.
     **options: run options: dtype, scan, remat.
 
   Returns:
@@ -225,8 +231,8 @@ def load_tokenizer(
     `jax.device_put` places them on any mesh.
 
   Raises:
-    UserError: no tokenizer there, a damaged or foreign file, or values that
-      do not match the fingerprint.
+    UserError: no tokenizer there, a damaged or foreign file, values that do
+      not match the fingerprint, or code of a package that is not trusted.
   """
   from safetensors import SafetensorError
   from safetensors.numpy import load, load_file
@@ -238,7 +244,8 @@ def load_tokenizer(
     leaves = load(file.read_bytes()) if is_url(path) else load_file(file)
   except (SafetensorError, OSError, ValueError) as e:
     raise UserError(f'{path / WEIGHTS} cannot be read: {e}') from None
-  tokenizer = build_tokenizer(config['model'] | options)
+  trusted = () if trusted is None else trusted
+  tokenizer = build_tokenizer(config['model'] | options, trusted=trusted)
   trees.check_same(variable_shapes(tokenizer), leaves, str(path))
   found = fingerprint(config['model'], leaves)
   if found != config['fingerprint']:

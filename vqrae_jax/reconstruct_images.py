@@ -5,6 +5,7 @@ of each. An image's remainder modulo the patch (or the tile) is cropped.
 """
 
 import pathlib
+from collections.abc import Collection
 
 from absl import flags
 
@@ -34,16 +35,23 @@ def main(argv: list[str]) -> None:
     'image whole; the size the tokenizer was made for by default'
   )
   flags.DEFINE_integer('tile', None, text, **keys)
+  cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'images', 'out')
   if '://' in values.out:
     raise UserError(f'--out={values.out} is a URL; name a local folder')
   out = pathlib.Path(values.out).expanduser()
-  reconstruct_folder(values.tokenizer, values.images, out, values.tile)
+  reconstruct_folder(
+    values.tokenizer, values.images, out, values.tile, values.trusted
+  )
 
 
 def reconstruct_folder(
-  tokenizer_dir: str, images: str, out: pathlib.Path, tile: int | None
+  tokenizer_dir: str,
+  images: str,
+  out: pathlib.Path,
+  tile: int | None,
+  trusted: Collection[str] = (),
 ) -> None:
   """Writes out/NAME.png for each image and out/comparison.png.
 
@@ -52,6 +60,7 @@ def reconstruct_folder(
     images: what `open_source` opens.
     out: the folder.
     tile: None for the decoder's native size, 0 for whole images.
+    trusted: that of `load_tokenizer`.
   """
   from PIL import Image
   from tqdm import tqdm
@@ -65,7 +74,7 @@ def reconstruct_folder(
   check_writable(out, '--out')
   source = open_source(images)
   _check_outputs(source, out)
-  tokenizer, variables = export.load_tokenizer(tokenizer_dir)
+  tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   if not tokenizer.codebook_size:
     print('this tokenizer is continuous: images pass through latents')
   p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit

@@ -50,6 +50,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'(\w*norm\w*/(scale|bias)|scale[12]|bias|counts)', ()),
   (r'usage', (None, None, 'fsdp')),
   (r'(step|count|rng|schedule_count)', ()),
+  # Of another package, whose names are its own; no leaf of ours comes here.
+  (r'(encoder|quantizer)/.*', ('fsdp', None)),
 )
 
 ACTIVATION_RULES = (

@@ -255,6 +255,11 @@ class EncoderSpec:
     return (self.output_norm,) * len(self.layers or (0,))
 
   @property
+  def patch_size(self) -> int:
+    """Pixels of a patch's side."""
+    return self.vit.patch_size
+
+  @property
   def computed(self) -> ViTSpec:
     """`vit` up to the last block that is read."""
     if self.layers is None:

@@ -217,12 +217,12 @@ def _add_keys(found: dict, kind: type, prefix: str) -> None:
       found[name] = 'required' if missing else _plain(default)
 
 
-def parameters(name: str) -> list[str]:
+def parameters(name: str) -> dict[str, inspect.Parameter]:
   """Of a public function; none of a class."""
   value = getattr(vqrae_jax, name)
-  return (
-    [] if isinstance(value, type) else [*inspect.signature(value).parameters]
-  )
+  if isinstance(value, type):
+    return {}
+  return dict(inspect.signature(value).parameters)
 
 
 # -- random weights ------------------------------------------------------------

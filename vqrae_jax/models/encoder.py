@@ -4,11 +4,13 @@ Every family is this module with another spec (`encoders/`). It does not resize
 images to the model's size (the tokenizer does, by its size rule), pool or
 project. With `spec.layers` it gives the outputs of several blocks, which
 `Fusion` makes latents of: means over blocks after RAEv2 (arXiv 2605.18324),
-cross-attention after IDEAL (2606.11096).
+cross-attention after IDEAL (2606.11096). `EncoderModule` is what an encoder of
+another package subclasses.
 """
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
@@ -17,7 +19,15 @@ from jaxtyping import Array, Float, Shaped
 from vqrae_jax.errors import UserError
 from vqrae_jax.nn import vit
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.specs import EncoderSpec
+from vqrae_jax.specs import (
+  DTYPES,
+  REMATS,
+  RESIZES,
+  TORCH_BICUBIC,
+  EncoderSpec,
+  PixelNorm,
+  one_of,
+)
 
 FUSION_HEADS = 8  # of the cross-attention, as IDEAL has it
 
@@ -114,3 +124,79 @@ class Fusion(nn.Module):
     )
     x = x + vit.Mlp(s, name='mlp')(vit.norm(s, 'norm_mlp')(x))
     return x.reshape(deep.shape)
+
+
+class EncoderModule(nn.Module):
+  """An encoder of another package: encoder=dict(name="package.module:Class").
+
+  All that a tokenizer asks of a subclass:
+    `patch_size`, pixels of a token's side, and `latent_dim`, channels of the
+      latents: each a field or a property.
+    `__call__(images)`: f32[b h w 3] in [0, 1], h and w any multiples of the
+      patch, a single one among them -> f[b h/patch w/patch latent_dim] in
+      `dtype`. It normalises pixels itself. Its only variables are "params".
+  Its dataclass fields are the keys of the config's section and are recorded in
+  `config.json`: numbers, strings, booleans, None and tuples of them, each with
+  its type and a default. A field that is added later to a published encoder
+  needs a new class, unless it changes nothing at its default.
+
+  Attributes:
+    pixel_norm: mean and std of pixels; the decoder's too, unless it has its
+      own.
+    resize: how the tokenizer brings images to the encoder's size
+      (`EncoderSpec`).
+    dtype, scan, remat: how it is run, as `model.dtype` and the others say, no
+      part of `config.json`. A module follows those that mean something to it.
+  """
+
+  pixel_norm: PixelNorm = PixelNorm()
+  resize: str = 'bicubic'
+  dtype: str = 'float32'
+  scan: bool = True
+  remat: bool | str = False
+
+  def __post_init__(self):
+    one_of('encoder.resize', self.resize, (*RESIZES, TORCH_BICUBIC))
+    one_of('model.dtype', self.dtype, DTYPES)
+    one_of('model.remat', self.remat, REMATS)
+    super().__post_init__()
+
+
+def check_encoder(module: EncoderModule, where: str) -> None:
+  """A module of another package does what `EncoderModule` says; shapes only.
+
+  Raises:
+    UserError: what it lacks, or gives instead.
+  """
+  fields = {f.name for f in dataclasses.fields(module)}
+  for name in ('patch_size', 'latent_dim'):
+    # `getattr` of what a linen module lacks would call its `setup`.
+    has = name in fields or hasattr(type(module), name)
+    value = getattr(module, name) if has else None
+    if type(value) is not int or value < 1:
+      raise UserError(
+        f'{where}: {type(module).__name__}.{name} must be an integer above 0, '
+        f'not {value!r}'
+      )
+  p = module.patch_size
+  for gh, gw in ((1, 1), (2, 3)):
+    images = jax.ShapeDtypeStruct((2, gh * p, gw * p, 3), jnp.float32)
+    out, variables = jax.eval_shape(
+      module.init_with_output, jax.random.key(0), images
+    )
+    shape = (2, gh, gw, module.latent_dim)
+    if getattr(out, 'shape', None) != shape or out.dtype != module.dtype:
+      raise UserError(
+        f'{where}: {type(module).__name__} makes {_shown(out)} of images '
+        f'{list(images.shape)}, and should make {module.dtype}{list(shape)}'
+      )
+    if others := variables.keys() - {'params'}:
+      raise UserError(
+        f'{where}: {type(module).__name__} has variables in the collection '
+        f'"{min(others)}"; an encoder has "params" alone'
+      )
+
+
+def _shown(out: object) -> str:
+  shape = getattr(out, 'shape', None)
+  return type(out).__name__ if shape is None else f'{out.dtype}{list(shape)}'

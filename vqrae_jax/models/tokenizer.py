@@ -14,7 +14,7 @@ fuse before the barrier cannot change what follows it.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +22,16 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from vqrae_jax import quantizers
+from vqrae_jax import plugins, quantizers
 from vqrae_jax.encoders import ENCODERS
 from vqrae_jax.errors import UserError, choose, did_you_mean
 from vqrae_jax.models.decoder import DECODERS, Decoder, FeatureDecoder
-from vqrae_jax.models.encoder import Encoder, Fusion
+from vqrae_jax.models.encoder import (
+  Encoder,
+  EncoderModule,
+  Fusion,
+  check_encoder,
+)
 from vqrae_jax.models.latents import LatentNorm
 from vqrae_jax.ops import images as image_ops
 from vqrae_jax.ops import trees
@@ -56,21 +61,24 @@ def is_training_only(name: str) -> bool:
 class Tokenizer(nn.Module):
   """Images to tokens and back; frozen, hashable, static under jit."""
 
-  encoder_spec: EncoderSpec
+  encoder_spec: EncoderSpec | EncoderModule
   quantizer: quantizers.Quantizer
   decoder_spec: DecoderSpec
   latents_spec: LatentsSpec = LatentsSpec()
   features_spec: FeatureDecoderSpec | None = None
 
   def setup(self):
-    self.encoder = Encoder(self.encoder_spec)
+    spec = self.encoder_spec
+    if isinstance(spec, EncoderSpec):
+      self.encoder = Encoder(spec)
+    else:  # under the name "encoder"
+      self.encoder = spec.clone(parent=None, name=None)
     self.decoder = Decoder(self.decoder_spec)
-    if self.encoder_spec.layers:
-      self.fusion = Fusion(self.encoder_spec)
+    if self.layers:
+      self.fusion = Fusion(spec)
     if self.features_spec:
-      self.feature_decoder = FeatureDecoder(
-        self.features_spec, self.encoder_spec.vit.width
-      )
+      width = spec.vit.width if self.layers else self.latent_dim
+      self.feature_decoder = FeatureDecoder(self.features_spec, width)
     self.latents = LatentNorm(self.latents_spec, self.latent_dim)
 
   @property
@@ -82,6 +90,11 @@ class Tokenizer(nn.Module):
   def latent_dim(self) -> int:
     """Channels of the continuous latents."""
     return self.encoder_spec.latent_dim
+
+  @property
+  def layers(self) -> tuple[int, ...] | None:
+    """The encoder's blocks that are read, if not the last alone."""
+    return _layers(self.encoder_spec)
 
   @property
   def codebook_size(self) -> int:
@@ -117,7 +130,7 @@ class Tokenizer(nn.Module):
     blocks' outputs f[b gh gw t d]."""
     images = image_ops.to_unit(images)
     grid = self.grid(*images.shape[1:3])
-    p = self.encoder_spec.vit.patch_size
+    p = self.encoder_spec.patch_size
     size = (grid[0] * p, grid[1] * p)
     if (method := self.encoder_spec.resize) == TORCH_BICUBIC:
       images = image_ops.resize(images, size, 'bicubic', antialias=False)
@@ -127,7 +140,7 @@ class Tokenizer(nn.Module):
 
   def fuse(self, encoded: Array) -> Array:
     """`read`'s outputs -> latents f[b gh gw d]."""
-    return self.fusion(encoded) if self.encoder_spec.layers else encoded
+    return self.fusion(encoded) if self.layers else encoded
 
   def project_to_code_space(self, images: ArrayLike) -> Array:
     """Images -> f32[n c], the tokens that codes are compared with."""
@@ -206,7 +219,7 @@ class Tokenizer(nn.Module):
       latents=latents,
       quantizer=out,
       features=features,
-      layers=encoded if self.encoder_spec.layers else None,
+      layers=encoded if self.layers else None,
       predictions=predictions,
     )
 
@@ -219,6 +232,8 @@ class Tokenizer(nn.Module):
     """The same tokenizer run with another dtype, scan or remat."""
 
     def changed(spec):
+      if isinstance(spec, EncoderModule):
+        return spec.clone(**options)
       return spec and dataclasses.replace(
         spec, vit=dataclasses.replace(spec.vit, **options)
       )
@@ -234,8 +249,24 @@ class Tokenizer(nn.Module):
     )
 
 
-def _encoder_spec(section: Mapping, options: Mapping) -> EncoderSpec:
+def _layers(spec: EncoderSpec | EncoderModule) -> tuple[int, ...] | None:
+  # Another package's field of that name is something else.
+  return spec.layers if isinstance(spec, EncoderSpec) else None
+
+
+def _encoder_spec(
+  section: Mapping, options: Mapping, trusted: Collection[str] | None
+) -> EncoderSpec | EncoderModule:
   section = dict(section)
+  if plugins.is_name(section.get('name')):
+    name, where = section.pop('name'), 'model.encoder'
+    cls = plugins.load_class(name, EncoderModule, f'{where}.name', trusted)
+    for key in RUN_OPTIONS:
+      if key in section:
+        raise UserError(f'{where}.{key} is not set here: set model.{key}')
+    module = build_spec(cls, section | options, where)
+    check_encoder(module, where)
+    return module
   if 'name' in section:
     row = choose(ENCODERS, section.pop('name'), 'encoder')
     section = merge_sections(row, section)
@@ -244,11 +275,17 @@ def _encoder_spec(section: Mapping, options: Mapping) -> EncoderSpec:
 
 
 def _decoder_spec(
-  section: Mapping, options: Mapping, encoder: EncoderSpec
+  section: Mapping, options: Mapping, encoder: EncoderSpec | EncoderModule
 ) -> DecoderSpec:
   section = dict(section)
   name = section.pop('name', None)
   if name == 'symmetric':
+    if not isinstance(encoder, EncoderSpec):
+      raise UserError(
+        'model.decoder.name="symmetric" has the sizes of the encoder, and '
+        f'{type(encoder).__name__} is no ViT of ours; name one of '
+        f'{", ".join(DECODERS)}'
+      )
     sizes = ('width', 'depth', 'num_heads', 'mlp_dim', 'patch_size', 'grid')
     vit = dict(DECODERS['B']) | {k: getattr(encoder.vit, k) for k in sizes}
     section = merge_sections({'vit': vit}, section)
@@ -263,33 +300,42 @@ def _decoder_spec(
 
 
 def _features_spec(
-  section: Mapping | None, decoder: DecoderSpec, encoder: EncoderSpec
+  section: Mapping | None,
+  decoder: DecoderSpec,
+  encoder: EncoderSpec | EncoderModule,
 ) -> FeatureDecoderSpec | None:
   if section is None:
     return None
   section = merge_sections({'vit': dataclasses.asdict(decoder.vit)}, section)
   spec = build_spec(FeatureDecoderSpec, section, 'model.feature_decoder')
-  if spec.shallow and len(encoder.layers or ()) < 2:
+  layers = _layers(encoder)
+  if spec.shallow and len(layers or ()) < 2:
     raise UserError(
       'model.feature_decoder.shallow predicts the first of encoder.layers, and '
-      f'there are no two: encoder.layers={encoder.layers}'
+      f'there are no two: encoder.layers={layers}'
     )
   return spec
 
 
-def build_tokenizer(model_config: Any) -> Tokenizer:
+def build_tokenizer(
+  model_config: Any, *, trusted: Collection[str] | None = None
+) -> Tokenizer:
   """The tokenizer that a config's `model` section describes; no arrays yet.
 
   Args:
     model_config: a mapping (ConfigDict or dict) with
-      encoder: dict(name=…) of the encoder table and, or, its spec's fields.
-      quantizer: dict(name=…) of `quantizers.QUANTIZERS` and its fields.
+      encoder: dict(name=…) of the encoder table and, or, its spec's fields; or
+        dict(name="package.module:Class"), an `EncoderModule`, and its fields.
+      quantizer: dict(name=…) of `quantizers.QUANTIZERS`, or
+        "package.module:Class", a `quantizers.Quantizer`; and its fields.
       decoder: dict(name="B"|"L"|"XL"|"symmetric") and, or, its fields.
       latents: dict(norm="none"|"channel"|"position"), "none" if absent; with
         "position" also grid=(rows, columns).
       feature_decoder: dict(vit=dict(…), shallow=False), or absent: a
         `FeatureDecoderSpec`; what `vit` leaves out is the decoder's.
       dtype, scan, remat: run options; "float32", True, False by default.
+    trusted: the packages that such a name may import; None: any, for a config
+      is the caller's own.
 
   Returns:
     A linen module. `init(key, images)` makes its variables: the collections
@@ -313,10 +359,11 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
         f'model.{key}={config.get(key)!r} must be a section, dict(…)'
       )
   options = {k: config[k] for k in RUN_OPTIONS if k in config}
-  encoder = _encoder_spec(config['encoder'], options)
+  encoder = _encoder_spec(config['encoder'], options, trusted)
   decoder = _decoder_spec(config['decoder'], options, encoder)
   latents = build_spec(LatentsSpec, config['latents'], 'model.latents')
-  if latents.norm != 'none' and encoder.fuse == 'attention':
+  fuse = encoder.fuse if isinstance(encoder, EncoderSpec) else ''
+  if latents.norm != 'none' and fuse == 'attention':
     raise UserError(
       f'model.latents.norm="{latents.norm}" measures latents before training, '
       'and encoder.fuse="attention" trains them; use norm="none"'
@@ -324,7 +371,10 @@ def build_tokenizer(model_config: Any) -> Tokenizer:
   return Tokenizer(
     encoder_spec=encoder,
     quantizer=quantizers.build(
-      config['quantizer'], encoder.latent_dim, options.get('dtype', 'float32')
+      config['quantizer'],
+      encoder.latent_dim,
+      options.get('dtype', 'float32'),
+      trusted,
     ),
     decoder_spec=decoder,
     latents_spec=latents,
@@ -341,34 +391,45 @@ def describe(tokenizer: Tokenizer) -> dict:
   what t computes.
   """
 
-  def old_fields(fields, kind=''):
+  def old_fields(fields, kind='', cls=None):
     def later(name, value):
       keys = {name, f'{kind}.{name}'} & LATER_FIELDS.keys()
-      return any(value == LATER_FIELDS[key] for key in keys)
+      # Of ours it is the default; of another package's it need not be.
+      default = cls is None or value == getattr(cls, name)
+      return default and any(value == LATER_FIELDS[key] for key in keys)
 
     return {n: value for n, value in fields.items() if not later(n, value)}
 
   def spec_fields(spec):
+    if isinstance(spec, EncoderModule):
+      name = plugins.name_of(type(spec))
+      return {'name': name, **module_fields(spec, RUN_OPTIONS)}
     fields = dataclasses.asdict(spec)
     for option in RUN_OPTIONS:
       del fields['vit'][option]
     fields['vit'] = old_fields(fields['vit'])
     return old_fields(fields)
 
-  def quantizer_fields(quantizer, outer=('latent_dim', 'dtype')):
+  def module_fields(module, left_out):
     fields = {
-      f.name: getattr(quantizer, f.name)
-      for f in dataclasses.fields(quantizer)
-      if f.name not in ('parent', 'name', *outer)
+      f.name: getattr(module, f.name)
+      for f in dataclasses.fields(module)
+      if f.name not in ('parent', 'name', *left_out)
     }
-    if quantizer.post_quant is not None:
-      fields['post_quant'] = dataclasses.asdict(quantizer.post_quant)
+    specs = {n: x for n, x in fields.items() if dataclasses.is_dataclass(x)}
+    for name, value in specs.items():
+      if not isinstance(value, nn.Module):
+        fields[name] = dataclasses.asdict(value)
+    return fields
+
+  def quantizer_fields(quantizer, outer=('latent_dim', 'dtype')):
+    fields = module_fields(quantizer, outer)
     if isinstance(quantizer, quantizers.Nested):
       fields['quantizer'] = quantizer_fields(
         quantizer.quantizer, quantizers.OUTER
       )
     name = quantizers.name_of(quantizer)
-    return {'name': name, **old_fields(fields, name)}
+    return {'name': name, **old_fields(fields, name, type(quantizer))}
 
   model = {
     'encoder': spec_fields(tokenizer.encoder_spec),
@@ -381,6 +442,13 @@ def describe(tokenizer: Tokenizer) -> dict:
   if tokenizer.features_spec is not None:
     model['feature_decoder'] = spec_fields(tokenizer.features_spec)
   return model
+
+
+def packages_of(tokenizer: Tokenizer) -> tuple[str, ...]:
+  """The packages whose code a tokenizer is made of, ours left out."""
+  model = describe(tokenizer)
+  names = (model[part].get('name') for part in ('encoder', 'quantizer'))
+  return tuple({plugins.package_of(n) for n in names if plugins.is_name(n)})
 
 
 @functools.lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqrae_jax import encoders, quantizers
+from vqrae_jax import encoders, plugins, quantizers
 from vqrae_jax.encoders import dinov2, internvit, mae, naming, siglip
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.errors import UserError
@@ -51,12 +51,20 @@ _FAMILIES: dict[str, tuple[Callable[[EncoderSpec, Shapes], Table], str]] = {
 }
 
 
+NO_COUNTERPART = (
+  "model.encoder has no counterpart among the PyTorch project's encoders: "
+  f'{", ".join(_FAMILIES)}; keep the tokenizer directory'
+)
+
+
 def encoder_family(spec: EncoderSpec) -> str:
   """The family whose checkpoints have a spec's leaves.
 
   Raises:
     UserError: there is none.
   """
+  if not isinstance(spec, EncoderSpec):
+    raise UserError(NO_COUNTERPART)
   s = spec.vit
   plain = s.norm == 'layer' and not s.qk_norm
   scaled = s.layer_scale is not None
@@ -73,10 +81,7 @@ def encoder_family(spec: EncoderSpec) -> str:
       return 'ViT-MAE'
     if scaled and not spec.final_norm and one:
       return 'InternViT'
-  raise UserError(
-    "model.encoder has no counterpart among the PyTorch project's encoders: "
-    f'{", ".join(_FAMILIES)}; keep the tokenizer directory'
-  )
+  raise UserError(NO_COUNTERPART)
 
 
 def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
@@ -272,6 +277,10 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
     UserError: the project has no such quantizer.
   """
   rows: list = []
+  if plugins.is_name(name := quantizers.name_of(q)):
+    raise UserError(
+      f'quantizer.name="{name}": the PyTorch project has no such quantizer'
+    )
   if isinstance(q, quantizers.Nested):
     raise UserError(
       f'quantizer.name="{quantizers.name_of(q)}": the PyTorch project has one '
@@ -409,6 +418,8 @@ def fit(source: WeightFile, tokenizer: Tokenizer) -> dict[str, Pretrained]:
     UserError: a part that does not fit; shows both sides.
   """
   _check_latents(tokenizer)
+  if not isinstance(tokenizer.encoder_spec, EncoderSpec):
+    raise UserError(NO_COUNTERPART)
   parts, p = split(source), tokenizer.patch_size
   image = jax.ShapeDtypeStruct((1, p, p, 3), np.float32)
   shapes = jax.eval_shape(tokenizer.init, jax.random.key(0), image)

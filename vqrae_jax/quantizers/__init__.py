@@ -1,13 +1,19 @@
 """The quantizers that a config may name, and how one is built.
 
-One file each, one idea, one arXiv number. The tokenizer cannot tell them
-apart: `base.Quantizer` is the protocol.
+One file each, one idea, one arXiv number; or a class of another package, by
+"package.module:Class". The tokenizer cannot tell them apart: `base.Quantizer`
+is the protocol.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from vqrae_jax import plugins
 from vqrae_jax.errors import UserError, choose
-from vqrae_jax.quantizers.base import Continuous, Quantizer
+from vqrae_jax.quantizers.base import (
+  Continuous,
+  Quantizer,
+  check_quantizer,
+)
 from vqrae_jax.quantizers.fsq import FSQ
 from vqrae_jax.quantizers.grouped import Grouped
 from vqrae_jax.quantizers.gumbel import Gumbel
@@ -36,19 +42,31 @@ QUANTIZERS = {
 OUTER = ('latent_dim', 'dtype', 'projection', 'post_quant')
 
 
-def build(section: Mapping, latent_dim: int, dtype: str) -> Quantizer:
+def build(
+  section: Mapping,
+  latent_dim: int,
+  dtype: str,
+  trusted: Collection[str] | None = None,
+) -> Quantizer:
   """The quantizer that `section` names, for latents of `latent_dim`.
 
   Args:
-    section: dict(name=…, **its fields), a name of `QUANTIZERS`.
+    section: dict(name=…, **its fields), a name of `QUANTIZERS` or that of a
+      class of another package.
     latent_dim: the encoder's width.
     dtype: of its map from codes to latents.
+    trusted: packages that may be imported for it; None: any.
 
   Raises:
-    UserError: an unknown name or field.
+    UserError: an unknown name or field, or a class that does not do what
+      `base.Quantizer` says.
   """
   fields = {k: v for k, v in section.items() if k != 'name'}
-  cls = choose(QUANTIZERS, section.get('name', ''), 'quantizer')
+  name, where = section.get('name', ''), 'model.quantizer'
+  if others := plugins.is_name(name):
+    cls = plugins.load_class(name, Quantizer, f'{where}.name', trusted)
+  else:
+    cls = choose(QUANTIZERS, name, 'quantizer')
   for key in ('latent_dim', 'dtype'):
     if key in fields:
       raise UserError(
@@ -57,8 +75,11 @@ def build(section: Mapping, latent_dim: int, dtype: str) -> Quantizer:
       )
   fields = dict(latent_dim=latent_dim, dtype=dtype) | fields
   if issubclass(cls, Nested):
-    fields['quantizer'] = _nested(cls, fields, latent_dim, 'model.quantizer')
-  return build_spec(cls, fields, 'model.quantizer')
+    fields['quantizer'] = _nested(cls, fields, latent_dim, where)
+  quantizer = build_spec(cls, fields, where)
+  if others:
+    check_quantizer(quantizer, where)
+  return quantizer
 
 
 def _nested(
@@ -87,5 +108,8 @@ def _nested(
 
 
 def name_of(quantizer: Quantizer) -> str:
-  """The table's name of a quantizer's class."""
-  return next(n for n, c in QUANTIZERS.items() if type(quantizer) is c)
+  """A class's name: in the table, or where another package defines it."""
+  cls = type(quantizer)
+  return next(
+    (n for n, c in QUANTIZERS.items() if cls is c), plugins.name_of(cls)
+  )

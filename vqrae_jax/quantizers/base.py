@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.ops import trees
 from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.specs import PostQuantSpec, one_of
 from vqrae_jax.types import QuantizerOutput
@@ -309,6 +310,61 @@ class MLP(nn.Module):
     x = nn.Dense(x.shape[-1], precision=HIGHEST, name='dense0')(x)
     x = jax.nn.gelu(x, approximate=False)
     return nn.Dense(self.features, precision=HIGHEST, name='dense1')(x)
+
+
+def check_quantizer(quantizer: Quantizer, where: str) -> None:
+  """A class of another package gives what `Quantizer` says; shapes only.
+
+  Values are for its own tests: the round trip is bitwise.
+
+  Raises:
+    UserError: with what it gives instead.
+  """
+  q, kind = quantizer, type(quantizer).__name__
+  if q.index_axes[:2] != ('gh', 'gw'):
+    return  # it may take some grids only
+  z = jax.ShapeDtypeStruct((2, 2, 3, q.latent_dim), jnp.float32)
+
+  def outputs(key, z):
+    variables = q.init(key, z)
+    found = {
+      f'call(train={train})': q.apply(
+        variables, z, train=train, losses=q.loss_names
+      )
+      for train in (False, True)
+    }
+    if q.codebook_size:
+      indices = q.apply(variables, z, method='latents_to_indices')
+      codes = q.apply(variables, indices, method='indices_to_codes')
+      found |= {'latents_to_indices': indices, 'indices_to_codes': codes}
+    return variables, found
+
+  variables, found = jax.eval_shape(outputs, jax.random.key(0), z)
+  if others := variables.keys() - {'params', 'codebook'}:
+    raise UserError(
+      f'{where}: {kind} has variables in the collection "{min(others)}"; a '
+      'quantizer has "params" and "codebook"'
+    )
+  codes = 'float32', (2, 2, 3, q.code_width)
+  wanted = {'z_q': (q.dtype, z.shape), 'codes': codes}
+  wanted |= {f'losses/{n}': ('float32', ()) for n in q.loss_names}
+  alone = {}
+  if q.codebook_size:
+    indices = 'int32', (2, *q.index_shape((2, 3)))
+    wanted['indices'] = indices
+    wanted['stats/counts'] = 'int32', (q.codes_per_token, q.codebook_size)
+    alone = {'latents_to_indices': indices, 'indices_to_codes': codes}
+  have = trees.flatten(found)
+  calls = sorted(found.keys() - alone.keys())
+  wanted = {f'{c}/{n}': want for c in calls for n, want in wanted.items()}
+  for name, (dtype, shape) in (wanted | alone).items():
+    leaf = have.get(name)
+    gives = 'nothing' if leaf is None else f'{leaf.dtype}{list(leaf.shape)}'
+    if gives != f'{dtype}{list(shape)}':
+      raise UserError(
+        f'{where}: {kind} gives {gives} as {name} of latents {list(z.shape)}, '
+        f'and should give {dtype}{list(shape)}'
+      )
 
 
 def check_size(given: str, size: int) -> None:

@@ -8,10 +8,11 @@ import dataclasses
 import math
 import operator
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from vqrae_jax import quantizers
+from vqrae_jax import plugins, quantizers
 from vqrae_jax.data.decode import DECODERS
 from vqrae_jax.data.pipeline import CROPS
 from vqrae_jax.errors import UserError, choose, did_you_mean
@@ -99,6 +100,33 @@ class GanTerm(LossTerm):
   loss's gradient is as long as that of the weighted image losses."""
 
   adaptive: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherTerm(LossTerm):
+  """A loss of another package, under a name of the config's choice.
+
+  Attributes:
+    fn: "package.module:function", which gives f32[] and has no weights.
+    on: what it is given: "images", a `LossInputs`, or "latents", a
+      `LatentInputs` (`types.py`).
+  """
+
+  fn: str = ''
+  on: str = 'images'
+
+  def __post_init__(self):
+    one_of('on', self.on, ('images', 'latents'))
+    if not plugins.is_name(self.fn):
+      raise UserError(f'fn={self.fn!r} must be "package.module:function"')
+    super().__post_init__()
+
+  def load(self, name: str) -> Callable[[Any], Any]:
+    """The function, imported. `name` is the loss's, for the errors."""
+    found = plugins.load(self.fn, f'losses.{name}.fn')
+    if not callable(found):
+      raise UserError(f'losses.{name}.fn="{self.fn}" is no function')
+    return found
 
 
 # Losses with more fields than a weight and a start.
@@ -370,7 +398,8 @@ class RunConfig:
 
   Attributes:
     model: `build_tokenizer`'s mapping.
-    losses: {term: weight or LossTerm fields}.
+    losses: {term: weight or LossTerm fields}; {name: OtherTerm fields} of
+      another package.
     schedules: rows (regex, None or Schedule fields).
     duration: "30 epochs", "2000 steps" or a number of steps.
     batch_size: B, images of one optimizer step over all hosts.
@@ -447,11 +476,13 @@ class RunConfig:
     given |= {f'features/{k}': value for k, value in features.items()}
     for name, value in given.items():
       where = f'losses.{name.replace("/", ".")}'
-      if name not in known:
-        raise UserError(f'unknown "{where}"{did_you_mean(name, known)}')
+      kind = TERMS.get(name, LossTerm)
       if not isinstance(value, Mapping):
         value = {'weight': value}
-      kind = TERMS.get(name, LossTerm)
+      if name not in known:
+        if 'fn' not in value or not re.fullmatch(r'\w+', name):
+          raise UserError(f'unknown "{where}"{did_you_mean(name, known)}')
+        kind = OtherTerm
       terms[name] = build_spec(kind, value, where)
     if not terms:
       raise UserError(f'losses is empty; there are: {", ".join(known)}')
@@ -469,7 +500,14 @@ class RunConfig:
         'that, or set discriminator=None'
       )
     image = [*IMAGE_TERMS, *FROZEN_TERMS]
-    if gan and gan.adaptive and not any(n in image for n in terms):
+    if (
+      gan
+      and gan.adaptive
+      and not any(
+        n in image or getattr(term, 'on', '') == 'images'
+        for n, term in terms.items()
+      )
+    ):
       raise UserError(
         'losses.gan is adaptive, and there is no image loss to balance it '
         f'against; add one ({", ".join(image)}) or set '

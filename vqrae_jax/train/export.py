@@ -6,6 +6,7 @@ tokenizer/.
 """
 
 import os
+from collections.abc import Collection
 
 from absl import flags
 
@@ -19,9 +20,13 @@ MODULE = 'vqrae_jax.train.export'
 EXAMPLE = f'python -m {MODULE} --run=runs/quickstart --out=tokenizer'
 
 
-def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
+def export_run(
+  run: str | os.PathLike,
+  out: str | os.PathLike,
+  trusted: Collection[str] = (),
+) -> str:
   """Writes the tokenizer of a run's latest checkpoint to `out`; its
-  fingerprint.
+  fingerprint. `trusted` is that of `load_tokenizer`.
 
   Raises:
     UserError: no run there, or no checkpoint that verifies.
@@ -31,7 +36,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike) -> str:
     raise UserError(f"--run={run} has no checkpoints; name a run's workdir")
   if to_path(out).exists() and to_path(out) != workdir / 'tokenizer':
     raise UserError(f'--out={out} exists and is not replaced; name another')
-  tokenizer, weights = initialize.of_run(workdir, key='--run')
+  tokenizer, weights = initialize.of_run(workdir, key='--run', trusted=trusted)
   variables = trees.unflatten(weights.leaves)
   print(weights.summary)
   return export.save_tokenizer(tokenizer, variables, out)
@@ -42,9 +47,10 @@ def main(argv: list[str]) -> None:
   values = flags.FlagValues()
   flags.DEFINE_string('run', None, 'the workdir of a run', values)
   flags.DEFINE_string('out', None, 'the folder of the tokenizer', values)
+  cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'run', 'out')
-  fingerprint = export_run(values.run, values.out)
+  fingerprint = export_run(values.run, values.out, values.trusted)
   print(f'{values.out}: fingerprint {fingerprint}')
 
 

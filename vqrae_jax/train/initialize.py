@@ -30,9 +30,15 @@ from vqrae_jax import export, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import Path, is_url, to_path
 from vqrae_jax.models import latents
-from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
+from vqrae_jax.models.tokenizer import (
+  Tokenizer,
+  build_tokenizer,
+  describe,
+  packages_of,
+)
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders, networks, rae
+from vqrae_jax.specs import EncoderSpec
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.checkpoint import Checkpoints, check_same_run
@@ -338,7 +344,9 @@ def encoder_from(
   """The encoder's leaves out of a published encoder, or of a tokenizer."""
   path = reachable(word, key)
   if (folder := _tokenizer_at(path)) is not None:
-    other, variables = export.load_tokenizer(folder)
+    other, variables = export.load_tokenizer(
+      folder, trusted=packages_of(tokenizer)
+    )
     _check_model(other, tokenizer, f'{key}={word}', 'encoder.')
     params = {'encoder': variables['params']['encoder']}
     leaves = jax.tree.map(np.asarray, trees.flatten({'params': params}))
@@ -346,6 +354,12 @@ def encoder_from(
     return InitialWeights(leaves, f'the {len(leaves)} leaves of {source}', word)
   if (path / 'metrics.jsonl').exists():
     raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
+  if not isinstance(tokenizer.encoder_spec, EncoderSpec):
+    raise UserError(
+      f'{key}={word} is no tokenizer, and a published encoder does not fit '
+      f'model.encoder, {type(tokenizer.encoder_spec).__name__} of another '
+      "package; name a tokenizer's directory"
+    )
   try:
     found = encoders.find_encoder(word)
     fit = encoders.fit_encoder(found, tokenizer.encoder_spec)
@@ -430,7 +444,7 @@ def _check_model(
 
 
 def _of_tokenizer(want: Tokenizer, path: Path) -> InitialWeights:
-  tokenizer, variables = export.load_tokenizer(path)
+  tokenizer, variables = export.load_tokenizer(path, trusted=packages_of(want))
   _check_model(tokenizer, want, f'init_from={path}')
   codebook = variables.get('codebook', {})
   tables = dict(codebook.get('quantizer', {}))
@@ -443,7 +457,10 @@ def _of_tokenizer(want: Tokenizer, path: Path) -> InitialWeights:
 
 
 def of_run(
-  workdir: Path, want: Tokenizer | None = None, key: str = 'init_from'
+  workdir: Path,
+  want: Tokenizer | None = None,
+  key: str = 'init_from',
+  trusted: Collection[str] = (),
 ) -> tuple[Tokenizer, InitialWeights]:
   """(a run's tokenizer, the EMA weights, live codebook and frozen leaves of
   its latest checkpoint).
@@ -452,6 +469,7 @@ def of_run(
     workdir: the run's.
     want: the tokenizer that it must be, if any.
     key: what names the run, for errors.
+    trusted: packages whose code it may be made of, beside those of `want`.
 
   Raises:
     UserError: no checkpoint there that verifies, or another tokenizer.
@@ -471,7 +489,10 @@ def of_run(
     ) from None
   if manifest is None:
     raise UserError(f'{where}: that run has no checkpoint yet; wait for one')
-  step, tokenizer = manifest['step'], build_tokenizer(config.model)
+  if want is not None:
+    trusted = *trusted, *packages_of(want)
+  step = manifest['step']
+  tokenizer = build_tokenizer(config.model, trusted=trusted)
   if want is not None:
     _check_model(tokenizer, want, where)
   # To the host: one device may not hold all. No memory behind these.

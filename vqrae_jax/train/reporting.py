@@ -26,6 +26,7 @@ from vqrae_jax import export, sharding
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.evaluate import evaluator, visualize
 from vqrae_jax.files import Path, atomic_write, is_url
+from vqrae_jax.models.tokenizer import packages_of
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train.setup import Setup
 
@@ -295,7 +296,9 @@ def finish(
   )
   if spec is not None:
     options = {'dtype': setup.config.model.get('dtype', 'float32')}
-    tokenizer, variables = export.load_tokenizer(folder, **options)
+    tokenizer, variables = export.load_tokenizer(
+      folder, trusted=packages_of(setup.tokenizer), **options
+    )
     names = setup.held_out.names
     logging.info(
       'evaluating on %s',

@@ -376,6 +376,11 @@ def plan_step(
     tokenizer=tokenizer,
     optimizer=optimizer,
     losses=tuple(name for name in terms if name != 'gan'),
+    other_losses=tuple(
+      (name, term.on, term.load(name))
+      for name, term in terms.items()
+      if isinstance(term, config_lib.OtherTerm)
+    ),
     image_size=config.data.size,
     accumulate=config.accumulate,
     ema=bool(config.ema),

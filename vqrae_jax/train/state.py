@@ -7,7 +7,7 @@ argument of the step, never in the optimizer, the EMA weights or a checkpoint.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,13 @@ from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import networks
 from vqrae_jax.specs import RunOptions
 from vqrae_jax.train.gan import Gan
-from vqrae_jax.types import Frozen, NetworkState, TrainState
+from vqrae_jax.types import (
+  Frozen,
+  LatentInputs,
+  LossInputs,
+  NetworkState,
+  TrainState,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,8 @@ class StepSpec:
     tokenizer: the module.
     optimizer: over {leaf name: leaf} of the trainable leaves.
     losses: names of the losses, "gan" left out.
+    other_losses: (name, "images" or "latents", function) of those of another
+      package.
     image_size: (h, w) of a training image.
     accumulate: microbatches that a step's batch is computed in.
     ema: whether there are EMA weights.
@@ -50,6 +58,7 @@ class StepSpec:
   tokenizer: Tokenizer
   optimizer: optim.Optimizer
   losses: tuple[str, ...]
+  other_losses: tuple[tuple[str, str, Callable[[Any], Any]], ...]
   image_size: tuple[int, int]
   accumulate: int
   ema: bool
@@ -71,10 +80,14 @@ class StepSpec:
     """Whether any leaf of the encoder moves."""
     return any(name.startswith('encoder/') for name in self.trainable)
 
+  def _terms(self, on: str, ours: Mapping[str, Any]) -> dict[str, Any]:
+    known = dict(ours) | {n: fn for n, o, fn in self.other_losses if o == on}
+    return {name: known[name] for name in self.losses if name in known}
+
   @property
-  def image_losses(self) -> list[str]:
+  def image_losses(self) -> dict[str, Callable[[LossInputs], jax.Array]]:
     """The losses whose gradient is taken at the reconstruction."""
-    return [n for n in self.losses if n in IMAGE_TERMS | FROZEN_TERMS]
+    return self._terms('images', IMAGE_TERMS | FROZEN_TERMS)
 
   @property
   def networks(self) -> list[str]:
@@ -82,9 +95,9 @@ class StepSpec:
     return [n for n in self.losses if n in FROZEN_TERMS]
 
   @property
-  def latent_losses(self) -> list[str]:
+  def latent_losses(self) -> dict[str, Callable[[LatentInputs], jax.Array]]:
     """The losses that the forward carries."""
-    return [n for n in self.losses if n in LATENT_TERMS]
+    return self._terms('latents', LATENT_TERMS)
 
 
 def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:

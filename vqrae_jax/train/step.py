@@ -18,12 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.losses import (
-  FROZEN_TERMS,
-  IMAGE_TERMS,
-  LATENT_TERMS,
-  adversarial,
-)
+from vqrae_jax.losses import adversarial
 from vqrae_jax.ops import augment, trees
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import images as image_ops
@@ -41,7 +36,6 @@ from vqrae_jax.types import (
 )
 
 Metrics = dict[str, jax.Array]
-_IMAGE = IMAGE_TERMS | FROZEN_TERMS
 # Apart from each other and from the discriminator's draws of the same step.
 _NOISE, _QUANTIZER = 104, 105
 
@@ -81,10 +75,21 @@ def _reconstruct(
     images,
     train=True,
     random=random,
-    losses=spec.latent_losses,
+    losses=[*spec.latent_losses],
     noise=noise,
     encoded=encoded,
   )
+
+
+def _scalar(name: str, value: Any) -> jax.Array:
+  """The value of a loss, checked: one of another package may give anything."""
+  shape, dtype = jnp.shape(value), jnp.result_type(value)
+  if shape or dtype != jnp.float32:
+    raise UserError(
+      f'losses.{name} gives {dtype}{list(shape)} and should give one value, '
+      'float32[]'
+    )
+  return jnp.asarray(value)
 
 
 def _at_image(
@@ -99,12 +104,13 @@ def _at_image(
   """The image losses of one forward and their cotangents."""
   recon = out.images
   values, image, gan, fakes = {}, None, None, None
-  for name in spec.image_losses:
-    values[name], g = jax.value_and_grad(
-      lambda x, term=_IMAGE[name]: term(
-        LossInputs(x, images, frozen.losses, spec.networks_run)
-      )
-    )(recon)
+  for name, term in spec.image_losses.items():
+
+    def value_of(x, name=name, term=term):
+      inputs = LossInputs(x, images, frozen.losses, spec.networks_run)
+      return _scalar(name, term(inputs))
+
+    values[name], g = jax.value_and_grad(value_of)(recon)
     g = loss_weight(hparams['losses'][name], state.step) * g
     image = g if image is None else image + g
   if spec.gan is not None:
@@ -147,7 +153,10 @@ def loss_gradients(
   def forward(params):
     out = _reconstruct(*step, params, images, sample_ids, encoded)
     inputs = LatentInputs(out, teacher)
-    losses = {name: LATENT_TERMS[name](inputs) for name in spec.latent_losses}
+    losses = {
+      name: _scalar(name, term(inputs))
+      for name, term in spec.latent_losses.items()
+    }
     # Without an image loss nothing may pretend to reach the decoder.
     image = out.images if spec.image_losses or spec.gan is not None else None
     return (image, losses), out
@@ -169,8 +178,7 @@ def loss_gradients(
     gan = weight * adaptive_weight * at.gan
     cotangent = gan if cotangent is None else cotangent + gan
   weights = {
-    name: loss_weight(hparams['losses'][name], state.step).astype(x.dtype)
-    for name, x in losses.items()
+    name: loss_weight(hparams['losses'][name], state.step) for name in losses
   }
   (gradients,) = pullback((cotangent, weights))
   q = out.quantizer

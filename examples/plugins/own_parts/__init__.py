@@ -1,0 +1,1 @@
+"""An encoder, a quantizer and a loss outside of vqrae_jax, for its configs."""
