@@ -142,14 +142,15 @@ def examine(
     skipped.append(error)
     tqdm.write(f'{source.name(index)}  skipped: {error.reason}')
 
-  devices = jax.local_device_count()
-  batch_size = -(-batch_size // devices) * devices
+  devices = jax.local_devices()
+  batch_size = -(-batch_size // len(devices)) * len(devices)
   chosen = visualize.spread(count, images or count)
   with tqdm(unit='tile', disable=None) as bar:
     stages = codebooks.gather(
       tokenizer,
       variables,
       pipeline.eval_batches(source, cut, batch_size, chosen, skip),
+      devices,
       bar.update,
     )
   if not stages:
@@ -180,7 +181,7 @@ def examine(
     data=data,
     images=len(chosen) - len(skipped),
     skipped=len(skipped),
-    devices=devices,
+    devices=len(devices),
     batch_size=batch_size,
     stages=found,
     together=[f for _, f in together],
@@ -502,7 +503,7 @@ def _table(stages: list[dict]) -> list[str]:
       'code norm, median': lambda f: norm(f['code_norm']),
       'near-duplicate codes': lambda f: f'{f["near_duplicates"]:,}',
       'distance to code, mean': lambda f: number(f['distance']),
-      'squared, of variance': lambda f: number(f['relative_error']),
+      'error, of token variance': lambda f: number(f['relative_error']),
       'margin, median': lambda f: margin(f, 'median'),
       'margin, 5 % below': lambda f: margin(f, 'p5'),
     }

@@ -12,7 +12,7 @@ index, norm, distance and margin of every token, and `SAMPLE` tokens in full.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -165,22 +165,25 @@ def gather(
   tokenizer: Tokenizer,
   variables: Tree,
   batches: Iterable[tuple[np.ndarray, int]],
+  devices: Sequence[Any],
   progress: Callable[[int], Any] = lambda n: None,
 ) -> list[Stage]:
   """Runs a tokenizer over images; a `Stage` a search.
 
   Indices are those of f32 with the highest precision ("canonical"). They are
   compared with those in bf16, of images alone (`ALONE` of a batch), and of
-  batches that lie over all devices of this host, if it has several.
+  batches that lie over all of `devices`, if there are several.
 
   Args:
     tokenizer, variables: what is examined.
     batches: (uint8 [b h w 3], how many of its rows count).
+    devices: of this host; `b` is a multiple of their number.
     progress: called with the images of each batch.
   """
-  rng, devices = np.random.default_rng(0), jax.local_devices()
+  rng = np.random.default_rng(0)
   kinds = {
-    d: tokenizer.with_run_options(dtype=d) for d in ('float32', 'bfloat16')
+    dtype: tokenizer.with_run_options(dtype=dtype)
+    for dtype in ('float32', 'bfloat16')
   }
   stages, keys = [], []
   mesh = sharding.make_mesh('dp', devices) if len(devices) > 1 else None
@@ -283,7 +286,7 @@ def figures(
     counts=np.sort(counts)[::-1].tolist(),
   )
   if part is not None:
-    digits = np.asarray(part.digits(codes))
+    digits = np.asarray(part.digits(jnp.asarray(codes)))
     shares = [
       np.bincount(d, weights=counts, minlength=levels)[:levels] / max(n, 1)
       for d, levels in zip(digits.T, part.levels, strict=True)
