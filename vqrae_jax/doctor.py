@@ -268,14 +268,14 @@ class _Keys:
       return []
     return [f'{self.outer}projection="mlp"']
 
-  def fewer(self, size: int, perplexity: float) -> list[str]:
-    """A codebook no larger than what is used."""
-    if self.value('num_codes') is None:
+  def fewer(self, size: int, used: int) -> list[str]:
+    """A codebook no larger than what is used, a power of two."""
+    fits = 2 ** max(math.ceil(math.log2(max(used, 1))), 1)
+    if self.value('num_codes') is None or fits >= size:
       return []
-    fits = 2 ** max(math.ceil(math.log2(max(perplexity, 2))), 1)
-    return [f'{self.prefix}num_codes={fits}'] if fits < size else []
+    return [f'{self.prefix}num_codes={fits}']
 
-  def use(self, size: int, perplexity: float) -> list[str]:
+  def use(self, size: int, used: int) -> list[str]:
     """What makes more codes used; the first that are not set yet."""
     if self.name == 'vq' and self.value('update') == 'gradient':
       found = self.unless(update='ema')
@@ -292,7 +292,8 @@ class _Keys:
       found = self.projected() if self.name in ('fsq', 'lfq', 'bsq') else []
     found += self.loss(entropy=0.1, kl=5e-4) or self.loss(diversity=0.1)
     found = found[:2]
-    return found or self.fewer(size, perplexity) or self.projected()
+    found = found or [*self.fewer(size, used), *self.projected()]
+    return found or ['duration=… (train longer)']
 
   def sizes(self) -> list[str]:
     """What brings tokens and codes to one size."""
@@ -342,7 +343,7 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
   lengths = f.get('code_norm') and _lengths(f)
   if lengths:
     found.append((lengths, keys.sizes()))
-  cures = keys.use(k, f['perplexity'])
+  cures = keys.use(k, f['used'])
   if f['unused'] > f['unused_if_even'] + _UNUSED:
     few = (
       f' (of {n} tokens; even use would leave {_percent(f["unused_if_even"])})'
@@ -366,7 +367,12 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
   narrow = _narrow_channels(f)
   if narrow:
     found.append(
-      (narrow, keys.projected() or keys.loss(commit=0.25, entropy=0.1))
+      (
+        narrow,
+        keys.projected()
+        or keys.loss(commit=0.25, entropy=0.1)
+        or ['model.latents.norm="channel"'],
+      )
     )
   if f.get('near_duplicates', 0) > _COPIES * k:
     what = (
@@ -375,7 +381,7 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     )
     cures = keys.loss(orthogonal=0.01) or keys.unless(update='ema')
     cures += keys.fewer(k, k - f['near_duplicates'])
-    found.append((what, cures or keys.use(k, f['perplexity'])))
+    found.append((what, cures or keys.use(k, f['used'])))
   error = f.get('relative_error')
   if error is not None and error >= 1:
     what = (
@@ -383,7 +389,7 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
       'codes lie elsewhere'
     )
     cures = keys.unless(data_init=True, basis_init='tokens')
-    found.append((what, cures or keys.use(k, f['perplexity'])))
+    found.append((what, cures or keys.use(k, f['used'])))
   return found + _unstable(f)
 
 
@@ -428,6 +434,8 @@ def _unstable(f: dict) -> list[tuple[str, list[str]]]:
       found.append((text, ['model.dtype="float32"', canonical]))
       continue
     kind, dtype = what.split(', ')
+    if dtype in f['moved'] and f['moved'][dtype] > _MOVED[dtype]:
+      continue  # it goes with the dtype
     text = (
       f'{_percent(share)} of indices move with the {_CHANGES[kind]} in {dtype}'
     )
