@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from tests import bad
-from vqrae_jax import export, latent_stats, reconstruct_images
+from vqrae_jax import doctor, export, latent_stats, reconstruct_images
 from vqrae_jax.errors import UserError
 from vqrae_jax.train import __main__ as train
 from vqrae_jax.train import loop
@@ -31,6 +31,12 @@ COMMANDS = [
   (train, '--config=mine.py --config.data.source=hollow', '"hollow"'),
   (train, '--config=mine.py --config.data.source=bad', 'max_skipped|bad/'),
   (latent_stats, '--config=mine.py --out=/proc/s.npz', '--out=/proc'),
+  (doctor, '--tokenizer=tokenizer', '--data'),
+  (doctor, '--tokenizer=nowhere --data=photos', 'nowhere'),
+  (doctor, '--tokenizer=tokenizer --data=photos --images=9', '--images=9.* 3'),
+  (doctor, '--tokenizer=tokenizer --data=photos --json=a.txt', r'\.json'),
+  (doctor, '--tokenizer=tokenizer --data=photos --out=notes.txt', '--out'),
+  (doctor, '--tokenizer=tokenizer --data=photos --out=o --png=a.png', '--png'),
   (reconstruct_images, '', '--tokenizer'),
   (reconstruct_images, '--tokenizer=tokenizer --out=out', '--images'),
   (reconstruct_images, '--tokeniser=tokenizer', '"tokenizer"'),

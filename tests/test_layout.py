@@ -17,7 +17,7 @@ ORDER = (
   {'evaluate'},
   {'train'},
   {
-    'cli', 'convert', 'fetch_weights', 'latent_stats', 'preflight',
+    'cli', 'convert', 'doctor', 'fetch_weights', 'latent_stats', 'preflight',
     'reconstruct_images',
   },
 )  # fmt: skip

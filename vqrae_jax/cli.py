@@ -27,6 +27,7 @@ COMMANDS = {
   'train': 'train a tokenizer as a config says',
   'preflight': 'what a run takes on devices that need not be there',
   'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
+  'doctor': 'the health of a codebook on images, with remedies',
   'latent_stats': "mean and variance of an encoder's latents",
   'fetch_weights': 'download the published weights that a config needs',
   'convert': 'PyTorch checkpoints in and out',

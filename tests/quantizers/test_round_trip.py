@@ -69,10 +69,11 @@ def check_round_trip(kind, dtype, kernel, grid):
       back = q.codes_to_indices(q.indices_to_stage_codes(indices))
     else:
       back = q.codes_to_indices(codes)
-    return indices, flat, q.indices_to_codes(indices), back
+    searches = q.latents_to_searches(z)
+    return indices, flat, q.indices_to_codes(indices), back, searches
 
   out, train = compiled(quantizer, forward)(variables, z)
-  indices, flat, codes, back = compiled(quantizer, lookups)(
+  indices, flat, codes, back, searches = compiled(quantizer, lookups)(
     variables, z, out.codes
   )
   assert out.z_q.shape == z.shape and out.z_q.dtype == dtype
@@ -86,9 +87,23 @@ def check_round_trip(kind, dtype, kernel, grid):
   assert codes.dtype == jnp.float32
   for same in (out.codes, train.codes):
     assert np.asarray(same).tobytes() == np.asarray(codes).tobytes()
+  check_searches(quantizer, searches, np.asarray(indices))
   counts = out.stats['counts']
   assert counts.shape == (quantizer.codes_per_token, quantizer.codebook_size)
   assert counts.dtype == jnp.int32 and counts.sum() == indices.size
+
+
+def check_searches(quantizer, searches, indices):
+  """They choose the indices, each the nearest row of its table."""
+  assert len(searches) == len({name for name, _ in quantizer.search_names})
+  found = [np.asarray(s.indices).reshape(len(indices), -1) for s in searches]
+  join = np.concatenate if quantizer.index_axes == ('n',) else np.stack
+  np.testing.assert_array_equal(join(found, -1).reshape(indices.shape), indices)
+  for tokens, table, index in searches:
+    if table is not None:
+      squares = np.square(tokens[..., None, :] - table).sum(-1)
+      own = np.take_along_axis(squares, np.asarray(index)[..., None], -1)
+      assert (own[..., 0] <= squares.min(-1) + 1e-4).all()
 
 
 def test_every_quantizer_has_a_form():

@@ -151,9 +151,17 @@ class Tokenizer(nn.Module):
 
   def encode_to_indices(self, images: ArrayLike) -> Array:
     """Images -> i32[b *index_shape]; needs no decoder variables."""
+    return self.quantizer.latents_to_indices(self._quantized(images))
+
+  def _quantized(self, images: ArrayLike) -> Array:
+    """Images -> the quantizer's input f[b gh gw d]."""
     latents = jax.lax.optimization_barrier(self.encode(images))
-    z = jax.lax.optimization_barrier(self.latents.normalise(latents))
-    return self.quantizer.latents_to_indices(z)
+    return jax.lax.optimization_barrier(self.latents.normalise(latents))
+
+  def search_codes(self, images: ArrayLike) -> list:
+    """`encode_to_indices` as `Search`es, which have what each code is chosen
+    by, in the order of `quantizer.search_names`."""
+    return self.quantizer.latents_to_searches(self._quantized(images))
 
   def decode_from_indices(self, indices: ArrayLike) -> Array:
     """i32[b *index_shape] -> f32[b h w 3] not clipped; needs no encoder

@@ -14,7 +14,7 @@ optimizer step.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,20 @@ from vqrae_jax.ops import trees
 from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.specs import PostQuantSpec, one_of
 from vqrae_jax.types import QuantizerOutput
+
+
+class Search(NamedTuple):
+  """What codes are chosen by, for the figures of a codebook.
+
+  Attributes:
+    tokens: f32[... c], as they are compared.
+    table: f32[k c], the nearest of whose rows is chosen, or None.
+    indices: i32[...], the choice.
+  """
+
+  tokens: Array
+  table: Array | None
+  indices: Array
 
 
 class Quantizer(nn.Module):
@@ -148,6 +162,17 @@ class Quantizer(nn.Module):
   def _lookup(self, indices: Array) -> Array:
     """i32[...] -> codes f32[... c]."""
     raise NotImplementedError
+
+  @property
+  def search_names(self) -> tuple[tuple[str, str], ...]:
+    """(name, its table's name) of each of `latents_to_searches`; searches of
+    one table share its name."""
+    return (('', ''),)
+
+  def _searches(self, z: Array) -> list[Search]:
+    """f32[... c] -> the search of each code of a token."""
+    surrogate, indices = self._assign(z, False, None)
+    return [Search(surrogate, None, indices)]
 
   def _losses(self, z: Array, indices: Array, codes: Array) -> dict[str, Array]:
     """{name: f32[]} of surrogate, indices and codes."""
@@ -277,6 +302,10 @@ class Quantizer(nn.Module):
   def latents_to_indices(self, latents: Array) -> Array:
     """f[... d] -> i32[...]: the call up to the indices."""
     return self._assign(self.to_code_space(latents), False, None)[1]
+
+  def latents_to_searches(self, latents: Array) -> list[Search]:
+    """f[... d] -> what each code is chosen by, named by `search_names`."""
+    return self._searches(self.to_code_space(latents))
 
   def indices_to_codes(self, indices: Array) -> Array:
     """i32[...] in [0, K) -> codes f32[... c]."""
@@ -465,6 +494,10 @@ class Nearest(TableQuantizer):
   rotation: bool = False
   entropy_gamma: float = 1.0
   entropy_temperature: float = 0.01
+
+  def _searches(self, z):
+    surrogate, indices = self._assign(z, False, None)
+    return [Search(surrogate, self._table(), indices)]
 
   def _gradient_path(self, surrogate, codes):
     if self.rotation:

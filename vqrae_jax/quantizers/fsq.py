@@ -268,8 +268,12 @@ class FSQ(base.Quantizer):
 
     return jax.vmap(moved)(random['samples'], codes)
 
+  def digits(self, indices: Array) -> Array:
+    """i32[...] -> i32[... c], the level of each channel, of `levels`."""
+    return code_ops.index_to_digits(indices, self._strides, self.levels)
+
   def _lookup(self, indices):
-    digits = code_ops.index_to_digits(indices, self._strides, self.levels)
+    digits = self.digits(indices)
     offset, scale = self._grid
     return (digits.astype(jnp.float32) - offset) / scale
 

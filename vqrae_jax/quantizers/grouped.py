@@ -66,6 +66,20 @@ class Grouped(nested.Nested):
   def draws(self):
     return self.quantizer.draws
 
+  @property
+  def search_names(self):
+    found = []
+    for i in range(self.groups):
+      group = f'group {i + 1}'
+      for name, table in self.quantizer.search_names:
+        table = table if self.shared else f'{group} {table}'
+        found.append((f'{group} {name}'.strip(), table.strip()))
+    return tuple(found)
+
+  def _searches(self, z):
+    split = enumerate(jnp.split(z, self.groups, -1))
+    return [s for i, x in split for s in self._call(i, '_searches', x)]
+
   def _indices(self, indices: Array) -> list[Array]:
     """i32[... q] -> each group's, as its quantizer has them."""
     if indices.shape[-1:] != (self.codes_per_token,):

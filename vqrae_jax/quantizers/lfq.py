@@ -17,12 +17,18 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.quantizers import base
 
 TOGETHER = 12  # bits that LFQ's entropy takes together by default, at most
+
+
+def _digits(indices: Array, bits: int) -> Array:
+  strides = code_ops.radix_strides((2,) * bits, last_is_least=True)
+  return code_ops.index_to_digits(indices, strides, (2,) * bits)
 
 
 class LFQ(base.Quantizer):
@@ -76,9 +82,17 @@ class LFQ(base.Quantizer):
     """A code's channels are plus or minus this."""
     return np.float32(self.bits**-0.5 if self.spherical else 1)
 
+  @property
+  def levels(self) -> tuple[int, ...]:
+    """Of each channel, as FSQ's."""
+    return (2,) * self.bits
+
+  def digits(self, indices: Array) -> Array:
+    """i32[...] -> i32[... bits], each 0 or 1."""
+    return _digits(indices, self.bits)
+
   def _codes(self, indices, bits):
-    strides = code_ops.radix_strides((2,) * bits, last_is_least=True)
-    digits = code_ops.index_to_digits(indices, strides, (2,) * bits)
+    digits = _digits(indices, bits)
     return (2 * digits - 1).astype(jnp.float32) * self._size
 
   def _assign(self, z, train, random):

@@ -166,6 +166,19 @@ class MultiScale(nested.Nested):
       found.append(indices.reshape(*indices.shape[:-2], -1))
     return z, jnp.concatenate(found, -1)
 
+  @property
+  def search_names(self):
+    return tuple((f'scale {h}x{w}', '') for h, w in self.sizes)
+
+  def _searches(self, z):
+    self._check_grid(z.shape[-3:-1])
+    found, rest = [], z
+    for scale in range(len(self.scales)):
+      (search,) = self._call(0, '_searches', self._shrunk(rest, scale))
+      found.append(search)
+      rest = rest - self._added(scale, search.indices)
+    return found
+
   def _lookup(self, indices):
     return self._sums(indices)[-1]
 

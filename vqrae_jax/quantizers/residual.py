@@ -103,6 +103,19 @@ class Residual(nested.Nested):
     bound = np.asarray(self.quantizer.levels, np.float32) / 2
     return jnp.tanh(z / bound) * bound
 
+  @property
+  def search_names(self):
+    names = [f'stage {i + 1}' for i in range(self.stages)]
+    return tuple((name, '' if self.shared else name) for name in names)
+
+  def _searches(self, z):
+    found, rest = [], self._bounded(z)
+    for i in range(self.stages):
+      (search,) = self._call(i, '_searches', rest / self._step(i))
+      found.append(search)
+      rest = rest - self._stage_codes(i, search.indices)
+    return found
+
   def _stage_codes(self, i: int, indices: Array) -> Array:
     """i32[...] -> f32[... c]: what stage i adds; zeros where it is dropped."""
     codes = self._call(i, '_lookup', jnp.maximum(indices, 0)) * self._step(i)

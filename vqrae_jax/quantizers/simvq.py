@@ -123,3 +123,10 @@ class SimVQ(base.Nearest):
     if self.normalize or self.distance == 'cosine':
       z = unit_rms(z)
     return z, code_ops.nearest_code(z, table)
+
+  def _searches(self, z):
+    (search,) = super()._searches(z)
+    if self.code_scale != 'rms':
+      tokens, table = map(unit_rms, search[:2])
+      search = search._replace(tokens=tokens, table=table)
+    return [search]
