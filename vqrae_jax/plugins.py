@@ -61,9 +61,9 @@ def load(name: str, key: str, trusted: Collection[str] | None = None) -> Any:
   try:
     found = importlib.import_module(module)
   except Exception as e:  # a module's own code may raise anything
-    said = ' '.join(f'{type(e).__name__}: {e}'.split())
+    reason = ' '.join(f'{type(e).__name__}: {e}'.split())
     raise UserError(
-      f'{key}="{name}": "{module}" cannot be imported ({said}); install its '
+      f'{key}="{name}": "{module}" cannot be imported ({reason}); install its '
       'package, or put the folder that holds it on PYTHONPATH'
     ) from e
   if attribute not in vars(found):

@@ -323,13 +323,13 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
 
 
 def _check_levels(q: quantizers.FSQ) -> None:
-  """Linear FSQ there rounds to whole numbers, which are levels only where their
+  """Linear FSQ there rounds to integers, which are levels only where their
   number is odd."""
   linear = q.adapter_in == 'linear' and q.bound == 'clip'
   if linear and any(n % 2 == 0 for n in q.levels):
     raise UserError(
       f'quantizer.levels={q.levels}: the linear FSQ of the PyTorch project '
-      'rounds to whole numbers, which an even number of levels does not have; '
+      'rounds to integers, which an even number of levels does not have; '
       'there is no counterpart here (a fork that bounds by tanh: '
       '--quantizer=bound="tanh")'
     )

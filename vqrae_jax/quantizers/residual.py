@@ -27,7 +27,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.quantizers import nested
 from vqrae_jax.quantizers.fsq import FSQ
 
-EXACT = 2**24  # whole numbers that f32 tells apart
+EXACT = 2**24  # integers that f32 tells apart
 
 
 class Residual(nested.Nested):
