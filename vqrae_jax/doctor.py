@@ -345,11 +345,9 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     found.append((lengths, keys.sizes()))
   cures = keys.use(k, f['used'])
   if f['unused'] > f['unused_if_even'] + _UNUSED:
-    few = (
-      f' (of {n} tokens; even use would leave {_percent(f["unused_if_even"])})'
-      if n < _TOKENS * k
-      else ''
-    )
+    few, even = '', _percent(f['unused_if_even'])
+    if n < _TOKENS * k:
+      few = f' (of {n:,} tokens; even use would leave {even})'
     what = f'{_percent(f["unused"])} of codes are never used{few}'
     found.append((what, cures))
   elif f['perplexity'] < _UNEVEN * min(k, n):
@@ -360,8 +358,8 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     found.append((what, cures))
   elif n < _TOKENS * k:
     what = (
-      f'{n} tokens are too few to judge the use of {k} codes: take at least '
-      f'{_TOKENS * k}'
+      f'{n:,} tokens are too few to judge the use of {k:,} codes: take at '
+      f'least {_TOKENS * k:,}'
     )
     found.append((what, ['--data=… (more images)']))
   narrow = _narrow_channels(f)
@@ -383,7 +381,7 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     cures += keys.fewer(k, k - f['near_duplicates'])
     found.append((what, cures or keys.use(k, f['used'])))
   error = f.get('relative_error')
-  if error is not None and error >= 1:
+  if k > 1 and error is not None and error >= 1:
     what = (
       'tokens are farther from their codes than from their own mean: the '
       'codes lie elsewhere'
