@@ -318,7 +318,9 @@ def findings(quantizer: Any, stages: list[dict]) -> list[Finding]:
 
 
 def _percent(share: float) -> str:
-  """41 %, 4.1 %, 0.04 %."""
+  """41 %, 4.1 %, 0.04 %; 100 % of all only."""
+  if 0.995 <= share < 1:
+    return f'{min(100 * share, 99.9):.1f} %'
   digits = 0 if share >= 0.0995 else 1 if share >= 0.00995 else 2
   return f'{100 * share:.{digits}f} %'
 
