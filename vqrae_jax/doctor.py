@@ -318,7 +318,9 @@ def findings(quantizer: Any, stages: list[dict]) -> list[Finding]:
 
 
 def _percent(share: float) -> str:
-  """41 %, 4.1 %, 0.04 %."""
+  """41 %, 4.1 %, 0.04 %; 100 % of all only."""
+  if 0.995 <= share < 1:
+    return f'{min(100 * share, 99.9):.1f} %'
   digits = 0 if share >= 0.0995 else 1 if share >= 0.00995 else 2
   return f'{100 * share:.{digits}f} %'
 
@@ -345,11 +347,9 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     found.append((lengths, keys.sizes()))
   cures = keys.use(k, f['used'])
   if f['unused'] > f['unused_if_even'] + _UNUSED:
-    few = (
-      f' (of {n} tokens; even use would leave {_percent(f["unused_if_even"])})'
-      if n < _TOKENS * k
-      else ''
-    )
+    few, even = '', _percent(f['unused_if_even'])
+    if n < _TOKENS * k:
+      few = f' (of {n:,} tokens; even use would leave {even})'
     what = f'{_percent(f["unused"])} of codes are never used{few}'
     found.append((what, cures))
   elif f['perplexity'] < _UNEVEN * min(k, n):
@@ -360,8 +360,8 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     found.append((what, cures))
   elif n < _TOKENS * k:
     what = (
-      f'{n} tokens are too few to judge the use of {k} codes: take at least '
-      f'{_TOKENS * k}'
+      f'{n:,} tokens are too few to judge the use of {k:,} codes: take at '
+      f'least {_TOKENS * k:,}'
     )
     found.append((what, ['--data=… (more images)']))
   narrow = _narrow_channels(f)
@@ -383,7 +383,7 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     cures += keys.fewer(k, k - f['near_duplicates'])
     found.append((what, cures or keys.use(k, f['used'])))
   error = f.get('relative_error')
-  if error is not None and error >= 1:
+  if k > 1 and error is not None and error >= 1:
     what = (
       'tokens are farther from their codes than from their own mean: the '
       'codes lie elsewhere'

@@ -265,7 +265,11 @@ def figures(
   indices = stage.column('indices')
   indices = indices[indices >= 0]
   codes, counts = np.unique(indices, return_counts=True)
-  n, k, entropy = len(indices), codebook_size, float(metrics.entropy(counts))
+  n, k, entropy = (
+    len(indices),
+    codebook_size,
+    abs(float(metrics.entropy(counts))),
+  )
   out = dict(
     name=stage.name,
     tokens=n,

@@ -160,8 +160,9 @@ def _usage_panel(draw, left, top, figures) -> None:
     xy = min(max(place, 0.2), 0.8) * PANEL[0], 0.93 * PANEL[1]
     panel.text(xy, f'{k - figures["used"]:,} never used', ink=RED, anchor='md')
   shown = np.unique(np.linspace(0, len(counts) - 1, 400).astype(int))
-  points = [((i + 0.5) / k, height(counts[i])) for i in shown]
-  points.append((len(counts) / k, 0.0))
+  points = [((i + j) / k, height(counts[i])) for i in shown for j in (0, 1)]
+  if figures['used'] < k:
+    points.append((len(counts) / k, 0.0))
   panel.line(points, BLUE, 2)
   for d in range(decades + 1):
     panel.y_label(height(10.0**d), f'{10**d:,}')
@@ -180,11 +181,10 @@ def _margin_panel(draw, left, top, figures) -> None:
   for i, share in enumerate(shares):
     low, high = (i + 0.08) / len(shares), (i + 0.92) / len(shares)
     panel.box((low, 0), (high, share / most), fill=BLUE)
-    panel.text(
-      ((low + high) / 2 * PANEL[0], (1 - share / most) * PANEL[1] - 2),
-      f'{100 * share:.1f} %' if share < 0.0995 else f'{100 * share:.0f} %',
-      anchor='md',
-    )
+    xy = (low + high) / 2 * PANEL[0], (1 - share / most) * PANEL[1] - 2
+    if share:
+      digits = 1 if share < 0.0995 else 0
+      panel.text(xy, f'{100 * share:.{digits}f} %', anchor='md')
     panel.x_label(i / len(shares), f'{edges[i]:g}')
 
 
@@ -276,7 +276,9 @@ def codebook_page(stages: Sequence[tuple], title: str) -> Image.Image:
   """
   left_out = len(stages) - MOST_ROWS
   stages = stages[:MOST_ROWS]
-  columns = 3 if any(s.table is not None for s, _ in stages) else 2
+  columns = 1 + max(
+    2 if s.table is not None else int('levels' in f) for s, f in stages
+  )
   width = columns * (PANEL[0] + PAD[0] + 14) + 30
   height = ROW * len(stages) + BAND + 30
   page = Image.new('RGB', (width * SCALE, height * SCALE), PAPER)
