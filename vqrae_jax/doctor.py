@@ -3,8 +3,8 @@
 The health of a tokenizer's codebook on images: how many codes are used, which
 are copies of others, whether tokens and codes are of a size, how near tokens
 are to another index, and how many indices move under bf16, with the batch size
-and with the number of devices. What is wrong is said in plain language, each
-with the config key that cures it; a diagnosis is no error.
+and with the number of devices. Findings are in plain language, each with the
+config key that cures it; a diagnosis is no error.
 
 Images are cut into tiles of the size that the tokenizer was made for; one that
 is smaller is brought up to it.
@@ -449,7 +449,7 @@ _CHANGES = {'batch size': 'batch size', 'devices': 'number of devices'}
 
 
 # ----------------------------------------------------------------------------
-# The report in words.
+# The report as text.
 
 
 def as_text(report: dict) -> str:
