@@ -37,8 +37,11 @@ def get_config(arguments=None):
   config.losses.gan = dict(weight=0.75, start=0, ramp=1, unit='epochs')
   config.discriminator.start = '0 epochs'
   config.teacher = None
+  frozen = ['encoder', 'quantizer']
+  if 'feature_decoder' in config.model:
+    frozen += ['fusion', 'feature_decoder']
   config.schedules = (
-    (r'(encoder|fusion|quantizer|feature_decoder)/.*', None),
+    (rf'({"|".join(frozen)})/.*', None),
     (r'.*', dict(lr=2e-5, end_lr=2e-6, warmup=1000)),
   )
   return config
