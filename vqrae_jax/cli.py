@@ -95,6 +95,17 @@ def new_file(path: str, ending: str, flag: str = '--out') -> pathlib.Path:
   return out
 
 
+def new_folder(path: str) -> pathlib.Path:
+  """The local folder that --out names, made later if absent.
+
+  Raises:
+    UserError: a URL.
+  """
+  if '://' in path:
+    raise UserError(f'--out={path} is a URL; name a local folder')
+  return pathlib.Path(path).expanduser()
+
+
 def define_trusted(values: flags.FlagValues) -> None:
   """The flag of a command that opens a tokenizer."""
   text = (

@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from absl import flags
@@ -55,11 +55,16 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_integer('images', None, text, lower_bound=1, **keys)
   text = 'tiles at once'
   flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)
+  cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'data')
   files = _files(values)
   report, page = examine(
-    values.tokenizer, values.data, values.images, values.batch_size
+    values.tokenizer,
+    values.data,
+    values.images,
+    values.batch_size,
+    values.trusted,
   )
   print(as_text(report))
   for ending, path in files.items():
@@ -85,15 +90,17 @@ def _files(values: flags.FlagValues) -> dict[str, pathlib.Path]:
     }
   if single:
     raise UserError('--out names both files; leave --json and --png out')
-  if '://' in values.out:
-    raise UserError(f'--out={values.out} is a URL; name a local folder')
-  out = pathlib.Path(values.out).expanduser()
+  out = cli.new_folder(values.out)
   check_writable(out, '--out')
   return {end: out / f'doctor{end}' for end in ('.json', '.png')}
 
 
 def examine(
-  tokenizer_dir: str, data: str, images: int | None = None, batch_size: int = 32
+  tokenizer_dir: str,
+  data: str,
+  images: int | None = None,
+  batch_size: int = 32,
+  trusted: Collection[str] = (),
 ) -> tuple[dict, Any]:
   """(the report as JSON values, the picture) of a tokenizer on images.
 
@@ -102,6 +109,7 @@ def examine(
     data: what `open_source` opens.
     images: how many of them, evenly spaced; None for all.
     batch_size: tiles at once, brought up to a multiple of the devices.
+    trusted: that of `load_tokenizer`.
 
   Raises:
     UserError: a continuous tokenizer, fewer images than asked for, or none
@@ -122,7 +130,7 @@ def examine(
   count = len(source)
   if images and images > count:
     raise UserError(f'--images={images}, and "{data}" holds {count}')
-  tokenizer, variables = export.load_tokenizer(tokenizer_dir)
+  tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   if not tokenizer.codebook_size:
     raise UserError(
       f'{tokenizer_dir} is continuous (model.quantizer.name="none"): it has no '

@@ -38,9 +38,7 @@ def main(argv: list[str]) -> None:
   cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'images', 'out')
-  if '://' in values.out:
-    raise UserError(f'--out={values.out} is a URL; name a local folder')
-  out = pathlib.Path(values.out).expanduser()
+  out = cli.new_folder(values.out)
   reconstruct_folder(
     values.tokenizer, values.images, out, values.tile, values.trusted
   )

@@ -50,8 +50,7 @@ def distill(x: LatentInputs) -> Float[Array, '']:
   """How far the latents, or the decoder's inputs, drifted; f32.
 
   With a teacher, mean (latents - teacher)^2, of each of `encoder.layers`: they
-  stay
-  those of a frozen encoder (arXiv 2511.23386). Without one ("self"),
+  stay those of a frozen encoder (arXiv 2511.23386). Without one ("self"),
   mean (z_q - sg(latents))^2, as in the PyTorch project: codes and the map
   from codes to latents follow the continuous latents. Here the gradient ends at
   the codes. Straight through to the encoder it would push tokens away from

@@ -425,15 +425,17 @@ SEEDED_FROM = 4  # tokens a code, at most, that `spread_codes` looks at
 
 
 def spread_codes(z: Array, num_codes: int, rng: Array) -> Array:
-  """Codes f32[num_codes c] at tokens f32[n c] by k-means++ (Arthur
-  and Vassilvitskii, SODA 2007): each is drawn in proportion to its squared
-  distance from the nearest code so far. Where no token is left at a distance,
-  codes repeat, moved as in `init_codes_from_data`.
+  """Codes f32[num_codes c] at tokens f32[n c] by k-means++ (Arthur and
+  Vassilvitskii, SODA 2007): each is drawn in proportion to its squared distance
+  from the nearest code so far. Where no token is left at a distance, codes
+  repeat, moved as in `init_codes_from_data`.
   """
   order_key, first_key, draw_key, noise_key = jax.random.split(rng, 4)
   order = jax.random.permutation(order_key, len(z))
   z = z[order[: SEEDED_FROM * num_codes]].astype(jnp.float32)
   draws = jax.random.uniform(draw_key, (num_codes,))
+  noise = jax.random.normal(noise_key, (num_codes, z.shape[-1]))
+  noise = noise * z.std(0) * 0.01
 
   def add(i, found):
     codes, distances = found
@@ -441,8 +443,7 @@ def spread_codes(z: Array, num_codes: int, rng: Array) -> Array:
     row = jnp.searchsorted(ends, draws[i] * ends[-1], side='right')
     left = ends[-1] > 0
     code = z[jnp.where(left, jnp.minimum(row, len(z) - 1), i % len(z))]
-    noise = jax.random.normal(jax.random.fold_in(noise_key, i), code.shape)
-    code = jnp.where(left, code, code + noise * z.std(0) * 0.01)
+    code = jnp.where(left, code, code + noise[i])
     distances = jnp.minimum(distances, ((z - code) ** 2).sum(-1))
     return codes.at[i].set(code), distances
 

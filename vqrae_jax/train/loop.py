@@ -306,7 +306,7 @@ def run(
         compile_cache.log_saved()
         # Speed is measured from here.
         loop.ready, loop.waited = time.perf_counter(), 0.0
-        loop.waited_in_all = 0.0
+        loop.waited_in_all, loop.measured = 0.0, number
         loop.report.measure_from(number)
       if profile and number == profile[1]:
         jax.block_until_ready(metrics)
@@ -358,6 +358,7 @@ class _Loop:
     self.report = reporting.Report(workdir, setup, self.first)
     self.pending: tuple[int, Any] | None = None
     self.began = self.ready = time.perf_counter()
+    self.measured = self.first  # the step that speed is measured from
     self.waited = self.waited_in_all = 0.0
 
   def wait(self, seconds: float) -> None:
@@ -464,7 +465,7 @@ class _Loop:
     total, ended = self.setup.total_steps, time.perf_counter()
     found: dict[str, Any] = dict(steps=total, skipped=self.position.skipped)
     found['train_seconds'] = ended - self.began
-    if (steps := total - self.first - 1) > 0:
+    if (steps := total - self.measured) > 0:
       images = steps * self.setup.config.batch_size
       seconds = max(ended - self.ready, 1e-9)
       found['images_per_second'] = images / seconds
