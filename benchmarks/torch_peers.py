@@ -16,9 +16,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.losses.torch_networks import VGG16, heads, lpips
-from tests.nn.torch_discriminators import Head
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -150,6 +147,8 @@ class Discriminator(nn.Module):
   """Five heads on a frozen ViT-S/8 at 224 pixels."""
 
   def __init__(self, vit, taps, kernel):
+    from tests.nn.torch_discriminators import Head
+
     super().__init__()
     self.patch, self.taps = vit['patch_size'], taps
     self.size = vit['grid'][0] * self.patch
@@ -197,6 +196,8 @@ class Trainer:
   """
 
   def __init__(self, tokenizer, discriminator, autocast):
+    from tests.losses.torch_networks import VGG16, heads
+
     self.tokenizer, self.discriminator = tokenizer, discriminator
     self.device = next(tokenizer.parameters()).device
     self.vgg = VGG16().requires_grad_(False)
@@ -216,6 +217,8 @@ class Trainer:
     return torch.autocast(self.device.type, torch.bfloat16)
 
   def image_loss(self, recon, images):
+    from tests.losses.torch_networks import lpips
+
     distance = lpips(self.vgg, self.linear, recon, images)
     return F.mse_loss(recon, images) + distance.mean()
 

@@ -1,0 +1,469 @@
+"""python -m benchmarks.cifar --cache=cifar.npz [--side=ours] [--only=vq,fsq]
+  [--steps=2000] [--seeds=3] [--json=F]
+
+Tokenizers of CIFAR-10 from scratch, all of one model and budget: 32-pixel
+images as 64 tokens of about 10 bits, a ViT of four blocks of 192 channels on
+either side, `STEPS` steps of 128 images, L2 and the quantizer's own losses,
+AdamW. Three seeds of each quantizer; a seed decides the order of images and the
+first weights of both ViTs, which are the same under each quantizer.
+
+Beside them vector-quantize-pytorch's quantizers, the class and the settings of
+`PEERS`, in a PyTorch loop: the same ViTs (`torch_peers.ViT`) from the same
+first weights, the same batches, losses, clipping, AdamW and schedule. Products
+of the ViTs are f32 on a CPU and TF32 on a GPU, on both sides; the quantizers'
+are f32 everywhere.
+
+Measured on the test images with the last weights: PSNR of the pooled error,
+SSIM, and of the codes that they take usage, perplexity and effective bits (the
+entropy of a token's codes). Images a second are measured apart, at the end of
+`--side=both`, in short rounds that take turns. The runs of the two sides go on
+side by side there, in two processes. JSON is written after every run.
+
+    python -m benchmarks.cifar --cache=cifar.npz --data=FOLDER   (the cache)
+    python -m benchmarks.cifar --report                  (docs/results.md)
+
+The cache has the JPEG files of a folder of webdataset shards, which are
+decoded at the start: 15,000 images to train on and 1,500 to measure, 16 MB.
+"""
+
+import argparse
+import datetime
+import fcntl
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+os.environ.setdefault('XLA_FLAGS', '--xla_gpu_enable_triton_gemm=false')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from vqrae_jax import optim
+from vqrae_jax.evaluate import metrics
+from vqrae_jax.files import atomic_write
+from vqrae_jax.models.tokenizer import build_tokenizer
+from vqrae_jax.ops import trees
+from vqrae_jax.specs import RunOptions
+from vqrae_jax.train import state as state_lib
+from vqrae_jax.train import step as step_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / 'benchmarks' / 'results' / 'cifar.json'
+BEGIN, END = '<!-- benchmarks.cifar --report -->', '<!-- end -->'
+SIDE, PATCH, GRID = 32, 4, (8, 8)
+VIT = dict(
+  width=192, depth=4, num_heads=3, mlp_dim=768, patch_size=PATCH, grid=GRID
+)
+ADAMW = optim.AdamWConfig(b2=0.95, weight_decay=0.01)
+COMMIT = 0.25
+CODES, LEVELS = 1024, (8, 5, 5, 5)
+VQ = dict(name='vq', num_codes=CODES)
+# name: (the quantizer, the weights of its losses)
+OURS = {
+  'vq': (VQ, dict(commit=COMMIT)),
+  'simvq': (
+    dict(name='simvq', num_codes=CODES, code_dim=VIT['width']),
+    dict(codebook=1.0, commit=COMMIT),
+  ),
+  'fsq': (dict(name='fsq', levels=LEVELS, convention='cosmos'), {}),
+  'lfq': (dict(name='lfq', bits=10), dict(commit=COMMIT, entropy=0.1)),
+  'residual': (
+    dict(name='residual', stages=2, quantizer=VQ | dict(num_codes=32)),
+    dict(commit=COMMIT),
+  ),
+}
+PEERS = {
+  'vq': (
+    'VectorQuantize',
+    dict(
+      codebook_size=CODES,
+      kmeans_init=True,
+      threshold_ema_dead_code=2,
+      commitment_weight=COMMIT,
+    ),
+  ),
+  'fsq': ('FSQ', dict(levels=list(LEVELS))),
+}
+
+
+# -- data --------------------------------------------------------------------
+def make_cache(folder, path):
+  """The JPEG files of FOLDER/{train,test}-*.tar, one after another."""
+  arrays = {}
+  for split in ('train', 'test'):
+    files = []
+    for shard in sorted(pathlib.Path(folder).glob(f'{split}-*.tar')):
+      with tarfile.open(shard) as tar:
+        members = [m for m in tar if m.name.endswith('.jpg')]
+        files += [tar.extractfile(m).read() for m in members]
+    arrays[split] = np.frombuffer(b''.join(files), np.uint8)
+    arrays[f'{split}_ends'] = np.cumsum([len(x) for x in files])
+  np.savez(path, **arrays)
+
+
+def images_of(path, split):
+  """uint8 [n 32 32 3]."""
+  with np.load(path) as cache:
+    data, ends = cache[split].tobytes(), [0, *cache[f'{split}_ends'].tolist()]
+  files = (data[a:b] for a, b in itertools.pairwise(ends))
+  return np.stack([np.asarray(Image.open(io.BytesIO(x))) for x in files])
+
+
+def order_of(seed, images, options):
+  """(i32[steps batch], a permutation an epoch; bool[steps batch], which are
+  mirrored)."""
+  rng = np.random.default_rng(seed)
+  shape = options.steps, options.batch
+  epochs = -(-math.prod(shape) // images)
+  rows = np.concatenate([rng.permutation(images) for _ in range(epochs)])
+  rows = rows[: math.prod(shape)].reshape(shape).astype(np.int32)
+  return rows, rng.random(shape) < 0.5
+
+
+def schedule_of(options):
+  return optim.Schedule(options.lr, warmup=options.steps // 12)
+
+
+# -- ours --------------------------------------------------------------------
+def ours(name, options):
+  """(StepSpec, its numbers) of a quantizer."""
+  section, losses = OURS[name]
+  tokenizer = build_tokenizer(
+    dict(
+      encoder=dict(vit=VIT),
+      quantizer=section,
+      decoder=dict(vit=VIT | dict(posemb='sincos2d')),
+    )
+  )
+  params = jax.eval_shape(lambda: state_lib.random_variables(tokenizer, 0))
+  leaves = trees.flatten(params['params'])
+  optimizer, numbers = optim.make_optimizer(
+    ADAMW, dict.fromkeys(leaves, schedule_of(options)), leaves, options.steps, 1
+  )
+  weights = dict(l2=1.0, **losses)
+  spec = state_lib.StepSpec(
+    tokenizer=tokenizer,
+    optimizer=optimizer,
+    losses=tuple(weights),
+    other_losses=(),
+    image_size=(SIDE, SIDE),
+    accumulate=1,
+    ema=False,
+    noise=False,
+    temperature=None,
+    teacher=False,
+    networks_run=RunOptions(),
+    usage_window=100,
+    updates_codebook=True,
+    gan=None,
+  )
+  numbers = {
+    'optimizer': numbers,
+    'losses': {n: dict(weight=w, start=0, ramp=0) for n, w in weights.items()},
+  }
+  return spec, jax.tree.map(np.float32, numbers)
+
+
+class Ours:
+  """One quantizer of ours: its programs, for every seed."""
+
+  def __init__(self, name, images, options):
+    self.spec, self.numbers = ours(name, options)
+    self.images, self.options = jnp.asarray(images), options
+    self._start = jax.jit(self._started)
+    self._step = jax.jit(self._stepped, donate_argnums=0)
+    self._run = jax.jit(self.spec.tokenizer.apply)
+
+  def _batch(self, step, order):
+    rows, mirrored = (x[step] for x in order)
+    x = self.images[rows]
+    return jnp.where(mirrored[:, None, None, None], x[:, :, ::-1], x)
+
+  def _started(self, seed, order):
+    state, frozen = state_lib.random_state(self.spec, seed)
+    images = self._batch(0, order)
+    return state_lib.init_codebook(self.spec, state, frozen, images), frozen
+
+  def _stepped(self, state, frozen, order):
+    images = self._batch(state.step, order)
+    return step_lib.train_step(self.spec, state, frozen, self.numbers, images)
+
+  def start(self, seed):
+    self.order = jax.device_put(
+      order_of(seed, len(self.images), self.options)
+    )
+    self.state, self.frozen = self._start(seed, self.order)
+
+  def train(self, steps):
+    """Rows of metrics on the device, one a step."""
+    rows = []
+    for _ in range(steps):
+      self.state, row = self._step(self.state, self.frozen, self.order)
+      rows.append(row)
+    jax.block_until_ready(self.state)
+    return rows
+
+  def reconstruct(self, images):
+    """(f32 images, i32 indices [n, codes a token])."""
+    out = self._run(state_lib.variables_of(self.state, self.frozen), images)
+    q = self.spec.tokenizer.quantizer.codes_per_token
+    return np.asarray(out.images), np.asarray(out.quantizer.indices).reshape(
+      -1, q
+    )
+
+  @property
+  def codes(self):
+    return self.spec.tokenizer.codebook_size
+
+
+# -- theirs ------------------------------------------------------------------
+class Theirs:
+  """One quantizer of vector-quantize-pytorch, in PyTorch."""
+
+  def __init__(self, name, images, options):
+    import torch
+
+    self.torch, self.name, self.options = torch, name, options
+    self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.set_float32_matmul_precision('high')
+    self.images = torch.from_numpy(images).to(self.device)
+
+  def start(self, seed):
+    from benchmarks import torch_cifar
+
+    torch = self.torch
+    spec, _ = ours(self.name, self.options)
+    init = jax.jit(functools.partial(state_lib.random_variables, spec.tokenizer))
+    leaves = trees.flatten(jax.device_get(init(seed)['params']))
+    torch.manual_seed(seed)
+    self.net = torch_cifar.Autoencoder(VIT, *PEERS[self.name])
+    torch_cifar.carry(self.net, leaves)
+    self.net.to(self.device).train()
+    if self.options.compile:
+      self.net.encoder.compile()
+      self.net.decoder.compile()
+    kinds = [], []
+    for p in self.net.parameters():
+      kinds[p.ndim > 1 and p is not self.net.encoder.positions].append(p)
+    self.params = [*itertools.chain(*kinds)]
+    decays = 0.0, ADAMW.weight_decay
+    self.optimizer = torch.optim.AdamW(
+      [
+        dict(params=p, weight_decay=d)
+        for p, d in zip(kinds, decays, strict=True)
+      ],
+      betas=(ADAMW.b1, ADAMW.b2),
+      eps=ADAMW.eps,
+      fused=True,
+    )
+    rows, mirrored = order_of(seed, len(self.images), self.options)
+    self.order = (
+      torch.from_numpy(rows).long().to(self.device),
+      torch.from_numpy(mirrored).to(self.device),
+    )
+    schedule = schedule_of(self.options)
+    numbers = dict(
+      lr=schedule.lr,
+      end_lr=schedule.end_lr,
+      warmup=schedule.warmup,
+      total=self.options.steps,
+    )
+    steps = np.arange(self.options.steps)
+    rates = jax.vmap(
+      lambda step: optim.learning_rate(schedule.decay, numbers, step)
+    )(steps)
+    self.rates, self.step = np.asarray(rates).tolist(), 0
+
+  def train(self, steps):
+    torch = self.torch
+    for _ in range(steps):
+      rows, mirrored = (x[self.step] for x in self.order)
+      x = self.images[rows]
+      x = torch.where(mirrored[:, None, None, None], x.flip(2), x) / 255
+      recon, _, loss = self.net(x)
+      loss = torch.nn.functional.mse_loss(recon, x) + loss
+      self.optimizer.zero_grad()
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(self.params, ADAMW.clip)
+      for group in self.optimizer.param_groups:
+        group['lr'] = self.rates[self.step]
+      self.optimizer.step()
+      self.step += 1
+    if self.device.type == 'cuda':
+      torch.cuda.synchronize()
+    return []
+
+  def reconstruct(self, images):
+    torch = self.torch
+    self.net.eval()
+    with torch.inference_mode():
+      x = torch.from_numpy(images).to(self.device) / 255
+      recon, indices, _ = self.net(x)
+    self.net.train()
+    return recon.cpu().numpy(), indices.cpu().numpy().reshape(-1, 1)
+
+  @property
+  def codes(self):
+    return math.prod(LEVELS) if self.name == 'fsq' else CODES
+
+
+# -- what is measured --------------------------------------------------------
+SIDES = {'ours': (Ours, OURS), 'torch': (Theirs, PEERS)}
+
+
+def measured(side, test):
+  """The figures of a trained side on the test images."""
+  total = metrics.Sums()
+  for images in np.array_split(test, len(test) // 250 or 1):
+    recon, indices = side.reconstruct(images)
+    sums = metrics.compare(recon, images, len(images))
+    sums.counts = np.stack(
+      [np.bincount(x, minlength=side.codes) for x in indices.T]
+    )
+    total = total.merge(sums)
+  q = total.counts.shape[0]
+  bits = metrics.entropy(total.counts).sum() / math.log(2)
+  return total.results() | dict(
+    effective_bits=float(bits), bits=q * math.log2(side.codes)
+  )
+
+
+def record(options, place, value):
+  """Sets JSON[place[0]][place[1]]; processes write one after another."""
+  folder = os.open(options.json.parent, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    found = {}
+    if options.json.exists():
+      found = json.loads(options.json.read_text())
+    found.setdefault(place[0], {})[place[1]] = value
+    with atomic_write(options.json) as file:
+      file.write(json.dumps(found, indent=1, sort_keys=True).encode())
+  finally:
+    os.close(folder)
+
+
+def machine():
+  import torch
+
+  kind = jax.devices()[0].device_kind
+  if jax.default_backend() == 'cpu':
+    kind = f'CPU, {len(os.sched_getaffinity(0))} cores'
+  return dict(
+    date=datetime.date.today().isoformat(),
+    hardware=kind,
+    versions=dict(
+      python=platform.python_version(),
+      jax=jax.__version__,
+      torch=torch.__version__,
+    ),
+  )
+
+
+def run(which, name, train, test, options):
+  """All seeds of one quantizer of a side."""
+  side = SIDES[which][0](name, train, options)
+  for seed in range(options.seeds):
+    began = time.perf_counter()
+    side.start(seed)
+    ready = time.perf_counter()
+    rows = side.train(options.steps)
+    ended = time.perf_counter()
+    found = measured(side, test) | dict(
+      steps=options.steps,
+      batch=options.batch,
+      lr=options.lr,
+      start_seconds=ready - began,
+      train_seconds=ended - ready,
+    )
+    every = max(options.steps // 20, 1)
+    kept = jax.device_get(rows[every - 1 :: every])
+    names = ('psnr', 'usage', 'perplexity', 'grad_norm', 'loss/commit')
+    found['curve'] = {
+      n: [round(float(row[n]), 4) for row in kept]
+      for n in names
+      if kept and n in kept[0]
+    }
+    record(options, ('runs', f'{which}/{name}/{seed}'), found)
+    print(
+      f'{which} {name} seed {seed}: {found["psnr"]:.2f} dB, SSIM '
+      f'{found["ssim"]:.3f}, usage {found["usage"]:.3f}, perplexity '
+      f'{found["perplexity"]:.0f} ({ended - ready:.1f} s, start '
+      f'{ready - began:.1f} s)',
+      flush=True,
+    )
+
+
+def speed(names, train, options):
+  """Images a second of both sides, in rounds that take turns."""
+  for name in names:
+    sides = {n: SIDES[n][0](name, train, options) for n in SIDES}
+    steps = min(50, options.steps // 4)
+    times = {n: [] for n in sides}
+    for side in sides.values():
+      side.start(0)
+      side.train(max(steps // 5, 1))
+    for _ in range(3):
+      for n, side in sides.items():
+        began = time.perf_counter()
+        side.train(steps)
+        times[n].append(steps * options.batch / (time.perf_counter() - began))
+    record(options, ('speed', name), times | dict(compiled=options.compile))
+    shown = ', '.join(f'{n} {statistics.median(x):.0f}' for n, x in times.items())
+    print(f'{name}, images a second: {shown}', flush=True)
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--cache', help='the images, one .npz')
+  parser.add_argument('--data', help='shards to make the cache of')
+  parser.add_argument('--side', choices=(*SIDES, 'both'), default='both')
+  parser.add_argument('--only', help='names of quantizers, a,b')
+  parser.add_argument('--steps', type=int, default=2000)
+  parser.add_argument('--batch', type=int, default=128)
+  parser.add_argument('--lr', type=float, default=1e-3)
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--json', type=pathlib.Path, default=RESULTS)
+  parser.add_argument(
+    '--compile', action='store_true', help='torch.compile of their ViTs'
+  )
+  parser.add_argument('--report', action='store_true')
+  options = parser.parse_args()
+  if options.data:
+    make_cache(options.data, options.cache)
+    return
+  train, test = (images_of(options.cache, s) for s in ('train', 'test'))
+  names = options.only.split(',') if options.only else [*OURS]
+  if options.side == 'both':
+    theirs = subprocess.Popen(
+      [sys.executable, '-m', 'benchmarks.cifar', *sys.argv[1:], '--side=torch'],
+      cwd=ROOT,
+    )
+  which = 'torch' if options.side == 'torch' else 'ours'
+  record(options, ('machines', which), machine())
+  for name in names:
+    if name in SIDES[which][1]:
+      run(which, name, train, test, options)
+  if options.side == 'both':
+    if theirs.wait():
+      sys.exit('the side of PyTorch failed')
+    speed([n for n in names if n in PEERS], train, options)
+
+
+if __name__ == '__main__':
+  main()
