@@ -27,6 +27,7 @@ decoded at the start: 15,000 images to train on and 1,500 to measure, 16 MB.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import fcntl
 import functools
@@ -41,6 +42,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -68,7 +70,8 @@ VIT = dict(
   width=192, depth=4, num_heads=3, mlp_dim=768, patch_size=PATCH, grid=GRID
 )
 ADAMW = optim.AdamWConfig(b2=0.95, weight_decay=0.01)
-COMMIT = 0.25
+COMMIT = 0.02
+PART = 250  # test images at once
 CODES, LEVELS = 1024, (8, 5, 5, 5)
 VQ = dict(name='vq', num_codes=CODES)
 # name: (the quantizer, the weights of its losses)
@@ -181,38 +184,42 @@ class Ours:
   """One quantizer of ours: its programs, for every seed."""
 
   def __init__(self, name, images, options):
+    self.options, self.images = options, jnp.asarray(images)
     self.spec, self.numbers = ours(name, options)
-    self.images, self.options = jnp.asarray(images), options
+    self.codes = self.spec.tokenizer.codebook_size
     self._start = jax.jit(self._started)
     self._step = jax.jit(self._stepped, donate_argnums=0)
     self._run = jax.jit(self.spec.tokenizer.apply)
 
-  def _batch(self, step, order):
+  def _batch(self, step, images, order):
     rows, mirrored = (x[step] for x in order)
-    x = self.images[rows]
+    x = images[rows]
     return jnp.where(mirrored[:, None, None, None], x[:, :, ::-1], x)
 
-  def _started(self, seed, order):
+  def _started(self, seed, *data):
     state, frozen = state_lib.random_state(self.spec, seed)
-    images = self._batch(0, order)
+    images = self._batch(0, *data)
     return state_lib.init_codebook(self.spec, state, frozen, images), frozen
 
-  def _stepped(self, state, frozen, order):
-    images = self._batch(state.step, order)
-    return step_lib.train_step(self.spec, state, frozen, self.numbers, images)
+  def _stepped(self, state, frozen, numbers, *data):
+    images = self._batch(state.step, *data)
+    return step_lib.train_step(self.spec, state, frozen, numbers, images)
 
   def start(self, seed):
-    self.order = jax.device_put(
-      order_of(seed, len(self.images), self.options)
-    )
-    self.state, self.frozen = self._start(seed, self.order)
+    order = order_of(seed, len(self.images), self.options)
+    self.data = self.images, jax.device_put(order)
+    self.state, self.frozen = self._start(seed, *self.data)
+    jax.block_until_ready(self.state)
 
   def train(self, steps):
-    """Rows of metrics on the device, one a step."""
-    rows = []
-    for _ in range(steps):
-      self.state, row = self._step(self.state, self.frozen, self.order)
-      rows.append(row)
+    """Metrics, on the device, of 20 steps."""
+    rows, every = [], max(steps // 20, 1)
+    for step in range(1, steps + 1):
+      self.state, row = self._step(
+        self.state, self.frozen, self.numbers, *self.data
+      )
+      if step % every == 0:
+        rows.append(row)
     jax.block_until_ready(self.state)
     return rows
 
@@ -224,10 +231,6 @@ class Ours:
       -1, q
     )
 
-  @property
-  def codes(self):
-    return self.spec.tokenizer.codebook_size
-
 
 # -- theirs ------------------------------------------------------------------
 class Theirs:
@@ -237,6 +240,7 @@ class Theirs:
     import torch
 
     self.torch, self.name, self.options = torch, name, options
+    self.codes = math.prod(LEVELS) if name == 'fsq' else CODES
     self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.set_float32_matmul_precision('high')
     self.images = torch.from_numpy(images).to(self.device)
@@ -246,7 +250,9 @@ class Theirs:
 
     torch = self.torch
     spec, _ = ours(self.name, self.options)
-    init = jax.jit(functools.partial(state_lib.random_variables, spec.tokenizer))
+    init = jax.jit(
+      functools.partial(state_lib.random_variables, spec.tokenizer)
+    )
     leaves = trees.flatten(jax.device_get(init(seed)['params']))
     torch.manual_seed(seed)
     self.net = torch_cifar.Autoencoder(VIT, *PEERS[self.name])
@@ -315,10 +321,6 @@ class Theirs:
     self.net.train()
     return recon.cpu().numpy(), indices.cpu().numpy().reshape(-1, 1)
 
-  @property
-  def codes(self):
-    return math.prod(LEVELS) if self.name == 'fsq' else CODES
-
 
 # -- what is measured --------------------------------------------------------
 SIDES = {'ours': (Ours, OURS), 'torch': (Theirs, PEERS)}
@@ -327,7 +329,7 @@ SIDES = {'ours': (Ours, OURS), 'torch': (Theirs, PEERS)}
 def measured(side, test):
   """The figures of a trained side on the test images."""
   total = metrics.Sums()
-  for images in np.array_split(test, len(test) // 250 or 1):
+  for images in np.split(test, len(test) // PART):
     recon, indices = side.reconstruct(images)
     sums = metrics.compare(recon, images, len(images))
     sums.counts = np.stack(
@@ -373,57 +375,104 @@ def machine():
   )
 
 
-def run(which, name, train, test, options):
-  """All seeds of one quantizer of a side."""
-  side = SIDES[which][0](name, train, options)
-  for seed in range(options.seeds):
-    began = time.perf_counter()
-    side.start(seed)
-    ready = time.perf_counter()
-    rows = side.train(options.steps)
-    ended = time.perf_counter()
-    found = measured(side, test) | dict(
-      steps=options.steps,
-      batch=options.batch,
-      lr=options.lr,
-      start_seconds=ready - began,
-      train_seconds=ended - ready,
-    )
-    every = max(options.steps // 20, 1)
-    kept = jax.device_get(rows[every - 1 :: every])
-    names = ('psnr', 'usage', 'perplexity', 'grad_norm', 'loss/commit')
-    found['curve'] = {
-      n: [round(float(row[n]), 4) for row in kept]
-      for n in names
-      if kept and n in kept[0]
-    }
-    record(options, ('runs', f'{which}/{name}/{seed}'), found)
-    print(
-      f'{which} {name} seed {seed}: {found["psnr"]:.2f} dB, SSIM '
-      f'{found["ssim"]:.3f}, usage {found["usage"]:.3f}, perplexity '
-      f'{found["perplexity"]:.0f} ({ended - ready:.1f} s, start '
-      f'{ready - began:.1f} s)',
-      flush=True,
-    )
+def run(which, name, seed, side, test, options):
+  """One run of a side."""
+  side.start(seed)
+  began = time.perf_counter()
+  rows = jax.device_get(side.train(options.steps))
+  seconds = time.perf_counter() - began
+  found = measured(side, test) | dict(
+    steps=options.steps, batch=options.batch, lr=options.lr, seconds=seconds
+  )
+  figures = ('psnr', 'usage', 'perplexity', 'grad_norm', 'loss/commit')
+  found['curve'] = {
+    n: [round(float(row[n]), 4) for row in rows]
+    for n in figures
+    if rows and n in rows[0]
+  }
+  record(options, ('runs', f'{which}/{name}/{seed}'), found)
+  print(
+    f'{which} {name} seed {seed}: {found["psnr"]:.2f} dB, SSIM '
+    f'{found["ssim"]:.3f}, usage {found["usage"]:.3f}, perplexity '
+    f'{found["perplexity"]:.0f} ({seconds:.1f} s)',
+    flush=True,
+  )
 
 
-def speed(names, train, options):
+def speed(name, one, train, options):
   """Images a second of both sides, in rounds that take turns."""
-  for name in names:
-    sides = {n: SIDES[n][0](name, train, options) for n in SIDES}
-    steps = min(50, options.steps // 4)
-    times = {n: [] for n in sides}
-    for side in sides.values():
-      side.start(0)
-      side.train(max(steps // 5, 1))
-    for _ in range(3):
-      for n, side in sides.items():
-        began = time.perf_counter()
-        side.train(steps)
-        times[n].append(steps * options.batch / (time.perf_counter() - began))
-    record(options, ('speed', name), times | dict(compiled=options.compile))
-    shown = ', '.join(f'{n} {statistics.median(x):.0f}' for n, x in times.items())
-    print(f'{name}, images a second: {shown}', flush=True)
+  sides = {'ours': one, 'torch': Theirs(name, train, options)}
+  steps = min(50, options.steps // 4)
+  times = {n: [] for n in sides}
+  for side in sides.values():
+    side.start(0)
+    side.train(max(steps // 5, 1))
+  for _ in range(3):
+    for n, side in sides.items():
+      began = time.perf_counter()
+      side.train(steps)
+      times[n].append(steps * options.batch / (time.perf_counter() - began))
+  record(options, ('speed', name), times | dict(compiled=options.compile))
+  middle = {n: round(statistics.median(x)) for n, x in times.items()}
+  print(f'{name}, images a second: {middle}', flush=True)
+
+
+# -- the report --------------------------------------------------------------
+def spread(values, digits):
+  """The mean of seeds and how far they go."""
+  low, high = (f'{x:.{digits}f}' for x in (min(values), max(values)))
+  return f'{statistics.mean(values):.{digits}f} [{low}, {high}]'
+
+
+def table(found):
+  """Markdown: a row a quantizer and side, means over seeds [from, to]."""
+  runs = {}
+  for place, row in found['runs'].items():
+    which, name, seed = place.split('/')
+    runs.setdefault((name, which), {})[seed] = row
+  figures = dict(psnr=2, ssim=3, usage=3, perplexity=0, effective_bits=2)
+  lines = [
+    '| quantizer | of | bits | PSNR, dB | SSIM | usage | perplexity '
+    '| effective bits | images/s |',
+    '|---|---|---|---|---|---|---|---|---|',
+  ]
+  for name, which in itertools.product(OURS, SIDES):
+    if (rows := [*runs.get((name, which), {}).values()]) == []:
+      continue
+    cells = [spread([r[n] for r in rows], d) for n, d in figures.items()]
+    rate = found.get('speed', {}).get(name, {}).get(which)
+    cells.append(f'{statistics.median(rate):,.0f}' if rate else '')
+    bits = f'{rows[0]["bits"]:.3f}'.rstrip('0').rstrip('.')
+    lines.append(f'| {name} | {which} | {bits} | {" | ".join(cells)} |')
+  lines.append('')
+  for name in PEERS:
+    pairs = [runs.get((name, which), {}) for which in SIDES]
+    if seeds := sorted(pairs[0].keys() & pairs[1].keys()):
+      ahead = [pairs[0][s]['psnr'] - pairs[1][s]['psnr'] for s in seeds]
+      lines.append(
+        f'- `{name}`: ours less theirs, seed by seed, {spread(ahead, 2)} dB.'
+      )
+  return '\n'.join(lines)
+
+
+def report(options):
+  """Writes the table into docs/results.md, between its marks."""
+  found = json.loads(options.json.read_text())
+  kinds = {
+    f'{which}: {m["hardware"]}, {m["date"]}, '
+    + ', '.join(f'{k} {v}' for k, v in m['versions'].items())
+    for which, m in found['machines'].items()
+  }
+  run = next(iter(found['runs'].values()))
+  head = (
+    f'{run["steps"]} steps of {run["batch"]} images, rate {run["lr"]:g}. '
+    f'{"; ".join(sorted(kinds))}.'
+  )
+  path = ROOT / 'docs' / 'results.md'
+  before, _, rest = path.read_text().partition(BEGIN)
+  _, _, after = rest.partition(END)
+  made = f'{textwrap.fill(head, 80)}\n\n{table(found)}'
+  path.write_text(f'{before}{BEGIN}\n\n{made}\n\n{END}{after}')
 
 
 def main():
@@ -444,6 +493,9 @@ def main():
   )
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
+  if options.report:
+    report(options)
+    return
   if options.data:
     make_cache(options.data, options.cache)
     return
@@ -456,13 +508,27 @@ def main():
     )
   which = 'torch' if options.side == 'torch' else 'ours'
   record(options, ('machines', which), machine())
-  for name in names:
-    if name in SIDES[which][1]:
-      run(which, name, train, test, options)
+  kind, known = SIDES[which]
+
+  def made(name):
+    side = kind(name, train, options)
+    if which == 'ours':  # compiles
+      side.start(0)
+      side.train(1)
+      side.reconstruct(test[:PART])
+    return side
+
+  began, names = time.perf_counter(), [n for n in names if n in known]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    sides = dict(zip(names, pool.map(made, names), strict=True))
+  print(f'{which}: ready in {time.perf_counter() - began:.0f} s', flush=True)
+  for seed, name in itertools.product(range(options.seeds), names):
+    run(which, name, seed, sides[name], test, options)
   if options.side == 'both':
     if theirs.wait():
       sys.exit('the side of PyTorch failed')
-    speed([n for n in names if n in PEERS], train, options)
+    for name in PEERS.keys() & sides.keys():
+      speed(name, sides[name], train, options)
 
 
 if __name__ == '__main__':
