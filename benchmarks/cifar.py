@@ -82,7 +82,7 @@ OURS = {
     dict(codebook=1.0, commit=COMMIT),
   ),
   'fsq': (dict(name='fsq', levels=LEVELS, convention='cosmos'), {}),
-  'lfq': (dict(name='lfq', bits=10), dict(commit=COMMIT, entropy=0.1)),
+  'lfq': (dict(name='lfq', bits=10), dict(commit=COMMIT, entropy=0.005)),
   'residual': (
     dict(name='residual', stages=2, quantizer=VQ | dict(num_codes=32)),
     dict(commit=COMMIT),
@@ -519,7 +519,8 @@ def main():
     return side
 
   began, names = time.perf_counter(), [n for n in names if n in known]
-  with concurrent.futures.ThreadPoolExecutor() as pool:
+  cores = len(os.sched_getaffinity(0))
+  with concurrent.futures.ThreadPoolExecutor(cores) as pool:
     sides = dict(zip(names, pool.map(made, names), strict=True))
   print(f'{which}: ready in {time.perf_counter() - began:.0f} s', flush=True)
   for seed, name in itertools.product(range(options.seeds), names):
