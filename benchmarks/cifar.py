@@ -45,6 +45,8 @@ import tarfile
 import textwrap
 import time
 
+# Threads that wait would take the time of the other side.
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 os.environ.setdefault('XLA_FLAGS', '--xla_gpu_enable_triton_gemm=false')
 
