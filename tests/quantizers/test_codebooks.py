@@ -124,7 +124,8 @@ def test_data_init_gives_distinct_codes_at_real_tokens(tokens):
   assert len(np.unique(codes, axis=0)) == 100
   distance = np.linalg.norm(codes[:, None] - np.asarray(z)[None], axis=-1)
   assert (distance.min(1) < 0.1).all()
-  np.testing.assert_array_equal(start['counts'], 1)
+  counts = np.asarray(start['counts'])[:, None]
+  np.testing.assert_allclose(start['sums'], counts * codes, rtol=1e-6)
 
 
 def simvq_usage(basis_init):
@@ -219,10 +220,27 @@ def test_idle_codes_become_tokens_of_the_batch():
   want = quantizer.update_codebook(codebook, stats)
   idle = np.arange(1, 17, 2)
   np.testing.assert_array_equal(found['codes'][idle], tokens)
-  np.testing.assert_array_equal(found['counts'][idle], 1.0)
+  # A tenth of the mean, two tokens a code, and one token's part.
+  np.testing.assert_allclose(found['counts'][idle], 0.21, rtol=1e-5)
   for name in want:
     kept = (np.delete(x[name], idle, 0) for x in (found, want))
     np.testing.assert_array_equal(*kept)
+
+
+def test_a_new_code_is_idle_unless_it_soon_wins_a_token():
+  """At a tenth of the mean, .2 tokens a step, one is won within 5 steps."""
+  quantizer = made(4, num_codes=32)
+  z, tokens = (jax.random.normal(jax.random.key(i), (64, 4)) for i in (0, 1))
+  codebook = quantizer.init_codebook({}, z, jax.random.key(2))
+  first, update = codebook['codes'], jax.jit(quantizer.update_codebook)
+  for step in range(1, 6):
+    # Code 0 wins all tokens but one of code 1, once, where that lies.
+    one = jnp.zeros(32, jnp.int32).at[1].set(int(step == 4))
+    counts = one.at[0].set(64 - one[1])
+    stats = dict(counts=counts[None], sums=(counts[:, None] * first)[None])
+    codebook = update(codebook, stats | dict(tokens=tokens))
+    moved = np.abs(codebook['codes'] - first).max(1) > 1e-3
+    assert not moved[:2].any() and (moved[2:] == (step == 5)).all(), step
 
 
 @pytest.mark.parametrize(
