@@ -53,8 +53,8 @@ from benchmarks import torch_peers
 from vqrae_jax import optim, sharding
 from vqrae_jax.data import pipeline, sources
 from vqrae_jax.nn.dino import DINO_S8, TAPS
-from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import trees
+from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import setup as setup_lib
 from vqrae_jax.train import state as state_lib
@@ -289,7 +289,7 @@ def nearest_row(tokens):
   a, b = jnp.asarray(z), jnp.asarray(table)
   c, d = torch.from_numpy(z).to(DEVICE), torch.from_numpy(table).to(DEVICE)
   dot = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision='highest'))
-  nearest = jax.jit(code_ops.nearest_code)
+  nearest = jax.jit(nearest_code)
 
   def theirs(a, b):
     with torch.autocast(DEVICE.type, enabled=False):

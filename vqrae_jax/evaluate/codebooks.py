@@ -25,6 +25,7 @@ from vqrae_jax.evaluate import metrics, visualize
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST
+from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.types import Tree
 
 SAMPLE = 2000  # tokens of a stage that are kept, for a map of them
@@ -34,39 +35,6 @@ ALONE = 4  # images of a batch that are tokenized alone too
 EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)
 # Codes nearer to each other than this share of tokens' mean distance to theirs.
 NEAR = 0.1
-
-
-def distances(
-  tokens: Array, table: Array, indices: Array
-) -> tuple[Array, Array]:
-  """f32[n] each: to a token's code, and to the nearest of the others, from
-  differences; infinite with a single code.
-
-  Args:
-    tokens: f32[n c].
-    table: f32[k c].
-    indices: i32[n], each token's code.
-  """
-  n, k = tokens.shape[0], table.shape[0]
-  center = table.mean(0)
-  table, tokens = table - center, tokens - center
-  half_norms = 0.5 * jnp.sum(table * table, axis=-1)
-
-  def chunk(tokens, indices, counted):
-    dots = jnp.einsum('nc,kc->nk', tokens, table, precision=HIGHEST)
-    own = jnp.arange(k) == indices[:, None]
-    second = jnp.argmin(jnp.where(own, jnp.inf, half_norms - dots), axis=-1)
-
-    def length(codes):
-      return jnp.linalg.norm(tokens - table[codes], axis=-1)
-
-    return length(indices), length(second) if k > 1 else jnp.inf * length(
-      second
-    )
-
-  found = code_ops.by_chunk(chunk, k, tokens, indices)
-  best, second = (code_ops.in_order(x, n) for x in found)
-  return best, second
 
 
 @jax.jit
@@ -105,8 +73,13 @@ def _measured(tokenizer, variables, images, picks) -> list[dict[str, Array]]:
       sample=tokens[(picks * indices.shape[1]).astype(jnp.int32)],
     )
     if search.table is not None:
-      pair = distances(tokens, search.table, indices.reshape(-1))
-      out['best'], out['second'] = (x.reshape(indices.shape) for x in pair)
+      own = search.table[indices.reshape(-1)]
+      best = jnp.linalg.norm(tokens - own, axis=-1)
+      _, margin = nearest_code(tokens, search.table, return_margin=True)
+      out |= {
+        name: x.reshape(indices.shape)
+        for name, x in dict(best=best, margin=margin).items()
+      }
     found.append(out)
   return found
 
@@ -132,7 +105,7 @@ class Stage:
     name: of the search; "" if a token has one code.
     table: f32[k c], or None.
     rows: {name: f32[n] or i32[n]}: "indices", "norms", and with a table "best"
-      and "second".
+      and "margin".
     sample: f32[at most SAMPLE, c] of the tokens, uniformly.
     moved: {what changed: [tokens whose index moved, tokens]}.
     searches: how many are merged in it.
@@ -304,7 +277,7 @@ def figures(
     return out
   table = stage.table
   finite = np.isfinite(table).all(-1)
-  best, second = stage.column('best'), stage.column('second')
+  best = stage.column('best')
   mean = float(best.mean()) if np.isfinite(best).all() else None
   near = NEAR * (mean or 0.0)
   out |= dict(
@@ -321,7 +294,7 @@ def figures(
       float((best.astype(np.float64) ** 2).mean()) / spread
     )
   if mean and k > 1:
-    margin = np.maximum(second - best, 0) / mean
+    margin = stage.column('margin') / mean
     shares = np.histogram(margin, EDGES)[0] / max(len(margin), 1)
     out['margins'] = dict(
       edges=list(EDGES[:-1]), shares=shares.tolist(), **_percentiles(margin)

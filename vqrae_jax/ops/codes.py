@@ -1,4 +1,4 @@
-"""Codes and indices: nearest entry, gradients, entropies, digits, usage.
+"""Codes and indices: lookup, gradients, entropies, digits, usage.
 
 All arithmetic is f32 and every product asks for the highest precision: a dot
 in f32 is TF32 on GPU and bf16 passes on TPU unless it is asked, and either
@@ -17,9 +17,6 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
-# As a TPU does it: six products of bf16 parts, f32's error in half the time of
-# a GPU's f32 products.
-SIX_BF16 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 BATCH_AXES = ('data', 'fsdp')  # mesh axes that a batch of tokens lies over
 SCORES_PER_CHUNK = 2**24  # f32 scores at once on a device: 64 MiB
 
@@ -66,60 +63,6 @@ def rotate(
   return scale * (z - 2 * dot(z, middle) * middle + 2 * dot(z, u) * v)
 
 
-def _nearest(z: Array, codes: Array) -> Array:
-  """argmin over k of |z - codes_k|^2, from scores centred on the codebook.
-
-  |z|^2 is left out (it moves no argmin and costs digits), and both sides are
-  centred on the codebook's mean, which cancels a direction they share.
-  """
-  center = codes.mean(0)
-  z, codes = z - center, codes - center
-  half_norms = 0.5 * jnp.sum(codes * codes, axis=-1)
-
-  def products(precision, tokens):
-    return jnp.einsum('nc,kc->nk', tokens, codes, precision=precision)
-
-  def chunk_argmin(tokens):
-    dots = jax.lax.platform_dependent(
-      tokens,
-      cuda=functools.partial(products, SIX_BF16),
-      default=functools.partial(products, HIGHEST),
-    )
-    return jnp.argmin(half_norms - dots, axis=-1).astype(jnp.int32)
-
-  n, c = z.shape
-  chunk = max(SCORES_PER_CHUNK // codes.shape[0], 1)
-  if isinstance(n, int) and n <= chunk:
-    return chunk_argmin(z)
-  m = -(-n // chunk)
-  if isinstance(n, int):
-    chunk = -(-n // m)  # equal parts, so that little is padded
-  padded = jnp.pad(z, ((0, m * chunk - n), (0, 0)))
-  found = jax.lax.map(chunk_argmin, padded.reshape(m, chunk, c))
-  return found.reshape(m * chunk)[:n]
-
-
-def nearest_code(
-  z: Float[Array, '*s c'], codes: Float[Array, 'k c']
-) -> Int[Array, '*s']:
-  """The index of the code nearest to each token in squared L2.
-
-  Equal distances go to the lowest index. Under an ambient mesh each device
-  searches for its own share of the tokens. No gradient passes.
-
-  Args:
-    z: f[... c] tokens, compared in f32.
-    codes: f[k c].
-
-  Returns:
-    i32[...] in [0, k).
-  """
-  z, codes = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codes))
-  shape = z.shape[:-1]
-  flat = z.reshape(math.prod(shape), z.shape[-1])
-  return _by_device(_nearest, flat, codes).reshape(shape)
-
-
 def lookup(
   codes: Float[Array, 'k c'], indices: Int[Array, '*s']
 ) -> Float[Array, '*s c']:
@@ -148,7 +91,7 @@ _rows.defvjp(
 )
 
 
-def _batch_axes() -> tuple[str, ...]:
+def batch_axes() -> tuple[str, ...]:
   """The ambient mesh's axes that tokens lie over."""
   mesh = jax.sharding.get_abstract_mesh()
   # Not inside a caller's own shard_map, whose axes are Manual.
@@ -161,7 +104,7 @@ def _batch_axes() -> tuple[str, ...]:
 def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
   """fn(tokens [n …], codes [k c]) -> [n …], under an ambient mesh by each
   device on its own tokens."""
-  mesh, axes = jax.sharding.get_abstract_mesh(), _batch_axes()
+  mesh, axes = jax.sharding.get_abstract_mesh(), batch_axes()
   n, shards = tokens.shape[0], math.prod(mesh.shape[a] for a in axes)
   if shards == 1 or not isinstance(n, int) or n % shards:
     return fn(tokens, codes)
@@ -200,7 +143,7 @@ def by_chunk(fn: Callable, size: int, *tokens: Array) -> Any:
     that have an entry a token.
   """
   n, shape = tokens[0].shape[0], jax.sharding.get_abstract_mesh().shape
-  shards = math.prod(shape[a] for a in _batch_axes())
+  shards = math.prod(shape[a] for a in batch_axes())
   most = max(SCORES_PER_CHUNK // size, 1) * shards
   m = -(-n // most)
   if isinstance(n, int):

@@ -25,6 +25,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import trees
 from vqrae_jax.ops.codes import HIGHEST
+from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.specs import PostQuantSpec, one_of
 from vqrae_jax.types import QuantizerOutput
 
@@ -471,7 +472,7 @@ class TableQuantizer(Quantizer):
     return {'codes': self._table()}
 
   def codes_to_indices(self, codes):
-    return code_ops.nearest_code(codes.astype(jnp.float32), self._table())
+    return nearest_code(codes.astype(jnp.float32), self._table())
 
 
 class Nearest(TableQuantizer):

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.quantizers import base
 
 PARTS = 'parts'
@@ -212,6 +213,6 @@ def rows_of_all_stages(
     tokens, key = take(rest, i), jax.random.fold_in(rng, i)
     rows = base.init_codes_from_data(tokens, int(end) - len(table), key)
     table = jnp.concatenate([table, rows])
-    nearest = code_ops.nearest_code(tokens, table)
+    nearest = nearest_code(tokens, table)
     rest = leave(rest, i, code_ops.lookup(table, nearest))
   return table

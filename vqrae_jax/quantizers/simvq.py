@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST, unit_rms
+from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.quantizers import base
 
 
@@ -118,11 +118,11 @@ class SimVQ(base.Nearest):
       z = self.map_tokens(z)
     table = self._table()
     if self.code_scale != 'rms':  # compared by angle, whatever their size
-      indices = code_ops.nearest_code(unit_rms(z), unit_rms(table))
+      indices = nearest_code(unit_rms(z), unit_rms(table))
       return self._scaled(z), indices
     if self.normalize or self.distance == 'cosine':
       z = unit_rms(z)
-    return z, code_ops.nearest_code(z, table)
+    return z, nearest_code(z, table)
 
   def _searches(self, z):
     (search,) = super()._searches(z)

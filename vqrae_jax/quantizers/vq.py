@@ -30,6 +30,7 @@ from flax import linen as nn
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.quantizers import base
 
 REVIVED = 256  # codes at most in a step
@@ -115,7 +116,7 @@ class VQ(base.Nearest):
 
   def _assign(self, z, train, random):
     z = self._compared(z)
-    return z, code_ops.nearest_code(z, self._table())
+    return z, nearest_code(z, self._table())
 
   def _table(self):
     if self.distance == 'l2' or self.update == 'ema':

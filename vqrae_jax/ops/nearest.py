@@ -1,0 +1,423 @@
+"""The nearest code of each token.
+
+Distances are compared as |c|^2 / 2 - z.c, without |z|^2, which moves no argmin
+and costs digits. Both sides are centred on the codebook's mean, which cancels a
+direction they share, and scaled by one power of two, so that no square leaves
+f32. A dot in f32 is TF32 on a GPU and bf16 passes on a TPU unless it is asked
+for more, and either picks other codes: products ask for the highest precision,
+or are of bf16 and only choose which codes are compared in f32 (`shortlist`).
+
+Nothing of [tokens, K] is made beyond a chunk, and no copy of all tokens. Under
+an ambient mesh each device searches for its own tokens; the rows of a sharded
+codebook go round its devices and are never gathered.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from vqrae_jax.ops import codes as code_ops
+from vqrae_jax.ops import nearest_kernels
+from vqrae_jax.ops.codes import HIGHEST
+
+# As a TPU does it: six products of bf16 parts, f32's error in half the time of
+# a GPU's f32 products.
+SIX_BF16 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
+GROUPS = 512  # of codes, of each of which `shortlist` looks at the best
+LISTED = 8  # codes of a token that `shortlist` compares in f32
+UNLISTED = 64  # tokens at once whose list is too short
+ROUNDING = 2.0**-23
+
+
+class Codes(NamedTuple):
+  """Rows of a codebook as tokens are compared with them.
+
+  Attributes:
+    rows: f32[k c], scaled and centred.
+    half_norms: f32[k], half their squares.
+    numbers: i32[k], their indices.
+  """
+
+  rows: Array
+  half_norms: Array
+  numbers: Array
+
+
+class Rounded(NamedTuple):
+  """Codes for products in bf16.
+
+  Attributes:
+    rows: bf16[k c].
+    half_norms, norms: f32[k], of the codes before they were rounded.
+    lost: f32[k], the norms of what rounding took from them.
+  """
+
+  rows: Array
+  half_norms: Array
+  norms: Array
+  lost: Array
+
+
+class Found(NamedTuple):
+  """The best codes so far of tokens [n]; scores are half squared distances
+  less half the token's square.
+
+  Attributes:
+    score: f32[n] of the best.
+    index: i32[n], its number.
+    distance, second, second_distance: f32[n], or None: the length from the
+      token to the best, the score of the second best, and the length to it.
+  """
+
+  score: Array
+  index: Array
+  distance: Array | None = None
+  second: Array | None = None
+  second_distance: Array | None = None
+
+
+def nearest_code(
+  z: Float[Array, '*s c'],
+  codebook: Float[Array, 'k c'],
+  *,
+  distance: str = 'l2',
+  return_margin: bool = False,
+) -> Int[Array, '*s'] | tuple[Int[Array, '*s'], Float[Array, '*s']]:
+  """The index of the code nearest to each token.
+
+  In float64 its distance is within 2^-21 (|z| + |c|)^2, squared, of the least.
+  Rows that are equal give the lowest index. No gradient passes.
+
+  Args:
+    z: f[... c] tokens, compared in f32.
+    codebook: f[k c].
+    distance: "l2", or "cosine": of z and codes scaled to norm one.
+    return_margin: also how much nearer it is than the second best.
+
+  Returns:
+    i32[...] in [0, k); with `return_margin` also f32[...] >= 0, the distance
+    (not squared) to the second best code less that to the best, infinite where
+    there is one code.
+  """
+  if distance not in ('l2', 'cosine'):
+    raise ValueError(f'distance={distance!r} must be "l2" or "cosine"')
+  z, codebook = (
+    jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codebook)
+  )
+  if distance == 'cosine':
+    z, codebook = _directions(z), _directions(codebook)
+  shape = z.shape[:-1]
+  flat = z.reshape(math.prod(shape), z.shape[-1])
+  found = _searched(flat, codebook, return_margin)
+  index = found.index.reshape(shape)
+  if not return_margin:
+    return index
+  margin = jnp.maximum(found.second_distance - found.distance, 0)
+  return index, margin.reshape(shape)
+
+
+def _directions(x: Array) -> Array:
+  """Rows of norm one, of any size; zeros stay zeros."""
+  largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+  x = x / jnp.where(largest > 0, largest, 1)
+  norm = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+  return x / jnp.where(norm > 0, norm, 1)
+
+
+def _searched(z: Array, codebook: Array, margins: bool) -> Found:
+  """Tokens f32[n c] and all codes, spread over the ambient mesh."""
+  mesh, axes = jax.sharding.get_abstract_mesh(), code_ops.batch_axes()
+  n, shards = z.shape[0], math.prod(mesh.shape[a] for a in axes)
+  if shards == 1 or not isinstance(n, int):
+    return _round(z, codebook, margins, None)
+  ring = 'fsdp' if 'fsdp' in axes else None
+  if ring and len(codebook) % mesh.shape[ring]:
+    ring = None
+  z = jnp.pad(z, ((0, -n % shards), (0, 0)))
+  found = jax.shard_map(
+    lambda z, codebook: _round(z, codebook, margins, ring),
+    in_specs=(PartitionSpec(axes), PartitionSpec(ring)),
+    out_specs=PartitionSpec(axes),
+    check_vma=False,
+  )(z, codebook)
+  return jax.tree.map(lambda x: x[:n], found)
+
+
+def _round(z: Array, rows: Array, margins: bool, ring: str | None) -> Found:
+  """A device's own tokens, with all codes, of which it holds `rows`.
+
+  Args:
+    z: f32[n c].
+    rows: f32[r c].
+    margins: also the second best.
+    ring: the mesh axis that codes lie over, or None: `rows` are all.
+  """
+  own, size = 0, 1
+  if ring:
+    own, size = jax.lax.axis_index(ring), jax.lax.axis_size(ring)
+  # Squares of what is scaled lie in f32, of the largest as of what is 1e-30
+  # of it. A power of two rounds nothing.
+  largest = jnp.maximum(_largest(rows), _largest(z))
+  if ring:
+    largest = jax.lax.pmax(largest, ring)
+  exponent = jnp.clip(50 - jnp.frexp(largest)[1], -100, 100)
+  scale = jnp.ldexp(jnp.float32(1), exponent)
+  center = (rows * scale).mean(0)
+  if ring:
+    center = jax.lax.pmean(center, ring)
+  rows = rows * scale - center
+  half_norms = 0.5 * jnp.sum(rows * rows, axis=-1)
+  numbers = own * len(rows) + jnp.arange(len(rows), dtype=jnp.int32)
+  codes = Codes(rows, half_norms, numbers)
+
+  def search(codes):
+    branches = {
+      platform: functools.partial(_chunks, searcher, margins)
+      for platform, searcher in SEARCHES.items()
+    }
+    return jax.lax.platform_dependent(z, scale, center, codes, **branches)
+
+  if not ring:
+    found = search(codes)
+  else:
+    nothing = jax.tree.map(
+      lambda x: (
+        jnp.full(x.shape, jnp.inf, x.dtype)
+        if x.dtype == jnp.float32
+        else jnp.zeros(x.shape, x.dtype)
+      ),
+      jax.eval_shape(search, codes),
+    )
+
+    def visit(_, state):
+      codes, found = state
+      # To be on its way while these rows are searched.
+      following = jax.lax.ppermute(
+        codes, ring, [(i, (i + 1) % size) for i in range(size)]
+      )
+      return following, _better(found, search(codes))
+
+    _, found = jax.lax.fori_loop(0, size, visit, (codes, nothing))
+  if not margins:
+    return found
+  return found._replace(
+    distance=found.distance / scale,
+    second_distance=found.second_distance / scale,
+  )
+
+
+def _largest(x: Array) -> Array:
+  """f32[]: the largest absolute value of rows that are finite."""
+  # Two reductions of x as it is: nothing of its size is made.
+  rows = jnp.maximum(x.max(-1, initial=0), -x.min(-1, initial=0))
+  return jnp.max(rows, initial=0, where=jnp.isfinite(rows))
+
+
+def _better(a: Found, b: Found) -> Found:
+  """Of two sets of codes, token by token."""
+  first = (b.score < a.score) | ((b.score == a.score) & (b.index < a.index))
+
+  def either(first, x, y):
+    return None if x is None else jnp.where(first, y, x)
+
+  best = Found(*(either(first, x, y) for x, y in zip(a, b, strict=True)))
+  if a.second is None:
+    return best
+  # The other set's best, or the second of the same set.
+  other = Found(*(either(first, y, x) for x, y in zip(a, b, strict=True)))
+  behind = other.score < best.second
+  return best._replace(
+    second=jnp.where(behind, other.score, best.second),
+    second_distance=jnp.where(behind, other.distance, best.second_distance),
+  )
+
+
+def _chunks(searcher, margins, z, scale, center, codes) -> Found:
+  """Tokens f32[n c] as they are given, a chunk at a time."""
+  n = z.shape[0]
+  search = searcher(codes, n, margins)
+  chunk = max(code_ops.SCORES_PER_CHUNK // len(codes.rows), 1)
+  if isinstance(n, int) and n <= chunk:
+    return search(z * scale - center)
+  m = -(-n // chunk)
+  if isinstance(n, int):
+    chunk = -(-n // m)  # equal parts
+  # Taken row by row: padded tokens would be a copy of all. The last chunk
+  # searches the last token again.
+  offsets = jnp.arange(chunk)
+
+  def part(i):
+    tokens = jnp.take(z, i * chunk + offsets, axis=0, mode='clip')
+    return search(tokens * scale - center)
+
+  found = jax.lax.map(part, jnp.arange(m))
+  return jax.tree.map(lambda x: x.reshape(m * chunk)[:n], found)
+
+
+def direct(
+  codes: Codes,
+  *,
+  precision: jax.lax.PrecisionLike = HIGHEST,
+  margins: bool = False,
+) -> Callable[[Array], Found]:
+  """A search of tokens f32[n c] by every score in f32."""
+
+  def least(scores):
+    at = jnp.argmin(scores, axis=-1)
+    return at, jnp.take_along_axis(scores, at[:, None], 1)[:, 0]
+
+  def search(tokens):
+    dots = jnp.einsum('nc,kc->nk', tokens, codes.rows, precision=precision)
+    scores = codes.half_norms - dots
+    best, score = least(scores)
+    found = Found(score, codes.numbers[best])
+    if not margins:
+      return found
+
+    def length(at):  # of the difference: a score has lost its digits
+      return jnp.linalg.norm(tokens - codes.rows[at], axis=-1)
+
+    others = jnp.arange(len(codes.rows)) != best[:, None]
+    second, score = least(jnp.where(others, scores, jnp.inf))
+    return found._replace(
+      distance=length(best),
+      second=score,
+      second_distance=jnp.where(score < jnp.inf, length(second), jnp.inf),
+    )
+
+  return search
+
+
+def grouped(
+  z: Array, a: Array, b: Array, codes: Rounded
+) -> tuple[Array, Array, Array]:
+  """Scores of rounded tokens; code k is of group k mod `GROUPS`.
+
+  Args:
+    z: bf16[n c].
+    a, b: f32[n]; a token's score is off by at most a |code| + b lost.
+    codes: a multiple of `GROUPS`, or fewer.
+
+  Returns:
+    (f32[n g], i32[n g], f32[n]): the least that the score of a code of each
+    group may be, which code it is, and what the least score of all is at most;
+    infinite where a second code of a group may be below that.
+  """
+  dots = jnp.einsum(
+    'nc,kc->nk', z, codes.rows, preferred_element_type=jnp.float32
+  )
+  off = a[:, None] * codes.norms + b[:, None] * codes.lost
+  scores = codes.half_norms - dots
+  shape = len(z), -1, min(GROUPS, len(codes.rows))
+
+  def nearer(x, y):
+    (low, at, second, high), (low2, at2, second2, high2) = x, y
+    second = jnp.minimum(second, jnp.minimum(second2, jnp.maximum(low, low2)))
+    first = (low < low2) | ((low == low2) & (at < at2))
+    return (
+      jnp.minimum(low, low2),
+      jnp.where(first, at, at2),
+      second,
+      jnp.minimum(high, high2),
+    )
+
+  at = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+  infinite = jnp.full_like(scores, jnp.inf)
+  # One reduction: whatever it needs twice would be read twice.
+  least, at, second, high = jax.lax.reduce(
+    [x.reshape(shape) for x in (scores - off, at, infinite, scores + off)],
+    [jnp.float32(jnp.inf), jnp.int32(2**31 - 1), *[jnp.float32(jnp.inf)] * 2],
+    nearer,
+    (1,),
+  )
+  high = high.min(-1)
+  return least, at, jnp.where(second.min(-1) <= high, jnp.inf, high)
+
+
+def shortlist(
+  codes: Codes,
+  *,
+  precision: jax.lax.PrecisionLike = HIGHEST,
+  groups: Callable = grouped,
+) -> Callable[[Array], Found]:
+  """A search of tokens f32[n c] by scores in bf16; those that may be the least
+  again, in f32.
+
+  A score of rounded tokens and codes is off by no more than what the rounding
+  left of both, measured, and what f32 sums lose. A token is searched by
+  `direct` where more than `LISTED` codes are within that of the least.
+
+  Args:
+    codes: more than `LISTED`.
+    precision: of `direct`.
+    groups: what makes all scores: `grouped`, or a kernel.
+  """
+  norm = functools.partial(jnp.linalg.norm, axis=-1)
+  missing = -len(codes.rows) % min(GROUPS, len(codes.rows))
+  exact = jnp.pad(codes.rows, ((0, missing), (0, 0)))
+  rows = exact.astype(jnp.bfloat16)
+  rounded = Rounded(
+    rows,
+    jnp.pad(codes.half_norms, (0, missing), constant_values=jnp.inf),
+    norm(exact),
+    norm(exact - rows.astype(jnp.float32)),
+  )
+  again = direct(codes, precision=precision)
+  sums = exact.shape[-1] * ROUNDING  # what sums in f32 lose, at most
+
+  def search(tokens):
+    z = tokens.astype(jnp.bfloat16)
+    kept = z.astype(jnp.float32)
+    a = norm(tokens - kept) + sums * norm(tokens)
+    least, at, upper = groups(z, a, norm(kept), rounded)
+    values, places = jax.lax.top_k(-least, LISTED + 1)
+    known = -values[:, -1] > upper
+    listed = jnp.take_along_axis(at, places[:, :LISTED], 1)
+    dots = jnp.sum(codes.rows[listed] * tokens[:, None], axis=-1)
+    scores = codes.half_norms[listed] - dots
+    score = scores.min(-1)
+    ties = jnp.where(scores == score[:, None], codes.numbers[listed], 2**31 - 1)
+
+    def more(state):
+      known, found = state
+      (which,) = jnp.nonzero(~known, size=UNLISTED, fill_value=len(tokens))
+      some = again(tokens.at[which].get(mode='clip'))
+      found = jax.tree.map(
+        lambda x, y: x.at[which].set(y, mode='drop'), found, some
+      )
+      return known.at[which].set(True, mode='drop'), found
+
+    state = known, Found(score, ties.min(-1))
+    return jax.lax.while_loop(lambda s: ~s[0].all(), more, state)[1]
+
+  return search
+
+
+def on_cuda(codes: Codes, n: Any, margins: bool) -> Callable:
+  """The quickest search by measurement (benchmarks/nearest.py, H200,
+  2026-11-27); the kernel did not run on other GPUs and is not used there."""
+  k, c = codes.rows.shape
+  precision = SIX_BF16 if c >= 512 else HIGHEST
+  # n is a symbol in `jax.export`, which promises nothing of Triton's kernels.
+  if (
+    margins
+    or k < 4096
+    or not isinstance(n, int)
+    or jax.default_backend() != 'gpu'
+    or {d.compute_capability for d in jax.local_devices()} != {'9.0'}
+  ):
+    return direct(codes, precision=precision, margins=margins)
+  kernel = nearest_kernels.gpu_groups
+  return shortlist(codes, precision=precision, groups=kernel)
+
+
+# How a device of each platform searches n tokens.
+SEARCHES = dict(
+  cuda=on_cuda, default=lambda codes, n, margins: direct(codes, margins=margins)
+)
