@@ -10,23 +10,32 @@ it comes; `--report` writes docs/quantizers.md from all of them.
 
 On one GPU, 16,384 codes of 1536:
 
+    export XLA_FLAGS=--xla_gpu_enable_triton_gemm=false
     python -m benchmarks.codebooks --data=synthetic --codes=16384 --width=1536 \
-      --method=vq,simvq,fsq-mlp,vq-naive,kmeans,vector-quantize-pytorch
+      --method=vq,simvq,fsq-mlp,kmeans,vq-naive,vector-quantize-pytorch \
+      --json=$OUT/codebooks.json
+
+and for the other rows, of which real ones read FOLDER (below) and encode 2e6
+tokens first:
+
+    python -m benchmarks.codebooks --json=$OUT/codebooks.json --root=FOLDER \
+      --data=synthetic,cifar10-last,cifar10-9,imagenet-last,imagenet-9
 
 Data. "synthetic": LayerNorm'd tokens around 2,000 centres in 24 dimensions.
 "cifar10-9", "cifar10-last", "imagenet-9", "imagenet-last": the 9th or the last
 block of the ViT-S/14 in FOLDER/vit_s14_trained, each token normalised, in
 bfloat16, over random crops with flips of FOLDER/cifar10_wds (its own split; 128
 pixels, crops of 112: 64 tokens each) or FOLDER/imagenet_sample (every third
-image is for the test; 256 pixels, crops of 224: 256 tokens). Test images are
-cropped again until there are 1e6 tokens; training tokens repeat in epochs of
-another order. Latents are kept in `--cache`.
+image is for the test; 256 pixels, crops of 224: 256 tokens). Images are cropped
+again until there are 1e6 tokens of a split; training reads its own in epochs,
+each of another order. Latents are kept in `--cache`.
 
 Training is that of `configs/common.original`: AdamW at 1e-3 to 1e-5 with 5 % of
 warm-up, codebook 1, commitment .25. Where a quantizer has a projection, it also
 has the squared error of the latents that come out; a recipe's decoder takes
-that part. A codebook starts at the first max(K, 4,096) tokens. Lloyd's k-means,
-from k-means++, makes 10 passes over a tenth of the same batches.
+that part. FSQ reads latents normalised per channel (`model.latents`), but for
+"fsq-mlp-raw". A codebook starts at the first max(K, 4,096) tokens. Lloyd's
+k-means, from k-means++, makes 10 passes over a tenth of the same batches.
 """
 
 import argparse
@@ -57,11 +66,11 @@ BEGIN, END = '<!-- benchmarks.codebooks --report -->', '<!-- end -->'
 TOKENS, IMAGES = 4096, 64  # of a step; codes are revived by one an image
 TEST = 10**6  # tokens that are measured, and the number of the first batch
 PASSES = 10  # of k-means, over a tenth of the batches
-LEVELS = {
+LEVELS = {  # the paper's for about as many codes
   512: (8, 8, 8),
-  1024: (8, 8, 4, 4),
-  4096: (8, 8, 8, 8),
-  16384: (8, 8, 8, 8, 4),
+  1024: (8, 5, 5, 5),
+  4096: (7, 5, 5, 5, 5),
+  16384: (8, 8, 8, 6, 5),
 }
 LOSSES = {'codebook': 1.0, 'commit': 0.25}
 ADAMW = optim.AdamWConfig(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
@@ -75,12 +84,15 @@ METHODS = {
   'kmeans': dict(name='vq'),
   'vq-naive': dict(name='vq', data_init=False, revive_below=0.0),
   'vector-quantize-pytorch': {},
-  'vector-quantize-pytorch, revived': dict(
+  'vector-quantize-pytorch-revived': dict(
     kmeans_init=True, threshold_ema_dead_code=2
   ),
   'simvq-random': dict(name='simvq', basis_init='normal'),
   'fsq-linear': dict(name='fsq'),
+  'fsq-mlp-raw': dict(name='fsq', projection='mlp'),
 }
+# Behind `model.latents=dict(norm="channel")`.
+NORMALISED = 'fsq-mlp', 'fsq-linear'
 
 
 def synthetic(width):
@@ -144,12 +156,12 @@ def encode(images, root, cache):
   if images == 'cifar10':
     shards = root / 'cifar10_wds'
     splits = [sources.open_source(f'{shards}/{s}-*') for s in ('train', 'test')]
-    resize, size, counts = 128, 112, (15000, math.ceil(TEST / 64))
+    resize, size = 128, 112
   else:
     source = sources.open_source(str(root / 'imagenet_sample'))
     third = np.arange(len(source)) % 3 == 0
     splits = [source.select(~third), source.select(third)]
-    resize, size, counts = 256, 224, (4096, math.ceil(TEST / 256))
+    resize, size = 256, 224
   loaded, variables = load_encoder(
     str(root / 'vit_s14_trained'), 'plain', dtype='bfloat16'
   )
@@ -157,11 +169,9 @@ def encode(images, root, cache):
   forward = jax.jit(encoder.apply)
   rows = TOKENS * 196 // size**2
   augment = pipeline.Augment((size, size), resize)
-  for split, source, count in zip(
-    ('train', 'test'), splits, counts, strict=True
-  ):
+  total = math.ceil(TEST / TOKENS)
+  for split, source in zip(('train', 'test'), splits, strict=True):
     batches = pipeline.TrainBatches(source, augment, batch_size=rows, seed=0)
-    total = math.ceil(count / rows)
     files = [
       np.lib.format.open_memmap(
         cache / f'{images}-{block}-{split}.npy.part',
@@ -243,8 +253,6 @@ def train(quantizer, batch, steps, naive=False):
   for i in range(steps):
     params, moments, codebook = step(i, params, moments, codebook, batch(i))
   variables = {'params': trees.unflatten(params), 'codebook': codebook}
-  baked = jax.jit(lambda v: quantizer.apply(v, method='baked_codebook'))
-  variables['codebook'] = codebook | baked(variables)
   return jax.block_until_ready(variables)
 
 
@@ -271,22 +279,36 @@ def kmeans(quantizer, batch, steps):
   return {'codebook': {'codes': jax.block_until_ready(codes)}}
 
 
+def normaliser(method, batch):
+  """(mean, std) of channels, f32[width] each, of 16 batches; (0, 1) if `method`
+  reads latents as they are."""
+  if method not in NORMALISED:
+    return 0.0, 1.0
+  z = jnp.concatenate([batch(i) for i in range(16)])
+  return z.mean(0), z.std(0)
+
+
 def ours(method, batch, codes, width, steps):
-  """(call of f32[n width] -> (indices, latents), seconds of training)."""
+  """(f32[n width] -> (indices, latents), its arrays, seconds of training)."""
   section = section_of(method, codes, width)
   quantizer = quantizers.build(section, width, 'float32')
+  mean, std = normaliser(method, batch)
   began = time.perf_counter()
   if method == 'kmeans':
     variables = kmeans(quantizer, batch, steps)
   else:
-    variables = train(quantizer, batch, steps, naive=method == 'vq-naive')
+    variables = train(
+      quantizer,
+      lambda i: (batch(i) - mean) / std,
+      steps,
+      naive=method == 'vq-naive',
+    )
 
-  def call(variables, z):
-    out = quantizer.apply(variables, z)
-    return out.indices, out.z_q
+  def call(z, variables):
+    out = quantizer.apply(variables, (z - mean) / std)
+    return out.indices, out.z_q * std + mean
 
-  call = functools.partial(jax.jit(call), variables)
-  return call, time.perf_counter() - began
+  return call, variables, time.perf_counter() - began
 
 
 def theirs(method, batch, codes, width, steps):
@@ -299,38 +321,37 @@ def theirs(method, batch, codes, width, steps):
   module = VectorQuantize(width, codes, **METHODS[method]).to(device).train()
 
   def there(x):
-    return torch.from_dlpack(jax.block_until_ready(x)).to(device)
-
-  def call(z):
-    with torch.no_grad():
-      z_q, indices, _ = module.eval()(there(z)[None])
-    return [jnp.asarray(x[0].cpu().numpy()) for x in (indices, z_q)]
+    return torch.from_dlpack(jax.block_until_ready(x)).to(device)[None]
 
   began = time.perf_counter()
   with torch.no_grad():
     for i in range(steps):
-      module(there(batch(i))[None])
-    if device == 'cuda':
-      torch.cuda.synchronize()
-  return call, time.perf_counter() - began
+      module(there(batch(i)))
+    table = jnp.asarray(module.codebook.cpu().numpy())
+  seconds = time.perf_counter() - began
+
+  def call(z, table):
+    indices = code_ops.nearest_code(z, table)
+    return indices, table[indices]
+
+  return call, table, seconds
 
 
 def measure(method, batch, codes=4096, width=256, steps=1000, tokens=TEST):
-  """A row: usage, perplexity and squared errors over test tokens."""
+  """A row: usage, perplexity and squared error over test tokens."""
   made = theirs if method.startswith('vector') else ours
-  call, seconds = made(method, batch, codes, width, steps)
+  call, arrays, seconds = made(method, batch, codes, width, steps)
   size = math.prod(LEVELS[codes]) if method.startswith('fsq') else codes
 
   @jax.jit
-  def add(counts, z, indices, z_q):
+  def add(arrays, counts, z):
+    indices, z_q = call(z, arrays)
     counts = counts + code_ops.count_codes(indices, size)
     return counts, (z.mean(0), (z * z).mean(), ((z_q - z) ** 2).mean())
 
   counts, sums = jnp.zeros(size, jnp.int32), []
-  batches = math.ceil(tokens / TOKENS)
-  for i in range(batches):
-    z = batch(TEST + i)
-    counts, found = add(counts, z, *call(z))
+  for i in range(math.ceil(tokens / TOKENS)):
+    counts, found = add(arrays, counts, batch(TEST + i))
     sums.append(found)
   mean, square, error = (
     np.mean([np.asarray(x, np.float64) for x in xs], 0)
@@ -338,12 +359,14 @@ def measure(method, batch, codes=4096, width=256, steps=1000, tokens=TEST):
   )
   return dict(
     method=method,
-    codes=size,
+    codes=codes,
+    size=size,
     width=width,
     steps=steps,
     test_tokens=int(counts.sum()),
     usage=float(code_ops.usage(counts)),
     perplexity=float(code_ops.perplexity(counts)) / size,
+    # A share of the variance of tokens.
     error=float(error / (square - (mean * mean).mean())),
     seconds=round(seconds, 1),
   )
@@ -413,7 +436,7 @@ def main():
   )
   cache = pathlib.Path(tempfile.gettempdir()) / 'codebooks'
   parser.add_argument('--data', default='synthetic', help='a,b')
-  parser.add_argument('--method', default=';'.join(METHODS), help='a;b or a,b')
+  parser.add_argument('--method', default=','.join(METHODS), help='a,b')
   parser.add_argument('--codes', type=int, default=4096)
   parser.add_argument('--width', type=int, default=256, help='of synthetic')
   parser.add_argument('--steps', type=int, default=1000)
@@ -435,12 +458,11 @@ def main():
       width, batch = options.width, synthetic(options.width)
     else:
       width, batch = 384, latents(data, options.root, options.cache)
-    for method in options.method.split(';' if ';' in options.method else ','):
+    for method in options.method.split(','):
       row = dict(data=data) | measure(
         method, batch, options.codes, width, options.steps, options.tokens
       )
       row |= dict(
-        codes=options.codes,
         date=datetime.date.today().isoformat(),
         hardware=hardware(),
         versions={'python': platform.python_version()}
