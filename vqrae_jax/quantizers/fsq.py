@@ -45,6 +45,7 @@ MLP_WIDTH = 512
 FREQUENCIES = 128
 FREQUENCY_STD = 10.0
 NORM_EPS = 1e-5
+START_RMS = 0.25  # of latents of evenly used codes, with projection='mlp'
 
 
 def _norm(dtype: str, name: str) -> nn.Module:
@@ -183,6 +184,16 @@ class FSQ(base.Quantizer):
   def make_project_out(self):
     if self.adapter_out == 'fourier':
       return FourierOut(self.latent_dim, self.dtype)
+    if self.projection == 'mlp':
+      # Where latents start loud, the map in learns first to make the codes of
+      # all tokens equal, and takes thousands of steps to spread them again.
+      square = np.mean((np.square(self.levels) - 1) / 12 / self._grid[1] ** 2)
+      init = nn.initializers.variance_scaling(
+        START_RMS**2 / square, 'fan_in', 'truncated_normal'
+      )
+      return nn.Dense(
+        self.latent_dim, dtype=self.dtype, precision=HIGHEST, kernel_init=init
+      )
     return super().make_project_out()
 
   def setup_codes(self):
