@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from vqrae_jax import encoders
+from vqrae_jax import encoders, plugins
 from vqrae_jax.encoders import dinov2, mae, siglip
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.errors import UserError, choose
@@ -71,6 +71,8 @@ _GRID = 16  # the one whose positions are RAE's
 _HEAD = 64  # channels of each head of an encoder
 _SHOWN = 3  # differences in an error
 _EPS = np.float32(1e-5)  # added to the std of latents
+
+_PIXELS = 'it is pixel_norm in the config'
 
 # Of decoders whose positions are no fixed ones of ours.
 _LEARNED = dict(posemb='learned', prefix_has_posemb=True)
@@ -175,9 +177,11 @@ def _tables(tokenizer: Tokenizer, kind: str, old: bool) -> dict[str, Table]:
     ),
     'statistics': Table(
       (
-        computed('encoder_mean', lambda: _channels(pixels.mean), 'pixel_norm'),
-        computed('encoder_std', lambda: _channels(pixels.std), 'pixel_norm'),
-        ignore(r'_latents_(mean|std)', 'codebook/latents, std + 1e-5'),
+        computed('encoder_mean', lambda: _channels(pixels.mean), _PIXELS),
+        computed('encoder_std', lambda: _channels(pixels.std), _PIXELS),
+        ignore(
+          r'_latents_(mean|std)', 'they are codebook/latents, std with its 1e-5'
+        ),
       ),
       (),
     ),
@@ -258,8 +262,8 @@ def _statistics(
     return np.asarray([default] if values is None else values, np.float32)
 
   mean, std, scale = found('mean', 0), found('std', 1), c['scaling_factor']
-  if mean.size == std.size == scale == std.item() == 1 and not mean.item():
-    return {}, {}  # what it does then is to divide by 1 + 1e-5
+  if (mean.tolist(), std.tolist(), scale) == ([0], [1], 1):
+    return {}, {}  # there, codes are then divided by 1 + 1e-5
   d, channel_first = c['encoder_hidden_size'], c['reshape_to_2d']
   shape = (1, d, n, n) if channel_first else (1, n * n, d)
   ends = (-2, None) if channel_first else (-2, -1)
@@ -269,10 +273,15 @@ def _statistics(
     x = np.broadcast_to(x, shape)
     x = (np.moveaxis(x, 1, -1) if channel_first else x).reshape(n, n, d)
     if not np.isfinite(x).all():
-      raise UserError(f'{source.name}: the statistics of latents hold NaN')
+      raise UserError(
+        f'{source.name}: the statistics of latents are NaN or infinite '
+        f'(scaling_factor={scale})'
+      )
     return x if by_position else x[0, 0]
 
-  leaves = dict(mean=ours(mean), std=ours((std + _EPS) / np.float32(scale)))
+  with np.errstate(divide='ignore'):
+    std = (std + _EPS) / np.float32(scale)
+  leaves = dict(mean=ours(mean), std=ours(std))
   section = dict(norm='channel')
   if by_position:
     section = dict(norm='position', grid=(n, n))
@@ -382,7 +391,7 @@ def _differences(tokenizer: Tokenizer, kind: str) -> list[str]:
   d = tokenizer.decoder_spec.vit
   if latents['grid']:
     latents['grid'] = d.grid
-  model = _model(_config(tokenizer, kind), 'config.json')
+  model = _model(_config(tokenizer, kind), f'a config of {CLASS}')
   # Their tables are compared.
   vit = model['decoder']['vit']
   vit |= _LEARNED if d.posemb == 'learned' else _FIXED
@@ -417,7 +426,10 @@ def to_diffusers(
     UserError: the class has no counterpart of the tokenizer.
   """
   if not isinstance(tokenizer.encoder_spec, EncoderSpec):
-    raise UserError(f'model.encoder.name has no counterpart in {CLASS}')
+    raise UserError(
+      f'model.encoder.name="{plugins.name_of(type(tokenizer.encoder_spec))}" '
+      f"has no counterpart in diffusers' {CLASS}"
+    )
   found = {kind: _differences(tokenizer, kind) for kind in _KINDS}
   kind = min(found, key=lambda k: len(found[k]))
   if found[kind]:
