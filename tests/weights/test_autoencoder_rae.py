@@ -36,7 +36,9 @@ DECODER = dict(
 def rae():
   """The module of diffusers, imported where it is used: it is slow to."""
   name = 'diffusers.models.autoencoders.autoencoder_rae'
-  found = pytest.importorskip(name, reason='diffusers is not installed')
+  found = pytest.importorskip(
+    name, reason='diffusers cannot be imported', exc_type=ImportError
+  )
 
   class Siglip(torch.nn.Module):
     """As before transformers dropped what 0.42 looks for in it."""
@@ -162,6 +164,8 @@ def test_ours_there_and_back(norm, tmp_path, monkeypatch):
   leaves = random_leaves(tokenizer)
   before = export.save_tokenizer(tokenizer, trees.unflatten(leaves), 'ours')
   convert.main(['--source=./ours', '--to=diffusers', '--out=theirs'])
+  words = error_of(convert.main, ['--source=./theirs', '--out=a', '--row=x'])
+  assert '--row' in words and 'AutoencoderRAE' in words
   convert.main(['--source=./theirs', '--out=again'])
   assert (
     json.loads(pathlib.Path('again/config.json').read_text())['fingerprint']
