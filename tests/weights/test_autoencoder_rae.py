@@ -126,15 +126,24 @@ def test_parity_and_the_way_back(kind, rae, tmp_path, monkeypatch, capsys):
   equal(*(load_file(f'{x}/model.safetensors') for x in ('again', 'ours')))
 
 
+MODELS = {
+  'dinov2': ('dinov2_with_registers', 518),
+  'siglip2': ('siglip_vision_model', 256),
+  'mae': ('vit_mae', 224),
+}
+
+
 def ours(kind='dinov2', **changes):
   """A tokenizer of ours that the class has, but for the changes."""
+  name, pixels = MODELS[kind]
   section = encoders.fields_of(
     dict(
-      model_type='dinov2_with_registers',
+      model_type=name,
       hidden_size=D,
       num_hidden_layers=2,
       num_attention_heads=2,
-      image_size=518,
+      image_size=pixels,
+      patch_size=KINDS[kind][0],
     ),
     '',
   )
@@ -176,7 +185,7 @@ def test_ours_there_and_back(norm, tmp_path, monkeypatch):
 def opened(kind='dinov2', state=None, **changes):
   """(tokenizer, {leaf: array}) of the tokenizer above, in a file of diffusers
   and with a config that differ by these."""
-  tokenizer = ours()
+  tokenizer = ours(kind)
   leaves = random_leaves(tokenizer)
   variables = trees.unflatten(leaves)
   config, arrays = autoencoder_rae.to_diffusers(tokenizer, variables)
@@ -187,17 +196,35 @@ def opened(kind='dinov2', state=None, **changes):
   return found, autoencoder_rae.load(fits) | statistics
 
 
-def test_names_of_transformers_4():
-  names = dict(q_proj='attention.query', k_proj='attention.key')
-  names |= dict(v_proj='attention.value', o_proj='output.dense')
+ATTENTION = {
+  f'attention.{n[0]}_proj': f'attention.attention.{n}'
+  for n in ('query', 'key', 'value')
+}
+ATTENTION |= {'attention.o_proj': 'attention.output.dense'}
+# What transformers 5 calls otherwise than 4, or SigLIP's otherwise in 5.23.
+RENAMED = {
+  'dinov2': ATTENTION,
+  'siglip2': {'vision_model.': ''},
+  'mae': ATTENTION
+  | {
+    'encoder.layers.': 'encoder.encoder.layer.',
+    'mlp.fc1': 'intermediate.dense',
+    'mlp.fc2': 'output.dense',
+  },
+}
 
-  def old(state):
-    for new, name in names.items():
-      state = {k.replace(f'.{new}.', f'.{name}.'): x for k, x in state.items()}
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_names_of_other_versions(kind):
+  def renamed(state):
+    for new, old in RENAMED[kind].items():
+      before = state
+      state = {key.replace(new, old): x for key, x in before.items()}
+      assert state.keys() != before.keys()
     return state
 
-  _, leaves = opened(state=old)
-  equal(leaves, random_leaves(ours()))
+  _, leaves = opened(kind, renamed)
+  equal(leaves, random_leaves(ours(kind)))
 
 
 # The shapes that torch spreads over latents, of n*n or [n n] tokens.
