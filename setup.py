@@ -67,7 +67,13 @@ setup(
     'demo': ['scikit-image', 'scikit-learn'],
     'fast_jpeg': ['simplejpeg'],  # data.decoder="simplejpeg"
     'unit': UNIT,
-    'test': [*UNIT, 'simplejpeg', 'torch', 'vector-quantize-pytorch'],
+    'test': [
+      *UNIT,
+      'diffusers>=0.42,<0.43',  # its AutoencoderRAE is a format of `convert`
+      'simplejpeg',
+      'torch',
+      'vector-quantize-pytorch',
+    ],
   },
   classifiers=[
     'Programming Language :: Python :: 3.11',

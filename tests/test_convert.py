@@ -348,6 +348,28 @@ def test_a_bound_that_the_project_does_not_have_is_not_written():
     vqrae_torch.to_torch(build_tokenizer(tiny.model('fsq-centered')), {})
 
 
+@pytest.mark.parametrize(
+  'changes, key',
+  [
+    (dict(encoder=dict(vit=dict(patch_size=5))), 'encoder.resize='),
+    (dict(feature_decoder={}), 'feature_decoder'),
+    (dict(decoder=dict(pixel_norm=dict(mean=(0, 0, 0)))), 'decoder.pixel_norm'),
+    (dict(latents=dict(norm='channel')), 'latents.norm='),
+    (dict(quantizer=dict(projection=True, code_dim=8)), '32, not 8'),
+  ],
+)
+def test_what_else_the_project_does_not_have(changes, key):
+  """What would be written would give other indices or images there."""
+  model = dict(
+    encoder=described('siglip'),
+    quantizer=dict(name='vq', num_codes=8),
+    decoder=dict(vit=tiny.VIT | tiny.DECODER),
+  )
+  vqrae_torch.check_counterpart(build_tokenizer(model))
+  tokenizer = build_tokenizer(merge_sections(model, changes))
+  assert key in error_of(vqrae_torch.to_torch, tokenizer, {})
+
+
 def test_every_row_of_the_table_has_a_family():
   """But those that the project never had."""
   families = dict(vit='ViT-MAE', dinov2='DINOv2', internvit='InternViT')

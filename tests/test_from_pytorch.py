@@ -12,8 +12,10 @@ import pytest
 
 import vqrae_jax
 from tests.contract import today
-from vqrae_jax import types
-from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax import cli, types
+from vqrae_jax.errors import UserError
+from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
+from vqrae_jax.pretrained import vqrae_torch
 from vqrae_jax.quantizers import QUANTIZERS, Quantizer
 from vqrae_jax.train import config as config_lib
 
@@ -106,3 +108,19 @@ def test_files_it_names_exist():
   assert paths
   for path in paths:
     assert (ROOT / path).exists(), path
+
+
+def refused(name):
+  """Whether a recipe's tokenizer has no counterpart in the PyTorch project."""
+  config = cli.load_config(f'configs/{name}.py')
+  try:
+    vqrae_torch.check_counterpart(build_tokenizer(config.model))
+  except UserError:
+    return True
+  return False
+
+
+def test_recipes_that_do_not_go_back():
+  names = {p.stem for p in (ROOT / 'configs').glob('[!_]*.py')} - {'common'}
+  listed = {name for name, _ in column('recipe')}
+  assert {name for name in names if refused(name)} == listed

@@ -9,6 +9,8 @@ Published weights to ours, and models of the PyTorch project back:
   --source=rae:FILE --config=… --out=F.safetensors    a decoder, checked
   --source=rae:FILE --out=F.npz                       statistics of latents
   --source=DIR --to=torch --out=F.safetensors         a tokenizer, back
+  --source=DIR --out=DIR, hf:ORG/NAME too             diffusers' AutoencoderRAE
+  --source=DIR --to=diffusers --out=DIR               a tokenizer as one
 
 A file of the PyTorch project does not contain its heads, pixel norm, activation
 or resizing: the config's `model` section does. The file's keys and shapes must
@@ -42,10 +44,10 @@ from vqrae_jax.errors import UserError, did_you_mean, read_json
 from vqrae_jax.files import atomic_write
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.latents import read_statistics
-from vqrae_jax.models.tokenizer import build_tokenizer
+from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.paths import check_writable
-from vqrae_jax.pretrained import encoders, rae, vqrae_torch
+from vqrae_jax.pretrained import autoencoder_rae, encoders, rae, vqrae_torch
 from vqrae_jax.specs import (
   DTYPES,
   TORCH_BICUBIC,
@@ -53,7 +55,7 @@ from vqrae_jax.specs import (
   merge_sections,
 )
 from vqrae_jax.weights.files import WeightFile, open_weights, write_safetensors
-from vqrae_jax.weights.hub import parse_source
+from vqrae_jax.weights.hub import Source, parse_source, snapshot
 from vqrae_jax.weights.load import Pretrained
 
 MODULE = 'vqrae_jax.convert'
@@ -69,7 +71,8 @@ _FLAGS = {
   'source': (
     None,
     'an encoder (hf:ORG/NAME[@REV], a folder, a file, a row of the table), '
-    'rae:FILE, vqrae_torch:FILE, or a tokenizer with --to=torch',
+    "rae:FILE, vqrae_torch:FILE, a folder of diffusers' AutoencoderRAE, or a "
+    'tokenizer with --to',
   ),
   'out': (None, 'a directory, or for single files F.safetensors or F.npz'),
   'row': (None, "the row of an encoder's folder or file without a config.json"),
@@ -77,7 +80,7 @@ _FLAGS = {
     'float32',
     "the type of a converted encoder's weights, float32 or bfloat16",
   ),
-  'to': ('ours', 'ours, or torch: the way back'),
+  'to': ('ours', 'ours, or the way back: torch, diffusers'),
   'quantizer': (
     '',
     'fields of the quantizer that the file does not show, over the config: '
@@ -86,6 +89,7 @@ _FLAGS = {
 }
 
 _FILES = ('.safetensors', '.npz', '.pt')
+RAE = f"diffusers' {autoencoder_rae.CLASS}"
 
 # f32 against f32 gives about 1e-6; beyond this limit something is wrong.
 PARITY_LIMIT = 1e-4
@@ -101,32 +105,44 @@ def main(argv: list[str]) -> None:
 
   values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, define)
   cli.required(values, 'source', 'out')
-  if values.to not in ('ours', 'torch'):
-    raise UserError(f'--to={values.to} must be ours or torch')
+  if values.to not in ('ours', 'torch', 'diffusers'):
+    raise UserError(f'--to={values.to} must be ours, torch or diffusers')
   source = parse_source(values.source, ENCODERS)
   out = pathlib.Path(values.out).expanduser()
   is_encoder = values.to == 'ours' and source.kind not in ('rae', 'vqrae_torch')
   for name in ('config', 'quantizer') if is_encoder else ('row', 'dtype'):
     if (name == 'config' and values.config) or values[name].present:
-      what = 'an encoder alone' if is_encoder else 'not an encoder alone'
+      what = 'not an encoder alone'
+      if is_encoder:
+        what = 'an encoder, or has a config.json that describes all of it'
       raise UserError(
         f'--{name} does not go with --source={values.source}: it is {what}; '
         'vqrae_torch:FILE is a full model, rae:FILE a decoder'
       )
-  if values.to == 'torch':
+  if values.to != 'ours':
     if source.kind != 'path':
       raise UserError(
-        f'--source={values.source} with --to=torch must be the directory of a '
-        'tokenizer'
+        f'--source={values.source} with --to={values.to} must be the directory '
+        'of a tokenizer'
       )
-    out = cli.new_file(str(out), '.safetensors')
+    if values.to == 'torch':
+      out = cli.new_file(str(out), '.safetensors')
+    else:
+      _check_new_folder(out)
     tokenizer, variables = export.load_tokenizer(source.value)
-    _write_arrays(out, vqrae_torch.to_torch(tokenizer, variables))
+    if values.to == 'torch':
+      _write_arrays(out, vqrae_torch.to_torch(tokenizer, variables))
+    else:
+      _write_autoencoder_rae(tokenizer, variables, out)
   elif is_encoder:
-    if out.exists() or out.is_symlink() or out.suffix in _FILES:
-      raise UserError(f'--out={out} must be a directory that is not there yet')
-    check_writable(out, '--out')
-    convert_encoder(values.source, out, values.row, values.dtype)
+    _check_new_folder(out)
+    if folder := _autoencoder_rae(source):
+      for name in ('row', 'dtype'):
+        if values[name].present:
+          raise UserError(f'--{name} is for encoders; {folder} is {RAE}')
+      _convert_autoencoder_rae(folder, out)
+    else:
+      convert_encoder(values.source, out, values.row, values.dtype)
   else:
     file = open_weights(source.value)
     if source.kind == 'rae' and set(file) <= {'mean', 'var'}:
@@ -156,6 +172,12 @@ def _quantizer_fields(text: str) -> dict[str, Any]:
       f'--quantizer={text} must be field=value,… as in '
       '--quantizer=levels=(8,5,5),bound="clip"'
     ) from None
+
+
+def _check_new_folder(out: pathlib.Path) -> None:
+  if out.exists() or out.is_symlink() or out.suffix in _FILES:
+    raise UserError(f'--out={out} must be a directory that is not there yet')
+  check_writable(out, '--out')
 
 
 def _write_arrays(out: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -309,6 +331,48 @@ def _convert_decoder(
   print('parity with PyTorch: not measured')
   _write_arrays(out, rae.export_rae_decoder(fit.load(), spec))
   print(f'to start a run from it: --config.init.decoder=rae:{out}')
+
+
+def _autoencoder_rae(source: Source) -> pathlib.Path | None:
+  """The folder of an AutoencoderRAE, if the source is one."""
+  folder = pathlib.Path(source.value)
+  if source.kind == 'hf':
+    folder, _ = snapshot(source.value, source.revision)
+  file = folder / export.CONFIG
+  if source.kind == 'row' or not file.is_file():
+    return None
+  is_one = read_json(file).get('_class_name') == autoencoder_rae.CLASS
+  return folder if is_one else None
+
+
+def _convert_autoencoder_rae(folder: pathlib.Path, out: pathlib.Path) -> None:
+  """An AutoencoderRAE of diffusers as a tokenizer directory."""
+  file, source = folder / export.CONFIG, open_weights(folder)
+  config = read_json(file)
+  tokenizer, fits, leaves = autoencoder_rae.read(config, str(file), source)
+  report_keys(source, fits)
+  norm, noise = tokenizer.latents_spec.norm, config.get('noise_tau')
+  print(f'latents: norm="{norm}"')
+  if noise:
+    print(f'noise_tau={noise}: to train on so, --config.noise_tau={noise}')
+  report_roundtrip(fits)
+  print('parity with diffusers: not measured')
+  variables = trees.unflatten(autoencoder_rae.load(fits) | leaves)
+  fingerprint = export.save_tokenizer(tokenizer, variables, out)
+  print(f'wrote {out}, fingerprint {fingerprint[:12]}…')
+
+
+def _write_autoencoder_rae(
+  tokenizer: Tokenizer, variables: Any, out: pathlib.Path
+) -> None:
+  """A tokenizer as a folder that diffusers opens."""
+  config, arrays = autoencoder_rae.to_diffusers(tokenizer, variables)
+  with export.written_whole(out) as folder:
+    text = json.dumps(config, indent=2) + '\n'
+    (folder / export.CONFIG).write_text(text, encoding='utf8')
+    with (folder / autoencoder_rae.WEIGHTS).open('wb') as file:
+      write_safetensors(file, arrays, arrays.__getitem__)
+  print(f'wrote {out}: {len(arrays)} arrays')
 
 
 # -------------------------------------------------------------------- report

@@ -18,7 +18,8 @@ from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders as pretrained
 from vqrae_jax.specs import EncoderSpec, build_spec
-from vqrae_jax.weights.files import LazyArray, WeightFile
+from vqrae_jax.weights import hub
+from vqrae_jax.weights.files import LazyArray, WeightFile, open_weights
 from vqrae_jax.weights.load import Pretrained
 
 torch = pytest.importorskip('torch')
@@ -120,6 +121,14 @@ def test_a_hub_id_in_the_cache(cached, revision):
   snapshot = cached('someone/tiny', saved('siglip').iterdir())
   found = pretrained.find_encoder(f'hf:someone/tiny{revision}')
   assert (found.path, found.revision) == (snapshot.resolve(), COMMIT)
+
+
+def test_what_diffusers_writes_in_the_cache(cached, tmp_path):
+  file = tmp_path / 'diffusion_pytorch_model.safetensors'
+  save_file({'a': torch.ones(2)}, file)
+  cached('a/b', [file])
+  folder, _ = hub.snapshot('a/b', None)
+  assert open_weights(folder).keys() == {'a'}
 
 
 def test_a_row_in_the_cache(cached):

@@ -32,14 +32,19 @@ def sincos2d(
   At the native grid the coordinates are 0, 1, …; another grid spans the same
   extent, so a wider image is seen through the positions the model knows.
   """
-  rows = _coordinates(grid[0], native[0])
-  cols = _coordinates(grid[1], native[1])
+  rows, cols = map(_coordinates, grid, native)
+  return sincos_at(width, rows, cols)
+
+
+def sincos_at(width: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+  """f32[gh*gw width], the fixed embedding of these coordinates."""
   omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
 
   def line(positions):
     angles = positions[:, None] * omega[None]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
+  grid = len(rows), len(cols)
   by_col = np.broadcast_to(line(cols)[None], (*grid, width // 2))
   by_row = np.broadcast_to(line(rows)[:, None], (*grid, width // 2))
   table = np.concatenate([by_col, by_row], axis=-1)

@@ -31,7 +31,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
-from vqrae_jax.specs import EncoderSpec
+from vqrae_jax.specs import TORCH_BICUBIC, EncoderSpec
 from vqrae_jax.weights.files import WeightFile
 from vqrae_jax.weights.load import Pretrained, export
 from vqrae_jax.weights.rules import PREFIXES, Rule, Table, computed, ignore
@@ -296,8 +296,9 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
     rows += _fsq_rows(q)
   elif q.projection:
     raise UserError(
-      f'the PyTorch project has no projections around {type(q).__name__}: '
-      'quantizer.projection must be False'
+      f'quantizer.projection={q.projection!r}: codes of {type(q).__name__} in '
+      f'the PyTorch project are as wide as the latents ({q.latent_dim}, not '
+      f'{q.code_width}), without projections'
     )
   elif isinstance(q, quantizers.VQ):
     if q.distance != 'l2':
@@ -465,6 +466,36 @@ def load(fits: Mapping[str, Pretrained]) -> dict[str, np.ndarray]:
   }
 
 
+def check_counterpart(tokenizer: Tokenizer) -> None:
+  """Checks that the project gives the indices and images of a tokenizer.
+
+  Raises:
+    UserError: what it does not have.
+  """
+  _check_latents(tokenizer)
+  encoder_family(tokenizer.encoder_spec)
+  spec, q = tokenizer.encoder_spec, tokenizer.quantizer
+  quantizer_table(q)
+  if isinstance(q, quantizers.FSQ) and q.bound == 'tanh':
+    raise UserError(
+      'quantizer.bound="tanh": the FSQ of the PyTorch project clips and would '
+      'give other indices; train with bound="clip" and odd levels to go there'
+    )
+  resized = spec.patch_size != tokenizer.patch_size
+  if resized and spec.resize != TORCH_BICUBIC:
+    raise UserError(
+      f'encoder.resize="{spec.resize}": the PyTorch project resizes images '
+      'otherwise, which gives other indices; train with '
+      f'encoder.resize="{TORCH_BICUBIC}" to go there'
+    )
+  if tokenizer.features_spec is not None:
+    raise UserError('model.feature_decoder: the PyTorch project has none')
+  if tokenizer.decoder_spec.pixel_norm != spec.pixel_norm:
+    raise UserError(
+      'decoder.pixel_norm: in the PyTorch project it is that of the encoder'
+    )
+
+
 def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   """{key there: array}: a state dict of the PyTorch project's full model.
 
@@ -474,16 +505,11 @@ def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   Raises:
     UserError: the project has no counterpart of the tokenizer.
   """
-  _check_latents(tokenizer)
+  check_counterpart(tokenizer)
   leaves = {n: np.asarray(x) for n, x in trees.flatten(variables).items()}
   if f'{_C}basis' in leaves or f'{_P}codes' in leaves:
     leaves.pop(f'{_C}codes', None)  # baked
   parts, q = _by_part(leaves), tokenizer.quantizer
-  if isinstance(q, quantizers.FSQ) and q.bound == 'tanh':
-    raise UserError(
-      'quantizer.bound="tanh": the FSQ of the PyTorch project clips and would '
-      'give other indices; train with bound="clip" and odd levels to go there'
-    )
   encoder = export_encoder(parts['encoder'], tokenizer.encoder_spec)
   decoder = rae.export_rae_decoder(parts['decoder'], tokenizer.decoder_spec)
   arrays = export(quantizer_table(q), parts['quantizer'])

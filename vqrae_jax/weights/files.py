@@ -245,6 +245,8 @@ _DIRECTORY = (
   'model.safetensors',
   'pytorch_model.bin.index.json',
   'pytorch_model.bin',
+  'diffusion_pytorch_model.safetensors.index.json',
+  'diffusion_pytorch_model.safetensors',
 )
 _MAX_INDEX = 1 << 26
 

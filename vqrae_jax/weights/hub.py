@@ -319,11 +319,12 @@ def _with_scheme(text: str, scheme: str, value: str) -> Source:
 # `HF_HUB_OFFLINE=1` forbids it.
 
 CONFIGS = ('config.json', 'preprocessor_config.json')
-_SAFE = (
-  'model.safetensors',
-  'model.safetensors.index.json',
-  'model-*-of-*.safetensors',
+_SAFE = tuple(
+  f'{prefix}model.safetensors{ending}'
+  for prefix in ('', 'diffusion_pytorch_')  # as diffusers names them
+  for ending in ('', '.index.json')
 )
+_SAFE_SHARDS = ('*model-*-of-*.safetensors',)
 _TORCH = ('pytorch_model.bin', 'pytorch_model.bin.index.json')
 _TORCH_SHARDS = ('pytorch_model-*-of-*.bin',)
 
@@ -333,7 +334,7 @@ def fetch_command(hub: str, revision: str | None) -> str:
   at = f' --revision {revision}' if revision else ''
   return (
     f"hf download {hub}{at} --include '*config.json' --include "
-    "'model*.safetensors*'"
+    "'*model*.safetensors*'"
   )
 
 
@@ -348,8 +349,8 @@ def snapshot(hub: str, revision: str | None) -> tuple[pathlib.Path, str]:
     UserError: no such repository or revision, or no way to it; with the
       command that brings it.
   """
-  folder = _download(hub, revision, (*CONFIGS, *_SAFE))
-  if not any((folder / name).exists() for name in _SAFE[:2]):
+  folder = _download(hub, revision, (*CONFIGS, *_SAFE, *_SAFE_SHARDS))
+  if not any((folder / name).exists() for name in _SAFE):
     folder = _download(hub, folder.name, (*CONFIGS, *_TORCH, *_TORCH_SHARDS))
     if not any((folder / name).exists() for name in _TORCH):
       raise UserError(
