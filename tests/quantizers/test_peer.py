@@ -245,7 +245,7 @@ def test_training_beside_it_is_the_same(monkeypatch):
   small = dict(width=32, depth=2, num_heads=2, mlp_dim=48)
   monkeypatch.setattr(cifar, 'VIT', cifar.VIT | small)
   images = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
-  options = argparse.Namespace(steps=12, batch=8, lr=1e-2, compile=False)
+  options = argparse.Namespace(steps=12, batch=8, lr=1e-2)
   sides = [cls('fsq', images, options) for cls in (cifar.Ours, cifar.Theirs)]
   for side in sides:
     side.start(3)
