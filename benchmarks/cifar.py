@@ -80,6 +80,7 @@ VQ = dict(name='vq', num_codes=CODES)
 # name: (the quantizer, the weights of its losses)
 OURS = {
   'vq': (VQ, dict(commit=COMMIT)),
+  'vq-decay-.95': (VQ | dict(decay=0.95), dict(commit=COMMIT)),
   'simvq': (
     dict(name='simvq', num_codes=CODES, code_dim=VIT['width']),
     dict(codebook=1.0, commit=COMMIT),
