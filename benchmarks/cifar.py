@@ -1,9 +1,9 @@
 """python -m benchmarks.cifar --cache=cifar.npz [--side=ours] [--only=vq,fsq]
-  [--steps=2000] [--seeds=3] [--json=F]
+  [--steps=2000] [--seeds=3] [--json=F] [--compile]
 
 Tokenizers of CIFAR-10 from scratch, all of one model and budget: 32-pixel
-images as 64 tokens of about 10 bits, a ViT of four blocks of 192 channels on
-either side, `STEPS` steps of 128 images, L2 and the quantizer's own losses,
+images as 64 tokens of 10 bits (FSQ 9.966), a ViT of four blocks of 192 channels
+on either side, 2000 steps of 128 images, L2 and the quantizer's own losses,
 AdamW. Three seeds of each quantizer; a seed decides the order of images and the
 first weights of both ViTs, which are the same under each quantizer.
 
@@ -11,19 +11,20 @@ Beside them vector-quantize-pytorch's quantizers, the class and the settings of
 `PEERS`, in a PyTorch loop: the same ViTs (`torch_peers.ViT`) from the same
 first weights, the same batches, losses, clipping, AdamW and schedule. Products
 of the ViTs are f32 on a CPU and TF32 on a GPU, on both sides; the quantizers'
-are f32 everywhere.
+are f32 everywhere, but for the backward of PyTorch's.
 
 Measured on the test images with the last weights: PSNR of the pooled error,
 SSIM, and of the codes that they take usage, perplexity and effective bits (the
 entropy of a token's codes). Images a second are measured apart, at the end of
-`--side=both`, in short rounds that take turns. The runs of the two sides go on
+`--side=both`, in short rounds that take turns; with `--compile` beside
+torch.compile of the other side's ViTs too. The runs of the two sides go on
 side by side there, in two processes. JSON is written after every run.
 
     python -m benchmarks.cifar --cache=cifar.npz --data=FOLDER   (the cache)
     python -m benchmarks.cifar --report                  (docs/results.md)
 
 The cache has the JPEG files of a folder of webdataset shards, which are
-decoded at the start: 15,000 images to train on and 1,500 to measure, 16 MB.
+decoded at the start: 15,000 images to train on and 1,500 to measure, 15 MB.
 """
 
 import argparse
@@ -79,6 +80,7 @@ VQ = dict(name='vq', num_codes=CODES)
 # name: (the quantizer, the weights of its losses)
 OURS = {
   'vq': (VQ, dict(commit=COMMIT)),
+  'vq-decay-.95': (VQ | dict(decay=0.95), dict(commit=COMMIT)),
   'simvq': (
     dict(name='simvq', num_codes=CODES, code_dim=VIT['width']),
     dict(codebook=1.0, commit=COMMIT),
@@ -238,10 +240,11 @@ class Ours:
 class Theirs:
   """One quantizer of vector-quantize-pytorch, in PyTorch."""
 
-  def __init__(self, name, images, options):
+  def __init__(self, name, images, options, compiled=False):
     import torch
 
     self.torch, self.name, self.options = torch, name, options
+    self.compiled = compiled
     self.codes = math.prod(LEVELS) if name == 'fsq' else CODES
     self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.set_float32_matmul_precision('high')
@@ -260,7 +263,7 @@ class Theirs:
     self.net = torch_cifar.Autoencoder(VIT, *PEERS[self.name])
     torch_cifar.carry(self.net, leaves)
     self.net.to(self.device).train()
-    if self.options.compile:
+    if self.compiled:
       self.net.encoder.compile()
       self.net.decoder.compile()
     kinds = [], []
@@ -404,6 +407,8 @@ def run(which, name, seed, side, test, options):
 def speed(name, one, train, options):
   """Images a second of both sides, in rounds that take turns."""
   sides = {'ours': one, 'torch': Theirs(name, train, options)}
+  if options.compile:
+    sides['torch.compile'] = Theirs(name, train, options, compiled=True)
   steps = min(50, options.steps // 4)
   times = {n: [] for n in sides}
   for side in sides.values():
@@ -414,7 +419,7 @@ def speed(name, one, train, options):
       began = time.perf_counter()
       side.train(steps)
       times[n].append(steps * options.batch / (time.perf_counter() - began))
-  record(options, ('speed', name), times | dict(compiled=options.compile))
+  record(options, ('speed', name), times)
   middle = {n: round(statistics.median(x)) for n, x in times.items()}
   print(f'{name}, images a second: {middle}', flush=True)
 
@@ -442,8 +447,12 @@ def table(found):
     if (rows := [*runs.get((name, which), {}).values()]) == []:
       continue
     cells = [spread([r[n] for r in rows], d) for n, d in figures.items()]
-    rate = found.get('speed', {}).get(name, {}).get(which)
-    cells.append(f'{statistics.median(rate):,.0f}' if rate else '')
+    rates = [
+      f'{statistics.median(x):,.0f}' + ' compiled' * n.endswith('compile')
+      for n, x in found.get('speed', {}).get(name, {}).items()
+      if n.startswith(which)
+    ]
+    cells.append(', '.join(rates))
     bits = f'{rows[0]["bits"]:.3f}'.rstrip('0').rstrip('.')
     lines.append(f'| {name} | {which} | {bits} | {" | ".join(cells)} |')
   lines.append('')
@@ -491,7 +500,9 @@ def main():
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--json', type=pathlib.Path, default=RESULTS)
   parser.add_argument(
-    '--compile', action='store_true', help='torch.compile of their ViTs'
+    '--compile',
+    action='store_true',
+    help='images a second of torch.compile of their ViTs too',
   )
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()

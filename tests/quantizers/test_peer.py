@@ -3,6 +3,8 @@
 Outputs, indices, losses and gradients agree to 1e-5 of the largest value.
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,3 +234,25 @@ def test_fsq_that_preserves_symmetry():
   every = np.arange(320)
   codes = ours.apply({}, jnp.asarray(every), method='indices_to_codes')
   close(codes, theirs.indices_to_codes(torch.from_numpy(every)))
+
+
+@pytest.mark.slow
+def test_training_beside_it_is_the_same(monkeypatch):
+  """The two sides of `benchmarks/cifar.py`: FSQ draws nothing, so that what
+  they train differs by rounding alone."""
+  from benchmarks import cifar
+
+  small = dict(width=32, depth=2, num_heads=2, mlp_dim=48)
+  monkeypatch.setattr(cifar, 'VIT', cifar.VIT | small)
+  images = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
+  options = argparse.Namespace(steps=12, batch=8, lr=1e-2)
+  sides = [cls('fsq', images, options) for cls in (cifar.Ours, cifar.Theirs)]
+  for side in sides:
+    side.start(3)
+  before = sides[0].reconstruct(images)[0]
+  for side in sides:
+    side.train(6)
+  (a, i), (b, j) = (side.reconstruct(images) for side in sides)
+  np.testing.assert_array_equal(i, j)
+  np.testing.assert_allclose(a, b, atol=1e-4)
+  assert np.abs(a - before).mean() > 0.02
