@@ -57,6 +57,7 @@ import optax
 from vqrae_jax import optim, quantizers
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import trees
+from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.quantizers import base
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -268,7 +269,7 @@ def kmeans(quantizer, batch, steps):
 
   @jax.jit
   def add(codes, counts, sums, z):
-    indices = code_ops.nearest_code(z, codes)
+    indices = nearest_code(z, codes)
     counts = counts + code_ops.count_codes(indices, k)
     return counts, sums + code_ops.sum_by_code(z, indices, k)
 
@@ -333,7 +334,7 @@ def theirs(method, batch, codes, width, steps):
   seconds = time.perf_counter() - began
 
   def call(z, table):
-    indices = code_ops.nearest_code(z, table)
+    indices = nearest_code(z, table)
     return indices, table[indices]
 
   return call, table, seconds

@@ -62,7 +62,7 @@ def contenders(n, k, c):
 
   add('nearest_code', nearest.nearest_code)
   for name, way in WAYS.items() if GPU else ():
-    nearest.SEARCHES['cuda'] = lambda codes, n, margins, way=way: way(codes)
+    nearest.SEARCHES['cuda'] = lambda codes, margins, way=way: way(codes)
     jax.clear_caches()
     add(name, lambda z, codes: nearest.nearest_code(z, codes))
   nearest.SEARCHES['cuda'] = CHOSEN

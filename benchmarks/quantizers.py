@@ -32,6 +32,14 @@ KINDS = {
   'vq, 8192 x 768': dict(name='vq', num_codes=8192),
   'vq, 16,384 x 768': dict(name='vq', num_codes=16384),
   'simvq, 16,384 x 1536': dict(name='simvq', num_codes=16384, code_dim=1536),
+  'residual vq, 8 of 1024 x 64': dict(
+    name='residual',
+    stages=8,
+    quantizer=dict(name='vq', num_codes=1024, code_dim=64),
+  ),
+  'multiscale vq, 4096 x 32': dict(
+    name='multiscale', quantizer=dict(name='vq', num_codes=4096, code_dim=32)
+  ),
 }
 
 

@@ -54,7 +54,12 @@ NESTED = {
   'grouped-vq': dict(
     name='grouped', groups=2, quantizer=_TABLE | dict(update='gradient')
   ),
-  'multiscale': dict(name='multiscale', scales=(1, 4), quantizer=_TABLE),
+  'grouped-bsq': dict(
+    name='grouped', groups=3, quantizer=dict(name='bsq', bits=5)
+  ),
+  'multiscale': dict(
+    name='multiscale', scales=(1, 4), quantizer=_TABLE | dict(affine=True)
+  ),
 }
 
 # With what only checkpoints of the PyTorch project have.
@@ -81,6 +86,10 @@ FURTHER = {
   'vq-unit': dict(
     name='vq', num_codes=64, distance='cosine', update='gradient',
     projection=True, code_dim=8,
+  ),
+  'vq-affine': dict(
+    name='vq', num_codes=64, update='gradient', affine=True, projection=True,
+    code_dim=8,
   ),
 }  # fmt: skip
 FORMS = QUANTIZERS | NESTED | _CONVERTED | FURTHER

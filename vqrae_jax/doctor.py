@@ -265,9 +265,7 @@ class _Keys:
     ]
 
   def loss(self, **weights: float) -> list[str]:
-    """The keys of those losses that this quantizer has by itself."""
-    if self.nested:
-      return []
+    """The keys of those losses that this quantizer has."""
     return [f'losses.{n}={w}' for n, w in weights.items() if n in self.losses]
 
   def projected(self) -> list[str]:

@@ -41,7 +41,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ('fsdp', None),
   ),
   (r'quantizer/(project_\w+/dense\d|map_tokens)/kernel', ('fsdp', None)),
-  (r'quantizer/(frequencies|project_in/gain)', ()),
+  (r'quantizer/(frequencies|project_in/gain|(parts/)*token_(mean|var))', ()),
   (r'latents/(mean|std)', ()),
   (r'quantizer/(post_conv|phi_\d+)/kernel', (None, None, 'fsdp', None)),
   (r'head\d+/\w+/kernel', (None, 'fsdp', None)),

@@ -39,6 +39,7 @@ LATER_FIELDS = {
   'preserve_symmetry': False,
   'noise_dropout': 0.0,
   'revive_below': 0.1,
+  'affine': False,
   'vq.distance': 'l2',  # of this quantizer: another's is older
 }
 DTYPES = ('float32', 'bfloat16')

@@ -166,7 +166,7 @@ def test_candidates_in_bf16_are_compared_in_f32(way, monkeypatch):
   """The answer is that of f32, also where bf16 cannot tell codes apart: where
   it lists them, where they are too many, and where two are of one group."""
 
-  def shortlisted(codes, n, margins):
+  def shortlisted(codes, margins):
     return nearest.shortlist(codes, groups=GROUPS[way])
 
   z, table = drawn(150, 1100, 70, 2)
@@ -234,9 +234,9 @@ def test_a_million_tokens(cell):
   elif kind == 'near ties':  # codes in pairs, an ulp from one another
     table[1::2] = np.nextafter(table[: k // 2 * 2 : 2], np.float32(np.inf))
   elif kind == 'huge':
-    sizes = 10.0 ** rng.uniform(-12, 12, (k, 1))
+    sizes = 10.0 ** rng.uniform(-7, 7, (k, 1))
     table, z = (table * sizes).astype('f4'), near
-    z = z * (10.0 ** rng.uniform(-12, 12, (n, 1))).astype('f4')
+    z = z * (10.0 ** rng.uniform(-7, 7, (n, 1))).astype('f4')
   elif kind == 'duplicates':
     table = table[rng.integers(0, max(k // 8, 1), k)]
   elif kind == 'bf16':

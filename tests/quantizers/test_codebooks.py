@@ -1,5 +1,7 @@
 """Codebooks in training: EMA usage, updates, initialization from data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,13 +106,13 @@ def test_idle_codes_stay_where_they_are():
 
 
 def test_stats_are_sums_over_tokens():
-  quantizer = made(4, num_codes=7)
+  quantizer = made(4, num_codes=7, affine=True)
   z = jax.random.normal(jax.random.key(0), (3, 5, 4))
   variables = jax.jit(quantizer.init)(jax.random.key(1), z)
   run = jax.jit(lambda z: quantizer.apply(variables, z, train=True).stats)
   stats, *halves = map(run, (z, z[:1], z[1:]))
   assert stats['counts'].sum() == 15
-  for name in ('counts', 'sums'):
+  for name in ('counts', 'sums', 'moments'):
     np.testing.assert_allclose(
       stats[name], halves[0][name] + halves[1][name], atol=1e-5
     )
@@ -206,6 +208,29 @@ def test_simvq_reads_the_baked_table_and_never_multiplies():
   )
 
 
+def test_affine_codes_are_baked():
+  """What inference reads is what training computes, bit for bit."""
+  quantizer = made(8, num_codes=32, update='gradient', affine=True)
+  z = 3 * jax.random.normal(jax.random.key(0), (99, 8)) + 1
+  variables = quantizer.init(jax.random.key(1), z)
+  codebook = quantizer.init_codebook({}, z, jax.random.key(2))
+  np.testing.assert_allclose(codebook['token_mean'], z.mean(0), rtol=1e-6)
+  np.testing.assert_allclose(codebook['token_var'], z.var(0), rtol=1e-6)
+  variables = variables | {'codebook': codebook}
+  baked = jax.jit(lambda v: quantizer.apply(v, method='baked_codebook'))(
+    variables
+  )
+  inference = variables | {'codebook': codebook | baked}
+  run = jax.jit(quantizer.apply)
+  live, read = (run(v, z) for v in (variables, inference))
+  np.testing.assert_array_equal(read.indices, live.indices)
+  np.testing.assert_array_equal(read.codes, live.codes)
+  assert len(np.unique(live.indices)) > 8
+  assert quantizer.training_codebook(inference['codebook']).keys() == (
+    codebook.keys()
+  )
+
+
 def test_idle_codes_become_tokens_of_the_batch():
   """As many as there are tokens, in order; no other code is touched."""
   quantizer = made(4, num_codes=32)
@@ -217,7 +242,8 @@ def test_idle_codes_become_tokens_of_the_batch():
     counts=jnp.asarray(4 * (counts > 1), jnp.int32)[None],
     sums=4.0 * jnp.asarray(codes)[None] * (counts > 1)[:, None],
   )
-  found = quantizer.update_codebook(codebook, stats | dict(tokens=tokens))
+  given = stats | dict(tokens=tokens[:, None])
+  found = quantizer.update_codebook(codebook, given)
   want = quantizer.update_codebook(codebook, stats)
   idle = np.arange(1, 17, 2)
   np.testing.assert_array_equal(found['codes'][idle], tokens)
@@ -271,6 +297,43 @@ def test_a_codebook_follows_an_encoder_that_moves(revive_below, least, most):
     codebook = step(codebook, 3 * batch() + 5, fold(keys, i))
   used = usage(quantizer, {'codebook': codebook}, lambda: 3 * batch() + 5)
   assert least <= used <= most, used
+
+
+def moved(batch, scale, offset):
+  return scale * batch() + offset
+
+
+def test_affine_codes_lie_where_the_tokens_are():
+  """Random ones too, and idle ones follow: their place in units of the tokens'
+  mean and std stays (measured: 5 % in use without the map, 31 % with it)."""
+  used = {}
+  for affine in (False, True):
+    quantizer = made(
+      D, num_codes=256, decay=0.9, data_init=False, revive_below=0.0,
+      affine=affine,
+    )  # fmt: skip
+    batch = clustered()
+    codebook = quantizer.init(jax.random.key(0), batch()[:8])['codebook']
+    signals, won = codebook['codes'], 0
+    first = moved(batch, 3.0, 5.0)
+    codebook = quantizer.init_codebook(codebook, first, jax.random.key(1))
+
+    @jax.jit
+    def step(codebook, z, quantizer=quantizer):
+      stats = quantizer.apply({'codebook': codebook}, z, train=True).stats
+      return quantizer.update_codebook(codebook, stats), stats['counts'][0]
+
+    for i in range(20):
+      codebook, count = step(codebook, moved(batch, 3 - i / 20, 5 + i / 10))
+      won += count
+    last = functools.partial(moved, batch, 2.0, 7.0)
+    used[affine] = usage(quantizer, {'codebook': codebook}, last)
+  idle = np.asarray(won) == 0
+  assert idle.sum() > 20
+  place = codebook['codes'] - codebook['token_mean']
+  place = place / np.sqrt(codebook['token_var'])
+  np.testing.assert_allclose(place[idle], signals[idle], atol=1e-4)
+  assert used[False] < 0.1 and used[True] > 0.25, used
 
 
 def test_kmeans_plus_plus_finds_what_a_random_start_misses():

@@ -411,6 +411,121 @@ def test_shared_stages_teach_one_table():
     np.testing.assert_array_equal(found[name][0], leaf)
 
 
+REVIVED = {
+  'residual': dict(stages=3, dropout=0.5),
+  'grouped': dict(groups=2),
+  'multiscale': dict(scales=(1, 2), phis=0),
+}
+
+
+@pytest.mark.parametrize('name', REVIVED)
+def test_idle_codes_become_what_their_stage_quantizes(name):
+  """One token of each sample, by its key alone, dropped or not."""
+  quantizer = made(name, **REVIVED[name])
+  z = tokens(16, 2, 2, C)
+  codes = tables(quantizer.tables, K, C // 2 if name == 'grouped' else C)
+  counts = np.ones(codes.shape[:-1], 'f4')
+  counts[:, 1::2] = 1e-3
+  codebook = {'parts': ema(codes) | {'counts': counts}}
+  codebook = jax.tree.map(jnp.asarray, codebook)
+
+  @jax.jit
+  def run(z, keys):
+    variables = {'codebook': codebook}
+    out = quantizer.apply(variables, z, train=True, random={'samples': keys})
+    stats = out.stats | {'tokens': out.tokens}
+    new = [quantizer.update_codebook(codebook, s) for s in (stats, out.stats)]
+    whole = quantizer.apply(variables, z, train=True).indices
+    return out, whole, *new
+
+  out, whole, new, without = run(z, keys(16))
+  if name == 'grouped':
+    offered = np.split(z, 2, -1)
+  elif name == 'residual':
+    assert (out.indices < 0).any() and out.tokens.shape == (16, 3, C)
+    offered = [z]
+    for i in range(2):
+      offered.append(offered[-1] - codes[i][whole[..., i]])
+  else:  # one table, for tokens of both scales
+    coarse = z.mean((1, 2))[:, None]
+    fine = z.reshape(16, 4, C) - codes[0][whole[:, :1]]
+    offered = [np.concatenate([coarse, fine], 1)]
+  for i, of_stage in enumerate(offered):
+    of_stage = of_stage.reshape(16, -1, of_stage.shape[-1])
+    distances = np.abs(of_stage - out.tokens[:, i, None]).max(-1)
+    assert distances.min(1).max() < 1e-6
+    assert len(np.unique(distances.argmin(1))) == of_stage.shape[1]
+    found, want = (np.asarray(x['parts']['codes'][i]) for x in (new, without))
+    won = new['parts']['counts'][i] > without['parts']['counts'][i]
+    assert (
+      np.flatnonzero(won)
+      == np.flatnonzero(
+        without['parts']['counts'][i]
+        < 0.1 * min(1, out.stats['counts'][i].sum() / K)
+      )
+    ).all()
+    np.testing.assert_array_equal(found[won], out.tokens[: won.sum(), i])
+    np.testing.assert_array_equal(found[~won], want[~won])
+    assert won.sum() > 3
+  again = run(z[::-1], keys(16)[::-1])[0]
+  np.testing.assert_array_equal(again.tokens[::-1], out.tokens)
+
+
+def test_a_shared_table_is_offered_tokens_of_all_stages():
+  quantizer = made('residual', stages=2, shared=True)
+  codebook = {'parts': ema(tables(1, K, C))}
+  codebook['parts']['counts'][:] = 1e-3
+  stats = {
+    'counts': jnp.zeros((2, K), jnp.int32).at[:, 0].set(K),
+    'sums': jnp.zeros((2, K, C)),
+    'tokens': jnp.asarray(tokens(5, 2, C)),
+  }
+  new = quantizer.update_codebook(codebook, stats)['parts']
+  want = stats['tokens'].reshape(10, C)  # sample after sample
+  np.testing.assert_array_equal(new['codes'][0, 1:11], want)
+  np.testing.assert_array_equal(
+    new['codes'][0, 11:], codebook['parts']['codes'][0, 11:]
+  )
+
+
+@pytest.mark.parametrize(
+  'name, fields', [('grouped', dict(groups=2)), ('residual', dict(stages=2))]
+)
+def test_regularisers_are_means_over_parts(name, fields):
+  """In value and gradient those of each part alone, at what it quantizes."""
+  section = VQ | dict(update='gradient', entropy_temperature=0.7)
+  quantizer = made(name, quantizer=section, **fields)
+  weights = dict(entropy=1.0, diversity=0.7, orthogonal=0.4)
+  assert set(quantizer.loss_names) == {'commit', 'codebook', *weights}
+  c = C // 2 if name == 'grouped' else C
+  alone = quantizers.build(section, c, 'float32')
+  codes, z = jnp.asarray(tables(2, K, c)), jnp.asarray(tokens(3, N, C))
+
+  def weighed(module, params, z):
+    out = module.apply({'params': params}, z, train=True, losses=(*weights,))
+    return sum(w * out.losses[n] for n, w in weights.items()), out.indices
+
+  def together(codes, z):
+    return weighed(quantizer, {'parts': {'codes': codes}}, z)[0]
+
+  def apart(codes, z):
+    total = 0.0
+    for i in range(2):
+      x = z[..., i * c : (i + 1) * c] if name == 'grouped' else z
+      value, indices = weighed(alone, {'codes': codes[i]}, x)
+      total += value / 2
+      if name == 'residual':
+        z = z - jax.lax.stop_gradient(codes[i][indices])
+    return total
+
+  found, want = (
+    jax.jit(jax.value_and_grad(fn, (0, 1)))(codes, z)
+    for fn in (together, apart)
+  )
+  jax.tree.map(close, found, want)
+  assert all(np.abs(g).max() > 0 for g in found[1])
+
+
 def test_multiscale_starts_at_tokens_of_all_scales():
   quantizer = made('multiscale', scales=(1, 2, 4), phis=0)
   z = jnp.asarray(tokens(16, 4, 4, C))
@@ -431,14 +546,28 @@ def test_multiscale_starts_at_tokens_of_all_scales():
   assert (out.stats['counts'] > 0).mean() > 0.5
 
 
-def test_more_values_than_an_index_counts():
-  """Three groups of 2^12: 2^36 values."""
-  fsq = dict(name='fsq', levels=(8, 8, 8, 8))
-  quantizer = made('grouped', 12, fsq, groups=3)
-  out = quantizer.apply({}, jnp.asarray(tokens(50, 12)))
-  assert quantizer.codebook_size == 4096 and out.indices.shape == (50, 3)
+@pytest.mark.parametrize(
+  'groups, inner',
+  [
+    (3, dict(name='fsq', levels=(8, 8, 8, 8))),
+    (2, dict(name='lfq', bits=18)),
+    (2, dict(name='bsq', bits=18)),
+  ],
+)
+def test_more_values_than_an_index_counts(groups, inner):
+  """36 bits a token, as several indices; one alone is refused."""
+  width = 12 if inner['name'] == 'fsq' else 36
+  quantizer = made('grouped', width, inner, groups=groups)
+  out = quantizer.apply({}, jnp.asarray(tokens(50, width)))
+  assert quantizer.codebook_size**groups == 2**36
+  assert out.indices.shape == (50, groups)
   back = quantizer.apply({}, out.codes, method='codes_to_indices')
   np.testing.assert_array_equal(back, out.indices)
+  again = quantizer.apply({}, back, method='indices_to_codes')
+  np.testing.assert_array_equal(again, out.codes)
+  if 'bits' in inner:
+    with pytest.raises(UserError, match='bits=36 .*grouped'):
+      quantizers.build(inner | dict(bits=36), 36, 'float32')
 
 
 FSQ = dict(name='fsq', levels=(8, 5), bound='clip')
@@ -453,6 +582,9 @@ RESIDUAL = dict(name='residual', stages=2, quantizer=VQ)
     (RESIDUAL | dict(quantizer=dict(name='vqq')), 'quantizer.quantizer.name'),
     (RESIDUAL | dict(quantizer=dict(name='none')), '"none"'),
     (RESIDUAL | dict(quantizer=RESIDUAL), '"residual"'),
+    (RESIDUAL | dict(quantizer=dict(name='bsq')), '"bsq"'),
+    (RESIDUAL | dict(quantizer=dict(name='lfq', bits=C), stages=25),
+     'quantizer.stages=25'),
     (RESIDUAL | dict(quantizer=VQ | dict(num_codes=0)),
      'model.quantizer.quantizer.num_codes=0'),
     (RESIDUAL | dict(quantizer=VQ | dict(num_code=8)),
@@ -501,12 +633,14 @@ def test_on_two_devices_and_exported():
   """Stacked tables are split by their rows; a batch may be a symbol."""
   quantizer = made('residual', stages=2)
   z = jnp.asarray(tokens(8, 5, C))
-  variables = {'codebook': {'parts': ema(tables(2, K, C))}}
+  idle = {'counts': np.where(np.arange(2 * K) % 3, 1.0, 1e-3).reshape(2, K)}
+  variables = {'codebook': {'parts': ema(tables(2, K, C)) | idle}}
 
   def run(variables, z):
-    out = quantizer.apply(variables, z, train=True)
-    parts = variables['codebook']
-    return out.indices, quantizer.update_codebook(parts, out.stats)
+    draws = {'samples': keys(8)}
+    out = quantizer.apply(variables, z, train=True, random=draws)
+    stats = out.stats | {'tokens': out.tokens}
+    return out.indices, quantizer.update_codebook(variables['codebook'], stats)
 
   indices, new = jax.jit(run)(variables, z)
   mesh = sharding.make_mesh('fsdp', jax.devices()[:2])

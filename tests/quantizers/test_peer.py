@@ -4,6 +4,7 @@ Outputs, indices, losses and gradients agree to 1e-5 of the largest value.
 """
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,66 @@ def test_vq_with_an_average(distance, rotation):
   close(moved['counts'], theirs._codebook.cluster_size[0])
 
 
+@pytest.mark.parametrize('update', ('ema', 'gradient'))
+def test_affine_codes(update):
+  """With the peer's statistics of codes held at 0 and 1: see
+  docs/quantizers.md."""
+  ema = update == 'ema'
+  theirs = peer.VectorQuantize(
+    dim=8, codebook_size=K, decay=0.9, affine_param=True,
+    affine_param_batch_decay=1.0, affine_param_codebook_decay=1.0,
+    learnable_codebook=not ema, ema_update=ema, rotation_trick=False,
+    threshold_ema_dead_code=0,
+  )  # fmt: skip
+  book, signals = theirs._codebook, random(K, 8)
+  mean, var = random(8, std=2.0), 0.2 + random(1, 8)[0] ** 2
+  for table in (book.embed, book.embed_avg):
+    table.data.copy_(torch.from_numpy(signals)[None])
+  for side, at in (
+    ('codebook', (0 * mean, 0 * var + 1)),
+    ('batch', (mean, var)),
+  ):
+    for name, value in zip(('mean', 'variance'), at, strict=True):
+      value = torch.from_numpy(value)[None, None]
+      book.register_buffer(f'{side}_{name}', value)
+      book.register_buffer(f'{side}_{name}_needs_init', torch.tensor(False))
+  z, weights = 1.5 * random(B, N, 8) - 1, random(B, N, 8, std=0.01)
+  x = torch.from_numpy(z).requires_grad_()
+  z_q, indices, loss = theirs(x)
+  (loss.sum() + (z_q * torch.from_numpy(weights)).sum()).backward()
+
+  ours = quantizers.build(
+    dict(name='vq', num_codes=K, update=update, affine=True, decay=0.9),
+    8, 'float32',
+  )  # fmt: skip
+  codebook = dict(token_mean=mean, token_var=var)
+  if ema:
+    codes = signals * np.sqrt(var) + mean
+    codebook |= dict(codes=codes, counts=np.ones(K, 'f4'), sums=signals)
+  params = {} if ema else dict(codes=signals)
+  losses = dict(commit=1.0) | ({} if ema else dict(codebook=1.0))
+  found = run(ours, dict(params=params, codebook=codebook), z, weights, losses)
+  close(found[0], z_q)
+  np.testing.assert_array_equal(found[1], indices)
+  won = np.unique(indices)
+  assert len(won) > 4
+  close(found[2]['commit'], loss.sum())
+  by_params, by_z = found[-1]
+  close(by_z, x.grad)
+  moved = jax.jit(ours.update_codebook)(codebook, found[3])
+  book.affine_param_batch_decay = 0.9
+  book.update_affine(x.reshape(1, -1, 8), book.embed)
+  mean, var = book.batch_mean[0, 0], book.batch_variance[0, 0]
+  close(moved['token_mean'], mean)
+  close(moved['token_var'], var)
+  if ema:
+    close(moved['sums'], book.embed_avg[0])
+    codes = book.embed[0] * var.sqrt() + mean
+    close(moved['codes'][won], codes[won])
+  else:
+    close(by_params['codes'], book.embed.grad[0])
+
+
 def test_vq_with_a_gradient():
   theirs = peer.VectorQuantize(
     dim=8, codebook_size=K, learnable_codebook=True, ema_update=False,
@@ -174,12 +235,16 @@ def test_simvq(rotation):
   close(by_params['kernel'].T, kernel.grad)
 
 
-@pytest.mark.parametrize('name', ('lfq', 'bsq'))
-def test_signs(name):
+@pytest.mark.parametrize(
+  'name, groups',
+  [('lfq', 1), ('bsq', 1), ('bsq', 2),
+   pytest.param('lfq', 2, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_signs(name, groups):
   """The peer's entropies clip probabilities below 1e-5: there are none here."""
   theirs = peer.LFQ(
-    dim=8, codebook_size=64, spherical=name == 'bsq', diversity_gamma=0.7,
-    entropy_loss_weight=1.0, commitment_loss_weight=0.5,
+    dim=8, codebook_size=64, num_codebooks=groups, spherical=name == 'bsq',
+    diversity_gamma=0.7, entropy_loss_weight=1.0, commitment_loss_weight=0.5,
   )  # fmt: skip
   z, weights = random(B, N, 8, std=0.5), random(B, N, 8, std=0.01)
   x = torch.from_numpy(z).requires_grad_()
@@ -188,13 +253,13 @@ def test_signs(name):
   )
   (loss + (z_q * torch.from_numpy(weights)).sum()).backward()
 
-  ours = quantizers.build(
-    dict(
-      name=name, bits=6, entropy_bits=6, entropy_gamma=0.7,
-      entropy_temperature=2.0,
-    ),
-    8, 'float32',
+  section = dict(
+    name=name, bits=6, entropy_bits=6, entropy_gamma=0.7,
+    entropy_temperature=2.0,
   )  # fmt: skip
+  if groups > 1:
+    section = dict(name='grouped', groups=groups, quantizer=section)
+  ours = quantizers.build(section | dict(projection=True), 8, 'float32')
   params = dict(
     project_in=dense(theirs.project_in), project_out=dense(theirs.project_out)
   )
@@ -209,6 +274,35 @@ def test_signs(name):
   by_params, by_z = found[-1]
   close(by_z, x.grad)
   close(by_params['project_in']['kernel'].T, theirs.project_in.weight.grad)
+
+
+def test_residual_signs():
+  """Their entropies' temperature is in units of distances, ours in units of a
+  stage's step."""
+  theirs = peer.ResidualLFQ(
+    dim=6, codebook_size=64, num_quantizers=3, diversity_gamma=0.7,
+    entropy_loss_weight=1.0, commitment_loss_weight=0.5,
+  )  # fmt: skip
+  for stage, layer in enumerate(theirs.layers):
+    layer.forward = functools.partial(
+      layer.forward, inv_temperature=0.2 * 4**stage
+    )
+  z, weights = random(B, N, 6, std=0.7), random(B, N, 6, std=0.01)
+  x = torch.from_numpy(z).requires_grad_()
+  z_q, indices, loss = theirs(x)
+  (loss.sum() / 3 + (z_q * torch.from_numpy(weights)).sum() / 3).backward()
+
+  lfq = dict(name='lfq', bits=6, entropy_gamma=0.7, entropy_temperature=5.0)
+  ours = quantizers.build(
+    dict(name='residual', stages=3, projection=False, quantizer=lfq),
+    6, 'float32',
+  )  # fmt: skip
+  found = run(ours, {}, z, weights, dict(commit=0.5, entropy=1.0))
+  close(found[0], z_q)
+  np.testing.assert_array_equal(found[1], indices)
+  total = 0.5 * found[2]['commit'] + found[2]['entropy']
+  close(3 * total, loss.sum())
+  close(found[-1][1], x.grad)
 
 
 def test_fsq_that_preserves_symmetry():

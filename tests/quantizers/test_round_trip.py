@@ -56,6 +56,12 @@ def check_round_trip(kind, dtype, kernel, grid):
   z = jax.random.normal(jax.random.key(0), (2, *grid, D), dtype)
   variables = jax.jit(quantizer.init)(jax.random.key(1), z)
 
+  if kind == 'vq-affine':
+    codebook = variables['codebook']
+    for n, name in enumerate(('token_mean', 'token_var')):
+      key = jax.random.key(n)
+      codebook[name] = jax.random.uniform(key, codebook[name].shape) + 0.1
+
   def forward(q, z):
     return q(z), q(z, train=True)
 
@@ -152,6 +158,7 @@ def test_continuous_passes_latents_and_has_no_indices():
     ('vq-ema', dict(projection='linear'), "projection='linear'"),
     ('vq-ema', dict(entropy_temperature=0.0), 'entropy_temperature'),
     ('vq-ema', dict(update='sgd'), 'gradient'),
+    ('vq-cosine', dict(affine=True), 'affine=True .*"l2"'),
     ('vq-ema', dict(decay=1.0), 'decay'),
     ('vq-ema', dict(num_codes=0), 'num_codes'),
     ('vq-ema', dict(epsilon=-1.0), 'epsilon'),

@@ -172,9 +172,13 @@ def test_several_sizes(images, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 def test_several_codes_a_token(images, tmp_path):
-  """EMA stages with dropout: a resumed run is the uninterrupted one; its
-  tokenizer starts another."""
-  model = tiny.model('residual-vq', depth=1, dropout=0.5)
+  """EMA stages with dropout, affine codes and revival: a resumed run is the
+  uninterrupted one; its tokenizer starts another."""
+  inner = dict(
+    name='vq', num_codes=64, code_dim=8, decay=0.8, revive_below=0.9,
+    affine=True,
+  )  # fmt: skip
+  model = tiny.model('residual-vq', depth=1, dropout=0.5, quantizer=inner)
   config = runs.plain(
     images, 'residual-vq', model=model, duration=4, accumulate=2,
     checkpoint=dict(every=2, keep=9), eval=dict(source=str(images), tile=16),

@@ -236,18 +236,20 @@ def test_changing_a_number_compiles_nothing(programs):
 
 def test_accumulation_is_one_big_batch():
   """Four microbatches give the step of the batch: weights, codebook, figures,
-  noise too."""
-  ends = []
+  noise too. Each stage's idle codes are revived, and its codes affine."""
+  inner = dict(name='vq', num_codes=64, code_dim=8, affine=True)
+  model, ends = tiny.model('residual-vq', quantizer=inner), []
   for count in (1, 4):
     # An eps above the gradients: Adam would make ±1 of a rounding error.
     plan = planned(
-      'vq-ema', accumulate=count, ema=0.5, optim=dict(eps=0.1, clip=None),
-      noise_tau=0.8,
+      'residual-vq', model=model, accumulate=count, ema=0.5,
+      optim=dict(eps=0.1, clip=None), noise_tau=0.8,
     )  # fmt: skip
     state, frozen = started(plan)
-    table = state.codebook['quantizer']
-    idle = table['counts'].at[:40].set(1e-3)  # these are revived
-    state = state.replace(codebook={'quantizer': table | {'counts': idle}})
+    parts = state.codebook['quantizer']['parts']
+    idle = parts['counts'].at[:, :40].set(1e-3)  # these are revived
+    parts = parts | {'counts': idle}
+    state = state.replace(codebook={'quantizer': {'parts': parts}})
     rows = []
     for i in range(2):
       state, metrics = plan.step(state, frozen, tiny.images(8, seed=i))

@@ -301,10 +301,10 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
       f'{q.code_width}), without projections'
     )
   elif isinstance(q, quantizers.VQ):
-    if q.distance != 'l2':
+    if q.distance != 'l2' or q.affine:
       raise UserError(
-        f'quantizer.distance="{q.distance}": the PyTorch project has VQ of '
-        'distance="l2" only'
+        f'quantizer.distance="{q.distance}", quantizer.affine={q.affine}: the '
+        'PyTorch project has VQ of distance="l2" and affine=False only'
       )
     ours = _C if q.update == 'ema' else _P
     rows.append(Rule(_TABLES[q.update], f'{ours}codes'))

@@ -44,6 +44,27 @@ class Search(NamedTuple):
   indices: Array
 
 
+class Quantized(NamedTuple):
+  """Tokens in code space and their codes: `QuantizerOutput` before codes are
+  latents again.
+
+  Attributes:
+    surrogate: f32[... c], what the codes' gradient passes to.
+    indices: i32[...].
+    codes: f32[... c], looked up.
+    losses: {name: f32[]}.
+    stats: as in `QuantizerOutput`.
+    tokens: f32[b q c] as there, or None.
+  """
+
+  surrogate: Array
+  indices: Array
+  codes: Array
+  losses: dict[str, Array]
+  stats: dict[str, Array]
+  tokens: Array | None
+
+
 class Quantizer(nn.Module):
   """Latents f[... d] to codes and back.
 
@@ -185,7 +206,7 @@ class Quantizer(nn.Module):
     return {'counts': counts[None]}
 
   def _tokens(self, z: Array, random: Any) -> Array | None:
-    """f32[b c], a token an image for `update_codebook`, or None."""
+    """f32[b c], a token a sample for `update_codebook`, or None."""
     return None
 
   def init_codebook(self, codebook: dict, z: Array, rng: Array) -> dict:
@@ -193,8 +214,8 @@ class Quantizer(nn.Module):
     return codebook
 
   def update_codebook(self, codebook: dict, stats: dict) -> dict:
-    """The codebook after one optimizer step's summed stats, "tokens" f32[n c]
-    of it among them if the call gives any; pure."""
+    """The codebook after one optimizer step's summed stats, its "tokens"
+    f32[n q c] among them if the call gives any; pure."""
     return codebook
 
   def baked_codebook(self) -> dict[str, Any]:
@@ -278,27 +299,45 @@ class Quantizer(nn.Module):
       A `QuantizerOutput`; `codes` equal `indices_to_codes(indices)` bitwise.
     """
     z = self.to_code_space(latents)
-    surrogate, indices = self._assign(z, train, random)
-    codes = self._lookup(indices)
-    values = self._losses(surrogate, indices, codes)
-    for name in self.loss_names:
-      if name in losses and name not in LOSSES:
-        values[name] = self._regulariser(name, z, surrogate)
-    quantized, decoded = None, codes
+    found = self._quantize(z, train, random, losses)
+    quantized, codes, decoded = None, found.codes, found.codes
     if train:
       quantized = self.codes_to_latents(codes)
-      path = self._gradient_path(surrogate, codes)
+      path = self._gradient_path(found.surrogate, codes)
       codes = code_ops.straight_through(path, codes)
       decoded = self._perturbed(codes, random)
     return QuantizerOutput(
       z_q=self.codes_to_latents(decoded),
       codes=codes,
-      indices=indices,
-      losses=values,
-      stats=self._stats(surrogate, indices, train),
+      indices=found.indices,
+      losses=found.losses,
+      stats=found.stats,
       quantized=quantized,
-      tokens=self._tokens(surrogate, random) if train and random else None,
+      tokens=found.tokens,
     )
+
+  def _quantize(
+    self, z: Array, train: bool, random: Any, losses: Sequence[str]
+  ) -> Quantized:
+    """The call in code space, of f32[... c]; its other arguments."""
+    surrogate, indices = self._assign(z, train, random)
+    codes = self._lookup(indices)
+    values = self._losses(surrogate, indices, codes)
+    values |= self._regularisers(losses, z, surrogate)
+    stats = self._stats(surrogate, indices, train)
+    tokens = self._tokens(surrogate, random) if train and random else None
+    tokens = None if tokens is None else tokens[:, None]
+    return Quantized(surrogate, indices, codes, values, stats, tokens)
+
+  def _regularisers(
+    self, losses: Sequence[str], z: Array, surrogate: Array
+  ) -> dict[str, Array]:
+    """{name: f32[]} of those that are asked for."""
+    return {
+      name: self._regulariser(name, z, surrogate)
+      for name in self.loss_names
+      if name in losses and name not in LOSSES
+    }
 
   def latents_to_indices(self, latents: Array) -> Array:
     """f[... d] -> i32[...]: the call up to the indices."""

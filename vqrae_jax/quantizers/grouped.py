@@ -5,12 +5,15 @@ With g groups of K codes a token has K^g values: this is also how it has more
 than the 2^31 that one i32 index counts. A group's quantizer may be residual.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.quantizers import nested
+from vqrae_jax.quantizers import base, nested
 
 
 class Grouped(nested.Nested):
@@ -24,7 +27,7 @@ class Grouped(nested.Nested):
     shared: one table for all groups; it learns from all of them.
   """
 
-  allowed = ('vq', 'simvq', 'fsq', 'residual')
+  allowed = ('vq', 'simvq', 'fsq', 'lfq', 'bsq', 'residual')
   positive = ('groups',)
 
   groups: int = 8
@@ -63,10 +66,6 @@ class Grouped(nested.Nested):
     return self.quantizer.lowest_index
 
   @property
-  def draws(self):
-    return self.quantizer.draws
-
-  @property
   def search_names(self):
     found = []
     for i in range(self.groups):
@@ -91,47 +90,46 @@ class Grouped(nested.Nested):
       return [indices[..., i] for i in range(self.groups)]
     return jnp.split(indices, self.groups, -1)
 
-  def _joined(self, indices: list[Array]) -> Array:
+  def _joined(self, indices: Sequence[Array]) -> Array:
     if self.codes_per_part == 1:
       return jnp.stack(indices, -1)
     return jnp.concatenate(indices, -1)
 
-  def _assign(self, z, train, random):
-    def of_group(i, keys):
-      return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+  def _parts(self, z: Array, random: Any) -> list[tuple]:
+    """[(i, its channels of f32[... c], what it draws with)]."""
+    return [
+      (i, x, nested.random_of_part(random, i))
+      for i, x in enumerate(jnp.split(z, self.groups, -1))
+    ]
 
-    surrogates, indices = [], []
-    for i, x in enumerate(jnp.split(z, self.groups, -1)):
-      keys = jax.tree.map(lambda k, i=i: of_group(i, k), random)
-      surrogate, index = self._call(i, '_assign', x, train, keys)
-      surrogates.append(surrogate)
-      indices.append(index)
+  def _assign(self, z, train, random):
+    found = [
+      self._call(i, '_assign', x, train, keys)
+      for i, x, keys in self._parts(z, random)
+    ]
+    surrogates, indices = zip(*found, strict=True)
     return jnp.concatenate(surrogates, -1), self._joined(indices)
+
+  def _quantize(self, z, train, random, losses):
+    found = [
+      self._call(i, '_quantize', x, train, keys, losses)
+      for i, x, keys in self._parts(z, random)
+    ]
+    surrogates, indices, codes, values, stats, tokens = zip(*found, strict=True)
+    return base.Quantized(
+      surrogate=jnp.concatenate(surrogates, -1),
+      indices=self._joined(indices),
+      codes=jnp.concatenate(codes, -1),
+      losses=nested.mean_of(values),
+      stats=nested.joined(stats),
+      tokens=nested.joined(tokens, 1),
+    )
 
   def _lookup(self, indices):
     codes = [
       self._call(i, '_lookup', x) for i, x in enumerate(self._indices(indices))
     ]
     return jnp.concatenate(codes, -1)
-
-  def _groups(self, z: Array, indices: Array) -> list[tuple]:
-    split, index = jnp.split(z, self.groups, -1), self._indices(indices)
-    return list(zip(range(self.groups), split, index, strict=True))
-
-  def _losses(self, z, indices, codes):
-    codes = jnp.split(codes, self.groups, -1)
-    found = [
-      self._call(i, '_losses', x, index, codes[i])
-      for i, x, index in self._groups(z, indices)
-    ]
-    return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *found)
-
-  def _stats(self, z, indices, train):
-    found = [
-      self._call(i, '_stats', x, index, train)
-      for i, x, index in self._groups(z, indices)
-    ]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
 
   def init_codebook(self, codebook, z, rng):
     """Each table at its group's tokens; a shared one at those of all."""

@@ -9,7 +9,10 @@ and subtracted. The code of the grid is the sum over scales. Scales share a few
 phi, by their place between the first and the last scale.
 """
 
+import functools
 import math
+import operator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +82,9 @@ class MultiScale(nested.Nested):
 
   @property
   def loss_names(self):
-    return ('commit', 'codebook')  # the latter also trains phi
+    # "codebook" also trains phi.
+    others = (n for n in super().loss_names if n not in base.LOSSES)
+    return (*base.LOSSES, *others)
 
   @property
   def index_axes(self):
@@ -153,18 +158,52 @@ class MultiScale(nested.Nested):
       for x, size in zip(parts, self.sizes, strict=True)
     ]
 
-  def _assign(self, z, train, random):
-    rest, found = jax.lax.stop_gradient(z), []
-    if self.is_initializing():  # by one token: all variables are made already
-      n = sum(map(math.prod, self.sizes))
-      return z, jnp.zeros((*z.shape[:-3], n), jnp.int32)
+  def _stages(self, z: Array, train: bool) -> Iterator[tuple]:
+    """(scale, its tokens, their indices, what it adds to the grid) of f32[...
+    gh gw c]."""
     self._check_grid(z.shape[-3:-1])
+    rest = z
     for scale in range(len(self.scales)):
       tokens = self._shrunk(rest, scale)
       indices = self._call(0, '_assign', tokens, train, None)[1]
-      rest = rest - self._added(scale, indices)
-      found.append(indices.reshape(*indices.shape[:-2], -1))
-    return z, jnp.concatenate(found, -1)
+      added = self._added(scale, indices)
+      yield scale, tokens, indices, added
+      rest = rest - jax.lax.stop_gradient(added)
+
+  def _assign(self, z, train, random):
+    if self.is_initializing():  # by one token: all variables are made already
+      n = sum(map(math.prod, self.sizes))
+      return z, jnp.zeros((*z.shape[:-3], n), jnp.int32)
+    found = [indices for _, _, indices, _ in self._stages(z, train)]
+    return z, _flat(found, z.ndim - 3)
+
+  def _quantize(self, z, train, random, losses):
+    if self.is_initializing():
+      zero = {name: jnp.zeros(()) for name in self.loss_names}
+      _, indices = self._assign(z, train, random)
+      return base.Quantized(z, indices, z, zero, {}, None)
+    values, stats, found, sums, all_tokens = [], [], [], [], []
+    for _, tokens, indices, added in self._stages(z, train):
+      sums.append(sums[-1] + added if sums else added)
+      values.append(self._call(0, '_regularisers', losses, tokens, tokens))
+      stats.append(self._call(0, '_stats', tokens, indices, train))
+      found.append(indices)
+      all_tokens.append(tokens)
+    values = nested.mean_of(values)
+    so_far = jnp.stack(sums)
+    values |= {name: base.LOSSES[name](z, so_far) for name in base.LOSSES}
+    tokens = None
+    if train and random:  # one of all scales, as the table is
+      flat = _flat(all_tokens, z.ndim - 3)
+      tokens = self._call(0, '_tokens', flat, random)
+    return base.Quantized(
+      surrogate=z,
+      indices=_flat(found, z.ndim - 3),
+      codes=sums[-1],
+      losses=values,
+      stats=jax.tree.map(lambda *x: sum(x), *stats),
+      tokens=None if tokens is None else tokens[:, None],
+    )
 
   @property
   def search_names(self):
@@ -180,31 +219,10 @@ class MultiScale(nested.Nested):
     return found
 
   def _lookup(self, indices):
-    return self._sums(indices)[-1]
-
-  def _sums(self, indices: Array) -> list[Array]:
-    """The code after each scale."""
-    sums = []
-    for scale, index in enumerate(self._maps(indices)):
-      added = self._added(scale, index)
-      sums.append(sums[-1] + added if sums else added)
-    return sums
-
-  def _losses(self, z, indices, codes):
-    if self.is_initializing():
-      return {name: jnp.zeros(()) for name in self.loss_names}
-    sums = jnp.stack(self._sums(indices))
-    return {name: base.LOSSES[name](z, sums) for name in self.loss_names}
-
-  def _stats(self, z, indices, train):
-    if self.is_initializing():
-      return {}
-    rest, found = jax.lax.stop_gradient(z), []
-    for scale, index in enumerate(self._maps(indices)):
-      tokens = self._shrunk(rest, scale)
-      found.append(self._call(0, '_stats', tokens, index, train))
-      rest = rest - self._added(scale, index)
-    return jax.tree.map(lambda *x: sum(x), *found)
+    maps = enumerate(self._maps(indices))
+    return functools.reduce(
+      operator.add, [self._added(scale, index) for scale, index in maps]
+    )
 
   def init_codebook(self, codebook, z, rng):
     """The codes at tokens of all scales, phi taken as the identity."""
@@ -238,3 +256,9 @@ class MultiScale(nested.Nested):
     n = sum(map(math.prod, self.sizes))
     nested.check_stage_codes(codes, n, self.code_width)
     return self._call(0, 'codes_to_indices', codes)
+
+
+def _flat(maps: Sequence[Array], lead: int) -> Array:
+  """[... h w …] of each scale -> [... n …], side by side."""
+  flat = [x.reshape(*x.shape[:lead], -1, *x.shape[lead + 2 :]) for x in maps]
+  return jnp.concatenate(flat, lead)

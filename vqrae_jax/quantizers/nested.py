@@ -89,7 +89,11 @@ class Nested(base.Quantizer):
 
   @property
   def loss_names(self):
-    return tuple(n for n in self.quantizer.loss_names if n in base.LOSSES)
+    return self.quantizer.loss_names
+
+  @property
+  def draws(self):
+    return self.quantizer.draws
 
   @property
   def ema_tables(self):
@@ -121,15 +125,20 @@ class Nested(base.Quantizer):
     return self.part.apply(variables, *args, method=method)
 
   def update_codebook(self, codebook, stats):
-    """Each table by the stats of its parts; one that is shared by their
-    sum."""
+    """Each table by the stats of its parts; one that is shared by their sum,
+    and by the tokens of all, sample after sample."""
     if PARTS not in codebook:
       return codebook
     shape = self.tables, -1, self.codes_per_part
-    grouped = jax.tree.map(
-      lambda x: x.reshape(*shape, *x.shape[1:]).sum(1), stats
-    )
-    return self._each(self.part.update_codebook, codebook, grouped)
+
+    def grouped(name, x):
+      if name != 'tokens':
+        return x.reshape(*shape, *x.shape[1:]).sum(1)
+      x = jnp.moveaxis(x.reshape(len(x), *shape, x.shape[-1]), 1, 0)
+      return x.reshape(self.tables, -1, *x.shape[3:])
+
+    stats = {name: grouped(name, x) for name, x in stats.items()}
+    return self._each(self.part.update_codebook, codebook, stats)
 
   def _each(self, fn: Callable, codebook: dict, *trees: Any) -> dict:
     """fn(its codebook, its slices of `trees`) for every table; `codebook`
@@ -149,6 +158,22 @@ class Nested(base.Quantizer):
     if PARTS not in tables:
       return tables
     return self._each(self.part.training_codebook, tables)
+
+
+def random_of_part(random: Any, i: int) -> Any:
+  """What part i draws with, apart from the others."""
+  fold = jax.vmap(jax.random.fold_in, (0, None))
+  return jax.tree.map(lambda keys: fold(keys, i), random)
+
+
+def mean_of(losses: Sequence[dict[str, Array]]) -> dict[str, Array]:
+  """The mean of each of the parts' losses."""
+  return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *losses)
+
+
+def joined(trees: Sequence[Any], axis: int = 0) -> Any:
+  """The parts' statistics, or tokens, side by side; None of None."""
+  return jax.tree.map(lambda *x: jnp.concatenate(x, axis), *trees)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

@@ -2,10 +2,12 @@
 quantizes what those before it leave; a token's code is the sum of its stages'.
 
 One quantizer chooses the codes of each stage: "vq", "simvq" (l2, tokens as they
-are) or "fsq". Rounding needs a finer grid at each stage: FSQ's stage i has
-steps of L^-i, after latents are bounded softly to the L/2 that its L levels
+are), "fsq" or "lfq". Rounding needs a finer grid at each stage: FSQ's stage i
+has steps of L^-i, after latents are bounded softly to the L/2 that its L levels
 cover (arXiv 2107.03312's scheme with FSQ as its quantizer). The index of a
-token is then a number in base L, a digit a stage.
+token is then a number in base L, a digit a stage. The codes of LFQ's stage i
+are +-2^-i, of latents that have no bound; the softmax of its entropy is of
+tokens and codes in units of the stage's step.
 
 Dropout (arXiv 2107.03312; with a probability as in 2306.06546): a sample keeps
 its first n stages, n uniform in 1 … stages. The others have the index -1 and
@@ -16,6 +18,9 @@ stage has a straight-through of its own, as in vector-quantize-pytorch, the
 gradient is too large by the number of stages.
 """
 
+import functools
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,8 +29,9 @@ import numpy as np
 from jaxtyping import Array
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.quantizers import nested
+from vqrae_jax.quantizers import base, nested
 from vqrae_jax.quantizers.fsq import FSQ
+from vqrae_jax.quantizers.lfq import LFQ
 
 EXACT = 2**24  # integers that f32 tells apart
 
@@ -47,7 +53,7 @@ class Residual(nested.Nested):
     dropout: the probability that a sample of a training batch loses stages.
   """
 
-  allowed = ('vq', 'simvq', 'fsq')
+  allowed = ('vq', 'simvq', 'fsq', 'lfq')
   positive = ('stages',)
   lowest_index = -1
 
@@ -60,14 +66,15 @@ class Residual(nested.Nested):
     if not 0 <= self.dropout <= 1:
       raise UserError(f'quantizer.dropout={self.dropout} must lie in [0, 1]')
     nested.check_residual(self.quantizer)
-    if not isinstance(self.quantizer, FSQ):
-      return
     for field, right in (('convention', 'centered'), ('bound', 'clip')):
-      if (have := getattr(self.quantizer, field)) != right:
+      have = nested.value_of(self.quantizer, field, right)
+      if have != right:
         raise UserError(
           f'quantizer.quantizer.{field}={have!r}: stages of FSQ round what is '
           f'left of a bounded latent; set it to {right!r}'
         )
+    if not isinstance(self.quantizer, FSQ | LFQ):
+      return
     most = max(self.quantizer.levels)
     if most**self.stages > EXACT:
       raise UserError(
@@ -85,7 +92,7 @@ class Residual(nested.Nested):
 
   @property
   def draws(self):
-    return self.dropout > 0
+    return self.dropout > 0 or super().draws
 
   @property
   def training_fields(self):
@@ -93,7 +100,7 @@ class Residual(nested.Nested):
 
   def _step(self, i: int) -> Any:
     """The scale of stage i's codes."""
-    if not isinstance(self.quantizer, FSQ):
+    if not isinstance(self.quantizer, FSQ | LFQ):
       return np.float32(1)
     return np.asarray(self.quantizer.levels, np.float32) ** np.float32(-i)
 
@@ -123,32 +130,59 @@ class Residual(nested.Nested):
     # Rounded before they are added, whatever reads them.
     return jax.lax.optimization_barrier(codes)
 
-  def _stages(self, z: Array, indices: Array) -> list[tuple]:
-    """[(i, what stage i quantizes, its indices, its codes)]."""
-    found, rest = [], z
-    for i in range(self.stages):
-      codes = self._stage_codes(i, indices[..., i])
-      found.append((i, rest, indices[..., i], codes))
-      rest = rest - jax.lax.stop_gradient(codes)
-    return found
-
-  def _assign(self, z, train, random):
-    z = self._bounded(z)
-    found, rest = [], jax.lax.stop_gradient(z)
+  def _stages(self, z: Array, train: bool) -> Iterator[tuple]:
+    """(i, what stage i quantizes, its indices, its codes) of bounded f32[...
+    c]; none of them dropped."""
+    rest = z
     for i in range(self.stages):
       scaled = rest / self._step(i)
       indices = self._call(i, '_assign', scaled, train, None)[1]
-      found.append(indices)
-      rest = rest - self._stage_codes(i, indices)
-    indices = jnp.stack(found, -1)
-    if train and self.draws and random is not None:
-      kept = self._kept(random['samples'])
-      kept = kept.reshape(-1, *[1] * (indices.ndim - 1))
-      indices = jnp.where(jnp.arange(self.stages) < kept, indices, -1)
-    return z, indices
+      codes = self._stage_codes(i, indices)
+      yield i, rest, indices, codes
+      rest = rest - jax.lax.stop_gradient(codes)
 
-  def _kept(self, keys: Array) -> Array:
-    """i32[b]: how many stages each sample keeps; its key decides alone."""
+  def _assign(self, z, train, random):
+    z = self._bounded(z)
+    kept = self._kept(train, random)
+    found = [
+      _dropped(i, indices, kept) for i, _, indices, _ in self._stages(z, train)
+    ]
+    return z, jnp.stack(found, -1)
+
+  def _quantize(self, z, train, random, losses):
+    """What is dropped counts in no statistic, and as a hit in the losses; a
+    regulariser and `tokens` see what its stage would have quantized."""
+    z = self._bounded(z)
+    kept, found = self._kept(train, random), []
+    for i, rest, indices, codes in self._stages(z, train):
+      scaled = rest / self._step(i)
+      values = self._call(i, '_regularisers', losses, scaled, scaled)
+      tokens = None
+      if train and random:
+        keys = nested.random_of_part(random, i)
+        tokens = self._call(i, '_tokens', scaled, keys)
+      indices = _dropped(i, indices, kept)
+      if kept is not None:
+        here = indices[..., None] >= 0
+        codes, rest = (jnp.where(here, x, 0) for x in (codes, rest))
+      values |= self._call(i, '_losses', rest, indices, codes)
+      stats = self._call(i, '_stats', rest, indices, train)
+      found.append((indices, codes, values, stats, tokens))
+    indices, codes, values, stats, tokens = zip(*found, strict=True)
+    return base.Quantized(
+      surrogate=z,
+      indices=jnp.stack(indices, -1),
+      codes=functools.reduce(operator.add, codes),
+      losses=nested.mean_of(values),
+      stats=nested.joined(stats),
+      tokens=None if tokens[0] is None else jnp.stack(tokens, 1),
+    )
+
+  def _kept(self, train: bool, random: Any) -> Array | None:
+    """i32[b]: how many stages each sample keeps; its key decides alone. None
+    if none loses any."""
+    if not (train and random and self.dropout):
+      return None
 
     def one(key):
       drops, count = jax.random.split(key)
@@ -156,14 +190,12 @@ class Residual(nested.Nested):
       drops = jax.random.uniform(drops) < self.dropout
       return jnp.where(drops, kept, self.stages)
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one)(random['samples'])
 
   def _lookup(self, indices):
     self._check(indices)
-    codes = self._stage_codes(0, indices[..., 0])
-    for i in range(1, self.stages):
-      codes = codes + self._stage_codes(i, indices[..., i])
-    return codes
+    codes = [self._stage_codes(i, indices[..., i]) for i in range(self.stages)]
+    return functools.reduce(operator.add, codes)
 
   def _check(self, indices: Array) -> None:
     if indices.shape[-1:] != (self.stages,):
@@ -171,21 +203,6 @@ class Residual(nested.Nested):
         f'indices must have a last axis of quantizer.stages={self.stages} '
         f'(-1 for a stage that is left out), got shape {indices.shape}'
       )
-
-  def _losses(self, z, indices, codes):
-    found = []
-    for i, rest, index, codes in self._stages(z, indices):
-      # A dropped stage is as if it had hit.
-      rest = jnp.where(index[..., None] < 0, 0, rest)
-      found.append(self._call(i, '_losses', rest, index, codes))
-    return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *found)
-
-  def _stats(self, z, indices, train):
-    found = [
-      self._call(i, '_stats', rest, index, train)
-      for i, rest, index, _ in self._stages(z, indices)
-    ]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
 
   def init_codebook(self, codebook, z, rng):
     """Each stage's codes at what the stages before it leave of the tokens."""
@@ -231,3 +248,11 @@ class Residual(nested.Nested):
       for i in range(self.stages)
     ]
     return jnp.stack(found, -1)
+
+
+def _dropped(i: int, indices: Array, kept: Array | None) -> Array:
+  """i32[b ...] of stage i, -1 in samples that keep no more than `kept`."""
+  if kept is None:
+    return indices
+  kept = kept.reshape(-1, *[1] * (indices.ndim - 1))
+  return jnp.where(i < kept, indices, -1)

@@ -22,11 +22,16 @@ a ViT on CIFAR-10 used 14 of 1024 codes by then (2026-11).
 distance="cosine" (arXiv 2110.04627): tokens and codes are unit vectors, and the
 average is scaled to norm one. With `projection` and a small `code_dim` these
 are the l2-normalised codebooks of low dimension that many tokenizers use.
+
+affine=True (arXiv 2305.08842): a code is mean + std * signal, with the running
+mean and standard deviation of the tokens' channels. Both updates move signals,
+in units of those; all codes, idle ones too, follow tokens that drift.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
@@ -34,6 +39,7 @@ from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.quantizers import base
 
 REVIVED = 256  # codes at most in a step
+LEAST_VARIANCE = 1e-10  # of a channel that the affine map divides by
 
 
 class VQ(base.Nearest):
@@ -51,6 +57,8 @@ class VQ(base.Nearest):
     revive_below: of "ema", the least average count of a code, as a share of
       the mean, tokens of a step / num_codes; 0 for never. A code of the mean
       that wins no more falls to .1 of it within 230 steps of decay .99.
+    affine: codes follow the tokens' mean and variance, averages of `decay` that
+      start at the first batch.
   """
 
   choices = (
@@ -73,6 +81,7 @@ class VQ(base.Nearest):
   data_init: bool | str = True
   distance: str = 'l2'
   revive_below: float = 0.1
+  affine: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -82,6 +91,11 @@ class VQ(base.Nearest):
       )
     if not 0 <= self.decay < 1:
       raise UserError(f'quantizer.decay={self.decay} must lie in [0, 1)')
+    if self.affine and self.distance != 'l2':
+      raise UserError(
+        f'quantizer.affine=True needs quantizer.distance="l2": tokens of '
+        f'"{self.distance}" are unit vectors as they are'
+      )
 
   @property
   def loss_names(self):
@@ -90,7 +104,9 @@ class VQ(base.Nearest):
 
   @property
   def ema_tables(self):
-    return ('codes',) if self.update == 'ema' else ()
+    if self.update == 'ema':
+      return ('codes',)
+    return ('token_mean', 'token_var') if self.affine else ()
 
   @property
   def draws(self):
@@ -98,6 +114,9 @@ class VQ(base.Nearest):
 
   def setup_codes(self):
     shape = (self.num_codes, self.code_width)
+    if self.affine:
+      for name, init in (('token_mean', jnp.zeros), ('token_var', jnp.ones)):
+        self.variable('codebook', name, init, shape[1:], jnp.float32)
     if self.update == 'gradient':
       self.codes = self.param('codes', nn.initializers.normal(1.0), shape)
       return
@@ -119,18 +138,43 @@ class VQ(base.Nearest):
     return z, nearest_code(z, self._table())
 
   def _table(self):
-    if self.distance == 'l2' or self.update == 'ema':
+    fixed = self.distance == 'l2' and not self.affine
+    if fixed or self.update == 'ema':
       return self.codes
     if self.has_variable('codebook', 'codes'):  # baked
       return self.get_variable('codebook', 'codes')
+    codes = self._to_codes(self._compared(self.codes), self._map())
     # The rows are the same to the last bit whatever reads them.
-    return jax.lax.optimization_barrier(self._compared(self.codes))
+    return jax.lax.optimization_barrier(codes)
+
+  def _map(self) -> dict[str, Array]:
+    """The affine map's variables."""
+    return dict(self.variables['codebook']) if self.affine else {}
+
+  def _to_codes(self, signals, at):
+    """f32[... c] in units of the tokens' mean and variance `at` -> codes."""
+    if not self.affine:
+      return signals
+    # Apart from the sum, as the one rounding of both would be another value.
+    scaled = jax.lax.optimization_barrier(signals * _std(at))
+    return scaled + at['token_mean']
+
+  def _to_signals(self, codes, at):
+    """The inverse of `_to_codes`; of tokens too."""
+    if not self.affine:
+      return codes
+    return (codes - at['token_mean']) / _std(at)
 
   def _stats(self, z, indices, train):
     stats = super()._stats(z, indices, train)
-    if train and self.update == 'ema':
-      z = jax.lax.stop_gradient(z)
+    if not train:
+      return stats
+    z = self._to_signals(jax.lax.stop_gradient(z), self._map())
+    if self.update == 'ema':
       stats['sums'] = code_ops.sum_by_code(z, indices, self.num_codes)[None]
+    if self.affine:
+      z = jnp.where(indices[..., None] < 0, 0, z).reshape(-1, z.shape[-1])
+      stats['moments'] = jnp.stack([z.sum(0), (z * z).sum(0)])[None]
     return stats
 
   def _tokens(self, z, random):
@@ -144,34 +188,60 @@ class VQ(base.Nearest):
     return jax.vmap(drawn)(random['samples'], flat)
 
   def init_codebook(self, codebook, z, rng):
-    """Codes at tokens of the batch."""
-    if not self.data_init or self.update != 'ema':
-      return codebook
+    """Codes at tokens of the batch; the affine map at their mean and variance,
+    and codes that do not start at tokens are seen through it."""
+    z, at = self._compared(z), {}
+    if self.affine:
+      at = {'token_mean': z.mean(0), 'token_var': z.var(0)}
+    if self.update != 'ema':
+      return at or codebook
+    if not self.data_init:
+      if not at:
+        return codebook
+      return self._fresh_average(self._to_codes(codebook['codes'], at), at)
     start = base.init_codes_from_data
     if self.data_init == 'kmeans++':
       start = base.spread_codes
-    codes = self._compared(start(self._compared(z), self.num_codes, rng))
+    codes = self._compared(start(z, self.num_codes, rng))
     count = self._least(len(z)) + 1 - self.decay if self.revive_below else 1.0
-    return self._fresh_average(codes, count)
+    return self._fresh_average(codes, at, count)
 
   def _least(self, tokens):
     """The average count below which a code is idle, of `tokens` a step."""
     return self.revive_below * tokens / self.num_codes
 
-  def _fresh_average(self, codes, count=1.0):
+  def _fresh_average(self, codes, at, count=1.0):
     counts = jnp.full(self.num_codes, count, jnp.float32)
     # No buffer may be twice: both are donated to the step.
-    return {'codes': codes, 'counts': counts, 'sums': count * codes}
+    sums = count * self._to_signals(codes, at)
+    return {'codes': codes, 'counts': counts, 'sums': sums, **at}
 
   def training_codebook(self, tables):
     """An average that starts at the codes; its own state is not on disk."""
+    at = super().training_codebook(tables)
     if self.update != 'ema':
-      return super().training_codebook(tables)
-    return self._fresh_average(jnp.asarray(tables['codes']))
+      return at
+    return self._fresh_average(jnp.asarray(tables['codes']), at)
+
+  def _moved_map(self, codebook: dict, stats: dict) -> dict[str, Array]:
+    """The affine map after a step."""
+    if not self.affine:
+      return {}
+    g, n = self.decay, stats['counts'][0].sum().astype(jnp.float32)
+    mean, squares = stats['moments'][0] / jnp.maximum(n, 1)
+    std, var = _std(codebook), squares - mean**2  # in units of the old map
+    new = {
+      'token_mean': codebook['token_mean'] + (1 - g) * std * mean,
+      'token_var': g * codebook['token_var'] + (1 - g) * std**2 * var,
+    }
+    return {
+      name: jnp.where(n > 0, x, codebook[name]) for name, x in new.items()
+    }
 
   def update_codebook(self, codebook, stats):
+    new_map = self._moved_map(codebook, stats)
     if self.update != 'ema':
-      return codebook
+      return new_map or codebook
     g = self.decay
     count = stats['counts'][0].astype(jnp.float32)
     counts = g * codebook['counts'] + (1 - g) * count
@@ -182,18 +252,21 @@ class VQ(base.Nearest):
     # quotient would draw it to the origin, where all other idle codes are.
     won = (count > 0)[:, None]
     moved = self._compared(sums / (smooth * total)[:, None])
-    codes = jnp.where(won, moved, codebook['codes'])
-    if 'tokens' not in stats:
-      return {'codes': codes, 'counts': counts, 'sums': sums}
-    least = self._least(count.sum())
-    idle, new = counts < least, least + 1 - g
-    tokens = stats['tokens'][:REVIVED]
-    place = jnp.cumsum(idle) - 1  # among the idle ones
-    revived = (idle & (place < len(tokens)))[:, None]
-    fresh = tokens[jnp.minimum(place, len(tokens) - 1)]
-    codes = jnp.where(revived, fresh, codes)
-    return {
-      'codes': codes,
-      'counts': jnp.where(revived[:, 0], new, counts),
-      'sums': jnp.where(revived, new * fresh, sums),
-    }
+    codes = self._to_signals(codebook['codes'], codebook)
+    codes = jnp.where(won, moved, codes)
+    if 'tokens' in stats:
+      least = self._least(count.sum())
+      idle, new = counts < least, least + 1 - g
+      tokens = self._to_signals(stats['tokens'][:REVIVED, 0], codebook)
+      place = jnp.cumsum(idle) - 1  # among the idle ones
+      revived = (idle & (place < len(tokens)))[:, None]
+      fresh = tokens[jnp.minimum(place, len(tokens) - 1)]
+      codes = jnp.where(revived, fresh, codes)
+      counts = jnp.where(revived[:, 0], new, counts)
+      sums = jnp.where(revived, new * fresh, sums)
+    codes = self._to_codes(codes, new_map)
+    return {'codes': codes, 'counts': counts, 'sums': sums, **new_map}
+
+
+def _std(at: dict) -> Array:
+  return jnp.sqrt(jnp.maximum(at['token_var'], LEAST_VARIANCE))

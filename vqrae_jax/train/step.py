@@ -231,7 +231,8 @@ def accumulated(
     gradients, (*microbatches, kept)
   )
   if tokens is not None:  # in the order of samples again
-    tokens = jnp.moveaxis(tokens, 0, 1).reshape(len(images), -1)
+    tokens = jnp.moveaxis(tokens, 0, 1)
+    tokens = tokens.reshape(len(images), *tokens.shape[2:])
   return MicrobatchResult(means, metrics, stats, tokens, fakes), microbatches
 
 
