@@ -396,7 +396,7 @@ def report():
       groups.setdefault(key, {})[row['method']] = row
   made = []
   for (data, codes, width, steps, hardware), rows in sorted(groups.items()):
-    least = rows['kmeans']['error'] if 'kmeans' in rows else math.nan
+    least = rows['kmeans']['error'] if 'kmeans' in rows else None
     one = next(iter(rows.values()))
     versions = ', '.join(f'{k} {v}' for k, v in one['versions'].items())
     dates = ' to '.join(sorted({r['date'] for r in rows.values()}))
@@ -411,9 +411,10 @@ def report():
     ]
     for name in (name for name in METHODS if name in rows):
       row = rows[name]
+      ratio = f'{row["error"] / least:.3f}' if least else ''
       made.append(
         f'| {name} | {row["usage"]:.1%} | {row["perplexity"]:.3f} | '
-        f'{row["error"]:.4f} | {row["error"] / least:.3f} | '
+        f'{row["error"]:.4f} | {ratio} | '
         f'{row["seconds"]:.0f} |'
       )
     made.append('')
