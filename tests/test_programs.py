@@ -113,7 +113,7 @@ def test_products_know_their_modules():
   # All in f32 here: by design where codes or losses are computed.
   rows = programs.f32_products(found)
   meant = {row['file'] for row in rows if row['meant']}
-  assert {'ops/codes.py', 'quantizers/simvq.py', 'nn/spectral.py'} <= meant
+  assert {'ops/nearest.py', 'quantizers/simvq.py', 'nn/spectral.py'} <= meant
   assert not meant & {'nn/vit.py', 'ops/attention.py'}
   assert sum(row['share'] for row in rows) == pytest.approx(1)
 

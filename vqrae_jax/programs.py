@@ -319,8 +319,8 @@ def _jaxprs(value: Any) -> Iterator[Any]:
 # What computes in f32 whatever the run's dtype (docs/architecture.md,
 # invariant 11), and the power iteration of spectral norm.
 F32_BY_DESIGN = (
-  'quantizers/', 'losses/', 'ops/codes.py', 'ops/images.py', 'ops/posemb.py',
-  'nn/spectral.py', 'optim.py',
+  'quantizers/', 'losses/', 'ops/codes.py', 'ops/nearest.py', 'ops/images.py',
+  'ops/posemb.py', 'nn/spectral.py', 'optim.py',
 )  # fmt: skip
 
 

@@ -265,7 +265,7 @@ def test_a_new_code_is_idle_unless_it_soon_wins_a_token():
     one = jnp.zeros(32, jnp.int32).at[1].set(int(step == 4))
     counts = one.at[0].set(64 - one[1])
     stats = dict(counts=counts[None], sums=(counts[:, None] * first)[None])
-    codebook = update(codebook, stats | dict(tokens=tokens))
+    codebook = update(codebook, stats | dict(tokens=tokens[:, None]))
     moved = np.abs(codebook['codes'] - first).max(1) > 1e-3
     assert not moved[:2].any() and (moved[2:] == (step == 5)).all(), step
 
