@@ -460,8 +460,7 @@ def test_idle_codes_become_what_their_stage_quantizes(name):
     assert (
       np.flatnonzero(won)
       == np.flatnonzero(
-        without['parts']['counts'][i]
-        < 0.1 * out.stats['counts'][i].sum() / K
+        without['parts']['counts'][i] < 0.1 * out.stats['counts'][i].sum() / K
       )
     ).all()
     np.testing.assert_array_equal(found[won], out.tokens[: won.sum(), i])
