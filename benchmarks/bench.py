@@ -49,6 +49,7 @@ import torch
 from PIL import Image
 
 import vqrae_jax
+from benchmarks import report as report_lib
 from benchmarks import torch_peers
 from vqrae_jax import optim, sharding
 from vqrae_jax.data import pipeline, sources
@@ -68,7 +69,6 @@ DTYPE = 'bfloat16' if GPU else 'float32'
 PEAK = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16
 WIDE = dict(width=1024, depth=24, mlp_dim=4096, num_heads=16, patch_size=16)
 CODES, CODE_DIM = 16384, 1536
-BEGIN, END = '<!-- benchmarks.bench --report -->', '<!-- end -->'
 
 
 @dataclasses.dataclass
@@ -534,14 +534,6 @@ def result(row, times):
   return out
 
 
-def hardware():
-  if GPU:
-    return jax.devices()[0].device_kind
-  text = pathlib.Path('/proc/cpuinfo').read_text()
-  kind = next(s for s in text.splitlines() if s.startswith('model name'))
-  return f'{kind.split(": ")[1]}, {len(os.sched_getaffinity(0))} cores'
-
-
 def table(found):
   """Markdown of one machine's results."""
   versions = ', '.join(f'{k} {v}' for k, v in found['versions'].items())
@@ -577,11 +569,7 @@ def report():
   files = map(pathlib.Path.read_text, sorted(RESULTS.glob('*.json')))
   # Those of other scripts have no rows.
   tables = [table(x) for x in map(json.loads, files) if 'rows' in x]
-  path = ROOT / 'docs' / 'performance.md'
-  before, _, rest = path.read_text().partition(BEGIN)
-  _, _, after = rest.partition(END)
-  made = '\n\n'.join(tables)
-  path.write_text(f'{before}{BEGIN}\n\n{made}\n\n{END}{after}')
+  report_lib.write('performance.md', 'bench', '\n\n'.join(tables))
 
 
 def main():
@@ -600,7 +588,7 @@ def main():
   words = tuple((options.only or '').split(','))
   report_to = {
     'date': datetime.date.today().isoformat(),
-    'hardware': hardware(),
+    'hardware': report_lib.hardware(),
     'versions': {
       'python': platform.python_version(),
       'jax': jax.__version__,

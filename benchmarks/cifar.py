@@ -56,6 +56,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from benchmarks import report as report_lib
 from vqrae_jax import optim
 from vqrae_jax.evaluate import metrics
 from vqrae_jax.files import atomic_write
@@ -67,7 +68,6 @@ from vqrae_jax.train import step as step_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'cifar.json'
-BEGIN, END = '<!-- benchmarks.cifar --report -->', '<!-- end -->'
 SIDE, PATCH, GRID = 32, 4, (8, 8)
 VIT = dict(
   width=192, depth=4, num_heads=3, mlp_dim=768, patch_size=PATCH, grid=GRID
@@ -366,12 +366,9 @@ def record(options, place, value):
 def machine():
   import torch
 
-  kind = jax.devices()[0].device_kind
-  if jax.default_backend() == 'cpu':
-    kind = f'CPU, {len(os.sched_getaffinity(0))} cores'
   return dict(
     date=datetime.date.today().isoformat(),
-    hardware=kind,
+    hardware=report_lib.hardware(),
     versions=dict(
       python=platform.python_version(),
       jax=jax.__version__,
@@ -479,11 +476,8 @@ def report(options):
     f'{run["steps"]} steps of {run["batch"]} images, rate {run["lr"]:g}. '
     f'{"; ".join(sorted(kinds))}.'
   )
-  path = ROOT / 'docs' / 'results.md'
-  before, _, rest = path.read_text().partition(BEGIN)
-  _, _, after = rest.partition(END)
   made = f'{textwrap.fill(head, 80)}\n\n{table(found)}'
-  path.write_text(f'{before}{BEGIN}\n\n{made}\n\n{END}{after}')
+  report_lib.write('results.md', 'cifar', made)
 
 
 def main():

@@ -54,6 +54,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import report as report_lib
 from vqrae_jax import optim, quantizers
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import trees
@@ -62,7 +63,6 @@ from vqrae_jax.quantizers import base
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'codebooks'
-BEGIN, END = '<!-- benchmarks.codebooks --report -->', '<!-- end -->'
 
 TOKENS, IMAGES = 4096, 64  # of a step; codes are revived by one an image
 TEST = 10**6  # tokens that are measured, and the number of the first batch
@@ -418,20 +418,7 @@ def report():
         f'{row["seconds"]:.0f} |'
       )
     made.append('')
-  path = ROOT / 'docs' / 'quantizers.md'
-  before, _, rest = path.read_text().partition(BEGIN)
-  _, _, after = rest.partition(END)
-  text = '\n'.join(made)
-  path.write_text(f'{before}{BEGIN}\n\n{text}\n{END}{after}')
-
-
-def hardware():
-  device = jax.devices()[0]
-  if device.platform != 'cpu':
-    return device.device_kind
-  text = pathlib.Path('/proc/cpuinfo').read_text()
-  kind = next(s for s in text.splitlines() if s.startswith('model name'))
-  return f'{kind.split(": ")[1]}, 2 threads'
+  report_lib.write('quantizers.md', 'codebooks', '\n'.join(made).strip())
 
 
 def main():
@@ -468,7 +455,7 @@ def main():
       )
       row |= dict(
         date=datetime.date.today().isoformat(),
-        hardware=hardware(),
+        hardware=report_lib.hardware(),
         versions={'python': platform.python_version()}
         | {p: importlib.metadata.version(p) for p in packages},
       )

@@ -34,6 +34,15 @@ def _inputs(z, a, b, codes, tokens, codes_a_step):
   return _padded(z, tokens), *columns, _padded(codes.rows, codes_a_step), *lines
 
 
+def _blocks(tokens: int, codes: int, width: int) -> list[pl.BlockSpec]:
+  """Of `_inputs`, for a grid of blocks of tokens and of codes."""
+  column = pl.BlockSpec((tokens, 1), lambda i, j: (i, 0))
+  line = pl.BlockSpec((1, codes), lambda i, j: (0, j))
+  z = pl.BlockSpec((tokens, width), lambda i, j: (i, 0))
+  rows = pl.BlockSpec((codes, width), lambda i, j: (j, 0))
+  return [z, column, column, rows, line, line, line]
+
+
 def _tpu_step(z, a, b, rows, half, norms, lost, least, at, upper, second, most):
   """A block of tokens and one of codes; a row of the grid is one of tokens."""
   step, steps = pl.program_id(1), pl.num_programs(1)
@@ -80,21 +89,11 @@ def tpu_groups(
   n, c = z.shape
   given = _inputs(z, a, b, codes, TOKENS, CODES)
   total, k = given[0].shape[0], given[3].shape[0]
-  column = pl.BlockSpec((TOKENS, 1), lambda i, j: (i, 0))
-  line = pl.BlockSpec((1, CODES), lambda i, j: (0, j))
   groups = pl.BlockSpec((TOKENS, CODES), lambda i, j: (i, 0))
   least, at, upper = pl.pallas_call(
     _tpu_step,
     grid=(total // TOKENS, k // CODES),
-    in_specs=[
-      pl.BlockSpec((TOKENS, c), lambda i, j: (i, 0)),
-      column,
-      column,
-      pl.BlockSpec((CODES, c), lambda i, j: (j, 0)),
-      line,
-      line,
-      line,
-    ],
+    in_specs=_blocks(TOKENS, CODES, c),
     out_specs=[
       groups,
       groups,
@@ -158,21 +157,13 @@ def gpu_groups(
   z, rows = (jnp.pad(x, ((0, 0), (0, -c % GPU_DEPTH))) for x in (z, rows))
   total, k, width = len(z), len(rows), z.shape[1]
   grid = total // GPU_TOKENS, k // GPU_CODES
-  column = pl.BlockSpec((GPU_TOKENS, 1), lambda i, j: (i, 0))
-  line = pl.BlockSpec((1, GPU_CODES), lambda i, j: (0, j))
   parts = GPU_CODES // GPU_GROUP
   groups = pl.BlockSpec((GPU_TOKENS, parts), lambda i, j: (i, j))
   one = pl.BlockSpec((GPU_TOKENS, 1), lambda i, j: (i, j))
   least, at, upper, second = pl.pallas_call(
     _gpu_step,
     grid=grid,
-    in_specs=[
-      pl.BlockSpec((GPU_TOKENS, width), lambda i, j: (i, 0)),
-      column,
-      column,
-      pl.BlockSpec((GPU_CODES, width), lambda i, j: (j, 0)),
-      *[line] * 3,
-    ],
+    in_specs=_blocks(GPU_TOKENS, GPU_CODES, width),
     out_specs=[groups, groups, one, one],
     out_shape=[
       jax.ShapeDtypeStruct((total, k // GPU_GROUP), jnp.float32),
