@@ -375,7 +375,7 @@ def measure(method, batch, codes=4096, width=256, steps=1000, tokens=TEST):
   )
 
 
-KEY = 'data', 'codes', 'width', 'method', 'steps', 'hardware'
+KEY = 'data', 'codes', 'width', 'method', 'steps'
 
 
 def write(path, row):
@@ -395,11 +395,12 @@ def report():
       key = tuple(row[k] for k in KEY if k != 'method')
       groups.setdefault(key, {})[row['method']] = row
   made = []
-  for (data, codes, width, steps, hardware), rows in sorted(groups.items()):
+  for (data, codes, width, steps), rows in sorted(groups.items()):
     least = rows['kmeans']['error'] if 'kmeans' in rows else None
     one = next(iter(rows.values()))
     versions = ', '.join(f'{k} {v}' for k, v in one['versions'].items())
     dates = ' to '.join(sorted({r['date'] for r in rows.values()}))
+    hardware = ', '.join(sorted({r['hardware'] for r in rows.values()}))
     made += [
       f'### {data}, {codes:,} codes, width {width}',
       '',

@@ -1,16 +1,21 @@
 """python -m benchmarks.nearest [--shapes=50176x16384x1536,…] [--rounds=10]
-[--json=FILE]
+  [--json=FILE]
+python -m benchmarks.nearest --report
 
 The time of `nearest_code` beside the bare product of its shape (f32, highest
 precision) and PyTorch's `addmm` + `argmin` and `cdist` + `argmin` in f32, all
 in rounds that take turns. On a GPU also each way to search of `ops/nearest.py`
 and `ops/nearest_kernels.py`, and a bf16 product. Tokens are codes moved by
 a third of their distance from one another, around a direction they all share.
+Each shape's row is written as it comes; `--report` puts all into
+docs/quantizers.md.
 """
 
 import argparse
+import datetime
 import functools
 import json
+import pathlib
 import statistics
 import time
 
@@ -19,8 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from benchmarks import report as report_lib
 from vqrae_jax.ops import nearest, nearest_kernels
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / 'benchmarks' / 'results' / 'nearest'
 GPU = jax.default_backend() == 'gpu'
 SHAPES = dict(
   gpu='50176x16384x1536,50176x16384x256,50176x16384x32,100352x4096x768,'
@@ -95,13 +103,48 @@ def contenders(n, k, c):
   return calls
 
 
+def report():
+  """Writes a table of each machine into docs/quantizers.md."""
+  made = []
+  for path in sorted(RESULTS.glob('*.json')):
+    found = json.loads(path.read_text())
+    names = [n for n in found['rows'][0]['seconds'] if n != 'product']
+    made += [
+      ', '.join([found['hardware'], found['date'], *found['versions']]) + '.',
+      '',
+      f'| tokens, codes, width | product | {" | ".join(names)} |',
+      '|---' * (2 + len(names)) + '|',
+    ]
+    for row in found['rows']:
+      sizes = ', '.join(f'{int(x):,}' for x in row['shape'].split('x'))
+      bare = row['seconds']['product']
+      cells = [f'{row["seconds"][n] / bare:.2f}' for n in names]
+      made.append(f'| {sizes} | {bare * 1e3:.1f} ms | {" | ".join(cells)} |')
+    made.append('')
+  report_lib.write('quantizers.md', 'nearest', '\n'.join(made).strip())
+
+
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  kind = jax.default_backend()
   parser.add_argument('--shapes', default=SHAPES['gpu' if GPU else 'cpu'])
   parser.add_argument('--rounds', type=int, default=10)
-  parser.add_argument('--json')
+  parser.add_argument(
+    '--json', type=pathlib.Path, default=RESULTS / f'{kind}.json'
+  )
+  parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
-  results = []
+  if options.report:
+    report()
+    return
+  found = dict(
+    hardware=report_lib.hardware(),
+    date=datetime.date.today().isoformat(),
+    versions=[f'jax {jax.__version__}', f'torch {torch.__version__}'],
+    rows=[],
+  )
   for shape in options.shapes.split(','):
     calls = contenders(*map(int, shape.split('x')))
     times = {name: [] for name in calls}
@@ -110,14 +153,13 @@ def main():
         began = time.perf_counter()
         call()
         times[name].append(time.perf_counter() - began)
-    bare = statistics.median(times['product'][1:])
     row = {n: statistics.median(x[1:]) for n, x in times.items()}
-    results.append(dict(shape=shape, seconds=row))
+    found['rows'].append(dict(shape=shape, seconds=row))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=1) + '\n')
+    bare = row['product']
     ratios = ', '.join(f'{n} {s / bare:.2f}' for n, s in row.items())
     print(f'{shape}: product {bare * 1e3:.2f} ms; {ratios}', flush=True)
-  if options.json:
-    with open(options.json, 'w') as file:
-      json.dump(results, file, indent=1)
 
 
 if __name__ == '__main__':

@@ -182,6 +182,7 @@ def test_files_that_do_not_fit(copy):
     # A list of the families, not the nearest name ("siglip_vision_model").
     ('{"model_type": "blip_vision_model"}', ('dinov2', 'vit_mae')),
     ('{}', ('model_type', 'siglip_vision_model')),
+    ('{"_class_name": "AutoencoderRAE"}', ('AutoencoderRAE', 'dinov2')),
     ('{"model_type": "siglip", "vision_config": "x"}', 'config.json'),
     ('{"model_type": "dinov2", "hidden_size": "x"}', 'dinov2'),
     ('{"model_type": "dinov2", "hidden_size": 1.5}', 'width=1.5'),

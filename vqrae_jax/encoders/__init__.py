@@ -80,14 +80,15 @@ def fields_of(config: Mapping[str, Any], where: str) -> dict:
   Raises:
     UserError: an unsupported model_type, or a value of the wrong type.
   """
-  kind = str(config.get('model_type'))
+  # diffusers' models have a "_class_name" in its place.
+  kind = str(config.get('model_type') or config.get('_class_name'))
   try:
     if kind in _AROUND:
       kind = _AROUND[kind]
       config = dict(config.get('vision_config') or {}) | {'model_type': kind}
     if kind not in _READERS:
       raise UserError(
-        f'model_type "{kind}" is not a supported encoder; supported: '
+        f'"{kind}" is not the model_type of a supported encoder; supported: '
         f'{", ".join(sorted((*_READERS, *_AROUND)))}'
       )
     return _READERS[kind](config)
