@@ -11,8 +11,10 @@ PYTHON ?= python3
 VENV ?= .venv
 STEPS ?=
 BIN = $(VENV)/bin
-# Python compiles what it imports; all the rest would be 40 CPU-seconds.
+# Python compiles what it imports; all the rest would be 40 CPU-seconds. Where
+# it may not write that, each process would compile it again: 4 CPU-seconds.
 export PIP_COMPILE = 0
+unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= 2
 # By a path, not by an import hook: beside the clone, Python would take the
 # folder of that name for an empty package.

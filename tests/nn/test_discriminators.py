@@ -215,11 +215,15 @@ def test_convolutions_of_one_shape_run_together_on_a_tpu(model, monkeypatch):
 
     monkeypatch.setattr(jax.lax, 'platform_dependent', dependent)
 
-    def outputs(variables, x):
-      return jax.tree.leaves(model.apply(variables, x))
+    @jax.jit
+    def both(variables, x):
+      def outputs(variables, x):
+        return jax.tree.leaves(model.apply(variables, x))
 
-    out, pull = jax.vjp(outputs, variables, x)
-    return out, pull([2 * y for y in out])
+      out, pull = jax.vjp(outputs, variables, x)
+      return out, pull([2 * y for y in out])
+
+    return both(variables, x)
 
   together, one_by_one = (jax.tree.leaves(found(p)) for p in ('tpu', 'cpu'))
   assert len(together) == len(one_by_one)

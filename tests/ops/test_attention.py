@@ -20,9 +20,15 @@ def drawn(tokens, dtype='bfloat16', rows=2):
   return qkv, cotangent
 
 
-def with_gradients(fn, qkv, cotangent):
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients_of(fn, qkv, cotangent):
   y, back = jax.vjp(fn, *qkv)
-  return [np.asarray(x, np.float32) for x in (y, *back(cotangent))]
+  return y, *back(cotangent)
+
+
+def with_gradients(fn, qkv, cotangent):
+  found = with_gradients_of(fn, qkv, cotangent)
+  return [np.asarray(x, np.float32) for x in found]
 
 
 # Not a multiple of a tile, one tile more than that, exact tiles.
@@ -44,14 +50,9 @@ def test_splash_is_split_over_the_mesh():
   fused = functools.partial(attention.splash, interpret=True)
   alone = with_gradients(fused, qkv, cotangent)
   with jax.set_mesh(sharding.make_mesh('fsdp+tp', tensor=2)):
-    split = jax.jit(functools.partial(with_gradients_of, fused))
-    for a, b in zip(alone, split(qkv, cotangent), strict=True):
-      np.testing.assert_array_equal(a, np.asarray(b, np.float32))
-
-
-def with_gradients_of(fn, qkv, cotangent):
-  y, back = jax.vjp(fn, *qkv)
-  return y, *back(cotangent)
+    split = with_gradients(fused, qkv, cotangent)
+    for a, b in zip(alone, split, strict=True):
+      np.testing.assert_array_equal(a, b)
 
 
 def test_bf16_on_a_cpu_takes_the_plain_one():
@@ -71,8 +72,8 @@ def test_f32_attention_is_exact():
   library = with_gradients(jax.nn.dot_product_attention, *given)
   with jax.enable_x64(True):
     up = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), given)
-    y, back = jax.vjp(jax.nn.dot_product_attention, *up[0])
-    exact = [np.asarray(x) for x in (y, *back(up[1]))]
+    exact = with_gradients_of(jax.nn.dot_product_attention, *up)
+    exact = [np.asarray(x) for x in exact]
   for a, b, c in zip(found, library, exact, strict=True):
     error, allowed = (np.linalg.norm(x - c) / np.linalg.norm(c) for x in (a, b))
     assert error < 1.5 * allowed and error < 1e-5
