@@ -18,6 +18,7 @@ os.environ['NPROC'] = '32'
 
 import functools
 import gc
+import importlib.util
 import pathlib
 import resource
 
@@ -78,6 +79,18 @@ def programs():
   jax.monitoring.register_event_duration_secs_listener(listen)
   yield lambda: heard - bad.SINGLE
   jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def v5e():
+  """Four chips to compile for, which are not there."""
+  from jax.experimental import topologies
+
+  if importlib.util.find_spec('libtpu') is None and (
+    'TPU_LIBRARY_PATH' not in os.environ
+  ):
+    pytest.skip('no libtpu')
+  return topologies.get_topology_desc('v5e:2x2', 'tpu').devices
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,5 @@
 """What a run takes on devices that need not be there; nothing is run."""
 
-import importlib.util
 import json
 import math
 import os
@@ -169,13 +168,10 @@ def test_data_may_be_elsewhere():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('v5e')
 def test_a_tpu_that_is_not_there(capsys):
   """The quick-start compiles for four chips, and the table of memory is the
   compiler's."""
-  if importlib.util.find_spec('libtpu') is None and (
-    'TPU_LIBRARY_PATH' not in os.environ
-  ):
-    pytest.skip('no libtpu')
   preflight.main(['--config=configs/quickstart.py', '--topology=v5e:2x2'])
   out = capsys.readouterr().out
   assert '4 × TPU v5 lite' in out and 'of 15.75 GiB' in out

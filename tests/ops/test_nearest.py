@@ -195,6 +195,37 @@ def test_candidates_in_bf16_are_compared_in_f32(way, monkeypatch):
   np.testing.assert_array_equal(found, want)
 
 
+KERNELS = dict(tpu=nearest_kernels.tpu_groups, cuda=nearest_kernels.gpu_groups)
+
+
+def traced_with(kernel, **how):
+  """4096 codes of 768 for 512 tokens, by a kernel."""
+
+  def run(z, rows):
+    half_norms = 0.5 * jnp.sum(rows * rows, axis=-1)
+    table = nearest.Codes(rows, half_norms, jnp.arange(len(rows)))
+    return nearest.shortlist(table, groups=kernel)(z).index
+
+  shapes = (jax.ShapeDtypeStruct((n, 768), jnp.float32) for n in (512, 4096))
+  return jax.jit(run, **how).trace(*shapes)
+
+
+@pytest.mark.parametrize('platform', KERNELS)
+def test_kernels_are_written_for_their_platforms(platform):
+  text = traced_with(KERNELS[platform]).lower(lowering_platforms=(platform,))
+  assert 'custom_call' in text.as_text()
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_for_a_tpu(v5e):
+  """All scores would be 8 MiB."""
+  one = jax.sharding.SingleDeviceSharding(v5e[0])
+  how = dict(in_shardings=one, out_shardings=one)
+  compiled = traced_with(KERNELS['tpu'], **how).lower().compile()
+  assert 'tpu_custom_call' in compiled.as_text()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**21
+
+
 def cells():
   """name: (n, k, c, kind)."""
   sizes = (
