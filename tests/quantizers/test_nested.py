@@ -420,7 +420,8 @@ REVIVED = {
 
 @pytest.mark.parametrize('name', REVIVED)
 def test_idle_codes_become_what_their_stage_quantizes(name):
-  """One token of each sample, by its key alone, dropped or not."""
+  """Halfway to its code, one token of each sample, by its key alone, dropped
+  or not."""
   quantizer = made(name, **REVIVED[name])
   z = tokens(16, 2, 2, C)
   codes = tables(quantizer.tables, K, C // 2 if name == 'grouped' else C)
@@ -439,22 +440,22 @@ def test_idle_codes_become_what_their_stage_quantizes(name):
     return out, whole, *new
 
   out, whole, new, without = run(z, keys(16))
-  if name == 'grouped':
-    offered = np.split(z, 2, -1)
-  elif name == 'residual':
-    assert (out.indices < 0).any() and out.tokens.shape == (16, 3, C)
-    offered = [z]
-    for i in range(2):
-      offered.append(offered[-1] - codes[i][whole[..., i]])
-  else:  # one table, for tokens of both scales
+  if name == 'multiscale':  # one table, for tokens of both scales
     coarse = z.mean((1, 2))[:, None]
     fine = z.reshape(16, 4, C) - codes[0][whole[:, :1]]
-    offered = [np.concatenate([coarse, fine], 1)]
-  for i, of_stage in enumerate(offered):
-    of_stage = of_stage.reshape(16, -1, of_stage.shape[-1])
-    distances = np.abs(of_stage - out.tokens[:, i, None]).max(-1)
+    quantized = [np.concatenate([coarse, fine], 1)]
+    chosen = [codes[0][whole]]
+  else:
+    chosen = [table[whole[..., i]] for i, table in enumerate(codes)]
+    quantized = np.split(z, 2, -1)
+  if name == 'residual':
+    assert (out.indices < 0).any() and out.tokens.shape == (16, 3, C)
+    quantized = [z - sum(chosen[:i]) for i in range(3)]
+  for i, pair in enumerate(zip(quantized, chosen, strict=True)):
+    offered = (sum(pair) / 2).reshape(16, -1, codes.shape[-1])
+    distances = np.abs(offered - out.tokens[:, i, None]).max(-1)
     assert distances.min(1).max() < 1e-6
-    assert len(np.unique(distances.argmin(1))) == of_stage.shape[1]
+    assert len(np.unique(distances.argmin(1))) == offered.shape[1]
     found, want = (np.asarray(x['parts']['codes'][i]) for x in (new, without))
     won = new['parts']['counts'][i] > without['parts']['counts'][i]
     assert (

@@ -205,8 +205,9 @@ class Quantizer(nn.Module):
     counts = code_ops.count_codes(indices, self.codebook_size)
     return {'counts': counts[None]}
 
-  def _tokens(self, z: Array, random: Any) -> Array | None:
-    """f32[b c], a token a sample for `update_codebook`, or None."""
+  def _tokens(self, z: Array, codes: Array, random: Any) -> Array | None:
+    """f32[b c], what `update_codebook` may make of a token of each sample of
+    f32[b ... c] and its code; or None."""
     return None
 
   def init_codebook(self, codebook: dict, z: Array, rng: Array) -> dict:
@@ -325,7 +326,9 @@ class Quantizer(nn.Module):
     values = self._losses(surrogate, indices, codes)
     values |= self._regularisers(losses, z, surrogate)
     stats = self._stats(surrogate, indices, train)
-    tokens = self._tokens(surrogate, random) if train and random else None
+    tokens = None
+    if train and random:
+      tokens = self._tokens(surrogate, codes, random)
     tokens = None if tokens is None else tokens[:, None]
     return Quantized(surrogate, indices, codes, values, stats, tokens)
 

@@ -195,7 +195,8 @@ class MultiScale(nested.Nested):
     tokens = None
     if train and random:  # one of all scales, as the table is
       flat = _flat(all_tokens, z.ndim - 3)
-      tokens = self._call(0, '_tokens', flat, random)
+      codes = self._rows(_flat(found, z.ndim - 3))
+      tokens = self._call(0, '_tokens', flat, codes, random)
     return base.Quantized(
       surrogate=z,
       indices=_flat(found, z.ndim - 3),

@@ -160,7 +160,8 @@ class Residual(nested.Nested):
       tokens = None
       if train and random:
         keys = nested.random_of_part(random, i)
-        tokens = self._call(i, '_tokens', scaled, keys)
+        own = codes / self._step(i)
+        tokens = self._call(i, '_tokens', scaled, own, keys)
       indices = _dropped(i, indices, kept)
       if kept is not None:
         here = indices[..., None] >= 0
