@@ -187,6 +187,24 @@ def test_findings_name_the_key(fault, section, keys):
   json.dumps(figures, allow_nan=False)
 
 
+@pytest.mark.parametrize(
+  'fault, section, key',
+  [
+    # Unit vectors, which an affine map does not take.
+    ('long', EMA | dict(affine=True), 'model.quantizer.distance'),
+    (
+      'elsewhere',
+      EMA | dict(data_init='kmeans++'),
+      'model.quantizer.data_init',
+    ),
+  ],
+)
+def test_what_would_be_refused_or_worse_is_no_cure(fault, section, key):
+  figures = codebooks.figures(stage_of(*planted(fault)), K)
+  found = keys_of(built(**section), figures)
+  assert found and key not in found
+
+
 def test_a_key_that_is_set_is_not_named():
   figures = codebooks.figures(stage_of(*planted('dead')), K)
   assert 'model.quantizer.revive_below' not in keys_of(built(**EMA), figures)

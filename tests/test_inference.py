@@ -136,6 +136,16 @@ def test_each_half_needs_only_its_own_variables(plain):
     vqrae_jax.decode_from_indices(tokenizer, half, indices)
 
 
+@pytest.mark.parametrize('kind', ('vq-gradient', 'gumbel'))
+def test_what_init_gives_will_do(kind):
+  """Tables of parameters, which a saved tokenizer has baked."""
+  tokenizer = vqrae_jax.build_tokenizer(tiny.model(kind))
+  variables = jax.jit(tokenizer.init)(jax.random.key(0), IMAGES[:1])
+  indices = vqrae_jax.encode_to_indices(tokenizer, variables, IMAGES)
+  images = vqrae_jax.decode_from_indices(tokenizer, variables, indices)
+  assert images.shape == IMAGES.shape
+
+
 def test_an_empty_batch_gives_an_empty_answer(plain):
   images = IMAGES[:0]
   latents = vqrae_jax.encode(*plain, images)

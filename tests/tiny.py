@@ -58,7 +58,10 @@ NESTED = {
     name='grouped', groups=3, quantizer=dict(name='bsq', bits=5)
   ),
   'multiscale': dict(
-    name='multiscale', scales=(1, 4), quantizer=_TABLE | dict(affine=True)
+    name='multiscale',
+    scales=(1, 4),
+    phis=2,
+    quantizer=_TABLE | dict(affine=True),
   ),
 }
 

@@ -261,7 +261,7 @@ class _Keys:
     return [
       f'{self.prefix}{name}={json.dumps(v) if isinstance(v, str) else v}'
       for name, v in fields.items()
-      if self.value(name) is not None and self.value(name) != v
+      if self.value(name) not in (None, v, 'kmeans++')
     ]
 
   def loss(self, **weights: float) -> list[str]:
@@ -270,7 +270,7 @@ class _Keys:
 
   def projected(self) -> list[str]:
     """An MLP in front of the codes, where there is none."""
-    if self.projection == 'mlp':
+    if 'mlp' in (self.projection, self.value('adapter_in')):
       return []
     return [f'{self.outer}projection="mlp"']
 
@@ -309,7 +309,8 @@ class _Keys:
     if self.name == 'simvq':
       found = self.unless(normalize=True)
     else:
-      found = self.unless(distance='cosine') + self.unless(data_init=True)
+      found = [] if self.value('affine') else self.unless(distance='cosine')
+      found += self.unless(data_init=True)
     return found or ['model.latents.norm="channel"']
 
 
@@ -470,7 +471,8 @@ def as_text(report: dict) -> str:
   ]
   for at in range(0, len(stages), _COLUMNS):
     lines += [*_table(stages[at : at + _COLUMNS]), '']
-  if len(report['stages']) > 1:
+  # The scales of a multi-scale quantizer have unlike numbers of codes.
+  if len(report['stages']) > 1 and report['quantizer']['name'] != 'multiscale':
     used = sum(f['effective_bits'] for f in report['stages'])
     bits = sum(f['bits'] for f in report['stages'])
     lines += [

@@ -60,7 +60,9 @@ def _check_variables(tokenizer: Any, variables: Any, method: str) -> None:
   # SimVQ reads the baked table or computes it from the basis.
   tables = {n for n in wanted if n.endswith(('/codes', '/basis'))}
   tables = {n for n in tables if n.startswith('codebook/quantizer/')}
-  for name in tables - have.keys() if tables & have.keys() else ():
+  # Gumbel's and a VQ's with gradients are baked too, from the parameter.
+  trained = {n for n in tables if n.replace('codebook', 'params', 1) in have}
+  for name in (tables if tables & have.keys() else trained) - have.keys():
     wanted.pop(name, None)
   found = {name: have[name] for name in wanted if name in have}
   trees.check_same(wanted, found, 'variables')

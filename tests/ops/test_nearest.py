@@ -1,9 +1,11 @@
 """The nearest code, against float64."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -97,6 +99,31 @@ def test_what_is_not_finite_moves_no_other_token():
   others = [i for i in range(9) if i not in (3, 5)]
   np.testing.assert_array_equal(index[others,], want[others,])
   assert ((index >= 0) & (index < 30)).all()
+  z, table = drawn(8, 16, 4)
+  want = search(z, np.delete(table, 5, 0))
+  want = want + (want >= 5)
+  for lost in (np.nan, np.inf, -np.inf):
+    table[5, 0] = lost
+    for mesh in (None, sharding.make_mesh('fsdp', jax.devices()[:4])):
+      with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        np.testing.assert_array_equal(search(z, table), want)
+
+
+@pytest.mark.parametrize(
+  'z, table', [((3, 1), (7, 8)), ((3, 8), (7, 1)), ((3, 8), (0, 8)),
+               ((8,), (8,)), ((), (3, 1))],
+)  # fmt: skip
+def test_widths_that_differ(z, table, monkeypatch):
+  monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+  with pytest.raises(ValueError, match=r'\[\.\.\. c\] and \[k c\]'):
+    search(jnp.zeros(z), jnp.zeros(table))
+
+
+@pytest.mark.parametrize('size', (2.0**-126, 3e38))
+def test_angles_of_the_least_and_largest_tokens(size):
+  axes = np.eye(3, dtype='f4') * np.float32(size)
+  index = search(axes, axes[::-1], distance='cosine')
+  np.testing.assert_array_equal(index, [2, 1, 0])
 
 
 def test_chunks_do_not_change_the_answer(monkeypatch):

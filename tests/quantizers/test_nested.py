@@ -605,6 +605,14 @@ RESIDUAL = dict(name='residual', stages=2, quantizer=VQ)
     (dict(name='multiscale', scales=(4, 2), quantizer=VQ), 'quantizer.scales'),
     (dict(name='multiscale', scales=(4.0,), quantizer=VQ), 'quantizer.scales'),
     (dict(name='multiscale', phis=-1, quantizer=VQ), 'quantizer.phis=-1'),
+    (dict(name='multiscale', scales=(1, 2, 4), quantizer=VQ), 'set it to 3'),
+    (dict(name='multiscale', quantizer=VQ | dict(data_init='kmeans++')),
+     'quantizer.data_init="kmeans++"'),
+    (RESIDUAL | dict(shared=True, quantizer=VQ | dict(data_init='kmeans++')),
+     'quantizer.data_init="kmeans++"'),
+    (RESIDUAL | dict(quantizer=VQ | dict(dtype='bfloat16')), 'in f32'),
+    (dict(name='grouped', groups=4, quantizer=RESIDUAL),
+     'quantizer.quantizer.quantizer.code_dim'),
   ],
 )  # fmt: skip
 def test_errors_name_the_key(section, key):
@@ -614,7 +622,8 @@ def test_errors_name_the_key(section, key):
 
 
 def test_wrong_shapes_say_what_is_right():
-  residual, scales = made('residual'), made('multiscale', scales=(1, 2))
+  residual = made('residual')
+  scales = made('multiscale', scales=(1, 2), phis=0)
   variables = jax.eval_shape(residual.init, jax.random.key(0), tokens(2, C))
   for quantizer, method, x, key in (
     (residual, 'indices_to_codes', np.zeros((2, 3), int), 'stages=8'),
@@ -660,6 +669,41 @@ def test_on_two_devices_and_exported():
   stored = export.export(jax.jit(encode))(variables, symbolic).serialize()
   found = export.deserialize(stored).call(variables, z)
   np.testing.assert_array_equal(found, indices)
+
+
+@pytest.mark.parametrize(
+  'section, shape',
+  [
+    (RESIDUAL | dict(stages=1), (1,)),
+    (dict(name='grouped', groups=1, quantizer=VQ), (1,)),
+    (dict(name='grouped', groups=2, quantizer=RESIDUAL | dict(stages=1)), (2,)),
+  ],
+)
+def test_one_code_keeps_its_axis(section, shape):
+  """Indices have the shape that `index_shape` says and decode again."""
+  quantizer = made(**section)
+  z = tokens(2, 3, 3, C)
+  variables = jax.jit(quantizer.init)(jax.random.key(0), z)
+
+  @jax.jit
+  def run(variables, z):
+    out = quantizer.apply(variables, z)
+    return out, quantizer.apply(
+      variables, out.indices, method='indices_to_codes'
+    )
+
+  out, codes = run(variables, z)
+  assert out.indices.shape == (2, *quantizer.index_shape((3, 3)))
+  assert out.indices.shape == (2, 3, 3, *shape)
+  assert len(quantizer.index_axes) == 3
+  np.testing.assert_array_equal(codes, out.codes)
+
+
+def test_scales_of_an_empty_batch():
+  quantizer = made('multiscale', scales=(1, 2), phis=0)
+  z = jnp.zeros((1, 2, 2, C))
+  variables = quantizer.init(jax.random.key(0), z)
+  assert quantizer.apply(variables, z[:0]).indices.shape == (0, 5)
 
 
 def test_scales_export_with_a_symbolic_batch():

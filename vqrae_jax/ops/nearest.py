@@ -91,8 +91,9 @@ def nearest_code(
   """The index of the code nearest to each token.
 
   In float64 its squared distance is within 2^-21 (|z| + |c|)^2 of the least,
-  while values other than 0 differ by less than a factor of 1e32.
-  Rows that are equal give the lowest index. No gradient passes.
+  while values other than 0 differ by less than a factor of 1e32 and are normal
+  numbers. Rows that are equal give the lowest index; one that is not finite is
+  chosen if all are. No gradient passes.
 
   Args:
     z: f[... c] tokens, compared in f32.
@@ -107,6 +108,15 @@ def nearest_code(
   """
   if distance not in ('l2', 'cosine'):
     raise ValueError(f'distance={distance!r} must be "l2" or "cosine"')
+  if (
+    codebook.ndim != 2
+    or codebook.shape[:1] == (0,)
+    or (z.shape[-1:] != codebook.shape[1:])
+  ):
+    raise ValueError(
+      f'tokens and codebook of shapes {z.shape}, {codebook.shape} must be '
+      '[... c] and [k c], with at least one code'
+    )
   z, codebook = (
     jax.lax.stop_gradient(x).astype(jnp.float32) for x in (z, codebook)
   )
@@ -124,8 +134,10 @@ def nearest_code(
 
 def _directions(x: Array) -> Array:
   """Rows of norm one, of any size; zeros stay zeros."""
-  largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-  x = x / jnp.where(largest > 0, largest, 1)
+  largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
+  # A power of two rounds nothing, and its inverse is a normal number too.
+  exponent = jnp.clip(-jnp.frexp(largest)[1], -126, 126)
+  x = x * jnp.ldexp(jnp.float32(1), exponent)
   norm = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
   return x / jnp.where(norm > 0, norm, 1)
 
@@ -177,6 +189,9 @@ def _round(z: Array, rows: Array, margins: bool, ring: str | None) -> Found:
   center = jnp.where(jnp.linalg.norm(center) <= 2 * shortest, center, 0)
   rows = rows - center
   half_norms = 0.5 * jnp.sum(rows * rows, axis=-1)
+  finite = jnp.isfinite(half_norms)
+  half_norms = jnp.where(finite, half_norms, jnp.inf)
+  rows = jnp.where(finite[:, None], rows, 0)
   numbers = own * len(rows) + jnp.arange(len(rows), dtype=jnp.int32)
   codes = Codes(rows, half_norms, numbers)
 

@@ -270,7 +270,13 @@ def _statistics(
   by_position = any(s > 1 for x in (mean, std) for s in x.shape[slice(*ends)])
 
   def ours(x: np.ndarray) -> np.ndarray:
-    x = np.broadcast_to(x, shape)
+    try:
+      x = np.broadcast_to(x, shape)
+    except ValueError:
+      raise UserError(
+        f'{source.name}: the statistics of latents have shape {x.shape}; '
+        f'{shape} is right, or 1 in place of any of it'
+      ) from None
     x = (np.moveaxis(x, 1, -1) if channel_first else x).reshape(n, n, d)
     if not np.isfinite(x).all():
       raise UserError(
@@ -312,6 +318,11 @@ def read(
       f'{_VERSION}, which leaves it out; remove it to do the same'
     )
   c = _DEFAULTS | c
+  for key, usual in _DEFAULTS.items():
+    if type(usual) is int and not (type(c[key]) is int and c[key] > 0):
+      raise UserError(
+        f'{where}: {key}={c[key]!r} must be a whole number above 0'
+      )
   for name in ('mean', 'std'):
     if (pixels := source.get(f'encoder_{name}')) is not None:
       # The shortest decimals: .485 is not .48500001.
@@ -409,7 +420,8 @@ def _differences(tokenizer: Tokenizer, kind: str) -> list[str]:
       del fields['encoder.resize']  # nothing is
   return [
     f'model.{key}={have.get(key)!r} (there {want.get(key)!r})'
-    for key in have | want
+    # First what no other encoder or decoder would cure.
+    for key in sorted(have | want, key=lambda key: key != 'quantizer.name')
     if have.get(key) != want.get(key)
   ]
 

@@ -97,9 +97,10 @@ def _nested(
   cls = choose(table, section.get('name', ''), f'{key}.name')
   for name in OUTER:
     if name in fields:
+      outer = name in ('projection', 'post_quant')
       raise UserError(
         f'{key}.{name} is not set here: the nested quantizer lies in code '
-        f'space; set {where}.{name}'
+        + (f'space; set {where}.{name}' if outer else 'space, in f32')
       )
   fields |= dict(latent_dim=latent_dim, projection=False)
   if issubclass(cls, Nested):

@@ -29,6 +29,8 @@ from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.specs import PostQuantSpec, one_of
 from vqrae_jax.types import QuantizerOutput
 
+EXACT = 2**24  # integers that f32 tells apart
+
 
 class Search(NamedTuple):
   """What codes are chosen by, for the figures of a codebook.
@@ -444,7 +446,7 @@ def check_size(given: str, size: int) -> None:
   index can count `size` codes."""
   if size >= 2**31:
     raise UserError(
-      f'{given} make {size} codes; an i32 index holds fewer than 2147483648: '
+      f'{given} make too many codes; an i32 index holds fewer than 2147483648: '
       'give a token several smaller codes (a grouped quantizer)'
     )
 

@@ -134,7 +134,13 @@ class FSQ(base.Quantizer):
       raise UserError(
         f'quantizer.levels={levels} must be whole numbers of at least 2'
       )
-    base.check_size(f'quantizer.levels={levels}', math.prod(levels))
+    given = f'{levels}' if len(levels) < 32 else f'{len(levels)} numbers'
+    base.check_size(f'quantizer.levels={given}', math.prod(levels))
+    if max(levels) > base.EXACT:
+      raise UserError(
+        f'quantizer.levels={given} must be {base.EXACT} or less each, what f32 '
+        'tells apart'
+      )
     widest = 1 / (max(levels) - 1)
     if cosmos and not 0 < self.epsilon < widest:
       raise UserError(

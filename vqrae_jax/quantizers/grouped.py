@@ -35,14 +35,14 @@ class Grouped(nested.Nested):
 
   def __post_init__(self):
     super().__post_init__()
-    inner = self.quantizer
+    inner, key = self.quantizer, 'quantizer.quantizer.'
     while isinstance(inner, nested.Nested):
-      inner = inner.quantizer
+      inner, key = inner.quantizer, f'{key}quantizer.'
     follows = nested.value_of(inner, 'code_dim', 0) is None
     if follows and self.latent_dim % self.groups:
       raise UserError(
         f'quantizer.groups={self.groups} must divide the {self.latent_dim} '
-        'channels of the latents; or set quantizer.quantizer.code_dim'
+        f'channels of the latents; or set {key}code_dim'
       )
 
   @property
@@ -86,12 +86,12 @@ class Grouped(nested.Nested):
         f'indices must have a last axis of {self.codes_per_token}, one a code '
         f'of quantizer.groups={self.groups}, got shape {indices.shape}'
       )
-    if self.codes_per_part == 1:
+    if not isinstance(self.quantizer, nested.Nested):
       return [indices[..., i] for i in range(self.groups)]
     return jnp.split(indices, self.groups, -1)
 
   def _joined(self, indices: Sequence[Array]) -> Array:
-    if self.codes_per_part == 1:
+    if not isinstance(self.quantizer, nested.Nested):
       return jnp.stack(indices, -1)
     return jnp.concatenate(indices, -1)
 

@@ -56,7 +56,7 @@ class LFQ(base.Quantizer):
 
   def __post_init__(self):
     super().__post_init__()
-    base.check_size(f'quantizer.bits={self.bits}', 2**self.bits)
+    base.check_size(f'quantizer.bits={self.bits}', 2 ** min(self.bits, 31))
     if self.bits % self._entropy_bits:
       raise UserError(
         f'quantizer.entropy_bits={self.entropy_bits} must divide '

@@ -70,6 +70,14 @@ class MultiScale(nested.Nested):
         f'residual_ratio={self.residual_ratio} lie in [0, 1]'
       )
     nested.check_residual(self.quantizer)
+    nested.check_shared_start(self.quantizer)
+    fit = [n for n in range(self.phis + 1) if len(set(self._phis(n))) == n]
+    if self.phis != fit[-1]:
+      raise UserError(
+        f'quantizer.phis={self.phis}: some are nearest to none of the '
+        f'{len(self.scales)} scales and would not be trained; set it to '
+        f'{fit[-1]}'
+      )
 
   @property
   def sizes(self) -> list[tuple[int, int]]:
@@ -111,15 +119,24 @@ class MultiScale(nested.Nested):
       for phi in self.phi:
         phi(jnp.zeros((1, 1, 1, self.code_width)))
 
+  def _phis(self, count: int) -> list[int]:
+    """Which of so many phi each scale has: the one whose place in (0, 1) is
+    nearest to the scale's, as in the paper's code, whose places differ for
+    four."""
+    if not count:
+      return []
+    margin = 1 / (3 if count == 4 else 2) / count
+    places = np.linspace(margin, 1 - margin, count)
+    last = max(len(self.scales) - 1, 1)
+    return [
+      int(np.argmin(np.abs(places - scale / last)))
+      for scale in range(len(self.scales))
+    ]
+
   def _smoothed(self, codes: Array, scale: int) -> Array:
-    """phi of a scale: the one whose place in (0, 1) is nearest to the scale's,
-    as in the paper's code, whose places differ for four."""
     if not self.phis:
       return codes
-    margin = 1 / (3 if self.phis == 4 else 2) / self.phis
-    places = np.linspace(margin, 1 - margin, self.phis)
-    at = scale / max(len(self.scales) - 1, 1)
-    phi = self.phi[int(np.argmin(np.abs(places - at)))]
+    phi = self.phi[self._phis(self.phis)[scale]]
     ratio = self.residual_ratio
     return (1 - ratio) * codes + ratio * phi(codes)
 
@@ -261,5 +278,12 @@ class MultiScale(nested.Nested):
 
 def _flat(maps: Sequence[Array], lead: int) -> Array:
   """[... h w …] of each scale -> [... n …], side by side."""
-  flat = [x.reshape(*x.shape[:lead], -1, *x.shape[lead + 2 :]) for x in maps]
+  flat = [
+    x.reshape(
+      *x.shape[:lead],
+      math.prod(x.shape[lead : lead + 2]),
+      *x.shape[lead + 2 :],
+    )
+    for x in maps
+  ]
   return jnp.concatenate(flat, lead)

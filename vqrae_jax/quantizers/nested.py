@@ -56,6 +56,13 @@ class Nested(base.Quantizer):
         )
 
   @property
+  def index_axes(self):
+    return 'gh', 'gw', 'q'  # also of one code
+
+  def index_shape(self, grid):
+    return (*grid, self.codes_per_token)
+
+  @property
   def codes_per_part(self) -> int:
     """Indices that a part gives for a token."""
     return self.quantizer.codes_per_token
@@ -196,6 +203,20 @@ def check_residual(quantizer: base.Quantizer) -> None:
       raise UserError(
         f'quantizer.quantizer.{field}={have!r}: a stage compares what is left '
         f'of a token as it is, and its code is subtracted; set it to {right!r}'
+      )
+
+
+def check_shared_start(quantizer: base.Quantizer) -> None:
+  """One table of all stages starts at random tokens of each.
+
+  Raises:
+    UserError: another start.
+  """
+  for field in ('data_init', 'basis_init'):
+    if value_of(quantizer, field, None) == 'kmeans++':
+      raise UserError(
+        f'quantizer.quantizer.{field}="kmeans++" is of the tokens of one '
+        f'stage, and here all share a table; leave {field} out'
       )
 
 

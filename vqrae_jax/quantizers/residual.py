@@ -33,8 +33,6 @@ from vqrae_jax.quantizers import base, nested
 from vqrae_jax.quantizers.fsq import FSQ
 from vqrae_jax.quantizers.lfq import LFQ
 
-EXACT = 2**24  # integers that f32 tells apart
-
 
 class Residual(nested.Nested):
   """`stages` codes a token, whose sum approximates it.
@@ -66,6 +64,8 @@ class Residual(nested.Nested):
     if not 0 <= self.dropout <= 1:
       raise UserError(f'quantizer.dropout={self.dropout} must lie in [0, 1]')
     nested.check_residual(self.quantizer)
+    if self.shared:
+      nested.check_shared_start(self.quantizer)
     for field, right in (('convention', 'centered'), ('bound', 'clip')):
       have = nested.value_of(self.quantizer, field, right)
       if have != right:
@@ -76,10 +76,10 @@ class Residual(nested.Nested):
     if not isinstance(self.quantizer, FSQ | LFQ):
       return
     most = max(self.quantizer.levels)
-    if most**self.stages > EXACT:
+    if most**self.stages > base.EXACT:
       raise UserError(
         f'quantizer.stages={self.stages} of {most} levels are finer than f32; '
-        f'set it to {int(np.log(EXACT) / np.log(most))} or less'
+        f'set it to {int(np.log(base.EXACT) / np.log(most))} or less'
       )
 
   @property
