@@ -26,8 +26,9 @@ class QuantizerOutput:
     losses: {name: f32[]}, unweighted.
     stats: {"counts": i32[q k], ...}, what `update_codebook` and the usage
       window need; {} if the quantizer is continuous.
-    tokens: f32[b q c], in training a token an image and code, drawn at random,
-      if `update_codebook` wants them; else None. With several scales q is 1.
+    tokens: f32[b q c], in training halfway from a token, an image and code one
+      drawn at random, to its code, if `update_codebook` wants them; else None.
+      With several scales q is 1.
     quantized: in training z_q again, with a gradient that ends at the codes
       instead of passing straight through to the latents; else None.
   """
