@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from vqrae_jax import sharding
 from vqrae_jax.ops import codes, nearest, nearest_kernels
@@ -237,10 +238,19 @@ def traced_with(kernel, **how):
   return jax.jit(run, **how).trace(*shapes)
 
 
-@pytest.mark.parametrize('platform', KERNELS)
-def test_kernels_are_written_for_their_platforms(platform):
-  text = traced_with(KERNELS[platform]).lower(lowering_platforms=(platform,))
-  assert 'custom_call' in text.as_text()
+@pytest.mark.parametrize(
+  'platform, device',
+  [
+    ('tpu', AbstractDevice('TPU v5e', 1, 'tpu')),
+    ('cuda', AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')),
+  ],
+)
+def test_kernels_are_written_for_their_platforms(platform, device):
+  mesh = AbstractMesh((1,), ('x',), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = traced_with(KERNELS[platform])
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert 'custom_call' in text
 
 
 @pytest.mark.slow
