@@ -138,11 +138,12 @@ def test_the_accumulation_that_fits_is_found(tmp_path, monkeypatch, capsys):
     (dict(losses=dict(l3=1.0)), ['--mesh=8'], 'l3'),
     (dict(data=dict(source='nowhere', image_size=16)), [], 'data.examples'),
     ({}, ['--mesh=8', '--topology=v5e:2x2'], '--topology'),
-    ({}, ['--mesh=9000'], '9000'),
+    ({}, ['--mesh=9000'], '--mesh=9000'),
     ({}, ['--json=report.txt'], '--json'),
   ],
 )
 def test_errors_are_lines(keys, flags, words, tmp_path):
+  jax.devices()  # else as many as --mesh says are made
   flag = write(tmp_path, tiny.run(**SMALL | keys))
   with pytest.raises(UserError, match=words) as error:
     preflight.main([flag, *flags])

@@ -223,9 +223,6 @@ def test_candidates_in_bf16_are_compared_in_f32(way, monkeypatch):
   np.testing.assert_array_equal(found, want)
 
 
-KERNELS = dict(tpu=nearest_kernels.tpu_groups, cuda=nearest_kernels.gpu_groups)
-
-
 def traced_with(kernel, **how):
   """4096 codes of 768 for 512 tokens, by a kernel."""
 
@@ -239,16 +236,17 @@ def traced_with(kernel, **how):
 
 
 @pytest.mark.parametrize(
-  'platform, device',
+  'platform, kernel, device',
   [
-    ('tpu', AbstractDevice('TPU v5e', 1, 'tpu')),
-    ('cuda', AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')),
+    ('tpu', nearest_kernels.tpu_groups, AbstractDevice('TPU v5e', 1, 'tpu')),
+    ('cuda', nearest_kernels.gpu_groups,
+     AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')),
   ],
-)
-def test_kernels_are_written_for_their_platforms(platform, device):
+)  # fmt: skip
+def test_kernels_are_written_for_their_platforms(platform, kernel, device):
   mesh = AbstractMesh((1,), ('x',), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
-    traced = traced_with(KERNELS[platform])
+    traced = traced_with(kernel)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert 'custom_call' in text
 
@@ -258,7 +256,7 @@ def test_the_kernel_compiles_for_a_tpu(v5e):
   """All scores would be 8 MiB."""
   one = jax.sharding.SingleDeviceSharding(v5e[0])
   how = dict(in_shardings=one, out_shardings=one)
-  compiled = traced_with(KERNELS['tpu'], **how).lower().compile()
+  compiled = traced_with(nearest_kernels.tpu_groups, **how).lower().compile()
   assert 'tpu_custom_call' in compiled.as_text()
   assert compiled.memory_analysis().temp_size_in_bytes < 2**21
 

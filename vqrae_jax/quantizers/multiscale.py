@@ -176,22 +176,23 @@ class MultiScale(nested.Nested):
     ]
 
   def _stages(self, z: Array, train: bool) -> Iterator[tuple]:
-    """(scale, its tokens, their indices, what it adds to the grid) of f32[...
-    gh gw c]."""
+    """(each scale's tokens, their indices and codes, what it adds to the grid)
+    of f32[... gh gw c]."""
     self._check_grid(z.shape[-3:-1])
     rest = z
     for scale in range(len(self.scales)):
       tokens = self._shrunk(rest, scale)
       indices = self._call(0, '_assign', tokens, train, None)[1]
-      added = self._added(scale, indices)
-      yield scale, tokens, indices, added
+      codes = self._rows(indices)
+      added = self._enlarged(scale, codes)
+      yield tokens, indices, codes, added
       rest = rest - jax.lax.stop_gradient(added)
 
   def _assign(self, z, train, random):
     if self.is_initializing():  # by one token: all variables are made already
       n = sum(map(math.prod, self.sizes))
       return z, jnp.zeros((*z.shape[:-3], n), jnp.int32)
-    found = [indices for _, _, indices, _ in self._stages(z, train)]
+    found = [indices for _, indices, _, _ in self._stages(z, train)]
     return z, _flat(found, z.ndim - 3)
 
   def _quantize(self, z, train, random, losses):
@@ -199,21 +200,20 @@ class MultiScale(nested.Nested):
       zero = {name: jnp.zeros(()) for name in self.loss_names}
       _, indices = self._assign(z, train, random)
       return base.Quantized(z, indices, z, zero, {}, None)
-    values, stats, found, sums, all_tokens = [], [], [], [], []
-    for _, tokens, indices, added in self._stages(z, train):
+    values, stats, found, sums, pairs = [], [], [], [], []
+    for tokens, indices, codes, added in self._stages(z, train):
       sums.append(sums[-1] + added if sums else added)
       values.append(self._call(0, '_regularisers', losses, tokens, tokens))
       stats.append(self._call(0, '_stats', tokens, indices, train))
       found.append(indices)
-      all_tokens.append(tokens)
+      pairs.append((tokens, codes))
     values = nested.mean_of(values)
     so_far = jnp.stack(sums)
     values |= {name: base.LOSSES[name](z, so_far) for name in base.LOSSES}
     tokens = None
     if train and random:  # one of all scales, as the table is
-      flat = _flat(all_tokens, z.ndim - 3)
-      codes = self._rows(_flat(found, z.ndim - 3))
-      tokens = self._call(0, '_tokens', flat, codes, random)
+      flat = (_flat(maps, z.ndim - 3) for maps in zip(*pairs, strict=True))
+      tokens = self._call(0, '_tokens', *flat, random)
     return base.Quantized(
       surrogate=z,
       indices=_flat(found, z.ndim - 3),
