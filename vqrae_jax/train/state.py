@@ -106,6 +106,7 @@ def seed_keys(seed: Any) -> tuple[jax.Array, jax.Array]:
   return init_key, run_key
 
 
+@functools.partial(jax.jit, static_argnums=0)  # traced once
 def random_variables(tokenizer: Tokenizer, seed: Any) -> Any:
   """The variables of a run that starts from this seed alone; pure."""
   image = jnp.zeros((1, tokenizer.patch_size, tokenizer.patch_size, 3))

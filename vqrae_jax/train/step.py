@@ -10,6 +10,7 @@ with a non-finite loss or gradient norm is skipped: all of the state but its
 counter stays as it was, bit for bit.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -377,9 +378,16 @@ def updated_if(finite: jax.Array, update: Callable, state: Any) -> Any:
   )
 
 
-def _reached(fn: Callable, *args: Any) -> list[bool]:
-  """Which outputs of fn depend on any input, by its program."""
-  program = jax.make_jaxpr(fn)(*args).jaxpr
+@functools.partial(jax.jit, static_argnums=0)  # traced once
+def _gradients(spec, state, frozen, hparams, images):
+  images = image_ops.to_unit(images)
+  ids = jnp.arange(len(images))
+  found = loss_gradients(spec, state, frozen, hparams, images, ids).gradients
+  return [found[name] for name in spec.trainable]
+
+
+def _reached(program: Any) -> list[bool]:
+  """Which outputs of a jaxpr depend on any input."""
   live = set(program.invars)
   for eqn in program.eqns:
     if any(v in live for v in eqn.invars if not hasattr(v, 'val')):
@@ -400,14 +408,8 @@ def check_reach(
   Raises:
     UserError: with the names of the leaves that no loss reaches.
   """
-
-  def gradients(state, frozen, hparams, images):
-    images = image_ops.to_unit(images)
-    ids = jnp.arange(len(images))
-    found = loss_gradients(spec, state, frozen, hparams, images, ids).gradients
-    return [found[name] for name in spec.trainable]
-
-  reached = _reached(gradients, state, frozen, hparams, images)
+  traced = _gradients.trace(spec, state, frozen, hparams, images)
+  reached = _reached(traced.jaxpr.jaxpr)
   lost = [n for n, r in zip(spec.trainable, reached, strict=True) if not r]
   if lost:
     raise UserError(
