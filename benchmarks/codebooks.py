@@ -82,7 +82,7 @@ LEVELS = {
 LOSSES = {'codebook': 1.0, 'commit': 0.25}
 ADAMW = optim.AdamWConfig(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
 
-# Sections of quantizers, but for the number of codes; the first four are held
+# Sections of quantizers, but for the number of codes; the first three are held
 # to a usage of .95 and a perplexity of .5 K.
 METHODS = {
   'vq': dict(name='vq'),
