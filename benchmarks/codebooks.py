@@ -261,9 +261,8 @@ def train(quantizer, decoder, batch, steps, naive=False):
     out, decoded = read(
       quantizer, decoder, variables, z, train=True, random=random
     )
-    total = sum(LOSSES[name] * x for name, x in out.losses.items())
-    if decoder:
-      total = 0.0
+    terms = {} if decoder else out.losses
+    total = sum(LOSSES[name] * x for name, x in terms.items())
     if quantizer.projection:
       total = total + jnp.mean((decoded - z) ** 2)
     return total, out
