@@ -15,7 +15,9 @@ def test_both_kinds_of_records(tmp_path):
   )
   examples = [
     makers.example(label=3, image=makers.png(3), note=b'x' * 300),
-    makers.example(image__encoded=makers.png(4), image__format=b'png'),
+    makers.example(
+      image__encoded=makers.png(4), image__class__label=5, image__format=b'png'
+    ),
     makers.example(jpg=makers.png(5)),
     makers.example(webp=makers.png(6), cls=1),
   ]
@@ -25,6 +27,8 @@ def test_both_kinds_of_records(tmp_path):
   for i in range(7):
     np.testing.assert_array_equal(source[i], makers.photo(i))
   assert source.size(4) == (20, 24)
+  labels = [None, None, None, 3, 5, None, None]
+  assert [source.label(i) for i in range(7)] == labels
   assert source.name(4) == 'b.arrayrecord:1' and source.names[4] == 'b-1'
   source = sources.open_source(str(tmp_path / 'b.*'), include=('b-[02]',))
   np.testing.assert_array_equal(source[1], makers.photo(5))

@@ -44,6 +44,23 @@ def test_folders_are_searched_in_depth_and_sorted(folder):
   assert kept.shared_with(source) == 2 == source.shared_with(kept)
 
 
+def test_sub_folders_are_classes(tmp_path):
+  """Numbered in sorted order over all images, chosen or not."""
+  for name in ('dog/a/1.jpg', 'dog/2.jpg', 'cat/3.jpg', 'emu/4.jpg'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  for data in ('', '/*/**/*.jpg', '/{emu/4,dog/2,cat/3,dog/a/1}.jpg'):
+    source = sources.open_source(f'{tmp_path}{data}')
+    assert source.classes == ['cat', 'dog', 'emu']
+    assert [source.label(i) for i in range(4)] == [0, 1, 1, 2]
+  source = sources.open_source(str(tmp_path), exclude=('3',))
+  assert [source.label(i) for i in range(3)] == [1, 1, 2]
+  (tmp_path / '5.jpg').touch()  # beside them, so of no class
+  for data in (tmp_path, tmp_path / 'dog', tmp_path / 'cat', 'bundled:photos'):
+    source = sources.open_source(str(data))
+    assert source.classes is None and source.label(0) is None
+
+
 @pytest.mark.parametrize(
   'pattern, names',
   [

@@ -1,6 +1,8 @@
 """Tar shards: which members are images, damage, the kept index, reads."""
 
 import concurrent.futures
+import gzip
+import json
 import os
 import tarfile
 from unittest import mock
@@ -70,7 +72,7 @@ def test_damaged_bytes_end_the_walk_and_nothing_else(tmp_path):
       path.write_bytes(data)
       images, _ = tar.images_in(str(path))
       assert len(images) <= 4
-      assert all(at + size <= len(data) for _, at, size in images)
+      assert all(at + size <= len(data) for _, at, size, _ in images)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,31 @@ def test_a_sample_has_one_image(tmp_path, members, images):
   path = makers.tar(tmp_path / 'x.tar', [(n, n.encode()) for n in names])
   data, (found, damage) = path.read_bytes(), tar.images_in(str(path))
   assert [name for name, *_ in found] == images.split() and not damage
-  for name, at, size in found:
+  for name, at, size, _ in found:
     assert data[at : at + size] == name.encode()
+
+
+def test_a_label_is_the_integer_beside_an_image(tmp_path, cache_folder):
+  members = [
+    ('1.cls', b'7'), ('1.jpg', b''), ('2.jpg', b''), ('2.CLS', b' 12\n'),
+    ('3.jpg', b''), ('4.jpg', b''), ('4.cls', b'cat'), ('5.cls', b'9' * 99),
+    ('5.jpg', b''), ('6.cls', b'3'), ('b.0.jpg', b''), ('b.1.jpg', b''),
+    ('b.cls', b'-1'),
+  ]  # fmt: skip
+  labels = [7, 12, None, None, None, -1, -1]
+  makers.tar(tmp_path / 'x.tar', members)
+  settle(tmp_path)
+  for _ in range(2):  # the second from the kept index
+    source = sources.open_source(str(tmp_path))
+    assert [source.label(i) for i in range(7)] == labels
+    assert source.classes is None
+  # An index that was kept before there were labels.
+  (entry,) = cache_folder.iterdir()
+  path, stamp, rows = json.loads(gzip.decompress(entry.read_bytes()))
+  old = json.dumps([path, stamp, [row[:3] for row in rows]])
+  entry.write_bytes(gzip.compress(old.encode()))
+  source = sources.open_source(str(tmp_path), exclude=('1',))
+  assert [source.label(i) for i in range(6)] == labels[1:]
 
 
 def test_shards_are_one_source(tmp_path):
@@ -251,5 +276,7 @@ def test_real_shards(shared_data):
     assert len(source) == len(members) == 1500
     for i in (0, 700, 1499):
       assert source.name(i) == f'test-00000.tar:{members[i].name}'
+      label = members[i].name.replace('.jpg', '.cls')
+      assert source.label(i) == int(file.extractfile(label).read())
       image = np.asarray(Image.open(file.extractfile(members[i])))
       np.testing.assert_array_equal(source[i], image)

@@ -213,11 +213,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 class EncodedImages:
   """Random access to uint8 [h w 3]; safe to read from many threads.
 
-  What all sources of encoded bytes share: decoding, sizes, names and the
-  choice of some rows. A source adds `_bytes(row)`, which gives an encoded image
-  or raises `ImageDecodeError` or OSError, `_name(row)` and `_title(row)`.
+  What all sources of encoded bytes share: decoding, sizes, names, labels and
+  the choice of some rows. A source adds `_bytes(row)`, which gives an encoded
+  image or raises `ImageDecodeError` or OSError, `_name(row)`, `_title(row)` and
+  `_label(row)`.
+
+  Attributes:
+    classes: the names of labels 0, 1, …; None where labels have no names.
   """
 
+  classes: list[str] | None = None
   _decoding: tuple = ('pil',)  # arguments of `decode`
 
   def __init__(self, listing: Listing, counts: Sequence[int]):
@@ -250,6 +255,14 @@ class EncodedImages:
   def names(self) -> list[str]:
     """Short names, for tables and pictures."""
     return [self._title(row) for row in self._rows.tolist()]
+
+  def label(self, index: int) -> int | None:
+    """The class of an image as the source has it, or None.
+
+    Raises:
+      ImageDecodeError: it lies in a record that cannot be read.
+    """
+    return self._label(int(self._rows[index]))
 
   def __getitem__(self, index: int) -> np.ndarray:
     """uint8 [h w 3], upright; raises as `picture` does."""

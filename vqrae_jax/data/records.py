@@ -1,21 +1,24 @@
 """Images in ArrayRecord files.
 
 A record is the bytes of an encoded image, or a tf.train.Example with one in a
-bytes feature. Arrays of raw pixels are not read.
+bytes feature and perhaps a label in an int64 feature. Arrays of raw pixels are
+not read.
 
 Examples are read without tensorflow, by protobuf and the messages of
 tensorflow/core/example/{example,feature}.proto.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import pathlib
+from collections.abc import Iterator
 
 from vqrae_jax.data.decode import EncodedImages, ImageDecodeError, is_encoded
 from vqrae_jax.data.listing import Listing
 from vqrae_jax.errors import UserError
 
-# Example's bytes features; its other fields are unknown here, and skipped.
+# Example's features but those of floats, which are unknown here, and skipped.
 _MESSAGES = """
   name: "example" syntax: "proto3"
   message_type { name: "Example"
@@ -26,12 +29,17 @@ _MESSAGES = """
     field { name: "key" number: 1 type: TYPE_STRING }
     field { name: "value" number: 2 type_name: "Feature" } }
   message_type { name: "Feature"
-    field { name: "bytes_list" number: 1 type_name: "BytesList" } }
+    field { name: "bytes_list" number: 1 type_name: "BytesList" }
+    field { name: "int64_list" number: 3 type_name: "Int64List" } }
   message_type { name: "BytesList" field { name: "value"
     number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+  message_type { name: "Int64List" field { name: "value"
+    number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
 """
 # As TFDS, the TFRecord convention and webdataset call an encoded image.
 KEYS = ('image', 'image/encoded', 'jpg', 'jpeg', 'png', 'webp')
+# As TFDS and the TFRecord convention (which counts from 1) call a label.
+LABELS = ('label', 'image/class/label')
 
 
 @functools.cache
@@ -49,11 +57,11 @@ def _example_class() -> type:
   return message_factory.GetMessageClass(pool.FindMessageTypeByName('Example'))
 
 
-def image_bytes(record: bytes) -> bytes:
-  """The first value of the first feature of `KEYS` that there is.
+def _first_values(record: bytes, kind: str) -> dict:
+  """{feature: its first value} of one kind, "bytes_list" or "int64_list".
 
   Raises:
-    ValueError: no Example, or none of `KEYS` in it.
+    ValueError: no Example.
   """
   from google.protobuf.message import DecodeError
 
@@ -63,8 +71,17 @@ def image_bytes(record: bytes) -> bytes:
     raise ValueError(
       'a record that is neither an encoded image nor a tf.train.Example'
     ) from None
-  features = {e.key: [*e.value.bytes_list.value] for e in entries}
-  features = {key: values[0] for key, values in features.items() if values}
+  found = {e.key: getattr(e.value, kind).value for e in entries}
+  return {key: values[0] for key, values in found.items() if values}
+
+
+def image_bytes(record: bytes) -> bytes:
+  """The first value of the first feature of `KEYS` that there is.
+
+  Raises:
+    ValueError: no Example, or none of `KEYS` in it.
+  """
+  features = _first_values(record, 'bytes_list')
   for key in KEYS:
     if features.get(key):
       return features[key]
@@ -73,6 +90,16 @@ def image_bytes(record: bytes) -> bytes:
     f'its tf.train.Example has none of the bytes features {", ".join(KEYS)}; '
     f'it has {held}'
   )
+
+
+def label_of(record: bytes) -> int | None:
+  """The first value of the first feature of `LABELS` that there is.
+
+  Raises:
+    ValueError: no Example.
+  """
+  features = _first_values(record, 'int64_list')
+  return next((features[key] for key in LABELS if key in features), None)
 
 
 class Records(EncodedImages):
@@ -102,15 +129,30 @@ class Records(EncodedImages):
     return f'{pathlib.PurePath(self._listing.names[file]).stem}-{record}'
 
   def _bytes(self, row: int) -> bytes:
+    with self._named_errors(row):
+      data = self._record(row)
+      return image_bytes(data) if _is_example(data) else data
+
+  def _label(self, row: int) -> int | None:
+    with self._named_errors(row):
+      data = self._record(row)
+      return label_of(data) if _is_example(data) else None
+
+  def _record(self, row: int) -> bytes:
     file, record = self._place(row)
+    return self._sources[file][record]
+
+  @contextlib.contextmanager
+  def _named_errors(self, row: int) -> Iterator[None]:
     try:
-      data = self._sources[file][record]
-      if data and not is_encoded(data):
-        data = image_bytes(data)
+      yield
     # RuntimeError: array_record found the record damaged.
     except (RuntimeError, ValueError) as e:
       raise ImageDecodeError(self._where(row), e) from None
-    return data
+
+
+def _is_example(data: bytes) -> bool:
+  return bool(data) and not is_encoded(data)
 
 
 def _source(path: pathlib.Path):

@@ -25,13 +25,20 @@ from vqrae_jax.errors import UserError, did_you_mean
 class ImageFiles(EncodedImages):
   """A list of image files, decoded on access.
 
-  `name(i)` is the path below the folder; `names` are the file's stems.
+  `name(i)` is the path below the folder; `names` are the file's stems. The
+  classes are the sub-folders directly below the folder, in sorted order, if
+  there are two of them at least and no image lies beside them.
   """
 
   def __init__(self, listing: Listing, keep: bool = False):
-    """`keep` holds decoded images in memory: for a few files only."""
+    """`keep` holds decoded images in memory: for a few files only, which have
+    no classes."""
     super().__init__(listing, [len(listing.names)])
     self._kept: dict[tuple, Image.Image] | None = {} if keep else None
+    folders = sorted({_folder(name) for name in listing.names})
+    if len(folders) > 1 and '' not in folders and not keep:
+      self.classes = folders
+      self._numbers = {name: i for i, name in enumerate(folders)}
 
   def _bytes(self, row: int) -> bytes:
     # At once: at each read another thread may take the interpreter.
@@ -44,6 +51,9 @@ class ImageFiles(EncodedImages):
   def _title(self, row: int) -> str:
     return pathlib.PurePath(self._name(row)).stem
 
+  def _label(self, row: int) -> int | None:
+    return self.classes and self._numbers[_folder(self._name(row))]
+
   def picture(self, index: int) -> Image.Image:
     """See `EncodedImages`."""
     if self._kept is None:
@@ -52,6 +62,12 @@ class ImageFiles(EncodedImages):
     if key not in self._kept:
       self._kept[key] = super().picture(index)
     return self._kept[key]
+
+
+def _folder(name: str) -> str:
+  """The first folder of a relative path; '' if it has none."""
+  first, slash, _ = name.partition('/')
+  return first if slash else ''
 
 
 # Wheel, folder inside it, its images in colour.

@@ -1,12 +1,12 @@
 """Images in tar shards, read at random by an index of offsets.
 
 A shard's headers are read once and their index is kept between runs; then an
-image is one `pread` of its own bytes. Members that are no images (.json, .cls,
-.pkl) are never read.
+image is one `pread` of its own bytes. Members that are no images (.json, .txt,
+.pkl) are never read, but for the few digits of a label.
 
 A sample is a run of members of one key, the name up to the first dot of its
 last part (the webdataset layout); its image is the member whose extension is
-that of an image.
+that of an image, its label the integer in its .cls, as text.
 """
 
 import concurrent.futures
@@ -30,8 +30,10 @@ from vqrae_jax.paths import cache_folder
 # A file changed again within its clock's tick has the same stamp: the index of
 # a younger one is not kept. Two seconds is the coarsest clock (FAT's).
 _SETTLED_NS = 2_000_000_000
+_DIGITS = 18  # every number of so many fits an int64
 
 Member = tuple[str, int, int]  # name, offset and size of its data
+Sample = tuple[str, int, int, int | None]  # its image's, and its label
 Stamp = list[int]
 
 
@@ -75,27 +77,42 @@ def walk(path: str) -> Iterator[Member]:
     raise _Damaged(str(e) or type(e).__name__) from None
 
 
-def images_in(path: str) -> tuple[list[Member], str]:
+def images_in(path: str) -> tuple[list[Sample], str]:
   """(one image a sample, why reading ended early or '')."""
   images, damage = [], ''
-  sample, exact, loose = None, [], []
+  sample, exact, loose, label = None, [], [], None
+
+  def found():
+    # A sample's own image, not 1.mask.png beside 1.jpg; where all have two
+    # dots (a folder of photo.1.jpg, photo.2.jpg), each is an image.
+    return [(*member, label) for member in exact[:1] or loose]
+
+  with open(path, 'rb', buffering=0) as file:
+    try:
+      for member in walk(path):
+        name, offset, size = member
+        folder, _, base = name.rpartition('/')
+        stem, dot, rest = base.partition('.')
+        if (folder, stem) != sample:
+          images += found()
+          sample, exact, loose, label = (folder, stem), [], [], None
+        extension = (dot + rest).lower()
+        if stem and extension in EXTENSIONS:
+          exact.append(member)
+        elif stem and extension.endswith(EXTENSIONS):
+          loose.append(member)
+        elif extension == '.cls' and size <= _DIGITS:
+          label = _number(os.pread(file.fileno(), size, offset))
+    except _Damaged as e:
+      damage = str(e)
+  return images + found(), damage
+
+
+def _number(text: bytes) -> int | None:
   try:
-    for member in walk(path):
-      folder, _, base = member[0].rpartition('/')
-      stem, dot, rest = base.partition('.')
-      if (folder, stem) != sample:
-        # A sample's own image, not 1.mask.png beside 1.jpg; where all have two
-        # dots (a folder of photo.1.jpg, photo.2.jpg), each is an image.
-        images += exact[:1] or loose
-        sample, exact, loose = (folder, stem), [], []
-      extension = (dot + rest).lower()
-      if stem and extension in EXTENSIONS:
-        exact.append(member)
-      elif stem and extension.endswith(EXTENSIONS):
-        loose.append(member)
-  except _Damaged as e:
-    damage = str(e)
-  return images + (exact[:1] or loose), damage
+    return int(text)
+  except ValueError:
+    return None
 
 
 # ----------------------------------------------------------------------------
@@ -105,19 +122,23 @@ def images_in(path: str) -> tuple[list[Member], str]:
 
 def _entry(path: str) -> pathlib.Path:
   name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
-  return cache_folder() / f'tar-{name}.json.gz'
+  # Entries without labels were called tar-….
+  return cache_folder() / f'tar2-{name}.json.gz'
 
 
-def _load(path: str, stamp: Stamp) -> list[Member] | None:
+def _load(path: str, stamp: Stamp) -> list[Sample] | None:
   try:
-    entry = json.loads(gzip.decompress(_entry(path).read_bytes()))
-    key, images = entry[:2], [(str(n), int(o), int(s)) for n, o, s in entry[2]]
+    key, saved, rows = json.loads(gzip.decompress(_entry(path).read_bytes()))
+    images = [
+      (str(name), int(offset), int(size), None if label is None else int(label))
+      for name, offset, size, label in rows
+    ]
   except Exception:  # Damaged bytes raise anything.
     return None
-  return images if key == [path, stamp] else None
+  return images if [key, saved] == [path, stamp] else None
 
 
-def _save(path: str, stamp: Stamp, images: list[Member]) -> None:
+def _save(path: str, stamp: Stamp, images: list[Sample]) -> None:
   if time.time_ns() - stamp[1] < _SETTLED_NS:
     return
   entry = _entry(path)
@@ -130,7 +151,7 @@ def _save(path: str, stamp: Stamp, images: list[Member]) -> None:
     logging.warning('the index of %s is not kept: %s', path, e.strerror)
 
 
-def _index(path: pathlib.Path) -> tuple[list[Member], Stamp, str]:
+def _index(path: pathlib.Path) -> tuple[list[Sample], Stamp, str]:
   """A shard's images, its stamp, and why reading ended early or ''."""
   key, damage = os.path.abspath(path), ''
   try:
@@ -167,8 +188,8 @@ class TarShards(EncodedImages):
       found = list(pool.map(_index, listing.paths))
     images, self._stamps, damage = zip(*found, strict=True)
     super().__init__(listing, [len(shard) for shard in images])
-    self._members = [member for shard in images for member in shard]
-    if not self._members:
+    self._samples = [sample for shard in images for sample in shard]
+    if not self._samples:
       first, held = str(self.paths[0]), damage[0]
       if not held:
         ends = sorted({os.path.splitext(name)[1] for name, *_ in walk(first)})
@@ -180,13 +201,16 @@ class TarShards(EncodedImages):
 
   def _name(self, row: int) -> str:
     shard, _ = self._place(row)
-    return f'{self._listing.names[shard]}:{self._members[row][0]}'
+    return f'{self._listing.names[shard]}:{self._samples[row][0]}'
 
   def _title(self, row: int) -> str:
-    return pathlib.PurePath(self._members[row][0]).name.split('.')[0]
+    return pathlib.PurePath(self._samples[row][0]).name.split('.')[0]
+
+  def _label(self, row: int) -> int | None:
+    return self._samples[row][3]
 
   def _bytes(self, row: int) -> bytes:
-    _, offset, size = self._members[row]
+    _, offset, size, _ = self._samples[row]
     shard, _ = self._place(row)
     path = os.path.join(self._listing.root, self._listing.names[shard])
     try:
