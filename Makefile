@@ -21,9 +21,11 @@ WORKERS ?= 2
 EDITABLE = --config-settings editable_mode=compat -e
 # setuptools says in twelve lines that this mode may go one day.
 QUIET = PYTHONWARNINGS=ignore
-# For its file of linear heads, which tests compare with. Without what it asks
-# for: torchvision breaks transformers beside the CPU torch.
-LPIPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips
+# For LPIPS's file of linear heads and for Inception, which tests compare with.
+# Without what they ask for: torchvision breaks transformers beside the CPU
+# torch.
+PEERS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips \
+  torch-fidelity
 
 .PHONY: quickstart test test-unit test-slow test-newest bench lint clean
 
@@ -37,7 +39,7 @@ $(VENV)/.made:
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made setup.py constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
 	$(QUIET) $(BIN)/python -m pip install -q -c constraints.txt $(EDITABLE) '.[cpu,$*]'
-	$(if $(filter test,$*),$(LPIPS) || echo "no package lpips: a test skips")
+	$(if $(filter test,$*),$(PEERS) || echo "no lpips, no torch-fidelity: tests skip")
 	@touch $@
 
 quickstart: $(VENV)/.demo

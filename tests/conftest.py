@@ -122,7 +122,8 @@ def bounded_memory():
 # Files of tests that train, or run a command as a process.
 INTEGRATION = {
   'contract', 'train', 'test_bad_inputs', 'test_bad_luck', 'test_commands',
-  'test_latent_stats', 'test_launch', 'test_preflight', 'test_quickstart',
+  'test_evaluate', 'test_latent_stats', 'test_launch', 'test_preflight',
+  'test_quickstart',
 }  # fmt: skip
 
 

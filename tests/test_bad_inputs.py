@@ -12,9 +12,11 @@ import pytest
 from tests import bad
 from vqrae_jax import doctor, export, latent_stats, reconstruct_images
 from vqrae_jax.errors import UserError
+from vqrae_jax.evaluate import __main__ as evaluate
 from vqrae_jax.train import __main__ as train
 from vqrae_jax.train import loop
 
+EVALUATE = '--tokenizer=tokenizer --data=photos --out=m.json'
 # The config file mine.py takes `:key=value,…` as keys over a tiny run's.
 COMMANDS = [
   (train, '', '--config'),
@@ -37,6 +39,17 @@ COMMANDS = [
   (doctor, '--tokenizer=tokenizer --data=photos --json=a.txt', r'\.json'),
   (doctor, '--tokenizer=tokenizer --data=photos --out=notes.txt', '--out'),
   (doctor, '--tokenizer=tokenizer --data=photos --out=o --png=a.png', '--png'),
+  (evaluate, '--tokenizer=tokenizer --data=photos', '--out'),
+  (evaluate, f'{EVALUATE} --out=notes.txt', '--out=notes.txt'),
+  (evaluate, f'{EVALUATE} --metrics=fid', '"rfid"'),
+  (evaluate, f'{EVALUATE} --metrics= --fid_stats=s.npz', '--fid_stats'),
+  (evaluate, f'{EVALUATE} --metrics=rfid --weights=x.pth', 'NAME=FILE'),
+  (evaluate, f'{EVALUATE} --metrics=rfid --weights=vgg16=x.pth', '"vgg16"'),
+  (evaluate, f'{EVALUATE} --metrics=rfid --weights=inception=x.pth', 'x.pth'),
+  (evaluate, f'{EVALUATE} --metrics=rfid', 'fetch_weights --names=inception'),
+  (evaluate, f'{EVALUATE} --metrics= --size=15', '--size=15'),
+  (evaluate, f'{EVALUATE} --metrics= --images=9', '--images=9.* 3'),
+  (evaluate, f'{EVALUATE} --metrics= --data=bad', 'none of the'),
   (reconstruct_images, '', '--tokenizer'),
   (reconstruct_images, '--tokenizer=tokenizer --out=out', '--images'),
   (reconstruct_images, '--tokeniser=tokenizer', '"tokenizer"'),

@@ -33,7 +33,7 @@ def test_vqrae_lists_the_commands(monkeypatch, capsys):
   """All that have a main: files at the top of the package, and train."""
   files = (ROOT / 'vqrae_jax').glob('*.py')
   names = {f.stem for f in files if 'def main(' in f.read_text()}
-  names |= {'train', 'train.export'}
+  names |= {'train', 'train.export', 'evaluate'}
   assert names == {*cli.COMMANDS}
   monkeypatch.setattr(sys, 'argv', ['vqrae', '--help'])
   cli.vqrae()

@@ -47,8 +47,8 @@ def test_figures_are_brute_force(monkeypatch):
   table = table.astype('f4')
   variables['codebook']['quantizer']['codes'] = jnp.asarray(table)
   batches = [
-    (images[:4], 4),
-    (np.concatenate([images[4:], np.zeros_like(images[:2])]), 2),
+    (images[:4], [0, 1, 2, 3]),
+    (np.concatenate([images[4:], np.zeros_like(images[:2])]), [4, 5]),
   ]
   seen = []
   (stage,) = codebooks.gather(

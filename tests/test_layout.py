@@ -44,7 +44,7 @@ ONLY = {
 def part(path: pathlib.Path) -> str:
   """The package or module at the top that a file belongs to."""
   name = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
-  commands = 'train/__main__.py', 'train/export.py'
+  commands = 'train/__main__.py', 'train/export.py', 'evaluate/__main__.py'
   return 'cli' if str(path.relative_to(PACKAGE)) in commands else name
 
 

@@ -26,6 +26,7 @@ from vqrae_jax.paths import check_writable
 COMMANDS = {
   'train': 'train a tokenizer as a config says',
   'preflight': 'what a run takes on devices that need not be there',
+  'evaluate': 'PSNR, SSIM, LPIPS, rFID, usage and probes of a tokenizer',
   'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
   'doctor': 'the health of a codebook on images, with remedies',
   'latent_stats': "mean and variance of an encoder's latents",
@@ -315,7 +316,7 @@ def vqrae() -> None:
   """The console entry point: `vqrae NAME …` is `python -m vqrae_jax.NAME …`."""
   name = sys.argv.pop(1) if sys.argv[1:] else '--help'
   if name in COMMANDS:
-    end = '.__main__' if name == 'train' else ''
+    end = '.__main__' if name in ('train', 'evaluate') else ''
     return run(importlib.import_module(f'vqrae_jax.{name}{end}').main)
   if name not in ('-h', '--help'):
     near = did_you_mean(name, COMMANDS)

@@ -84,10 +84,11 @@ def needed(config: Any) -> list[str]:
     for name in (given, section('teacher'))
     if name in ENCODERS or str(name).startswith('hf:')
   ]
-  wanted = [k for k, v in (section('eval') or {}).items() if v]
+  wanted = []
   if section('init', 'networks') != 'random':
     wanted += [k for k, v in (section('losses') or {}).items() if v]
     wanted.append(section('discriminator', 'name'))
+    wanted += section('eval', 'metrics') or ()
   for name in wanted:
     names += hub.NEEDS.get(name, ())
   return list(dict.fromkeys(names))

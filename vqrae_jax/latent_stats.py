@@ -72,7 +72,7 @@ class RunningStats:
 
 def sum_latents(
   encode: Callable[[np.ndarray], Any],
-  batches: Iterable[tuple[np.ndarray, int]],
+  batches: Iterable[tuple[np.ndarray, list[int]]],
   shape: tuple[int, ...],
   progress: Callable[[int], Any],
 ) -> RunningStats:
@@ -80,7 +80,7 @@ def sum_latents(
 
   Args:
     encode: uint8 [b h w 3] -> f[b gh gw d].
-    batches: (uint8 [b h w 3], how many of its rows count).
+    batches: those of `pipeline.eval_batches`.
     shape: (d,) for statistics over tokens, (gh, gw, d) over images.
     progress: is called with the number of images summed.
   """
@@ -91,8 +91,8 @@ def sum_latents(
     rows = np.asarray(latents, np.float32)[:n].reshape(-1, *shape)
     return total.merge(RunningStats.of(rows))
 
-  for images, n in batches:
-    encoded = encode(images), n  # dispatched, and not waited for
+  for images, owners in batches:
+    encoded = encode(images), len(owners)  # dispatched, and not waited for
     if pending is not None:
       total = add(*pending)
     pending = encoded

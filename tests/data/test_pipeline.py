@@ -264,13 +264,14 @@ def test_evaluation_takes_every_image_once_in_order(batch_size):
   found = pipeline.eval_batches(
     source, pieces, batch_size, range(1, 20, 2), lambda *lost: met.append(lost)
   )
-  *full, (last, count) = found
+  *full, (last, owners) = found
   assert [(i, e.reason) for i, e in met] == [(3, 'torn')]
-  assert [(len(rows), n) for rows, n in full] == [(batch_size,) * 2] * len(full)
-  assert len(last) == batch_size and not last[count:].any()
-  rows = np.concatenate([*(rows for rows, _ in full), last[:count]])
+  assert all(len(rows) == len(of) == batch_size for rows, of in full)
+  assert len(last) == batch_size and not last[len(owners) :].any()
+  rows = np.concatenate([*(rows for rows, _ in full), last[: len(owners)]])
+  owners = [i for _, of in full for i in of] + owners
   want = [i for i in range(1, 20, 2) if i != 3 for _ in range(i % 4)]
-  assert rows[:, 0, 0, 0].tolist() == want
+  assert rows[:, 0, 0, 0].tolist() == owners == want
 
 
 def test_an_unreadable_image_stops_an_evaluation():

@@ -12,6 +12,9 @@ import vqrae_jax
 from tests import tiny
 from vqrae_jax.data import pipeline
 from vqrae_jax.evaluate import evaluator, metrics, visualize
+from vqrae_jax.losses.perceptual import lpips
+from vqrae_jax.pretrained import networks
+from vqrae_jax.types import LossInputs
 
 
 def pairs(n=3, side=24):
@@ -24,7 +27,8 @@ def pairs(n=3, side=24):
 def test_against_scikit_image():
   images, targets = pairs()
   found = metrics.compare(images, targets, 3).results()
-  targets = targets / 255
+  # Of 8 bits, as a picture that is saved.
+  images, targets = np.round(images * 255) / 255, targets / 255
   options = dict(
     data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5,
     use_sample_covariance=False, full=True,
@@ -39,6 +43,20 @@ def test_against_scikit_image():
   np.testing.assert_allclose(found['ssim'], np.mean(ssim), atol=1e-5)
   pooled = peer.peak_signal_noise_ratio(targets, images, data_range=1)
   np.testing.assert_allclose(found['psnr'], pooled, rtol=1e-5)
+
+
+def test_lpips_is_the_losss():
+  """Of each image, on what is saved as a picture."""
+  draw = functools.partial(networks.random, 'lpips', widths=(4, 4, 6, 8, 8))
+  weights = {'lpips': jax.jit(draw)(jax.random.key(0))}
+  images, targets = pairs()
+  rows = metrics.image_rows(images * 1.5 - 0.2, targets, weights)
+  images = np.round(np.clip(images * 1.5 - 0.2, 0, 1) * 255) / 255
+  targets = targets.astype('f4') / 255
+  for i, found in enumerate(rows['lpips']):
+    pair = (x[i : i + 1].astype('f4') for x in (images, targets))
+    want = jax.jit(lpips)(LossInputs(*pair, weights))
+    np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
 def test_parts_merge_to_the_sum():
@@ -65,7 +83,7 @@ reconstruct = jax.jit(vqrae_jax.reconstruct, static_argnums=0)
 
 def db(images, targets):
   """PSNR of the pooled error."""
-  images = np.clip(images, 0, 1)
+  images = np.round(np.clip(images, 0, 1) * 255) / 255
   return peer.peak_signal_noise_ratio(targets / 255.0, images, data_range=1)
 
 

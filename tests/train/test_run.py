@@ -29,7 +29,14 @@ def config(images):
   def make(kind='fsq-cosmos', **keys):
     base = dict(
       data=dict(source=str(images), image_size=16, exclude=('image0',)),
-      eval=dict(source=str(images), include=('image0',), tile=16, every=3),
+      eval=dict(
+        source=str(images),
+        include=('image0',),
+        tile=16,
+        every=3,
+        metrics=('lpips',),
+      ),
+      init=dict(networks='random'),
       log=dict(every=2, images_every=3, usage_window=3),
       duration=5,
     )
@@ -84,7 +91,7 @@ def test_rows_of_metrics(ran):
   # Held-out figures of the EMA weights; the last are the export's.
   evaluated = {r['step']: r for r in found if 'eval/psnr' in r}
   assert list(evaluated) == [3, 5]
-  for name in ('psnr', 'ssim', 'usage', 'perplexity'):
+  for name in ('psnr', 'ssim', 'lpips', 'usage', 'perplexity'):
     want = pytest.approx(figures[name], rel=1e-4)
     assert evaluated[5][f'eval/{name}'] == want
   assert evaluated[3]['eval/psnr'] != evaluated[5]['eval/psnr']

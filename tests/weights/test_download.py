@@ -173,7 +173,7 @@ def test_a_config_says_what_it_needs(monkeypatch, tmp_path, row, capsys):
 
 
 MAE, LPIPS = 'vit-mae-base', ('vgg16', 'lpips-vgg')
-RANDOM = dict(networks='random')
+RANDOM, RFID = dict(networks='random'), dict(metrics=('rfid',))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,8 @@ RANDOM = dict(networks='random')
     ({}, [MAE, *LPIPS, 'dino-s8']),
     (dict(discriminator=dict(name='patch')), [MAE, *LPIPS]),
     (dict(init=RANDOM), [MAE]),
-    (dict(init=RANDOM, eval=dict(rfid=True)), [MAE, 'inception']),
+    (dict(eval=RFID), [MAE, *LPIPS, 'dino-s8', 'inception']),
+    (dict(init=RANDOM, eval=RFID), [MAE]),
     (dict(init=RANDOM, teacher='dinov2-base'), [MAE, 'dinov2-base']),
     # Neither the teacher of its own start nor one named twice is another file.
     (dict(init=RANDOM, teacher='init'), [MAE]),

@@ -321,7 +321,7 @@ def eval_batches(
   batch_size: int,
   indices: Sequence[int] | None = None,
   unreadable: Callable[[int, ImageDecodeError], None] | None = None,
-) -> Iterator[tuple[np.ndarray, int]]:
+) -> Iterator[tuple[np.ndarray, list[int]]]:
   """Batches of all images once, in order; no more than a few are held.
 
   Args:
@@ -332,10 +332,11 @@ def eval_batches(
     unreadable: called for each image that cannot be read; None raises.
 
   Yields:
-    (uint8 [batch_size *size 3], how many of its rows count): zeros pad the
-    last.
+    (uint8 [batch_size *size 3], the image that each row is of): zeros pad the
+    last batch, whose rows are more than its images.
   """
-  waiting = []  # rows; under a batch of them, but for those of one image
+  waiting: list = []  # rows; under a batch of them, but for those of one image
+  owners: list[int] = []
   for index, rows in each_image(source, cut, indices):
     if isinstance(rows, ImageDecodeError):
       if unreadable is None:
@@ -343,10 +344,11 @@ def eval_batches(
       unreadable(index, rows)
       continue
     waiting += list(rows)
+    owners += [index] * len(rows)
     while len(waiting) >= batch_size:
-      yield np.stack(waiting[:batch_size]), batch_size
-      del waiting[:batch_size]
+      yield np.stack(waiting[:batch_size]), owners[:batch_size]
+      del waiting[:batch_size], owners[:batch_size]
   if waiting:
     missing = batch_size - len(waiting)
     padding = [np.zeros_like(waiting[0])] * missing
-    yield np.stack(waiting + padding), len(waiting)
+    yield np.stack(waiting + padding), owners

@@ -137,7 +137,7 @@ def merged(stages: list[Stage]) -> Stage:
 def gather(
   tokenizer: Tokenizer,
   variables: Tree,
-  batches: Iterable[tuple[np.ndarray, int]],
+  batches: Iterable[tuple[np.ndarray, list[int]]],
   devices: Sequence[Any],
   progress: Callable[[int], Any] = lambda n: None,
 ) -> list[Stage]:
@@ -149,8 +149,8 @@ def gather(
 
   Args:
     tokenizer, variables: what is examined.
-    batches: (uint8 [b h w 3], how many of its rows count).
-    devices: of this host; `b` is a multiple of their number.
+    batches: those of `pipeline.eval_batches`.
+    devices: of this host; the rows of a batch are a multiple of their number.
     progress: called with the images of each batch.
   """
   rng = np.random.default_rng(0)
@@ -164,7 +164,8 @@ def gather(
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     copies = jax.device_put(variables, everywhere)
 
-  for images, count in batches:
+  for images, owners in batches:
+    count = len(owners)
     picks = (rng.random(min(PICKED, 16 * count)) * count).astype(np.float32)
     with jax.default_matmul_precision('highest'):
       found = _measured(kinds['float32'], variables, images, picks)

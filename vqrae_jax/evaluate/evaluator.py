@@ -7,11 +7,13 @@ block of the tokenizer's patch by its mean colour, and shuffled codes show that
 what the tokens say matters.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax import inference
@@ -75,52 +77,89 @@ def tiles_of(source: pipeline.Images, tile: int) -> np.ndarray:
 
 def tile_batches(
   source: pipeline.Images, tile: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, int]]:
-  """(uint8 [batch_size tile tile 3], how many of its rows count): every image
-  cut from its top left corner, remainders dropped."""
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+  """`pipeline.eval_batches` of tiles: every image cut from its top left
+  corner, remainders dropped."""
   cut = functools.partial(pipeline.tiles, size=(tile, tile))
   return pipeline.eval_batches(source, cut, batch_size)
+
+
+@dataclasses.dataclass
+class Measured:
+  """A batch of images through a tokenizer.
+
+  Attributes:
+    owners: the image that each row is of, n of them.
+    sums: over the batch.
+    psnr: f64[n], of each image.
+    indices: i32[n …], or None.
+    latents: f32[n 2 d], each image's mean over tokens before and after
+      quantization.
+  """
+
+  owners: list[int]
+  sums: metrics.Sums
+  psnr: np.ndarray
+  indices: np.ndarray | None
+  latents: np.ndarray
+
+
+def _read(tokenizer, variables, images):
+  """(indices or images, latents before and after quantization [b 2 d])."""
+  out = inference.reconstruct(tokenizer, variables, images)
+  means = [x.mean((1, 2)) for x in (out.latents, out.quantizer.z_q)]
+  latents = jnp.stack(means, 1).astype(jnp.float32)
+  # What is left of the decoder has no use, and is not computed.
+  return (
+    out.quantizer.indices if tokenizer.codebook_size else out.images,
+    latents,
+  )
 
 
 def measure(
   tokenizer: Tokenizer,
   variables: Tree,
-  batches: Iterable[tuple[np.ndarray, int]],
+  batches: Iterable[tuple[np.ndarray, list[int]]],
   place: Callable = np.asarray,
   read: Callable = np.asarray,
-) -> tuple[metrics.Sums, np.ndarray | None]:
-  """A tokenizer on tiles: images -> indices -> images where it is discrete.
+  networks: Tree | None = None,
+) -> Iterator[Measured]:
+  """A tokenizer on images: images -> indices -> images where it is discrete.
 
   Args:
     tokenizer, variables: what is measured.
-    batches: (uint8 [b t t 3], how many of its rows count), t a multiple of the
-      decoder's patch; see `tile_batches`.
+    batches: those of `pipeline.eval_batches`, of sides that are multiples of
+      the decoder's patch.
     place: lays a batch where the variables lie.
-    read: brings results to this host.
+    read: brings results to where they are compared.
+    networks: those of LPIPS and rFID (`metrics.image_rows`), where wanted.
 
-  Returns:
-    (sums, with code counts if it is discrete; i32 indices of all tiles, or
-    None).
+  Yields:
+    What a batch gives, without the rows that pad it.
   """
 
   def run(fn, rows):
-    return _jitted(fn)(tokenizer, variables, place(rows))
+    return _jitted(fn)(tokenizer, variables, rows)
 
-  total, indices = metrics.Sums(), []
-  for tiles, count in batches:
-    if not tokenizer.codebook_size:
-      images = read(run(inference.reconstruct, tiles).images)
-      total = total.merge(metrics.compare(images, tiles, count))
-      continue
-    found = read(run(inference.encode_to_indices, tiles))
-    images = read(run(inference.decode_from_indices, found))
-    sums = metrics.compare(images, tiles, count)
-    indices.append(np.array(found[:count]))
-    columns = indices[-1].reshape(-1, tokenizer.quantizer.codes_per_token).T
-    k = tokenizer.codebook_size
-    sums.counts = np.stack([np.bincount(x, minlength=k) for x in columns])
-    total = total.merge(sums)
-  return total, np.concatenate(indices) if indices else None
+  for images, owners in batches:
+    n, placed = len(owners), place(images)
+    found, latents = run(_read, placed)
+    indices = None
+    if tokenizer.codebook_size:
+      indices = np.array(read(found))
+      found = run(inference.decode_from_indices, place(indices))
+      indices = indices[:n]
+    rows = metrics.image_rows(read(found), read(placed), networks or {})
+    rows = {name: np.asarray(x)[:n] for name, x in rows.items()}
+    sums = metrics.sums_of(rows, math.prod(images.shape[1:]))
+    if indices is not None:
+      columns = indices.reshape(-1, tokenizer.quantizer.codes_per_token).T
+      k = tokenizer.codebook_size
+      # A code that is left out (-1) is none.
+      counts = [np.bincount(x[x >= 0], minlength=k) for x in columns]
+      sums.counts = np.stack(counts)
+    latents = np.array(read(latents))[:n]
+    yield Measured(owners, sums, rows['psnr'].astype(float), indices, latents)
 
 
 def evaluate_tiles(
@@ -129,6 +168,7 @@ def evaluate_tiles(
   source: pipeline.Images,
   tile: int,
   batch_size: int = 32,
+  networks: Tree | None = None,
 ) -> dict[str, float]:
   """The figures of a tokenizer on images it has not seen.
 
@@ -141,37 +181,41 @@ def evaluate_tiles(
       corner, remainders dropped.
     tile: a multiple of the decoder's patch.
     batch_size: tiles at once.
+    networks: as in `measure`.
 
   Returns:
-    images, psnr (pooled MSE), psnr_mean, psnr_block_mean, ssim, and for a
-    discrete tokenizer psnr_shuffled, codes_used, usage, perplexity,
-    bits_per_image and effective_bits (of a token). Of several codes a token
-    usage and perplexity are means, codes_used and effective_bits sums.
+    `metrics.Sums.results`, psnr_block_mean, and for a discrete tokenizer
+    psnr_shuffled and bits_per_image.
   """
   tokenizer.index_shape(tile, tile)
   baseline = metrics.Sums()
 
   def batches():
     nonlocal baseline
-    for tiles, count in tile_batches(source, tile, batch_size):
+    for tiles, owners in tile_batches(source, tile, batch_size):
       means = block_mean(tiles.astype(np.float32) / 255, tokenizer.patch_size)
-      baseline = baseline.merge(metrics.compare(means, tiles, count))
-      yield tiles, count
+      baseline = baseline.merge(metrics.compare(means, tiles, len(owners)))
+      yield tiles, owners
 
-  total, indices = measure(tokenizer, variables, batches())
+  total, found = metrics.Sums(), []
+  for batch in measure(tokenizer, variables, batches(), networks=networks):
+    total = total.merge(batch.sums)
+    found.append(batch.indices)
   if not total.images:
     raise UserError(f'no image holds a tile of {tile} px')
   figures = total.results()
   figures['psnr_block_mean'] = baseline.results()['psnr']
-  if indices is None:
+  if not tokenizer.codebook_size:
     return figures
   # Tokens change places, each with all of its codes.
+  indices = np.concatenate(found)
   codes = indices.reshape(-1, tokenizer.quantizer.codes_per_token)
   order = np.random.default_rng(0).permutation(len(codes))
   order = codes[order].reshape(indices.shape)
   at, shuffled = 0, metrics.Sums()
   decode = _jitted(inference.decode_from_indices)
-  for tiles, count in tile_batches(source, tile, batch_size):
+  for tiles, owners in tile_batches(source, tile, batch_size):
+    count = len(owners)
     rows = np.zeros_like(indices, shape=(batch_size, *indices.shape[1:]))
     rows[:count] = order[at : at + count]
     images, at = decode(tokenizer, variables, rows), at + count
@@ -179,7 +223,6 @@ def evaluate_tiles(
   return figures | {
     'psnr_shuffled': shuffled.results()['psnr'],
     'bits_per_image': bits_per_image(tokenizer, tile, tile),
-    'effective_bits': float(metrics.entropy(total.counts).sum() / math.log(2)),
   }
 
 

@@ -1,7 +1,9 @@
 """Metrics as mergeable sums: add batches, merge hosts, read off at the end.
 
-PSNR and SSIM come from dm_pix (equal to scikit-image's to 1e-6). Images are
-in [0, 1], clipped. SSIM: gaussian window of 11, sigma 1.5, data range 1.
+Reconstructions are clipped to [0, 1] and rounded to 8 bits, as a picture that
+is saved. PSNR and SSIM come from dm_pix (equal to scikit-image's to 1e-6).
+SSIM: gaussian window of 11, sigma 1.5, data range 1. LPIPS and rFID need the
+networks of `pretrained/networks.py`. Sums are f64, on the host.
 """
 
 import dataclasses
@@ -12,7 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqrae_jax.errors import UserError
+from vqrae_jax.evaluate.fid import Moments, frechet_distance
+from vqrae_jax.losses.perceptual import lpips_distances
+from vqrae_jax.nn.inception import InceptionV3
+from vqrae_jax.nn.vgg import MIN_SIDE
+from vqrae_jax.types import LossInputs, Tree
+
 SSIM_WINDOW = 11
+METRICS = ('lpips', 'rfid')  # that need a network
 
 
 @dataclasses.dataclass
@@ -26,6 +36,9 @@ class Sums:
     psnr: the sum of each image's PSNR in dB (mse at least 1e-10).
     ssim: the sum of each image's SSIM; NaN if images are under 11 pixels.
     counts: int64[q k] code counts; 0 without codes.
+    lpips: the sum of each image's LPIPS; NaN without its network.
+    originals, reconstructions: moments of their Inception features; 0 without
+      the network.
   """
 
   images: int = 0
@@ -34,15 +47,28 @@ class Sums:
   psnr: float = 0.0
   ssim: float = 0.0
   counts: np.ndarray | int = 0
+  lpips: float = 0.0
+  originals: Moments | int = 0
+  reconstructions: Moments | int = 0
 
   def merge(self, other: 'Sums') -> 'Sums':
     """Both sets as one."""
     return Sums(*map(operator.add, vars(self).values(), vars(other).values()))
 
-  def results(self) -> dict[str, float]:
+  def results(
+    self, reference: tuple[np.ndarray, np.ndarray] | None = None
+  ) -> dict[str, float]:
     """psnr (of the pooled MSE), psnr_mean (over images), ssim (of images of
-    11 pixels or more) and, with counts, codes_used, usage and perplexity over
-    the set."""
+    11 pixels or more); with their networks lpips and rfid; with counts
+    codes_used, usage, perplexity and effective_bits over the set.
+
+    Of several codes a token usage and perplexity are means, codes_used and
+    effective_bits (of a token) sums.
+
+    Args:
+      reference: (mean, covariance) of features that rfid is the distance to;
+        None for those of the originals.
+    """
     mse = max(self.squared / max(self.pixels, 1), 1e-10)
     n = max(self.images, 1)
     results = {
@@ -50,14 +76,20 @@ class Sums:
       'psnr': -10 * math.log10(mse),
       'psnr_mean': self.psnr / n,
     }
-    if math.isfinite(self.ssim):
-      results['ssim'] = self.ssim / n
+    for name in ('ssim', 'lpips'):
+      if math.isfinite(total := getattr(self, name)):
+        results[name] = total / n
+    if isinstance(self.reconstructions, Moments):
+      reference = reference or self.originals.statistics()
+      own = self.reconstructions.statistics()
+      results['rfid'] = frechet_distance(reference, own)
     if np.ndim(self.counts):
-      used = (self.counts > 0).sum(-1)
+      used, nats = (self.counts > 0).sum(-1), entropy(self.counts)
       results |= {
         'codes_used': int(used.sum()),
         'usage': float(used.mean() / self.counts.shape[-1]),
-        'perplexity': float(np.exp(entropy(self.counts)).mean()),
+        'perplexity': float(np.exp(nats).mean()),
+        'effective_bits': float(nats.sum() / math.log(2)),
       }
     return results
 
@@ -69,31 +101,63 @@ def entropy(counts: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _batch_sums(images, targets, valid):
-  import dm_pix
-
-  images = jnp.clip(images.astype(jnp.float32), 0.0, 1.0)
-  squares = ((images - targets) ** 2).sum((1, 2, 3))
-  mse = jnp.maximum(squares / math.prod(images.shape[1:]), 1e-10)
-  if min(images.shape[1:3]) >= SSIM_WINDOW:
-    ssim = dm_pix.ssim(
-      images, targets, filter_size=SSIM_WINDOW, filter_sigma=1.5
-    )
-  else:
-    ssim = jnp.full(images.shape[0], jnp.nan)
-  rows = jnp.stack([squares, -10 * jnp.log10(mse), ssim])
-  return jnp.where(valid, rows, 0.0).sum(1)
-
-
-def compare(images, targets, count: int) -> Sums:
-  """The sums of one batch.
+def image_rows(
+  images: jax.Array, targets: jax.Array, networks: Tree
+) -> dict[str, jax.Array]:
+  """Figures of each image, f32[b] (features [b 2048]).
 
   Args:
-    images: f[b h w 3], clipped here to [0, 1].
+    images: f[b h w 3], clipped and rounded here.
     targets: uint8 [b h w 3].
-    count: so many rows count; the others only pad the batch.
+    networks: {"lpips", "rfid": arrays of `networks.load`}, any of them or none.
+
+  Returns:
+    squares, psnr, ssim, and with their networks lpips, original and
+    reconstruction (features).
   """
-  targets = targets.astype(np.float32) / 255
-  sums = _batch_sums(images, targets, np.arange(len(targets)) < count)
-  pixels = count * math.prod(targets.shape[1:])
-  return Sums(count, pixels, *np.asarray(sums, np.float64).tolist())
+  import dm_pix
+
+  images = jnp.round(jnp.clip(images.astype(jnp.float32), 0, 1) * 255)
+  originals = targets.astype(jnp.float32)
+  recon, target = images / 255, originals / 255
+  squares = ((recon - target) ** 2).sum((1, 2, 3))
+  mse = jnp.maximum(squares / math.prod(images.shape[1:]), 1e-10)
+  rows = {
+    'squares': squares,
+    'psnr': -10 * jnp.log10(mse),
+    'ssim': jnp.full(len(images), jnp.nan),
+  }
+  if min(images.shape[1:3]) >= SSIM_WINDOW:
+    rows['ssim'] = dm_pix.ssim(
+      recon, target, filter_size=SSIM_WINDOW, filter_sigma=1.5
+    )
+  if 'lpips' in networks:
+    if min(images.shape[1:3]) < MIN_SIDE:
+      raise UserError(f'LPIPS needs images of {MIN_SIDE} pixels a side')
+    rows['lpips'] = lpips_distances(LossInputs(recon, target, networks))
+  if 'rfid' in networks:
+    params = {'params': networks['rfid']['net']}
+    both = InceptionV3().apply(params, jnp.concatenate([originals, images]))
+    rows['original'], rows['reconstruction'] = jnp.split(both, 2)
+  return rows
+
+
+def sums_of(rows: dict[str, np.ndarray], pixels: int) -> Sums:
+  """What `image_rows` gave of images of `pixels` values each, as sums."""
+  total = {n: np.asarray(x, np.float64).sum(0) for n, x in rows.items()}
+  n = len(rows['psnr'])
+  sums = Sums(
+    n, n * pixels, *(float(total[x]) for x in ('squares', 'psnr', 'ssim'))
+  )
+  sums.lpips = float(total.get('lpips', math.nan))
+  if 'original' in rows:
+    sums.originals = Moments.of(rows['original'])
+    sums.reconstructions = Moments.of(rows['reconstruction'])
+  return sums
+
+
+def compare(images, targets, count: int, networks: Tree | None = None) -> Sums:
+  """The sums of one batch, of its first `count` rows; see `image_rows`."""
+  rows = image_rows(images, targets, networks or {})
+  rows = {name: np.asarray(x)[:count] for name, x in rows.items()}
+  return sums_of(rows, math.prod(targets.shape[1:]))

@@ -49,7 +49,12 @@ def _features(
 
 
 def lpips(x: LossInputs) -> Float[Array, '']:
-  """LPIPS: mean over images of the weighted squared distance of features.
+  """The mean over images of `lpips_distances`; see there."""
+  return lpips_distances(x).mean()
+
+
+def lpips_distances(x: LossInputs) -> Float[Array, 'b']:
+  """LPIPS: the weighted squared distance of two images' features.
 
   At each of five depths of VGG16 both images' features are scaled to length
   one a position; squared differences are weighted per channel (`heads`), summed
@@ -77,7 +82,7 @@ def lpips(x: LossInputs) -> Float[Array, '']:
     head = jnp.asarray(weights['heads'][f'tap{n}'], jnp.float32)
     distance = jnp.einsum('bhwc,c->bhw', (a - b) ** 2, head, precision=HIGHEST)
     total += distance.mean((1, 2))
-  return total.mean()
+  return total
 
 
 def _logits(

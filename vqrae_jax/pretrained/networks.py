@@ -1,12 +1,12 @@
-"""The frozen networks of the perceptual losses: published files to arrays.
+"""The frozen networks of losses and figures: published files to arrays.
 
   weights = {'lpips': networks.load('lpips')}          the published networks
   weights = {'lpips': networks.random('lpips', key)}   random ones, as such
 
-A term's arrays are {"net": VGG16's or ConvNeXt's parameters}, and for LPIPS
-{"heads": {"tap1": f32[64], …}} beside them. Names are torchvision's and those
-of LPIPS's own file (version 0.1), which the package `lpips` carries: its copy
-is taken where it is installed, without importing it.
+A term's arrays are {"net": VGG16's, ConvNeXt's or Inception's parameters}, and
+for LPIPS {"heads": {"tap1": f32[64], …}} beside them. Names are torchvision's,
+those of LPIPS's own file (version 0.1), which the package `lpips` carries (its
+copy is taken where it is installed, without importing it), and pytorch-fid's.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from vqrae_jax.encoders import naming
 from vqrae_jax.errors import UserError, choose
-from vqrae_jax.nn import vgg
+from vqrae_jax.nn import inception, vgg
 from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.nn.dino import Backbone
 from vqrae_jax.ops import trees
@@ -91,7 +91,7 @@ def load_backbone(
 
 
 # ----------------------------------------------------------------------------
-# LPIPS and ConvNeXt.
+# LPIPS, ConvNeXt and Inception.
 
 # A random head's values lie in [0, this); the published ones' means are .1.
 _HEAD = 0.2
@@ -132,6 +132,20 @@ def _convnext_rows() -> list[Rule]:
   return rows + naming.dense('classifier.2', 'head')
 
 
+def _inception_rows() -> list[Rule]:
+  """A convolution without bias and its batch norm, in the names published."""
+  rows = []
+  for ours in inception.convolutions():
+    theirs = ours.replace('/', '.')
+    rows.append(Rule(f'{theirs}.conv.weight', f'{ours}/conv/kernel', 'conv'))
+    rows += naming.norm(f'{theirs}.bn', ours)
+    rows += [
+      Rule(f'{theirs}.bn.running_{name}', f'{ours}/{name}')
+      for name in ('mean', 'var')
+    ]
+  return rows
+
+
 VGG16_TABLE = Table(
   (
     *_vgg_rows(),
@@ -145,14 +159,22 @@ HEADS_TABLE = Table(
   )
 )
 CONVNEXT_TABLE = Table(tuple(_convnext_rows()))
+INCEPTION_TABLE = Table(
+  (
+    *_inception_rows(),
+    ignore(r'.*\.num_batches_tracked', 'how long its statistics were taken'),
+    ignore(r'fc\..*', 'the classifier: features come before it'),
+  )
+)
 
-# A term: its parts, each a row of `hub.FILES` and how it is read.
+# A loss or a figure: its parts, each a row of `hub.FILES` and how it is read.
 PARTS = {
   'lpips': {
     'net': ('vgg16', VGG16_TABLE),
     'heads': ('lpips-vgg', HEADS_TABLE),
   },
   'convnext': {'net': ('convnext-small', CONVNEXT_TABLE)},
+  'rfid': {'net': ('inception', INCEPTION_TABLE)},
 }
 
 
@@ -174,7 +196,16 @@ def _random_convnext(key: Any, **sizes: Any) -> Tree:
   return {'net': ConvNeXt(**sizes).init(key, image)['params']}
 
 
-_RANDOM = {'lpips': _random_lpips, 'convnext': _random_convnext}
+def _random_inception(key: Any) -> Tree:
+  image = jnp.zeros((1, 32, 32, 3))
+  return {'net': inception.InceptionV3().init(key, image)['params']}
+
+
+_RANDOM = {
+  'lpips': _random_lpips,
+  'convnext': _random_convnext,
+  'rfid': _random_inception,
+}
 
 
 def random(term: str, key: Any, **sizes: Any) -> Tree:
@@ -184,12 +215,30 @@ def random(term: str, key: Any, **sizes: Any) -> Tree:
   named so.
 
   Args:
-    term: "lpips" or "convnext".
+    term: "lpips", "convnext" or "rfid".
     key: a JAX key.
     **sizes: other sizes than the published network's: `widths` of LPIPS's
       VGG16; `depths`, `widths` and `classes` of ConvNeXt.
   """
-  return choose(_RANDOM, term, 'loss with a network')(key, **sizes)
+  return choose(_RANDOM, term, 'loss or figure with a network')(key, **sizes)
+
+
+def files_of(
+  term: str, files: Mapping[str, str | pathlib.Path] | None = None
+) -> dict[str, pathlib.Path]:
+  """{row of `weights.hub.FILES`: the file that `load` reads}; as there.
+
+  Raises:
+    UserError: a file that is not here, with the command that brings it.
+  """
+  found = {}
+  parts = choose(PARTS, term, 'loss or figure with a network')
+  for part, (name, _) in parts.items():
+    path = (files or {}).get(name)
+    if path is None and part == 'heads':
+      path = installed_heads()
+    found[name] = pathlib.Path(path or hub.locate(name))
+  return found
 
 
 def load(
@@ -200,7 +249,7 @@ def load(
   """A term's arrays, f32 NumPy, out of the published files.
 
   Args:
-    term: "lpips" or "convnext".
+    term: "lpips", "convnext" or "rfid".
     files: {row of `weights.hub.FILES`: a file to take in its place}.
     **sizes: as in `random`, for files of other sizes.
 
@@ -208,16 +257,13 @@ def load(
     UserError: a file that is not here (with the command that brings it),
       damaged, or of another network.
   """
-  parts = choose(PARTS, term, 'loss with a network')
+  found = files_of(term, files)
   target = jax.eval_shape(
     functools.partial(random, term, **sizes), jax.random.key(0)
   )
   tree = {}
-  for part, (name, table) in parts.items():
-    path = (files or {}).get(name)
-    if path is None and part == 'heads':
-      path = installed_heads()
-    path = path or hub.locate(name)
+  for part, (name, table) in PARTS[term].items():
+    path = found[name]
     hint = f'bring the published one with: {hub.command(name)}'
     leaves = Pretrained(open_weights(path), table, target[part], hint).load()
     tree[part] = trees.unflatten(leaves)

@@ -16,10 +16,12 @@ from vqrae_jax import plugins, quantizers
 from vqrae_jax.data.decode import DECODERS
 from vqrae_jax.data.pipeline import CROPS
 from vqrae_jax.errors import UserError, choose, did_you_mean
+from vqrae_jax.evaluate.metrics import METRICS
 from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.nn.vgg import MIN_SIDE
 from vqrae_jax.ops import trees
 from vqrae_jax.optim import DECAYS, UNITS, AdamWConfig, Schedule, steps_of
 from vqrae_jax.specs import (
@@ -320,9 +322,9 @@ class InitSpec:
       folder or a file; or that of a tokenizer's directory or a run.
     decoder: "rae:FILE", a published RAE decoder.
     latents: a file of latents' mean and var, where `model.latents` has a norm.
-    networks: "published" or "random": the frozen networks of losses and of the
-      discriminator. Random features still separate images, but worse, and a
-      run on them logs that.
+    networks: "published" or "random": the frozen networks of losses, of the
+      discriminator and of `eval.metrics`. Random features still separate
+      images, but worse, and a run on them logs that.
   """
 
   encoder: str | None = None
@@ -348,6 +350,8 @@ class EvalSpec:
     batch_size: tiles at once.
     every: steps between evaluations of the averaged weights; 0: at the end
       only, where it is the exported tokenizer that is measured.
+    metrics: beside PSNR, SSIM and the use of codes, of "lpips" and "rfid",
+      whose networks are those that `init.networks` says.
   """
 
   source: str | None = None
@@ -356,9 +360,12 @@ class EvalSpec:
   exclude: tuple[str, ...] = ()
   batch_size: int = 32
   every: int = 0
+  metrics: tuple[str, ...] = ()
 
   def __post_init__(self):
     at_least(0, 'eval.', self, 'every')
+    for name in self.metrics:
+      one_of('eval.metrics', name, METRICS)
     at_least(1, 'eval.', self, 'tile', 'batch_size')
     if self.every and not self.source:
       raise UserError(
@@ -646,6 +653,11 @@ def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
     tile = spec.eval.tile
     tokenizer.index_shape(tile, tile)
     latents.check_grid(norm, tokenizer.grid(tile, tile), 'eval.tile')
+    if 'lpips' in spec.eval.metrics and tile < MIN_SIDE:
+      raise UserError(
+        f'eval.metrics: "lpips" needs {MIN_SIDE} pixels a side, and '
+        f'eval.tile={tile}'
+      )
 
 
 # Usual values by quantizer. A value outside is used, and logged once.

@@ -24,11 +24,14 @@ from tqdm import tqdm
 
 from vqrae_jax import export, sharding
 from vqrae_jax.errors import UserError, read_json
-from vqrae_jax.evaluate import evaluator, visualize
+from vqrae_jax.evaluate import evaluator, metrics, visualize
 from vqrae_jax.files import Path, atomic_write, is_url
 from vqrae_jax.models.tokenizer import packages_of
+from vqrae_jax.pretrained import networks
 from vqrae_jax.train import state as state_lib
+from vqrae_jax.train.config import RunConfig
 from vqrae_jax.train.setup import Setup
+from vqrae_jax.types import Tree
 
 # Not in the line of a row: counts that are nearly always 0.
 _QUIET = ('skipped', 'nonfinite')
@@ -41,6 +44,8 @@ _TABLE = (
   ('psnr_block_mean', 'PSNR of block means, dB', '.2f'),
   ('psnr_shuffled', 'PSNR with codes shuffled, dB', '.2f'),
   ('ssim', 'SSIM', '.3f'),
+  ('lpips', 'LPIPS (VGG)', '.4f'),
+  ('rfid', 'rFID', '.2f'),
   ('codes_used', 'codes used', 'd'),
   ('perplexity', 'perplexity of the codes', '.1f'),
   ('effective_bits', 'effective bits a token', '.2f'),
@@ -216,6 +221,23 @@ def read_summary(workdir: Path) -> dict[str, Any]:
     return {}
 
 
+def eval_networks(config: RunConfig) -> Tree:
+  """Those of `eval.metrics`, as `metrics.image_rows` takes them.
+
+  Raises:
+    UserError: a file that is not here (with the command that brings it).
+  """
+  names = config.eval.metrics if config.eval is not None else ()
+  if config.init.networks == 'random':
+    key = jax.random.key(config.seed)
+    draw = jax.jit(networks.random, static_argnums=0)
+    return {name: draw(name, key) for name in names}
+  try:
+    return {name: networks.load(name) for name in names}
+  except UserError as e:
+    raise UserError(f'eval.metrics: {e}') from None
+
+
 class Visualizer:
   """A run's fixed images, and what its EMA weights make of them.
 
@@ -226,6 +248,7 @@ class Visualizer:
 
   def __init__(self, setup: Setup, frozen: Any):
     self._setup, self._frozen = setup, frozen
+    self._networks = eval_networks(setup.config)  # or an error, before a step
 
   @functools.cached_property
   def images(self) -> np.ndarray:
@@ -261,14 +284,17 @@ class Visualizer:
     def place(rows):
       return jax.make_array_from_callback(rows.shape, over, rows.__getitem__)
 
-    measured, _ = evaluator.measure(
+    total = metrics.Sums()
+    for measured in evaluator.measure(
       self._setup.tokenizer,
       self._variables(state),
       evaluator.tile_batches(self._setup.held_out, spec.tile, batch),
       place=place,
       read=lambda x: sharding.host_copy(x, mesh),
-    )
-    return {f'eval/{name}': x for name, x in measured.results().items()}
+      networks=self._networks,
+    ):
+      total = total.merge(measured.sums)
+    return {f'eval/{name}': x for name, x in total.results().items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -305,7 +331,12 @@ def finish(
       ', '.join(names) if len(names) <= PAGE_IMAGES else f'{len(names)} images',
     )
     figures |= evaluator.evaluate_tiles(
-      tokenizer, variables, setup.held_out, spec.tile, spec.batch_size
+      tokenizer,
+      variables,
+      setup.held_out,
+      spec.tile,
+      spec.batch_size,
+      eval_networks(setup.config),
     )
     figures['eval_images'] = names
     page = picture_of(tokenizer, variables, setup.held_out, spec.tile)

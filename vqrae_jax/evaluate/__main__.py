@@ -1,0 +1,374 @@
+"""python -m vqrae_jax.evaluate --tokenizer=DIR --data=DATA --out=metrics.json
+
+The figures of a tokenizer on images: PSNR, SSIM, LPIPS and rFID of
+reconstructions, the use of the codebook, and where images have labels what the
+latents know of them before and after quantization. Each image is brought to
+--size by its shorter side and cropped at the centre; rFID is the distance to
+the same crops, or to a file of statistics.
+
+`metrics.json` holds the figures and the protocol that they depend on; beside it
+lies a page of the best, the median and the worst reconstructions.
+
+Images go through in batches of a fixed size, of which zeros fill the last: no
+figure depends on the number of devices or hosts, beyond rounding. Each host
+keeps its part beside --out, on a disk that all hosts share, and goes on from
+there if it was stopped.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shutil
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from vqrae_jax import cli
+from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.evaluate.metrics import METRICS
+from vqrae_jax.files import atomic_write
+
+MODULE = 'vqrae_jax.evaluate'
+EXAMPLE = (
+  f'python -m {MODULE} --tokenizer=runs/quickstart/tokenizer '
+  '--data=imagenet/val --out=metrics.json'
+)
+SHOWN = 4  # best, median and worst images on the page
+ENOUGH = 2048  # images, for a covariance of full rank
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, joins the other hosts, measures, writes both files."""
+  from vqrae_jax import hosts
+
+  values = flags.FlagValues()
+  keys = dict(flag_values=values)
+  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
+  text = 'images: a folder, a glob, tar shards or bundled:photos'
+  flags.DEFINE_string('data', None, text, **keys)
+  text = 'the file to write, F.json; F.png lies beside it'
+  flags.DEFINE_string('out', None, text, **keys)
+  text = (
+    'pixels of a side, a multiple of the patch; the size that the tokenizer '
+    'was made for by default'
+  )
+  flags.DEFINE_integer('size', None, text, lower_bound=1, **keys)
+  text = 'so many images, evenly spaced in the listing; all if left out'
+  flags.DEFINE_integer('images', None, text, lower_bound=1, **keys)
+  text = (
+    'the figures that need a network of their own, of lpips and rfid; "" for '
+    'none of them'
+  )
+  flags.DEFINE_list('metrics', [*METRICS], text, **keys)
+  text = (
+    'an .npz of the mean ("mu") and covariance ("sigma") of Inception features '
+    'that rFID is the distance to, in place of the same images'
+  )
+  flags.DEFINE_string('fid_stats', None, text, **keys)
+  text = (
+    "files in place of the networks' published ones, NAME=FILE with the names "
+    'of fetch_weights: inception, vgg16, lpips-vgg'
+  )
+  flags.DEFINE_list('weights', [], text, **keys)
+  cli.define_trusted(values)
+  cli.define_hosts(values)
+  cli.parse(values, argv, MODULE, EXAMPLE)
+  cli.required(values, 'tokenizer', 'data', 'out')
+  out = cli.new_file(values.out, '.json')
+  cli.join_hosts(values)
+  with hosts.loss_reported():
+    evaluate(
+      values.tokenizer,
+      values.data,
+      out,
+      size=values.size,
+      images=values.images,
+      metrics=values.metrics,
+      fid_stats=values.fid_stats,
+      weights=values.weights,
+      trusted=values.trusted,
+    )
+
+
+def evaluate(
+  tokenizer_dir: str,
+  data: str,
+  out: pathlib.Path,
+  *,
+  size: int | None = None,
+  images: int | None = None,
+  metrics: Collection[str] = METRICS,
+  fid_stats: str | None = None,
+  weights: Collection[str] = (),
+  trusted: Collection[str] = (),
+) -> dict[str, Any]:
+  """Measures a tokenizer and writes `out` and the page; all hosts must call.
+
+  Args:
+    tokenizer_dir: what `load_tokenizer` opens.
+    data: what `open_source` opens.
+    out: a file that is not there yet; process 0 writes it.
+    size: pixels of a side; None for the tokenizer's own.
+    images: how many, evenly spaced; None for all.
+    metrics: of "lpips" and "rfid".
+    fid_stats: rFID's reference; None for the originals.
+    weights: "NAME=FILE" each, in place of a published file.
+    trusted: that of `load_tokenizer`.
+
+  Returns:
+    What `out` holds, on process 0; elsewhere {}.
+
+  Raises:
+    UserError: an unknown metric, a file of weights that is not here (with the
+      command that brings it), fewer images than asked for, or none that can
+      be read.
+  """
+  import jax
+
+  from vqrae_jax import export, sharding
+  from vqrae_jax.data.sources import open_source
+  from vqrae_jax.evaluate import evaluator, fid, visualize
+  from vqrae_jax.evaluate import part as part_lib
+  from vqrae_jax.nn import inception
+
+  sharding.compile_afresh_on_cpu()
+  metrics = [name for name in metrics if name]
+  files = _network_files(metrics, weights)
+  reference = None
+  if fid_stats is not None:
+    if 'rfid' not in metrics:
+      raise UserError('--fid_stats is for rfid, which --metrics leaves out')
+    reference = fid.load_statistics(fid_stats, inception.WIDTH)
+  source = open_source(data)
+  if images and images > len(source):
+    raise UserError(f'--images={images}, and "{data}" holds {len(source)}')
+  tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
+  sides = _sides(tokenizer, size)
+  chosen = visualize.spread(len(source), images or len(source))
+  card = _protocol(tokenizer, variables, data, sides, files, fid_stats)
+  run = part_lib.Run(tokenizer, variables, source, chosen, sides, _load(files))
+  # What a part must agree in to be gone on from.
+  identity = card | dict(images=len(chosen), hosts=jax.process_count())
+  parts = out.with_name(f'{out.name}.parts')
+  part = part_lib.measure(run, parts, identity)
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices('the parts of an evaluation')
+    if jax.process_index():
+      return {}
+    part = part_lib.read_all(parts, identity)
+  if not part.sums.images:
+    raise UserError(
+      f'none of the {len(chosen)} images of "{data}" can be read: '
+      f'{next(iter(part.skipped.values()))}'
+    )
+  figures = part.sums.results(reference)
+  if tokenizer.codebook_size:
+    figures['bits_per_image'] = evaluator.bits_per_image(tokenizer, *sides)
+  figures |= _probes(run, part)
+  report = figures | dict(
+    tokenizer=str(tokenizer_dir),
+    skipped=part.skipped,
+    device=f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    protocol=card,
+  )
+  visualize.save_png(_page(run, part), out.with_suffix('.png'))
+  with atomic_write(out) as file:
+    file.write((json.dumps(report, indent=2) + '\n').encode())
+  shutil.rmtree(parts, ignore_errors=True)
+  print(_table(report))
+  if 'rfid' in figures and part.sums.images < ENOUGH:
+    print(
+      f'\nwarning: rFID of {part.sums.images} images: below {ENOUGH:,} the '
+      'covariance of their features has not full rank; compare it only with '
+      'figures of the same images'
+    )
+  print(f'\nwrote {out} and {out.with_suffix(".png")}')
+  return report
+
+
+def _network_files(
+  metrics: Collection[str], weights: Collection[str]
+) -> dict[str, dict[str, pathlib.Path]]:
+  """{metric: {row of `weights.hub.FILES`: file}} of those with a network."""
+  from vqrae_jax.pretrained import networks
+  from vqrae_jax.weights import hub
+
+  given = {}
+  for text in weights:
+    name, equals, file = text.partition('=')
+    if not equals:
+      raise UserError(f'--weights={text} must be NAME=FILE')
+    given[name] = pathlib.Path(file).expanduser()
+  for name in metrics:
+    if name not in METRICS:
+      raise UserError(
+        f'--metrics: unknown metric "{name}"{did_you_mean(name, METRICS)}; '
+        f'there are {" and ".join(METRICS)}'
+      )
+  known = [row for name in metrics for row in hub.NEEDS[name]]
+  for name in given:
+    if name not in known:
+      raise UserError(
+        f'--weights: "{name}" is no file of the metrics asked for'
+        f'{did_you_mean(name, known)}'
+      )
+  return {name: networks.files_of(name, given) for name in metrics}
+
+
+def _load(files: dict[str, dict[str, pathlib.Path]]) -> Any:
+  from vqrae_jax.pretrained import networks
+
+  return {name: networks.load(name, rows) for name, rows in files.items()}
+
+
+def _sides(tokenizer: Any, size: int | None) -> tuple[int, int]:
+  """(h, w) that images are cropped to."""
+  p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
+  if size is None:
+    h, w = tokenizer.latents_spec.grid or vit.grid
+    return p * h, p * w
+  if size % p:
+    raise UserError(f'--size={size} must be a multiple of the patch {p}')
+  tokenizer.index_shape(size, size)
+  return size, size
+
+
+def _protocol(
+  tokenizer: Any,
+  variables: Any,
+  data: str,
+  sides: tuple[int, int],
+  files: dict[str, dict[str, pathlib.Path]],
+  fid_stats: str | None,
+) -> dict[str, Any]:
+  """What the figures depend on, as JSON values."""
+
+  from vqrae_jax import export
+  from vqrae_jax.models.tokenizer import describe
+  from vqrae_jax.ops import trees
+  from vqrae_jax.weights import hub
+
+  model = json.loads(export.canonical_json(describe(tokenizer)))
+  card = dict(
+    fingerprint=export.fingerprint(model, trees.flatten(variables)),
+    data=data,
+    crop=(
+      f'the shorter side to {min(sides)} pixels (Pillow, bicubic with '
+      f'antialias), the centre {sides[0]}x{sides[1]}'
+    ),
+    range='reconstructions clipped to [0, 1] and rounded to 8 bits',
+    ssim='gaussian window of 11, sigma 1.5, data range 1, mean over channels',
+    weights={
+      row: dict(file=file.name, sha256=hub.digest(file))
+      for rows in files.values()
+      for row, file in rows.items()
+    },
+    dtype=tokenizer.decoder_spec.vit.dtype,
+    versions={'python': platform.python_version()}
+    | {
+      name: importlib.metadata.version(name)
+      for name in ('vqrae_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow')
+    },
+  )
+  if 'rfid' in files:
+    card['rfid'] = dict(
+      resize='TensorFlow 1 bilinear to 299 pixels, of 8-bit values',
+      reference='the same crops',
+    )
+    if fid_stats is not None:
+      path = pathlib.Path(fid_stats)
+      reference = dict(file=path.name, sha256=hub.digest(path))
+      card['rfid']['reference'] = reference
+  return card
+
+
+# ----------------------------------------------------------------------------
+# The report.
+
+
+def _probes(run: Any, part: Any) -> dict[str, float]:
+  """Accuracies of the latents before and after quantization, if images have
+  labels of at least two classes."""
+  from vqrae_jax.evaluate import probes
+
+  measured = np.flatnonzero(part.measured)
+  labels = [run.source.label(run.chosen[i]) for i in measured]
+  if None in labels or len({*labels}) < 2:
+    return {}
+  labels = np.unique(labels, return_inverse=True)[1].astype(np.int32)
+  found = {'classes': int(labels.max()) + 1}
+  for name, probe in dict(knn=probes.knn, linear=probes.linear).items():
+    for i, when in enumerate(('', '_quantized')):
+      if run.tokenizer.codebook_size or not i:
+        found[f'{name}{when}'] = probe(part.latents[measured, i], labels)
+  return found
+
+
+def _page(run: Any, part: Any) -> Any:
+  """The best, the median and the worst images by PSNR, each above its
+  reconstruction."""
+  from vqrae_jax.evaluate import evaluator, visualize
+
+  measured = np.flatnonzero(part.measured)
+  order = measured[np.argsort(-part.psnr[measured], kind='stable')].tolist()
+  middle = max((len(order) - SHOWN) // 2, 0)
+  groups = {
+    'best': order[:SHOWN],
+    'median': order[middle : middle + SHOWN],
+    'worst': order[-SHOWN:],
+  }
+  columns = {}
+  for word, places in groups.items():
+    for i in places:
+      if i in columns:
+        continue
+      (image,) = run.cut(run.source.picture(run.chosen[i]))
+      original, recon = evaluator.reconstruct_tiled(
+        run.tokenizer,
+        run.variables,
+        image,
+        run.tokenizer.patch_size,
+        whole=True,
+      )
+      label = f'{word} {part.psnr[i]:.1f} dB  {run.source.name(run.chosen[i])}'
+      columns[i] = original, visualize.to_uint8(recon), label
+  title = f'best, median and worst of {len(order)} images by PSNR'
+  return visualize.comparison(*zip(*columns.values(), strict=True), title=title)
+
+
+_TABLE = (
+  ('psnr_mean', 'PSNR, mean over images', '{:.2f} dB'),
+  ('psnr', 'PSNR of the pooled error', '{:.2f} dB'),
+  ('ssim', 'SSIM', '{:.4f}'),
+  ('lpips', 'LPIPS (VGG)', '{:.4f}'),
+  ('rfid', 'rFID', '{:.3f}'),
+  ('usage', 'codebook usage', '{:.1%}'),
+  ('perplexity', 'perplexity', '{:,.1f}'),
+  ('effective_bits', 'effective bits a token', '{:.2f}'),
+  ('bits_per_image', 'bits an image', '{:,.0f}'),
+  ('knn', 'k-NN accuracy of latents', '{:.1%}'),
+  ('knn_quantized', '  after quantization', '{:.1%}'),
+  ('linear', 'linear probe of latents', '{:.1%}'),
+  ('linear_quantized', '  after quantization', '{:.1%}'),
+)
+
+
+def _table(report: dict[str, Any]) -> str:
+  """The figures a line each."""
+  n, lost = report['images'], len(report['skipped'])
+  lines = [f'{n} image{"s" * (n != 1)}' + f' ({lost} skipped)' * bool(lost)]
+  lines += [
+    f'  {words:27}{form.format(report[key]):>12}'
+    for key, words, form in _TABLE
+    if key in report
+  ]
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,92 @@
+"""The Fréchet distance between two sets of features (arXiv 1706.08500).
+
+|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of the sets' means and covariances.
+Sums are f64 and merge in any order. With C = A A^T the trace of the root is the
+sum of the singular values of A1^T A2: no root of a product is taken, so that
+singular covariances (fewer images than features) are exact too, and equal sets
+are at distance 0.
+"""
+
+import dataclasses
+import os
+import zipfile
+
+import numpy as np
+
+from vqrae_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Sums over features: how many, f64[d] of them, f64[d d] of their outer
+  products."""
+
+  count: int
+  total: np.ndarray
+  products: np.ndarray
+
+  @classmethod
+  def of(cls, features: np.ndarray) -> 'Moments':
+    """Of f[n d]; n may be 0."""
+    x = np.asarray(features, np.float64)
+    return cls(len(x), x.sum(0), x.T @ x)
+
+  def __add__(self, other: 'Moments | int') -> 'Moments':
+    """Of both sets together; 0 is the empty one."""
+    if isinstance(other, int):
+      return self
+    return Moments(
+      self.count + other.count,
+      self.total + other.total,
+      self.products + other.products,
+    )
+
+  __radd__ = __add__
+
+  def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+    """(mean f64[d], unbiased covariance f64[d d])."""
+    mean = self.total / self.count
+    squares = self.products - self.count * np.outer(mean, mean)
+    return mean, squares / max(self.count - 1, 1)
+
+
+def load_statistics(
+  path: str | os.PathLike, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """(mean, covariance) of a file as pytorch-fid and guided-diffusion write it:
+  an .npz with "mu" [d] and "sigma" [d d].
+
+  Raises:
+    UserError: no such file, other arrays, or another `width` d.
+  """
+  try:
+    with np.load(path) as file:
+      mean, covariance = (np.asarray(file[n], float) for n in ('mu', 'sigma'))
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    raise UserError(
+      f'{path} is no statistics file, an .npz with "mu" and "sigma": {e}'
+    ) from None
+  if mean.shape != (width,) or covariance.shape != (width, width):
+    raise UserError(
+      f'{path} has "mu" {list(mean.shape)} and "sigma" '
+      f'{list(covariance.shape)}; features have {width} channels'
+    )
+  return mean, covariance
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+  """A [d r] with A A^T = the covariance, of rank r but for rounding."""
+  values, vectors = np.linalg.eigh(covariance)
+  least = max(values[-1], 0) * len(values) * np.finfo(float).eps
+  kept = values > least
+  return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def frechet_distance(
+  one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
+) -> float:
+  """Between two (mean f[d], covariance f[d d])."""
+  (m1, c1), (m2, c2) = one, other
+  roots = np.linalg.svd(_factor(c1).T @ _factor(c2), compute_uv=False)
+  distance = ((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2)
+  return float(distance - 2 * roots.sum())
