@@ -12,6 +12,7 @@ import pytest
 from tests import bad
 from vqrae_jax import doctor, export, latent_stats, reconstruct_images
 from vqrae_jax.errors import UserError
+from vqrae_jax.export import __main__ as bundle
 from vqrae_jax.train import __main__ as train
 from vqrae_jax.train import loop
 
@@ -37,6 +38,19 @@ COMMANDS = [
   (doctor, '--tokenizer=tokenizer --data=photos --json=a.txt', r'\.json'),
   (doctor, '--tokenizer=tokenizer --data=photos --out=notes.txt', '--out'),
   (doctor, '--tokenizer=tokenizer --data=photos --out=o --png=a.png', '--png'),
+  (bundle, '--out=o', '--tokenizer and --run'),
+  (bundle, '--tokenizer=tokenizer', '--out'),
+  (bundle, '--tokenizer=tokenizer --run=run --out=o', '--tokenizer and --run'),
+  (bundle, '--tokenizer=nowhere --out=o', 'nowhere'),
+  (bundle, '--tokenizer=tokenizer --out=photos', '--out=photos exists'),
+  (bundle, '--tokenizer=tokenizer --out=notes.txt/o', '--out=notes.txt/o'),
+  (bundle, '--tokenizer=tokenizer --out=o --size=18', '18x18.* patch 4'),
+  (bundle, '--tokenizer=tokenizer --out=o --size=any', '--size=any.*learned'),
+  (bundle, '--tokenizer=tokenizer --out=o --size=big', '--size=big'),
+  (bundle, '--tokenizer=tokenizer --out=o --platforms=gpu', 'gpu.*cuda'),
+  (bundle, '--tokenizer=tokenizer --out=o --dtype=f16', '--dtype=f16.*bfloat'),
+  (bundle, '--run=torn --out=o', '--run=torn'),
+  (bundle, '--run=photos --out=o', '--run=photos'),
   (reconstruct_images, '', '--tokenizer'),
   (reconstruct_images, '--tokenizer=tokenizer --out=out', '--images'),
   (reconstruct_images, '--tokeniser=tokenizer', '"tokenizer"'),

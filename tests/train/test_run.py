@@ -15,6 +15,7 @@ from tests import runs, tiny
 from tests.train import pieces
 from vqrae_jax import sharding
 from vqrae_jax.errors import UserError
+from vqrae_jax.export import __main__ as export_main
 from vqrae_jax.files import to_path
 from vqrae_jax.losses import adversarial
 from vqrae_jax.train import export as run_export
@@ -329,6 +330,10 @@ def test_a_stopped_runs_tokenizer_can_be_exported(ran, config, tmp_path):
   run, out = shutil.copytree(workdir, tmp_path / 'run'), tmp_path / 'out'
   shutil.rmtree(run / 'tokenizer')
   assert run_export.export_run(run, out) == figures['fingerprint']
+  bundle = tmp_path / 'bundle'
+  export_main.main([f'--run={run}', f'--out={bundle}', '--platforms=cpu'])
+  card = json.loads((bundle / 'bundle.json').read_text())
+  assert card['fingerprint'] == figures['fingerprint']
   with pytest.raises(UserError, match='--run='):
     run_export.export_run(tmp_path, tmp_path / 'other')
   with pytest.raises(UserError, match='--out=.*out exists'):
