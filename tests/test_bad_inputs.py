@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from tests import bad
-from vqrae_jax import doctor, export, latent_stats, reconstruct_images
+from vqrae_jax import doctor, export, latent_stats, push, reconstruct_images
 from vqrae_jax.errors import UserError
 from vqrae_jax.export import __main__ as bundle
 from vqrae_jax.train import __main__ as train
@@ -51,6 +51,12 @@ COMMANDS = [
   (bundle, '--tokenizer=tokenizer --out=o --dtype=f16', '--dtype=f16.*bfloat'),
   (bundle, '--run=torn --out=o', '--run=torn'),
   (bundle, '--run=photos --out=o', '--run=photos'),
+  (push, '--tokenizer=tokenizer', '--repo'),
+  (push, '--tokenizer=tokenizer --repo=mine', '--repo=mine'),
+  (push, '--tokenizer=hf:a/b --repo=a/b', '--tokenizer=hf:a/b'),
+  (push, '--tokenizer=tok/edited --repo=a/b', 'fingerprint'),
+  (push, '--tokenizer=other --run=run --repo=a/b', '--run=run.*another'),
+  (push, '--tokenizer=other --run=photos --repo=a/b', '--run=photos'),
   (reconstruct_images, '', '--tokenizer'),
   (reconstruct_images, '--tokenizer=tokenizer --out=out', '--images'),
   (reconstruct_images, '--tokeniser=tokenizer', '"tokenizer"'),

@@ -19,7 +19,7 @@ ORDER = (
   {'train'},
   {
     'cli', 'convert', 'doctor', 'fetch_weights', 'latent_stats', 'preflight',
-    'reconstruct_images',
+    'push', 'reconstruct_images',
   },
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}

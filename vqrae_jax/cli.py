@@ -32,6 +32,7 @@ COMMANDS = {
   'fetch_weights': 'download the published weights that a config needs',
   'convert': 'PyTorch checkpoints in and out',
   'export': 'a tokenizer as programs that need JAX alone',
+  'push': 'a tokenizer to the Hugging Face hub, with a model card',
   'train.export': 'the tokenizer of a run that is not finished',
 }
 
