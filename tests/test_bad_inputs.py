@@ -10,9 +10,10 @@ import jax
 import pytest
 
 from tests import bad
-from vqrae_jax import doctor, export, latent_stats, reconstruct_images
+from vqrae_jax import doctor, export, latent_stats, push, reconstruct_images
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import __main__ as evaluate
+from vqrae_jax.export import __main__ as bundle
 from vqrae_jax.train import __main__ as train
 from vqrae_jax.train import loop
 
@@ -50,6 +51,25 @@ COMMANDS = [
   (evaluate, f'{EVALUATE} --metrics= --size=15', '--size=15'),
   (evaluate, f'{EVALUATE} --metrics= --images=9', '--images=9.* 3'),
   (evaluate, f'{EVALUATE} --metrics= --data=bad', 'none of the'),
+  (bundle, '--out=o', '--tokenizer and --run'),
+  (bundle, '--tokenizer=tokenizer', '--out'),
+  (bundle, '--tokenizer=tokenizer --run=run --out=o', '--tokenizer and --run'),
+  (bundle, '--tokenizer=nowhere --out=o', 'nowhere'),
+  (bundle, '--tokenizer=tokenizer --out=photos', '--out=photos exists'),
+  (bundle, '--tokenizer=tokenizer --out=notes.txt/o', '--out=notes.txt/o'),
+  (bundle, '--tokenizer=tokenizer --out=o --size=18', '18x18.* patch 4'),
+  (bundle, '--tokenizer=tokenizer --out=o --size=any', '--size=any.*learned'),
+  (bundle, '--tokenizer=tokenizer --out=o --size=big', '--size=big'),
+  (bundle, '--tokenizer=tokenizer --out=o --platforms=gpu', 'gpu.*cuda'),
+  (bundle, '--tokenizer=tokenizer --out=o --dtype=f16', '--dtype=f16.*bfloat'),
+  (bundle, '--run=torn --out=o', '--run=torn'),
+  (bundle, '--run=photos --out=o', '--run=photos'),
+  (push, '--tokenizer=tokenizer', '--repo'),
+  (push, '--tokenizer=tokenizer --repo=mine', '--repo=mine'),
+  (push, '--tokenizer=hf:a/b --repo=a/b', '--tokenizer=hf:a/b'),
+  (push, '--tokenizer=tok/edited --repo=a/b', 'fingerprint'),
+  (push, '--tokenizer=other --run=run --repo=a/b', '--run=run.*another'),
+  (push, '--tokenizer=other --run=photos --repo=a/b', '--run=photos'),
   (reconstruct_images, '', '--tokenizer'),
   (reconstruct_images, '--tokenizer=tokenizer --out=out', '--images'),
   (reconstruct_images, '--tokeniser=tokenizer', '"tokenizer"'),

@@ -30,10 +30,11 @@ def test_help_has_an_example(name, monkeypatch, capsys):
 
 
 def test_vqrae_lists_the_commands(monkeypatch, capsys):
-  """All that have a main: files at the top of the package, and train."""
+  """All that have a main: files at the top of the package, and
+  packages."""
   files = (ROOT / 'vqrae_jax').glob('*.py')
   names = {f.stem for f in files if 'def main(' in f.read_text()}
-  names |= {'train', 'train.export', 'evaluate'}
+  names |= {'train', 'train.export', 'evaluate', 'export'}
   assert names == {*cli.COMMANDS}
   monkeypatch.setattr(sys, 'argv', ['vqrae', '--help'])
   cli.vqrae()

@@ -13,12 +13,13 @@ ORDER = (
   {'nn', 'programs', 'weights'},
   {'quantizers', 'encoders'},
   {'models', 'losses', 'optim', 'sharding', 'data', 'hosts'},
-  {'pretrained', 'inference', 'export'},
+  {'pretrained', 'inference'},
+  {'export'},
   {'evaluate'},
   {'train'},
   {
     'cli', 'convert', 'doctor', 'fetch_weights', 'latent_stats', 'preflight',
-    'reconstruct_images',
+    'push', 'reconstruct_images',
   },
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
@@ -44,7 +45,9 @@ ONLY = {
 def part(path: pathlib.Path) -> str:
   """The package or module at the top that a file belongs to."""
   name = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
-  commands = 'train/__main__.py', 'train/export.py', 'evaluate/__main__.py'
+  commands = 'train/export.py', *(
+    f'{name}/__main__.py' for name in ('train', 'evaluate', 'export')
+  )
   return 'cli' if str(path.relative_to(PACKAGE)) in commands else name
 
 
@@ -66,7 +69,7 @@ def test_import_order():
       continue
     for name in imports(path):
       top, *rest = name.split('.')
-      if top != 'vqrae_jax' or rest[0] == me:
+      if top != 'vqrae_jax' or rest[0] in (me, '__version__'):
         continue
       lower = RANK[rest[0]] < RANK[me] or RANK[me] in (0, len(ORDER) - 1)
       if not lower or rest[0] not in ONLY.get(me, RANK):

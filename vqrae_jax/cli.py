@@ -32,6 +32,8 @@ COMMANDS = {
   'latent_stats': "mean and variance of an encoder's latents",
   'fetch_weights': 'download the published weights that a config needs',
   'convert': 'PyTorch checkpoints in and out',
+  'export': 'a tokenizer as programs that need JAX alone',
+  'push': 'a tokenizer to the Hugging Face hub, with a model card',
   'train.export': 'the tokenizer of a run that is not finished',
 }
 
@@ -316,7 +318,8 @@ def vqrae() -> None:
   """The console entry point: `vqrae NAME …` is `python -m vqrae_jax.NAME …`."""
   name = sys.argv.pop(1) if sys.argv[1:] else '--help'
   if name in COMMANDS:
-    end = '.__main__' if name in ('train', 'evaluate') else ''
+    packages = 'train', 'evaluate', 'export'
+    end = '.__main__' if name in packages else ''
     return run(importlib.import_module(f'vqrae_jax.{name}{end}').main)
   if name not in ('-h', '--help'):
     near = did_you_mean(name, COMMANDS)

@@ -1,5 +1,6 @@
 """A run on files: what it leaves, logs, and refuses."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -13,8 +14,9 @@ from PIL import Image
 import vqrae_jax
 from tests import runs, tiny
 from tests.train import pieces
-from vqrae_jax import sharding
+from vqrae_jax import push, sharding
 from vqrae_jax.errors import UserError
+from vqrae_jax.export import __main__ as export_main
 from vqrae_jax.files import to_path
 from vqrae_jax.losses import adversarial
 from vqrae_jax.train import export as run_export
@@ -336,10 +338,43 @@ def test_a_stopped_runs_tokenizer_can_be_exported(ran, config, tmp_path):
   run, out = shutil.copytree(workdir, tmp_path / 'run'), tmp_path / 'out'
   shutil.rmtree(run / 'tokenizer')
   assert run_export.export_run(run, out) == figures['fingerprint']
+  bundle = tmp_path / 'bundle'
+  export_main.main([f'--run={run}', f'--out={bundle}', '--platforms=cpu'])
+  card = json.loads((bundle / 'bundle.json').read_text())
+  assert card['fingerprint'] == figures['fingerprint']
   with pytest.raises(UserError, match='--run='):
     run_export.export_run(tmp_path, tmp_path / 'other')
   with pytest.raises(UserError, match='--out=.*out exists'):
     run_export.export_run(run, out)
+
+
+def test_a_model_card_has_what_the_run_left(ran, images):
+  """Data without this machine's folders, recipe, figures with their protocol,
+  and the licence of the encoder's weights."""
+  figures, workdir = ran
+  tokenizer, _ = vqrae_jax.load_tokenizer(workdir / 'tokenizer')
+  config, found = push.read_run(workdir, figures['fingerprint'])
+  assert found == figures
+
+  def text(**keys):
+    init = dict(init_from=None) | keys
+    run = dataclasses.replace(config, **init), figures
+    return push.card('me/mine', tokenizer, 7, figures['fingerprint'], run)
+
+  card = text()
+  metadata, _ = card.removeprefix('---\n').split('\n---\n', 1)
+  assert 'library_name: vqrae_jax' in metadata
+  psnr = f'{figures["psnr"]:.2f}'
+  said = 'hf:me/mine', 'image0', '5 steps', psnr, 'random weights', images.name
+  for words in (*said, figures['fingerprint']):
+    assert words in card, words
+  assert str(images.parent) not in card
+  for name in ('dinov2-base', 'hf:facebook/dinov2-base@main'):
+    card = text(init=dataclasses.replace(config.init, encoder=name))
+    assert 'facebook/dinov2-base; licence: Apache-2.0' in card
+  assert 'started from old' in text(init_from='/home/me/old')
+  with pytest.raises(UserError, match='of another tokenizer'):
+    push.read_run(workdir, 64 * '0')
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ SIX_BF16 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 GROUPS = 512  # of codes, of each of which `shortlist` looks at the best
 LISTED = 8  # codes of a token that `shortlist` compares in f32
 UNLISTED = 64  # tokens at once whose list is too short
+SYMBOLIC = 1024  # tokens of a chunk at most, where a program has any number
 ROUNDING = 2.0**-23
 
 
@@ -264,6 +265,8 @@ def _chunks(searcher, margins, z, scale, center, codes) -> Found:
   chunk = max(code_ops.SCORES_PER_CHUNK // len(codes.rows), 1)
   if isinstance(n, int) and n <= chunk:
     return search(z * scale - center)
+  if not isinstance(n, int):  # few tokens take as long as a chunk
+    chunk = min(chunk, SYMBOLIC)
   m = -(-n // chunk)
   if isinstance(n, int):
     chunk = -(-n // m)  # equal parts

@@ -10,6 +10,8 @@ grid needs interpolation. DINOv3's random shifts and scales of them in training
 are left out.
 """
 
+from types import ModuleType
+
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -19,14 +21,18 @@ ROPE_BASE = 100.0  # the only one that `encoders/dinov3.py` takes
 Rotation = tuple[Float[ArrayLike, 'n c'], Float[ArrayLike, 'n c']]
 
 
-def _coordinates(n: int, native: int) -> np.ndarray:
+def _numpy_of(grid: tuple) -> ModuleType:
+  return np if all(isinstance(n, int) for n in grid) else jnp
+
+
+def _coordinates(n: int, native: int) -> ArrayLike:
   """Coordinates of n tokens on a line of `native` ones: 0, 1, … if equal."""
-  return (np.arange(n) + 0.5) * (native / n) - 0.5
+  return (_numpy_of((n,)).arange(n) + 0.5) * (native / n) - 0.5
 
 
 def sincos2d(
   width: int, grid: tuple[int, int], native: tuple[int, int]
-) -> np.ndarray:
+) -> ArrayLike:
   """f32[gh*gw width], the fixed embedding of `grid` in `native` coordinates.
 
   At the native grid the coordinates are 0, 1, …; another grid spans the same
@@ -36,18 +42,19 @@ def sincos2d(
   return sincos_at(width, rows, cols)
 
 
-def sincos_at(width: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+def sincos_at(width: int, rows: ArrayLike, cols: ArrayLike) -> ArrayLike:
   """f32[gh*gw width], the fixed embedding of these coordinates."""
+  grid = rows.shape[0], cols.shape[0]
+  xp = _numpy_of(grid)
   omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
 
   def line(positions):
     angles = positions[:, None] * omega[None]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return xp.concatenate([xp.sin(angles), xp.cos(angles)], axis=1)
 
-  grid = len(rows), len(cols)
-  by_col = np.broadcast_to(line(cols)[None], (*grid, width // 2))
-  by_row = np.broadcast_to(line(rows)[:, None], (*grid, width // 2))
-  table = np.concatenate([by_col, by_row], axis=-1)
+  by_col = xp.broadcast_to(line(cols)[None], (*grid, width // 2))
+  by_row = xp.broadcast_to(line(rows)[:, None], (*grid, width // 2))
+  table = xp.concatenate([by_col, by_row], axis=-1)
   return table.reshape(-1, width).astype(np.float32)
 
 
@@ -62,12 +69,13 @@ def rope2d(head: int, grid: tuple[int, int], prefix: int = 0) -> Rotation:
     grid: rows and columns of patches.
     prefix: tokens before the patches.
   """
+  xp = _numpy_of(grid)
   omega = ROPE_BASE ** (-np.arange(head // 4) / (head / 4))
-  rows, cols = ((2 * np.arange(n) + 1) / n - 1 for n in grid)
-  centres = np.stack(np.meshgrid(rows, cols, indexing='ij'), axis=-1)
+  rows, cols = ((2 * xp.arange(n) + 1) / n - 1 for n in grid)
+  centres = xp.stack(xp.meshgrid(rows, cols, indexing='ij'), axis=-1)
   angles = 2 * np.pi * centres.reshape(-1, 2, 1) * omega
-  angles = np.pad(angles.reshape(-1, head // 2), ((prefix, 0), (0, 0)))
-  return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+  angles = xp.pad(angles.reshape(-1, head // 2), ((prefix, 0), (0, 0)))
+  return xp.cos(angles).astype(np.float32), xp.sin(angles).astype(np.float32)
 
 
 def rotate(

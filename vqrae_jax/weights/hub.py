@@ -338,17 +338,24 @@ def fetch_command(hub: str, revision: str | None) -> str:
   )
 
 
-def snapshot(hub: str, revision: str | None) -> tuple[pathlib.Path, str]:
+def snapshot(
+  hub: str, revision: str | None, files: tuple[str, ...] = ()
+) -> tuple[pathlib.Path, str]:
   """(the folder, the commit that it holds) of ORG/NAME at a revision.
 
   Args:
     hub: ORG/NAME.
     revision: a branch, tag or commit; None for the default branch.
+    files: the names of all that is wanted, which the repository may lack; by
+      default the configs and one set of weights.
 
   Raises:
     UserError: no such repository or revision, or no way to it; with the
       command that brings it.
   """
+  if files:
+    folder = _download(hub, revision, files)
+    return folder, folder.name
   folder = _download(hub, revision, (*CONFIGS, *_SAFE, *_SAFE_SHARDS))
   if not any((folder / name).exists() for name in _SAFE):
     folder = _download(hub, folder.name, (*CONFIGS, *_TORCH, *_TORCH_SHARDS))

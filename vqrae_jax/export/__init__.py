@@ -38,6 +38,7 @@ from vqrae_jax.models.tokenizer import (
   variable_shapes,
 )
 from vqrae_jax.ops import trees
+from vqrae_jax.weights.hub import parse_source, snapshot
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
@@ -217,10 +218,13 @@ def load_tokenizer(
   trusted: Collection[str] = (),
   **options: Any,
 ) -> tuple[Tokenizer, dict]:
-  """Opens a tokenizer directory.
+  """Opens a tokenizer.
 
   Args:
-    source: the directory, or gs://…, that training or `save_tokenizer` wrote.
+    source: the directory, or gs://…, that training or `save_tokenizer` wrote;
+      or "hf:ORG/NAME[@REV]", a repository of the hub that `vqrae_jax.push`
+      made, whose two files are taken from the hub's cache if it is out of reach
+      or `HF_HUB_OFFLINE=1`.
     trusted: packages whose code it may import, where the encoder or the
       quantizer is a class of another package ("package.module:Class"): to
       import code runs it.
@@ -234,6 +238,13 @@ def load_tokenizer(
     UserError: no tokenizer there, a damaged or foreign file, values that do
       not match the fingerprint, or code of a package that is not trusted.
   """
+  if isinstance(source, str) and source.startswith('hf:'):
+    parsed = parse_source(source)
+    folder, _ = snapshot(parsed.value, parsed.revision, (CONFIG, WEIGHTS))
+    try:
+      return load_tokenizer(folder, trusted=trusted, **options)
+    except UserError as e:
+      raise UserError(f'{source}: {e}') from None
   from safetensors import SafetensorError
   from safetensors.numpy import load, load_file
 
