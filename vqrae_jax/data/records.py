@@ -10,9 +10,13 @@ import contextlib
 import pathlib
 from collections.abc import Iterator
 
-from vqrae_jax.data.decode import EncodedImages, ImageDecodeError, is_encoded
+from vqrae_jax.data.decode import (
+  EncodedImages,
+  ImageDecodeError,
+  NoImageError,
+  is_encoded,
+)
 from vqrae_jax.data.listing import Listing
-from vqrae_jax.errors import UserError
 from vqrae_jax.tokens import example
 
 # As TFDS, the TFRecord convention and webdataset call an encoded image.
@@ -74,17 +78,22 @@ class Records(EncodedImages):
     """Opens every file to count its records.
 
     Raises:
-      UserError: a file that is no ArrayRecord, or no record in any.
+      NoImageError: a file that is no ArrayRecord, or no record in any.
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
       self._sources = list(pool.map(_source, listing.paths))
     super().__init__(listing, [len(source) for source in self._sources])
     if not len(self):
-      raise UserError(f'the ArrayRecord file {self.paths[0]} holds no record')
+      raise NoImageError(
+        f'the ArrayRecord file {self.paths[0]} holds no record'
+      )
 
   def _name(self, row: int) -> str:
     file, record = self._place(row)
     return f'{self._listing.names[file]}:{record}'
+
+  def _key(self, row: int) -> str:
+    return str(self._place(row)[1])
 
   def _title(self, row: int) -> str:
     file, record = self._place(row)
@@ -125,4 +134,6 @@ def _source(path: pathlib.Path):
     return array_record_data_source.ArrayRecordDataSource([str(path)])
   except RuntimeError as e:
     why = ' '.join(str(e).split()) or 'it is truncated or no ArrayRecord'
-    raise UserError(f'cannot read the ArrayRecord file {path}: {why}') from None
+    raise NoImageError(
+      f'cannot read the ArrayRecord file {path}: {why}'
+    ) from None
