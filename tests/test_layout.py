@@ -19,7 +19,7 @@ ORDER = (
   {'train'},
   {
     'cli', 'convert', 'doctor', 'fetch_weights', 'latent_stats', 'preflight',
-    'push', 'reconstruct_images',
+    'push', 'reconstruct_images', 'tokenize',
   },
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
@@ -46,8 +46,9 @@ ONLY = {
 def part(path: pathlib.Path) -> str:
   """The package or module at the top that a file belongs to."""
   name = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
-  commands = 'train/export.py', *(
-    f'{name}/__main__.py' for name in ('train', 'evaluate', 'export')
+  commands = (
+    'train/export.py',
+    *(f'{name}/__main__.py' for name in ('train', 'evaluate', 'export')),
   )
   return 'cli' if str(path.relative_to(PACKAGE)) in commands else name
 

@@ -1,7 +1,8 @@
 """A dump of tokens on disk: many shards, each written whole or not at all.
 
   config.json            what the dump was started with
-  codebook.npy           f32[K c], or [q K c] of several codes a token
+  codebook.npy           f32[K c], or [q K c] of several codes a token; not of
+                         codes without a table above a million
   shards/                what a trainer reads (`formats.py`), and nothing else
   finished/00012.json    shard 12: SHA-256, keys, labels, boxes, skipped images
   dataset.json           totals and shards, once all of them are finished
@@ -55,8 +56,8 @@ class Writer:
 
     Args:
       folder: made if absent.
-      config: of config.json: fingerprint, format, shards (their number), the
-        fields of `Layout`, "data" and "versions", and whatever else must be
+      config: of config.json: fingerprint, format, shard_count, the fields of
+        `Layout`, "data" and "versions", and whatever else must be
         alike for all workers.
 
     Raises:
@@ -67,17 +68,14 @@ class Writer:
     self.layout = _layout(config)
     self._format = FORMATS[config['format']]
     path = folder / CONFIG
-    if path.exists():
-      _check_same(read_json(path), json.loads(_json(self._config)), folder)
-    elif folder.exists() and any(
-      not (p.name.startswith('.') and p.name.endswith('.writing'))
-      for p in folder.iterdir()
-    ):
-      raise UserError(f'--out={folder} holds other files; name an empty folder')
-    else:
+    if not path.exists():
       folder.mkdir(parents=True, exist_ok=True)
+      if any(p.suffix != '.writing' for p in folder.iterdir()):
+        raise UserError(f'--out={folder} holds no dump; name an empty folder')
       with atomic_write(path) as file:
         file.write(_json(self._config))
+    # Also what was written just now, for another may have begun too.
+    _check_same(read_json(path), json.loads(_json(self._config)), folder)
     for name in (SHARDS, FINISHED):
       (folder / name).mkdir(exist_ok=True)
 
@@ -158,16 +156,16 @@ class Writer:
     finally:
       shutil.rmtree(folder, ignore_errors=True)
 
-  def write_codebook(self, table: np.ndarray) -> None:
-    """Writes codebook.npy, if it is not there."""
-    if not (self.folder / CODEBOOK).exists():
+  def write_codebook(self, table: np.ndarray | None) -> None:
+    """Writes codebook.npy, if there is a table and no file yet."""
+    if table is not None and not (self.folder / CODEBOOK).exists():
       with atomic_write(self.folder / CODEBOOK) as file:
         np.save(file, table)
 
   def finish(self) -> dict | None:
     """Writes dataset.json and the card and removes what killed workers left,
     if all shards are finished; the dataset, or None."""
-    numbers = range(self._config['shards'])
+    numbers = range(self._config['shard_count'])
     if not self.finished.issuperset(numbers):
       return None
     dataset = self._dataset([_finished(self.folder, i) for i in numbers])
@@ -195,6 +193,7 @@ class Writer:
       vocabulary=layout.vocabulary,
       images=images,
       rows=images * layout.views,
+      dtype=self._format.dtype(layout),
       tokens=images * layout.views * int(np.prod(layout.index_shape)),
       skipped=[
         [shard['source'], *row] for shard in shards for row in shard['skipped']
@@ -270,11 +269,12 @@ class Dump:
     if not (self.folder / DATASET).is_file():
       done = len(os.listdir(self.folder / FINISHED))
       raise UserError(
-        f'{folder} is not finished: {done} of {config["shards"]} shards are'
+        f'{folder} is not finished: {done} of {config["shard_count"]} shards '
+        'are; the same command writes the others'
       )
     self.info = read_json(self.folder / DATASET)
     self.layout = _layout(self.info)
-    self._format = choose(FORMATS, self.info['format'], 'format')
+    choose(FORMATS, self.info['format'], 'format')
     counts = [shard['images'] for shard in self.info['shards']]
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self._read: dict[int, tuple[Shard, np.ndarray]] = {}
@@ -292,9 +292,8 @@ class Dump:
     if not -len(self) <= index < len(self):
       raise IndexError(f'row {index} of {len(self)}')
     image, view = divmod(index % len(self), self.layout.views)
-    number = int(np.searchsorted(self._starts, image, 'right')) - 1
+    number, at = self.place(image)
     shard, tokens = self.shard(number)
-    at = image - int(self._starts[number])
     label = shard.labels[at]
     return dict(
       tokens=tokens[at, view],
@@ -302,6 +301,11 @@ class Dump:
       key=shard.keys[at],
       view=view,
     )
+
+  def place(self, image: int) -> tuple[int, int]:
+    """(shard, which of its images) an image of the dump is."""
+    number = int(np.searchsorted(self._starts, image, 'right')) - 1
+    return number, image - int(self._starts[number])
 
   def shard(self, number: int) -> tuple[Shard, np.ndarray]:
     """(images, their indices i32[n v *index_shape]) of a shard.
@@ -313,9 +317,10 @@ class Dump:
       row = _finished(self.folder, number)
       fields = {field.name for field in dataclasses.fields(Shard)}
       shard = Shard(**{k: v for k, v in row.items() if k in fields})
-      folder = self.folder / SHARDS
+      # Not kept: grain sends a source to its processes, and no function goes.
+      form, folder = FORMATS[self.info['format']], self.folder / SHARDS
       try:
-        found = _digest(folder, self._format.paths(self.layout, shard))
+        found = _digest(folder, form.paths(self.layout, shard))
       except OSError as e:
         raise UserError(f'{e.filename}: {e.strerror}') from None
       if found != row['sha256']:
@@ -324,7 +329,7 @@ class Dump:
           f'{found[:12]}…, not {row["sha256"][:12]}…; remove '
           f'{FINISHED}/{number:05}.json and run tokenize again'
         )
-      tokens = self._format.read(folder, self.layout, shard)
+      tokens = form.read(folder, self.layout, shard)
       self._read[number] = shard, tokens
     return self._read[number]
 

@@ -9,6 +9,7 @@ What only some trainers read (keys, crop boxes) is not here: `dump.py` keeps it
 for every format.
 """
 
+import collections
 import dataclasses
 import errno
 import importlib
@@ -26,7 +27,6 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.tokens import example
 
 FEATURE = 'tokens'  # the int64 feature of a tf.train.Example
-_MEGATRON_DTYPES = {4: np.dtype('<i4'), 8: np.dtype('<u2')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +156,7 @@ class Format(NamedTuple):
     labelled: every image needs a label.
     numbered: names files by the number of an image in all data.
     left_out: can hold -1.
+    dtype: (layout) -> the type of a stored index or id.
     card: how the reader is pointed at it; fields are those of `Layout` and its
       properties.
   """
@@ -164,6 +165,7 @@ class Format(NamedTuple):
   paths: Callable[[Layout, Shard], list[str]]
   write: Callable[[pathlib.Path, Layout, Shard, np.ndarray], None]
   read: Callable[[pathlib.Path, Layout, Shard], np.ndarray]
+  dtype: Callable[[Layout], str]
   card: str
   sequences: bool = False
   labelled: bool = False
@@ -207,10 +209,13 @@ def _read_array_record(folder, layout, shard):
 # sequence begins; a document is a sequence.
 
 
+def _megatron_dtype(layout):
+  return np.dtype('<u2' if layout.vocabulary <= 2**16 else '<i4')
+
+
 def _write_megatron(folder, layout, shard, tokens):
-  ids = layout.ids(tokens)
-  code = 8 if layout.vocabulary <= 2**16 else 4
-  ids = ids.astype(_MEGATRON_DTYPES[code])
+  ids = layout.ids(tokens).astype(_megatron_dtype(layout))
+  code = {2: 8, 4: 4}[ids.itemsize]  # Megatron's of uint16 and int32
   count, length = ids.shape
   with open(folder / shard.file('idx'), 'wb') as file:
     file.write(b'MMIDIDX\0\0' + np.array(1, '<u8').tobytes() + bytes([code]))
@@ -223,9 +228,8 @@ def _write_megatron(folder, layout, shard, tokens):
 
 
 def _read_megatron(folder, layout, shard):
-  index = (folder / shard.file('idx')).read_bytes()
   path = folder / shard.file('bin')
-  return layout.from_ids(np.fromfile(path, _MEGATRON_DTYPES[index[17]]))
+  return layout.from_ids(np.fromfile(path, _megatron_dtype(layout)))
 
 
 # ----------------------------------------------------------------------------
@@ -345,22 +349,29 @@ def _read_hdf5(folder, layout, shard):
 # webdataset: KEY.npy and KEY.cls under the image's own key.
 
 
-def _npy_name(key: str) -> str:
-  return str(pathlib.PurePosixPath(key).with_suffix('.npy'))
+def _member(key: str, ending: str) -> str:
+  return str(pathlib.PurePosixPath(key).with_suffix(ending))
 
 
 def _write_webdataset(folder, layout, shard, tokens):
+  names = [_member(key, '.npy') for key in shard.keys]
+  if twice := [
+    n for n, times in collections.Counter(names).items() if times > 1
+  ]:
+    raise UserError(
+      f'several images would be {twice[0]}, by their names up to the suffix; '
+      'rename them, or take another --format'
+    )
   dtype = np.min_scalar_type(layout.codebook_size - 1)
-  one = layout.views == 1
 
   def members():
     for key, label, views in zip(shard.keys, shard.labels, tokens, strict=True):
       out = io.BytesIO()
       least = np.int32 if views.min(initial=0) < 0 else dtype
-      np.save(out, (views[0] if one else views).astype(least))
-      yield _npy_name(key), out.getvalue()
+      np.save(out, (views if layout.views > 1 else views[0]).astype(least))
+      yield _member(key, '.npy'), out.getvalue()
       if label is not None:
-        yield str(pathlib.PurePosixPath(key).with_suffix('.cls')), b'%d' % label
+        yield _member(key, '.cls'), b'%d' % label
 
   with tarfile.open(folder / shard.file('tar'), 'w') as file:
     for name, data in members():
@@ -400,6 +411,7 @@ FORMATS = {
     _one_file('array_record'),
     _write_array_record,
     _read_array_record,
+    lambda layout: 'int64',
     'MaxText: dataset_type=grain, grain_file_type=arrayrecord, '
     'grain_train_files=DIR/shards/*.array_record, tokenize_train_data=false, '
     f'train_data_columns=[{FEATURE}], and a tokenizer whose pad id is {{pad}}: '
@@ -411,6 +423,7 @@ FORMATS = {
     lambda layout, shard: [shard.file('bin'), shard.file('idx')],
     _write_megatron,
     _read_megatron,
+    lambda layout: _megatron_dtype(layout).name,
     'Megatron-LM: --data-path takes the prefixes DIR/shards/NNNNN, one a '
     'shard, with --tokenizer-type NullTokenizer and --vocab-size '
     '{vocabulary}; documents end with the id {eod}.',
@@ -421,6 +434,7 @@ FORMATS = {
     _one_file('jsonl'),
     _write_jsonl,
     _read_jsonl,
+    lambda layout: 'text',
     'RAR reads one file: cat DIR/shards/*.jsonl > pretokenized.jsonl.',
     labelled=True,
   ),
@@ -429,6 +443,7 @@ FORMATS = {
     _llamagen_paths,
     _write_llamagen,
     _read_llamagen,
+    lambda layout: 'int64',
     'LlamaGen: --code-path DIR/shards. Its list of files is that of ImageNet '
     '(1,281,167 numbers): of other data, or where images were skipped, list '
     'the folder instead. It draws one of several views where the path holds '
@@ -441,6 +456,7 @@ FORMATS = {
     _one_file('parquet'),
     _write_parquet,
     _read_parquet,
+    lambda layout: 'int32',
     'Columns: key, tokens (indices), input_ids (ids), h, w (the grid), label.',
     sequences=True,
   ),
@@ -449,6 +465,7 @@ FORMATS = {
     _one_file('h5'),
     _write_hdf5,
     _read_hdf5,
+    lambda layout: 'int32',
     'Data sets: code int32 [rows, codes], label int64, path.',
     labelled=True,
   ),
@@ -457,6 +474,7 @@ FORMATS = {
     _one_file('tar'),
     _write_webdataset,
     _read_webdataset,
+    lambda layout: np.min_scalar_type(layout.codebook_size - 1).name,
     'A member is [{shape}], or [views, {shape}] of several views.',
     left_out=True,
   ),
