@@ -63,6 +63,13 @@ class Job:
   batch_size: int = 32
   trusted: Sequence[str] = ()
 
+  @classmethod
+  def of(cls, values: flags.FlagValues) -> 'Job':
+    """Of the flags that `define_job` defines, once they are parsed."""
+    cli.required(values, 'tokenizer', 'data', 'out')
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(values, name) for name in names})
+
 
 class Views:
   """The views of a source's images, uint8 [v h w 3], at random.
@@ -461,9 +468,16 @@ def main(argv: list[str]) -> None:
   from tqdm import tqdm
 
   values = flags.FlagValues()
-  _flags(values)
+  define_job(values)
+  text = 'worker I of N, counted from 0, which takes shards I, I + N, …'
+  flags.DEFINE_string('shards', '0/1', text, values)
+  text = (
+    'when all shards are finished, read, decode and encode again some images'
+  )
+  flags.DEFINE_bool('verify', False, text, values)
+  cli.define_hosts(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
-  cli.required(values, 'tokenizer', 'data', 'out')
+  job = Job.of(values)
   cli.join_hosts(values)
   import jax
 
@@ -478,8 +492,7 @@ def main(argv: list[str]) -> None:
   if jax.process_count() > 1:
     mine = f'{jax.process_index()}/{jax.process_count()}'
   share(mine, 0)
-  names = [field.name for field in dataclasses.fields(Job)]
-  worker = Worker(Job(**{name: getattr(values, name) for name in names}))
+  worker = Worker(job)
   numbers = share(mine, worker.count)
   done = worker.finished.intersection(numbers)
   images = lost = 0
@@ -506,14 +519,13 @@ def main(argv: list[str]) -> None:
     print(worker.verify())
 
 
-def _flags(values: flags.FlagValues) -> None:
+def define_job(values: flags.FlagValues) -> None:
+  """The flags that a `Job` has fields for."""
   keys = dict(flag_values=values)
   flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
   text = 'images: a folder, a glob, tar shards, ArrayRecord files, …'
   flags.DEFINE_string('data', None, text, **keys)
   flags.DEFINE_string('out', None, "the dump's folder", **keys)
-  text = 'worker I of N, counted from 0, which takes shards I, I + N, …'
-  flags.DEFINE_string('shards', '0/1', text, **keys)
   text = f'the files to write: {", ".join(FORMATS)}'
   flags.DEFINE_string('format', 'array_record', text, **keys)
   text = (
@@ -536,12 +548,7 @@ def _flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer('shard_images', 10_000, text, lower_bound=1, **keys)
   text = 'views at once on each host'
   flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)
-  text = (
-    'when all shards are finished, read, decode and encode again some images'
-  )
-  flags.DEFINE_bool('verify', False, text, **keys)
   cli.define_trusted(values)
-  cli.define_hosts(values)
 
 
 if __name__ == '__main__':
