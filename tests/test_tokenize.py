@@ -1,6 +1,7 @@
 """`tokenize`: the indices of the images, whatever the source and the format;
 restarts, damaged input, several workers."""
 
+import os
 import random
 import signal
 import subprocess
@@ -274,6 +275,19 @@ def test_verify_finds_indices_of_other_images(tmp_path, here):
     (folder / f'{i}.png').write_bytes(makers.png(i + 6, 64, 64))
   with pytest.raises(UserError, match='indices of 6 images'):
     run(tmp_path, '--verify', str(folder))
+
+
+@pytest.mark.parametrize('name', ('hdf5', 'parquet', 'webdataset'))
+def test_names_of_any_bytes(tmp_path, name):
+  pytest.importorskip(dict(hdf5='h5py', parquet='pyarrow').get(name, 'numpy'))
+  for folder in ('a', 'b'):
+    (tmp_path / 'images' / folder).mkdir(parents=True)
+    path = os.path.join(os.fsencode(tmp_path), b'images', folder.encode())
+    with open(os.path.join(path, b'\xff \xc3\xa9.png'), 'wb') as file:
+      file.write(makers.png(0))
+  out = run(tmp_path, f'--format={name} --verify', str(tmp_path / 'images'))
+  keys = [row['key'] for row in open_dump(out)]
+  assert keys == ['a/\\xff é.png', 'b/\\xff é.png']
 
 
 @pytest.mark.parametrize(

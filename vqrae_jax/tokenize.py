@@ -260,13 +260,13 @@ class Worker:
     kept = [i for i in indices if i not in skipped]
     shard = Shard(
       number,
-      [source.key(i) for i in kept],
+      [_key(source, i) for i in kept],
       [source.label(i) for i in kept],
       [i - indices.start for i in kept],
       [views.boxes[i] for i in kept],
       first,
     )
-    why = [(source.key(i), reason) for i, reason in sorted(skipped.items())]
+    why = [(_key(source, i), reason) for i, reason in sorted(skipped.items())]
     if self._of_files and not source:
       why.append((what, 'no image of it can be read'))
     elif self._of_files:
@@ -335,15 +335,12 @@ class Worker:
     from vqrae_jax.evaluate import metrics, visualize
 
     dump, originals, stored = Dump(self._writer.folder), [], []
-    views = self._layout.views
-    count = len(dump) // views
+    count = len(dump) // self._layout.views
     for image in visualize.spread(count, min(_SAMPLE, count)):
-      row = dump[image * views]
       number, at = dump.place(image)
       source, indices, *_ = self._images(number)
       shard, tokens = dump.shard(number)
       index = indices[shard.positions[at]]
-      assert source.key(index) == row['key']
       originals.append(Views(source, self._layout, self._side)[index])
       stored.append(tokens[at])
     if not originals:
@@ -369,6 +366,13 @@ class Worker:
       f'verified {len(originals)} images: {same:.2%} of their indices are '
       f'encoded alike again, decoded at {sums.results()["psnr"]:.2f} dB'
     )
+
+
+def _key(source: Any, index: int) -> str:
+  """The key of an image as text: bytes of its name that are no UTF-8 are
+  written as escapes."""
+  name = source.key(index).encode('utf-8', 'surrogateescape')
+  return name.decode('utf-8', 'backslashreplace')
 
 
 def _versions() -> dict[str, str]:
