@@ -96,7 +96,8 @@ def test_grain_reads_it_in_any_order(finished):
 
 
 def test_workers_in_any_order_write_the_same(finished, tmp_path):
-  """Three of them, of which one did part of its share twice."""
+  """Three of them, of which one did part of its share twice, and one that was
+  killed before them."""
   folder = tmp_path / 'tokens'
   for numbers in ((5, 2), (1, 4, 1), (3, 0)):
     writer = Writer(folder, config(data='there', versions=dict(jax='9')))
@@ -104,6 +105,9 @@ def test_workers_in_any_order_write_the_same(finished, tmp_path):
     with pytest.raises(UserError, match=r'not finished: \d of 6'):
       open_dump(folder)
     write(writer, numbers)
+    (folder / '.00005.dead.writing').mkdir(exist_ok=True)
+    (folder / '.00005.dead.writing' / 'half').touch()
+    (folder / '.dead.writing').touch()
   assert writer.finish() == writer.finish()
   edited = dict(data='there', versions=dict(jax='9'))
   found, want = files(folder), files(finished)
