@@ -167,6 +167,21 @@ def test_several_codes_a_token(tmp_path, expected):
   assert '4 × 4 × 2' in (out / 'README.md').read_text()
 
 
+@pytest.mark.parametrize('kind', ('fsq-fourier', 'vq-cosine', 'lfq'))
+def test_the_codebook_has_the_codes(tmp_path, kind):
+  """Those that the decoder reads, for each index."""
+  made = tiny.built(tiny.model(kind, depth=1))
+  export.save_tokenizer(*made, tmp_path / 'tok')
+  tokenize.Worker(
+    tokenize.Job(str(tmp_path / 'tok'), 'folder', str(tmp_path / 'out'))
+  )
+  codebook = np.load(tmp_path / 'out' / 'codebook.npy')
+  run = jax.jit(vqrae_jax.reconstruct, static_argnums=0)
+  out = run(*export.load_tokenizer(tmp_path / 'tok'), tiny.images(2))
+  found = out.quantizer
+  np.testing.assert_array_equal(codebook[found.indices], found.codes)
+
+
 def test_ten_views_of_an_image():
   """Corners by rows and the centre, of 1.1 times the size; boxes are where
   they come from; then each mirrored."""

@@ -39,7 +39,7 @@ EXAMPLE = (
 )
 CROPS = (1, 5)
 _WIDER = 1.1  # the shorter side that five crops lie in, in sizes of one
-_IMPLIED = 2**20  # the most codes without a table that a file lists
+_LISTED = 2**20  # the most codes of a codebook.npy
 _SAMPLE = 32  # images that --verify encodes again
 _AGREE = 0.9  # of their indices; rounding may move some
 
@@ -434,21 +434,22 @@ def _layout(job: Job, form: Any, tokenizer: Any) -> tuple[Layout, int]:
 
 
 def _codebook(tokenizer: Any, variables: Any) -> np.ndarray | None:
-  """The codes, f32[K c] or [q K c] of each stage; None of too many."""
+  """The codes f32[K c], or [q K c] of several codes a token, from as many
+  tables as there are; None of too many."""
   import jax.numpy as jnp
 
-  from vqrae_jax.ops import trees
-
-  tables = trees.flatten(variables)
-  for name in ('codes', 'parts/codes'):
-    if (table := tables.get(f'codebook/quantizer/{name}')) is not None:
-      return np.asarray(table, np.float32)
-  k = tokenizer.codebook_size
-  if k > _IMPLIED:
+  if tokenizer.codebook_size > _LISTED:
     return None
-  quantizer = tokenizer.quantizer
-  quantizer = getattr(quantizer, 'part', quantizer)
-  codes = quantizer.apply({}, jnp.arange(k), method='indices_to_codes')
+  indices = jnp.arange(tokenizer.codebook_size)
+  part = getattr(tokenizer.quantizer, 'part', None)
+  if part is None:
+    codes = tokenizer.apply(
+      variables, indices, method=lambda t, i: t.quantizer.indices_to_codes(i)
+    )
+  elif 'parts' in variables.get('codebook', {}).get('quantizer', {}):
+    codes = variables['codebook']['quantizer']['parts']['codes']
+  else:  # of codes without a table, which are the same in every part
+    codes = part.apply({}, indices, method='indices_to_codes')
   return np.asarray(codes, np.float32)
 
 

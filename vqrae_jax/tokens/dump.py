@@ -1,8 +1,8 @@
 """A dump of tokens on disk: many shards, each written whole or not at all.
 
   config.json            what the dump was started with
-  codebook.npy           f32[K c], or [q K c] of several codes a token; not of
-                         codes without a table above a million
+  codebook.npy           f32[K c], or [q K c] of several codes a token, [1 K c]
+                         where they share a table; not of over 2^20 codes
   shards/                what a trainer reads (`formats.py`), and nothing else
   finished/00012.json    shard 12: SHA-256, keys, labels, boxes, skipped images
   dataset.json           totals and shards, once all of them are finished
@@ -334,7 +334,8 @@ class Dump:
     return self._read[number]
 
   def codebook(self) -> np.ndarray:
-    """f32[K c], or [q K c] of several codes a token."""
+    """f32[K c], or [q K c] of several codes a token, q = 1 where they share a
+    table."""
     return np.load(self.folder / CODEBOOK)
 
 
