@@ -236,7 +236,7 @@ def test_workers_share_and_skip(tmp_path, capsys):
   before = files(out)
   for flags, words in (
     ('--offset=5', 'offset=1, not 5'), ('--crops=5', 'crops=1, not 5'),
-    ('--size=32', 'image_size'), ('--format=parquet', 'format='),
+    ('--size=32', 'image_size'), ('--format=webdataset', 'format='),
   ):  # fmt: skip
     with pytest.raises(UserError, match=f'--out=.*{words}'):
       run(tmp_path, flags, data='tars')
@@ -318,7 +318,8 @@ def test_names_of_any_bytes(tmp_path, name):
     ('--format=megatron', '--eod'),
     ('--bos=3', '--bos=3.* 65 is free'),
     ('--eod=-1', '--eod=-1'),
-    ('--data=flat --format=hdf5', 'sub-folder'),
+    ('--offset=2147483600', '--offset=2147483600'),
+    ('--data=flat --format=jsonl', 'sub-folder'),
     ('--batch_size=0', 'batch_size=0'),
     ('--tokenizer=continuous', 'continuous'),
   ],

@@ -27,10 +27,10 @@ import numpy as np
 from absl import flags, logging
 
 from vqrae_jax import cli
-from vqrae_jax.errors import UserError, choose, read_json
+from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.files import to_path
 from vqrae_jax.paths import check_writable
-from vqrae_jax.tokens import FORMATS, Dump, Layout, Shard, Writer
+from vqrae_jax.tokens import FORMATS, Dump, Layout, Shard, Writer, find_format
 
 MODULE = 'vqrae_jax.tokenize'
 EXAMPLE = (
@@ -127,7 +127,7 @@ class Worker:
     from vqrae_jax.data import sources
 
     self._job = job
-    form = choose(FORMATS, job.format, '--format')
+    form = find_format(job.format)
     _check_flags(job, form)
     out = cli.new_folder(job.out)
     check_writable(out, '--out')
@@ -399,8 +399,8 @@ def _check_flags(job: Job, form: Any) -> None:
         f'--{name} is for ids of language models, and --format={job.format} '
         f'holds indices as they are; formats of ids are {", ".join(kinds)}'
       )
-    if not 0 <= value < 2**31:
-      raise UserError(f'--{name}={value} must be an id from 0 to 2^31 - 1')
+    if value < 0:
+      raise UserError(f'--{name}={value} must be an id, 0 or above')
   if job.format == 'megatron' and job.eod is None:
     raise UserError(
       '--format=megatron needs --eod, the id that ends a document: its readers '

@@ -8,6 +8,14 @@ Numpy only: no device is touched, and no jax imported.
 """
 
 from vqrae_jax.tokens.dump import Dump, Writer, open_dump
-from vqrae_jax.tokens.formats import FORMATS, Layout, Shard
+from vqrae_jax.tokens.formats import FORMATS, Layout, Shard, find_format
 
-__all__ = ['FORMATS', 'Dump', 'Layout', 'Shard', 'Writer', 'open_dump']
+__all__ = [
+  'FORMATS',
+  'Dump',
+  'Layout',
+  'Shard',
+  'Writer',
+  'find_format',
+  'open_dump',
+]

@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from vqrae_jax.errors import UserError, choose, read_json
+from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.files import atomic_write
-from vqrae_jax.tokens.formats import FORMATS, Layout, Shard
+from vqrae_jax.tokens.formats import FORMATS, Layout, Shard, find_format
 
 FORMAT_VERSION = 1
 CONFIG, DATASET, CARD = 'config.json', 'dataset.json', 'README.md'
@@ -66,7 +66,7 @@ class Writer:
     self.folder = folder
     self._config = {'format_version': FORMAT_VERSION, **config}
     self.layout = _layout(config)
-    self._format = FORMATS[config['format']]
+    self._format = find_format(config['format'])
     path = folder / CONFIG
     if not path.exists():
       folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ class Dump:
       )
     self.info = read_json(self.folder / DATASET)
     self.layout = _layout(self.info)
-    choose(FORMATS, self.info['format'], 'format')
+    find_format(self.info['format'])
     counts = [shard['images'] for shard in self.info['shards']]
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self._read: dict[int, tuple[Shard, np.ndarray]] = {}

@@ -12,8 +12,9 @@ for every format.
 import collections
 import dataclasses
 import errno
-import importlib
+import importlib.util
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import UserError, choose
 from vqrae_jax.tokens import example
 
 FEATURE = 'tokens'  # the int64 feature of a tf.train.Example
@@ -65,6 +66,11 @@ class Layout:
           f'--{name}={value} is the id of a code: codes have {self.offset} to '
           f'{last}; {last + 1} is free'
         )
+    if self.vocabulary > 2**31:
+      raise UserError(
+        f'--offset={self.offset}, --bos={self.bos} and --eod={self.eod} give '
+        f'ids up to {self.vocabulary - 1}, and an id has 31 bits'
+      )
 
   @property
   def views(self) -> int:
@@ -79,7 +85,7 @@ class Layout:
 
   @property
   def pad(self) -> int:
-    """The least id that no sequence has: 0, or the first above all."""
+    """An id that no sequence has: 0 if it is free, else the first above all."""
     taken_0 = not self.offset or 0 in (self.bos, self.eod)
     return self.vocabulary if taken_0 else 0
 
@@ -118,8 +124,8 @@ class Shard:
     number: of the shard in the dump, which names its files.
     keys: n, the path of each image in its folder or tar, or its record.
     labels: n, each an int or None.
-    positions: n, which image of the data each is, counted from 0: of all, or
-      of the shard where `first` is not known.
+    positions: n, which of the shard's images each is, counted from 0 with those
+      that were skipped.
     boxes: n, for each crop [top, left, bottom, right] in pixels of the upright
       image, which may be fractions.
     first: the number of images in all shards before; None if not counted.
@@ -152,13 +158,14 @@ class Format(NamedTuple):
     paths: (layout, shard) -> the shard's files, relative, in sorted order.
     write: (folder, layout, shard, i32[n v *index_shape]) writes them.
     read: (folder, layout, shard) -> i32[n v *index_shape].
+    dtype: (layout) -> the type of a stored index or id.
+    card: how the trainer is pointed at it; {pad}, {vocabulary}, {eod} and
+      {shape} are filled in.
     sequences: holds ids of a language model, so offset, bos and eod count.
     labelled: every image needs a label.
     numbered: names files by the number of an image in all data.
     left_out: can hold -1.
-    dtype: (layout) -> the type of a stored index or id.
-    card: how the reader is pointed at it; fields are those of `Layout` and its
-      properties.
+    module: that it needs, of this package's extra of the format's name.
   """
 
   about: str
@@ -171,6 +178,7 @@ class Format(NamedTuple):
   labelled: bool = False
   numbered: bool = False
   left_out: bool = False
+  module: str = ''
 
 
 def _one_file(ending: str) -> Callable[[Layout, Shard], list[str]]:
@@ -265,7 +273,7 @@ def _llamagen_names(layout, shard):
 
 
 def _llamagen_paths(layout, shard):
-  return sorted(sum(_llamagen_names(layout, shard), ()))
+  return sorted(itertools.chain(*_llamagen_names(layout, shard)))
 
 
 def _write_llamagen(folder, layout, shard, tokens):
@@ -290,7 +298,7 @@ def _read_llamagen(folder, layout, shard):
 
 
 def _write_parquet(folder, layout, shard, tokens):
-  pyarrow = _extra('pyarrow', 'parquet')
+  import pyarrow
   from pyarrow import parquet
 
   def lists(rows):
@@ -317,7 +325,6 @@ def _write_parquet(folder, layout, shard, tokens):
 
 
 def _read_parquet(folder, layout, shard):
-  _extra('pyarrow', 'parquet')
   from pyarrow import parquet
 
   path = folder / shard.file('parquet')
@@ -330,7 +337,8 @@ def _read_parquet(folder, layout, shard):
 
 
 def _write_hdf5(folder, layout, shard, tokens):
-  h5py = _extra('h5py', 'hdf5')
+  import h5py
+
   keys = np.array(shard.each_view(shard.keys, layout.views), object)
   labels = shard.each_view(shard.labels, layout.views)
   with h5py.File(folder / shard.file('h5'), 'w') as file:
@@ -340,7 +348,8 @@ def _write_hdf5(folder, layout, shard, tokens):
 
 
 def _read_hdf5(folder, layout, shard):
-  h5py = _extra('h5py', 'hdf5')
+  import h5py
+
   with h5py.File(folder / shard.file('h5'), 'r') as file:
     return layout.from_rows(file['code'][...])
 
@@ -388,21 +397,6 @@ def _read_webdataset(folder, layout, shard):
       if member.name.endswith('.npy')
     ]
   return layout.from_rows(np.array(rows))
-
-
-def _extra(module: str, name: str):
-  """A module that an extra of this package brings.
-
-  Raises:
-    UserError: it is not installed.
-  """
-  try:
-    return importlib.import_module(module)
-  except ImportError:
-    raise UserError(
-      f'--format={name} needs a package that is not installed: '
-      f"pip install 'vqrae_jax[{name}]'"
-    ) from None
 
 
 FORMATS = {
@@ -459,6 +453,7 @@ FORMATS = {
     lambda layout: 'int32',
     'Columns: key, tokens (indices), input_ids (ids), h, w (the grid), label.',
     sequences=True,
+    module='pyarrow',
   ),
   'hdf5': Format(
     "HDF5 by IDEAL's names",
@@ -468,6 +463,7 @@ FORMATS = {
     lambda layout: 'int32',
     'Data sets: code int32 [rows, codes], label int64, path.',
     labelled=True,
+    module='h5py',
   ),
   'webdataset': Format(
     "tars of KEY.npy and KEY.cls under the images' own keys (webdataset)",
@@ -479,3 +475,18 @@ FORMATS = {
     left_out=True,
   ),
 }  # fmt: skip
+
+
+def find_format(name: str) -> Format:
+  """A row of `FORMATS`.
+
+  Raises:
+    UserError: there is none, or its package is not installed.
+  """
+  form = choose(FORMATS, name, '--format')
+  if form.module and importlib.util.find_spec(form.module) is None:
+    raise UserError(
+      f'--format={name} needs a package that is not installed: '
+      f"pip install 'vqrae_jax[{name}]'"
+    )
+  return form
