@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import jax
@@ -267,6 +268,21 @@ def test_damaged_tars_lose_no_other_image(tmp_path, here, expected):
   want = expected['tok'][[0, 1, 2, *range(12, 18)]]
   np.testing.assert_array_equal(tokens, want)
   assert {row[0] for row in dump.info['skipped']} == {'0.tar', '1.tar', '2.tar'}
+
+
+def test_real_shards(tmp_path, shared_data):
+  """A tar of CIFAR-10: keys and labels of 1500 images in order."""
+  path = shared_data / 'cifar10_wds' / 'test-00000.tar'
+  dump = open_dump(run(tmp_path, '--verify --batch_size=64', str(path)))
+  shard, tokens = dump.shard(0)
+  with tarfile.open(path) as file:
+    names = [m.name for m in file if m.name.endswith('.jpg')]
+    labels = [
+      int(file.extractfile(name.replace('.jpg', '.cls')).read())
+      for name in names
+    ]
+  assert (shard.keys, shard.labels) == (names, labels)
+  assert tokens.shape == (1500, 1, 4, 4) and not dump.info['skipped']
 
 
 def test_a_shard_without_any_image_is_no_accident(tmp_path):
