@@ -336,10 +336,13 @@ class Worker:
 
     dump, originals, stored = Dump(self._writer.folder), [], []
     count = len(dump) // self._layout.views
+    opened = None
     for image in visualize.spread(count, min(_SAMPLE, count)):
       number, at = dump.place(image)
-      source, indices, *_ = self._images(number)
-      shard, tokens = dump.shard(number)
+      if number != opened:
+        source, indices, *_ = self._images(number)
+        shard, tokens = dump.shard(number)
+        opened = number
       index = indices[shard.positions[at]]
       originals.append(Views(source, self._layout, self._side)[index])
       stored.append(tokens[at])

@@ -1,5 +1,6 @@
 """A dump on disk: workers, kills, damage, and reading it."""
 
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -178,6 +179,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     Writer(tmp_path, config())
   with pytest.raises(UserError, match='config.json'):
     open_dump(tmp_path)
+  (tmp_path / 'config.json').write_text(
+    '{"format_version": 1}'
+  )  # a tokenizer's
+  with pytest.raises(UserError, match='--out.*no dump'):
+    Writer(tmp_path, config())
+  with pytest.raises(UserError, match='no dump'):
+    open_dump(tmp_path)
 
 
 def test_damage_is_named(finished, tmp_path):
@@ -206,7 +214,11 @@ def test_what_a_format_cannot_hold(tmp_path, name):
   shard, tokens = content(1)
   tokens[1, 1, 0, 2] = -1
   if name == 'webdataset':
-    writer.write(shard, tokens, 'x')
+    for number in range(SHARDS):
+      writer.write(dataclasses.replace(shard, number=number), tokens, 'x')
+    writer.finish()
+    row = open_dump(tmp_path / 'tokens')[3]
+    np.testing.assert_array_equal(row['tokens'], tokens[1, 1])
     return
   with pytest.raises(UserError, match=rf'{name} cannot hold -1'):
     writer.write(shard, tokens, 'x')

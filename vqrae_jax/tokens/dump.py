@@ -10,9 +10,9 @@
 
 A shard is written in a folder of its own, `.00012.*.writing`, whose files are
 then moved into `shards/`; `finished/00012.json` comes last, and a shard without
-it is written again. So workers need no word from each other: each writes its
-shards, and whoever finds all of them finished writes the last two files, whose
-bytes are the same for everyone.
+it is written again. So workers exchange nothing: each writes its shards, and
+whoever finds all of them finished writes the last two files, whose bytes are
+the same for everyone.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ class Writer:
     Args:
       folder: made if absent.
       config: of config.json: fingerprint, format, shard_count, the fields of
-        `Layout`, "data" and "versions", and whatever else must be
-        alike for all workers.
+        `Layout`, "data" and "versions", and whatever else must be alike for
+        all workers.
 
     Raises:
       UserError: the folder holds something else.
@@ -75,7 +75,16 @@ class Writer:
       with atomic_write(path) as file:
         file.write(_json(self._config))
     # Also what was written just now, for another may have begun too.
-    _check_same(read_json(path), json.loads(_json(self._config)), folder)
+    before, now = read_json(path), json.loads(_json(self._config))
+    if 'shard_count' not in before:
+      raise UserError(f'--out={folder} holds no dump; name an empty folder')
+    for name in sorted({*before, *now} - {*_FREE}):
+      if before.get(name) != now.get(name):
+        raise UserError(
+          f'--out={folder} holds a dump with {name}='
+          f'{_short(before.get(name))}, not {_short(now.get(name))}; name '
+          'another folder'
+        )
     for name in (SHARDS, FINISHED):
       (folder / name).mkdir(exist_ok=True)
 
@@ -168,7 +177,7 @@ class Writer:
     numbers = range(self._config['shard_count'])
     if not self.finished.issuperset(numbers):
       return None
-    dataset = self._dataset([_finished(self.folder, i) for i in numbers])
+    dataset = self._dataset(numbers)
     files = {DATASET: _json(dataset), CARD: card(dataset).encode()}
     # Another worker may be here too, and sweep what this one is writing: then
     # it has written the same.
@@ -183,33 +192,25 @@ class Writer:
         stale.unlink(missing_ok=True)
     return dataset
 
-  def _dataset(self, shards: list[dict]) -> dict:
-    config = read_json(self.folder / CONFIG)
+  def _dataset(self, numbers: range) -> dict:
+    brief = 'number', 'source', 'images', 'files', 'sha256'
+    shards, skipped = [], []
+    for number in numbers:  # of whose images not all fit into memory
+      row = _finished(self.folder, number)
+      shards.append({name: row[name] for name in brief})
+      skipped += [[row['source'], *image] for image in row['skipped']]
     images = sum(shard['images'] for shard in shards)
     layout = self.layout
-    brief = 'number', 'source', 'images', 'files', 'sha256'
-    return config | dict(
+    return read_json(self.folder / CONFIG) | dict(
       pad=layout.pad if self._format.sequences else None,
       vocabulary=layout.vocabulary,
       images=images,
       rows=images * layout.views,
       dtype=self._format.dtype(layout),
       tokens=images * layout.views * int(np.prod(layout.index_shape)),
-      skipped=[
-        [shard['source'], *row] for shard in shards for row in shard['skipped']
-      ],
-      shards=[{name: shard[name] for name in brief} for shard in shards],
+      skipped=skipped,
+      shards=shards,
     )
-
-
-def _check_same(before: Mapping, now: Mapping, folder: pathlib.Path) -> None:
-  for name in sorted({*before, *now} - {*_FREE}):
-    if before.get(name) != now.get(name):
-      raise UserError(
-        f'--out={folder} holds a dump with {name}='
-        f'{_short(before.get(name))}, not {_short(now.get(name))}; name '
-        'another folder'
-      )
 
 
 def _short(value: Any) -> str:
@@ -236,14 +237,21 @@ def _to_disk(path: pathlib.Path) -> None:
 
 
 def _finished(folder: pathlib.Path, number: int) -> dict:
-  return read_json(folder / FINISHED / f'{number:05}.json')
+  path = folder / FINISHED / f'{number:05}.json'
+  try:  # of any length, unlike `read_json`
+    return json.loads(path.read_bytes())
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f'{path} is damaged: {e}; remove it and run tokenize again'
+    ) from None
 
 
 class Dump:
   """The rows of a finished dump, at random: a source for grain.
 
   Row i is view i % v of image i // v. A shard is read, and compared with its
-  SHA-256, when the first of its rows is; its indices then stay in memory.
+  SHA-256, when the first of its rows is; its indices then stay in memory, at 2
+  bytes each of up to 65,536 codes.
 
   Attributes:
     info: dataset.json.
@@ -256,6 +264,8 @@ class Dump:
     if not (self.folder / CONFIG).is_file():
       raise UserError(f'{folder} holds no dump of tokens: no {CONFIG}')
     config = read_json(self.folder / CONFIG)
+    if 'shard_count' not in config:
+      raise UserError(f'{folder} holds no dump of tokens: {CONFIG} is another')
     if config.get('format_version') != FORMAT_VERSION:
       raise UserError(
         f'{folder} has format version {config.get("format_version")}, this '
@@ -277,7 +287,7 @@ class Dump:
     find_format(self.info['format'])
     counts = [shard['images'] for shard in self.info['shards']]
     self._starts = np.concatenate([[0], np.cumsum(counts)])
-    self._read: dict[int, tuple[Shard, np.ndarray]] = {}
+    self._kept: dict[int, tuple[Sequence, Sequence, np.ndarray]] = {}
 
   def __len__(self) -> int:
     return self.info['rows']
@@ -293,12 +303,17 @@ class Dump:
       raise IndexError(f'row {index} of {len(self)}')
     image, view = divmod(index % len(self), self.layout.views)
     number, at = self.place(image)
-    shard, tokens = self.shard(number)
-    label = shard.labels[at]
+    if number not in self._kept:
+      shard, tokens = self.shard(number)
+      if tokens.min(initial=0) >= 0:
+        least = np.min_scalar_type(self.layout.codebook_size - 1)
+        tokens = tokens.astype(least)
+      self._kept[number] = shard.keys, shard.labels, tokens
+    keys, labels, tokens = self._kept[number]
     return dict(
-      tokens=tokens[at, view],
-      label=-1 if label is None else label,
-      key=shard.keys[at],
+      tokens=tokens[at, view].astype(np.int32),
+      label=-1 if labels[at] is None else labels[at],
+      key=keys[at],
       view=view,
     )
 
@@ -313,25 +328,22 @@ class Dump:
     Raises:
       UserError: it is damaged.
     """
-    if number not in self._read:
-      row = _finished(self.folder, number)
-      fields = {field.name for field in dataclasses.fields(Shard)}
-      shard = Shard(**{k: v for k, v in row.items() if k in fields})
-      # Not kept: grain sends a source to its processes, and no function goes.
-      form, folder = FORMATS[self.info['format']], self.folder / SHARDS
-      try:
-        found = _digest(folder, form.paths(self.layout, shard))
-      except OSError as e:
-        raise UserError(f'{e.filename}: {e.strerror}') from None
-      if found != row['sha256']:
-        raise UserError(
-          f'shard {number} of {self.folder} is damaged: its SHA-256 is '
-          f'{found[:12]}…, not {row["sha256"][:12]}…; remove '
-          f'{FINISHED}/{number:05}.json and run tokenize again'
-        )
-      tokens = form.read(folder, self.layout, shard)
-      self._read[number] = shard, tokens
-    return self._read[number]
+    row = _finished(self.folder, number)
+    fields = {field.name for field in dataclasses.fields(Shard)}
+    shard = Shard(**{k: v for k, v in row.items() if k in fields})
+    # Not kept: grain sends a source to its processes, and no function goes.
+    form, folder = FORMATS[self.info['format']], self.folder / SHARDS
+    try:
+      found = _digest(folder, form.paths(self.layout, shard))
+    except OSError as e:
+      raise UserError(f'{e.filename}: {e.strerror}') from None
+    if found != row['sha256']:
+      raise UserError(
+        f'shard {number} of {self.folder} is damaged: its SHA-256 is '
+        f'{found[:12]}…, not {row["sha256"][:12]}…; remove '
+        f'{FINISHED}/{number:05}.json and run tokenize again'
+      )
+    return shard, form.read(folder, self.layout, shard)
 
   def codebook(self) -> np.ndarray:
     """f32[K c], or [q K c] of several codes a token, q = 1 where they share a
