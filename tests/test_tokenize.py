@@ -184,8 +184,8 @@ def test_the_codebook_has_the_codes(tmp_path, kind):
 
 
 def test_ten_views_of_an_image():
-  """Corners by rows and the centre, of 1.1 times the size; boxes are where
-  they come from; then each mirrored."""
+  """Corners by rows and the centre, of a square of 1.1 times the size at the
+  centre; boxes are where they come from; then each mirrored."""
   ramp = np.stack(np.meshgrid(np.arange(200), np.arange(120), [9]), -1)
   image = Image.fromarray(ramp[:, :, 0].astype(np.uint8))  # x, y, 9
 
@@ -199,10 +199,8 @@ def test_ten_views_of_an_image():
   np.testing.assert_array_equal(found[5:], found[:5, :, ::-1])
   boxes = np.array(views.boxes[0])
   scale = 66 / 120
-  across, down = 200 * scale - 60, 6
-  corners = [
-    (0, 0), (0, across), (down, 0), (down, across), (down / 2, across / 2),
-  ]  # fmt: skip
+  left = (200 * scale - 66) / 2
+  corners = np.add([0, left], [(0, 0), (0, 6), (6, 0), (6, 6), (3, 3)])
   np.testing.assert_allclose(boxes[:, :2] * scale, corners, atol=0.51)
   np.testing.assert_allclose(np.ptp(boxes[:, ::2], 1), 60 / scale, atol=0.01)
   for view, (top, left, bottom, right) in zip(found[:5], boxes, strict=True):

@@ -74,13 +74,14 @@ class Job:
 class Views:
   """The views of a source's images, uint8 [v h w 3], at random.
 
-  One crop is the centre; five are the corners, from the top left by rows, and
-  the centre. Mirror images follow, in the same order. `boxes[i]` is there once
-  image i was read: [top, left, bottom, right] of each crop.
+  One crop is the centre. Five are the corners, from the top left by rows, and
+  the centre of the image's centre, a square of `side`, as LlamaGen has them.
+  Mirror images follow, in the same order. `boxes[i]` is there once image i was
+  read: [top, left, bottom, right] of each crop.
   """
 
   def __init__(self, source: Any, layout: Layout, side: int):
-    """`side`: of the shorter side before cropping."""
+    """`side`: what an image's shorter side becomes before it is cropped."""
     self._source, self._layout, self._side = source, layout, side
     self.boxes: dict[int, list[list[float]]] = {}
 
@@ -94,11 +95,19 @@ class Views:
 
     image, size = self._source.picture(index), self._layout.image_size
     w, h = image.size
-    full = pipeline.resized(h, w, self._side, size)
-    down, right = full[0] - size[0], full[1] - size[1]
-    corners = [(down // 2, right // 2)]
+    wider = self._side / min(size)
+    frame = tuple(max(n, round(n * wider)) for n in size)
+    full = pipeline.resized(h, w, self._side, frame)
+    top, left = ((a - b) // 2 for a, b in zip(full, size, strict=True))
+    corners = [(top, left)]
     if self._layout.crops == 5:
-      corners = [(0, 0), (0, right), (down, 0), (down, right), *corners]
+      above, before = ((a - b) // 2 for a, b in zip(full, frame, strict=True))
+      below = above + frame[0] - size[0]
+      after = before + frame[1] - size[1]
+      corners = [
+        *((y, x) for y in (above, below) for x in (before, after)),
+        *corners,
+      ]
     crops, boxes = zip(
       *(pipeline.window(image, full, corner, size) for corner in corners),
       strict=True,
@@ -421,7 +430,7 @@ def _layout(job: Job, form: Any, tokenizer: Any) -> tuple[Layout, int]:
     size = job.size, job.size
   shape = tokenizer.index_shape(*size)
   latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*size), '--size')
-  side = job.resize or round(min(size) * (_WIDER if job.crops == 5 else 1))
+  side = job.resize or int(min(size) * (_WIDER if job.crops == 5 else 1))
   if side < min(size):
     raise UserError(
       f'--resize={side} is less than the {min(size)} pixels of a crop'
