@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,7 @@ import numpy as np
 from absl import flags, logging
 
 from vqrae_jax import cli
-from vqrae_jax.errors import UserError, read_json
-from vqrae_jax.files import to_path
+from vqrae_jax.errors import UserError
 from vqrae_jax.paths import check_writable
 from vqrae_jax.tokens import FORMATS, Dump, Layout, Shard, Writer, find_format
 
@@ -168,13 +168,15 @@ class Worker:
   def _config(self) -> dict[str, Any]:
     """config.json of the dump."""
     from vqrae_jax import export
+    from vqrae_jax.models.tokenizer import describe
+    from vqrae_jax.ops import trees
 
     job, listing = self._job, self._listing
-    path = to_path(job.tokenizer) / export.CONFIG
+    model = json.loads(export.canonical_json(describe(self._tokenizer)))
     names = b'\n'.join(map(os.fsencode, listing.names))
     sizes = [p.stat().st_size for p in listing.paths] if self._of_files else []
     return dict(
-      fingerprint=read_json(path)['fingerprint'],  # verified when opened
+      fingerprint=export.fingerprint(model, trees.flatten(self._variables)),
       format=job.format,
       **dataclasses.asdict(self._layout),
       resize=self._side,
@@ -292,12 +294,13 @@ class Worker:
     return -(-self._job.batch_size // devices) * devices
 
   def _encoded(
-    self, batches: Iterator[tuple[np.ndarray, int]]
+    self, batches: Iterator[tuple[np.ndarray, list[int]]]
   ) -> Iterator[np.ndarray]:
     """i32[n *index_shape] of the rows of each batch that count."""
     pending = None
-    for images, n in batches:
-      encoded = self.encode(images), n  # dispatched, and not waited for
+    for images, owners in batches:
+      # Dispatched, and not waited for.
+      encoded = self.encode(images), len(owners)
       if pending is not None:
         yield np.asarray(pending[0])[: pending[1]]
       pending = encoded
@@ -422,12 +425,10 @@ def _check_flags(job: Job, form: Any) -> None:
 
 def _layout(job: Job, form: Any, tokenizer: Any) -> tuple[Layout, int]:
   """(what the indices are, the shorter side before cropping)."""
+  from vqrae_jax.export.bundle import native_size
   from vqrae_jax.models import latents
 
-  p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
-  size = tuple(p * n for n in tokenizer.latents_spec.grid or vit.grid)
-  if job.size:
-    size = job.size, job.size
+  size = (job.size, job.size) if job.size else native_size(tokenizer)
   shape = tokenizer.index_shape(*size)
   latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*size), '--size')
   side = job.resize or int(min(size) * (_WIDER if job.crops == 5 else 1))
@@ -539,7 +540,8 @@ def main(argv: list[str]) -> None:
 def define_job(values: flags.FlagValues) -> None:
   """The flags that a `Job` has fields for."""
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
+  text = 'a tokenizer directory, or hf:ORG/NAME'
+  flags.DEFINE_string('tokenizer', None, text, **keys)
   text = 'images: a folder, a glob, tar shards, ArrayRecord files, …'
   flags.DEFINE_string('data', None, text, **keys)
   flags.DEFINE_string('out', None, "the dump's folder", **keys)
