@@ -66,10 +66,15 @@ setup(
     # The photographs of `bundled:photos`, and so of the quick-start.
     'demo': ['scikit-image', 'scikit-learn'],
     'fast_jpeg': ['simplejpeg'],  # data.decoder="simplejpeg"
+    'hdf5': ['h5py'],  # tokenize --format=hdf5
+    'parquet': ['pyarrow'],  # tokenize --format=parquet
+    'ray': ['ray[data]>=2.60,<2.61'],  # examples/ray_tokenize.py
     'unit': UNIT,
     'test': [
       *UNIT,
       'diffusers>=0.42,<0.43',  # its AutoencoderRAE is a format of `convert`
+      'h5py',
+      'pyarrow',
       'simplejpeg',
       'torch',
       'vector-quantize-pytorch',

@@ -123,7 +123,7 @@ def bounded_memory():
 INTEGRATION = {
   'contract', 'train', 'test_bad_inputs', 'test_bad_luck', 'test_commands',
   'test_evaluate', 'test_latent_stats', 'test_launch', 'test_preflight',
-  'test_quickstart',
+  'test_quickstart', 'test_tokenize',
 }  # fmt: skip
 
 

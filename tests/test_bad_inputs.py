@@ -10,7 +10,14 @@ import jax
 import pytest
 
 from tests import bad
-from vqrae_jax import doctor, export, latent_stats, push, reconstruct_images
+from vqrae_jax import (
+  doctor,
+  export,
+  latent_stats,
+  push,
+  reconstruct_images,
+  tokenize,
+)
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import __main__ as evaluate
 from vqrae_jax.export import __main__ as bundle
@@ -70,6 +77,20 @@ COMMANDS = [
   (push, '--tokenizer=tok/edited --repo=a/b', 'fingerprint'),
   (push, '--tokenizer=other --run=run --repo=a/b', '--run=run.*another'),
   (push, '--tokenizer=other --run=photos --repo=a/b', '--run=photos'),
+  (tokenize, '--tokenizer=tokenizer --data=photos', '--out'),
+  (tokenize, '--tokenizer=nowhere --data=photos --out=new', 'nowhere'),
+  (tokenize, '--tokenizer=tokenizer --data=hollow --out=new', '"hollow"'),
+  (
+    tokenize,
+    '--tokenizer=tokenizer --data=photos --out=photos',
+    '--out=photos',
+  ),
+  (tokenize, '--tokenizer=tokenizer --data=photos --out=notes.txt', '--out'),
+  (
+    tokenize,
+    '--tokenizer=tokenizer --data=photos --out=/proc/x',
+    '--out=/proc',
+  ),
   (reconstruct_images, '', '--tokenizer'),
   (reconstruct_images, '--tokenizer=tokenizer --out=out', '--images'),
   (reconstruct_images, '--tokeniser=tokenizer', '"tokenizer"'),

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(vqrae_jax.__file__).parent
 # A package or module imports those of a lower row only (and row 0 itself).
 ORDER = (
   {'errors', 'files', 'paths', 'plugins', 'specs', 'types', 'ops'},
-  {'nn', 'programs', 'weights'},
+  {'nn', 'programs', 'tokens', 'weights'},
   {'quantizers', 'encoders'},
   {'models', 'losses', 'optim', 'sharding', 'data', 'hosts'},
   {'pretrained', 'inference'},
@@ -19,7 +19,7 @@ ORDER = (
   {'train'},
   {
     'cli', 'convert', 'doctor', 'fetch_weights', 'latent_stats', 'preflight',
-    'push', 'reconstruct_images',
+    'push', 'reconstruct_images', 'tokenize',
   },
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
@@ -38,7 +38,8 @@ ONLY = {
   'losses': {'nn', 'weights', 'types', 'ops', 'specs', 'errors'},
   'optim': {'ops', 'specs', 'types', 'errors'},
   'sharding': {'ops', 'specs', 'types', 'errors'},
-  'data': {'specs', 'files', 'paths', 'errors'},
+  'tokens': {'files', 'errors'},
+  'data': {'tokens', 'specs', 'files', 'paths', 'errors'},
 }
 
 
@@ -79,8 +80,9 @@ def test_import_order():
 
 
 def test_data_and_encoders_need_no_device():
-  """`data` touches no device, and `encoders` is data for tables."""
-  for room, banned in (('data', {'jax', 'flax'}), ('encoders', {'jax'})):
+  """`data` and `tokens` touch no device, `encoders` is data for tables."""
+  rooms = dict(data={'jax', 'flax'}, tokens={'jax', 'flax'}, encoders={'jax'})
+  for room, banned in rooms.items():
     for path in (PACKAGE / room).rglob('*.py'):
       assert not {n.split('.')[0] for n in imports(path)} & banned, path
 

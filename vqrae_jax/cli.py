@@ -28,6 +28,7 @@ COMMANDS = {
   'preflight': 'what a run takes on devices that need not be there',
   'evaluate': 'PSNR, SSIM, LPIPS, rFID, usage and probes of a tokenizer',
   'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
+  'tokenize': 'the indices of a data set, in files that trainers read',
   'doctor': 'the health of a codebook on images, with remedies',
   'latent_stats': "mean and variance of an encoder's latents",
   'fetch_weights': 'download the published weights that a config needs',

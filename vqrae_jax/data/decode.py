@@ -20,8 +20,9 @@ import io
 import itertools
 import os
 import pathlib
+import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -68,6 +69,10 @@ class ImageDecodeError(UserError):
     # One line, whatever a library had to say.
     self.where, self.reason = where, ' '.join(str(reason).split())[:200]
     super().__init__(f'cannot read the image {where}: {self.reason}')
+
+
+class NoImageError(UserError):
+  """A file that can be opened and holds no image that can be read."""
 
 
 def decode(
@@ -215,14 +220,17 @@ class EncodedImages:
 
   What all sources of encoded bytes share: decoding, sizes, names, labels and
   the choice of some rows. A source adds `_bytes(row)`, which gives an encoded
-  image or raises `ImageDecodeError` or OSError, `_name(row)`, `_title(row)` and
-  `_label(row)`.
+  image or raises `ImageDecodeError` or OSError, `_name(row)`, `_title(row)`,
+  `_key(row)` and `_label(row)`.
 
   Attributes:
     classes: the names of labels 0, 1, …; None where labels have no names.
+    damaged: {file: why} of tars that end early; their images before that are
+      used.
   """
 
   classes: list[str] | None = None
+  damaged: Mapping[str, str] = types.MappingProxyType({})
   _decoding: tuple = ('pil',)  # arguments of `decode`
 
   def __init__(self, listing: Listing, counts: Sequence[int]):
@@ -250,6 +258,11 @@ class EncodedImages:
   def name(self, index: int) -> str:
     """The unique name of an image in the source."""
     return self._name(int(self._rows[index]))
+
+  def key(self, index: int) -> str:
+    """The name of an image in its folder or file: a path, a tar's member, the
+    number of a record."""
+    return self._key(int(self._rows[index]))
 
   @property
   def names(self) -> list[str]:

@@ -40,11 +40,13 @@ class Listing:
     root: the folder.
     names: paths relative to it.
     kind: a key of `KINDS`.
+    classes: whether sub-folders of image files are classes.
   """
 
   root: pathlib.Path
   names: list[str]
   kind: str
+  classes: bool = True
 
   @property
   def paths(self) -> list[pathlib.Path]:
@@ -190,8 +192,8 @@ def _of_one_kind(data: str, root: pathlib.Path, names: list[str]) -> Listing:
 
 
 def images_at(paths: Iterable[pathlib.Path]) -> Listing:
-  """Given image files, in their own order."""
-  return Listing(*_below([os.path.abspath(p) for p in paths]), 'image')
+  """Given image files, in their own order, of no class."""
+  return Listing(*_below([os.path.abspath(p) for p in paths]), 'image', False)
 
 
 def _below(files: Iterable[str]) -> tuple[pathlib.Path, list[str]]:

@@ -64,16 +64,6 @@ class Augment:
     return 2 * max(np.max(self.resize).item(), *self.size)
 
 
-def _target_side(h: int, w: int, augment: Augment, rng) -> int:
-  side = augment.resize or min(h, w)
-  if isinstance(side, tuple):
-    low, high = side
-    side = round(low * (high / low) ** rng.random())
-  # Never smaller than the crop, on either side.
-  fit = max(augment.size[0] * min(h, w) / h, augment.size[1] * min(h, w) / w)
-  return max(side, math.ceil(fit))
-
-
 def augment_image(
   image: np.ndarray | Image.Image, augment: Augment, rng: np.random.Generator
 ) -> np.ndarray:
@@ -89,26 +79,52 @@ def augment_image(
   if augment.crop == 'squash':
     image = image.resize((cw, ch), Image.BICUBIC, reducing_gap=3)
     return _flipped(image, augment, rng)
-  side = _target_side(h, w, augment, rng)
-  # All of the image at its new size, of which the crop is a window.
-  rh, rw = (max(side, round(n * side / min(h, w))) for n in (h, w))
+  side = augment.resize or min(h, w)
+  if isinstance(side, tuple):
+    low, high = side
+    side = round(low * (high / low) ** rng.random())
+  rh, rw = resized(h, w, side, augment.size)
   if augment.crop == 'random':
     top, left = rng.integers(rh - ch + 1), rng.integers(rw - cw + 1)
   else:
     top, left = (rh - ch) // 2, (rw - cw) // 2
-  if (rh, rw) == (h, w):
-    image = image.crop((left, top, left + cw, top + ch))
-  else:
-    box = (
-      left * w / rw,
-      top * h / rh,
-      (left + cw) * w / rw,
-      (top + ch) * h / rh,
-    )
-    box = tuple(map(min, box, (w, h, w, h)))
-    # Shrinks by whole factors first where three pixels or more become one.
-    image = image.resize((cw, ch), Image.BICUBIC, box=box, reducing_gap=3)
+  image, _ = window(image, (rh, rw), (top, left), augment.size)
   return _flipped(image, augment, rng)
+
+
+def resized(
+  h: int, w: int, side: int, size: tuple[int, int]
+) -> tuple[int, int]:
+  """(h, w) of all of an image whose shorter side becomes `side`, or what a
+  window of `size` needs."""
+  fit = max(size[0] * min(h, w) / h, size[1] * min(h, w) / w)
+  side = max(side, math.ceil(fit))
+  rh, rw = (max(side, round(n * side / min(h, w))) for n in (h, w))
+  return rh, rw
+
+
+def window(
+  image: Image.Image,
+  full: tuple[int, int],
+  corner: tuple[int, int],
+  size: tuple[int, int],
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+  """A window of an image resized to `full`, and where it lies in the image:
+  (left, top, right, bottom) in its pixels, which may be fractions.
+
+  Args:
+    image: RGB.
+    full: (h, w) of all of the image at its new size.
+    corner: (top, left) of the window in that.
+    size: (h, w) of the window.
+  """
+  (w, h), (rh, rw), (top, left), (ch, cw) = image.size, full, corner, size
+  box = left * w / rw, top * h / rh, (left + cw) * w / rw, (top + ch) * h / rh
+  box = tuple(map(min, box, (w, h, w, h)))
+  if (rh, rw) == (h, w):
+    return image.crop((left, top, left + cw, top + ch)), box
+  # Shrinks by whole factors first where three pixels or more become one.
+  return image.resize((cw, ch), Image.BICUBIC, box=box, reducing_gap=3), box
 
 
 def _flipped(image: Image.Image, augment: Augment, rng) -> np.ndarray:

@@ -3,76 +3,42 @@
 A record is the bytes of an encoded image, or a tf.train.Example with one in a
 bytes feature and perhaps a label in an int64 feature. Arrays of raw pixels are
 not read.
-
-Examples are read without tensorflow, by protobuf and the messages of
-tensorflow/core/example/{example,feature}.proto.
 """
 
 import concurrent.futures
 import contextlib
-import functools
 import pathlib
 from collections.abc import Iterator
 
-from vqrae_jax.data.decode import EncodedImages, ImageDecodeError, is_encoded
+from vqrae_jax.data.decode import (
+  EncodedImages,
+  ImageDecodeError,
+  NoImageError,
+  is_encoded,
+)
 from vqrae_jax.data.listing import Listing
-from vqrae_jax.errors import UserError
+from vqrae_jax.tokens import example
 
-# Example's features but those of floats, which are unknown here, and skipped.
-_MESSAGES = """
-  name: "example" syntax: "proto3"
-  message_type { name: "Example"
-    field { name: "features" number: 1 type_name: "Features" } }
-  message_type { name: "Features" field { name: "feature"
-    number: 1 label: LABEL_REPEATED type_name: "Entry" } }
-  message_type { name: "Entry"
-    field { name: "key" number: 1 type: TYPE_STRING }
-    field { name: "value" number: 2 type_name: "Feature" } }
-  message_type { name: "Feature"
-    field { name: "bytes_list" number: 1 type_name: "BytesList" }
-    field { name: "int64_list" number: 3 type_name: "Int64List" } }
-  message_type { name: "BytesList" field { name: "value"
-    number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
-  message_type { name: "Int64List" field { name: "value"
-    number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
-"""
 # As TFDS, the TFRecord convention and webdataset call an encoded image.
 KEYS = ('image', 'image/encoded', 'jpg', 'jpeg', 'png', 'webp')
 # As TFDS and the TFRecord convention (which counts from 1) call a label.
 LABELS = ('label', 'image/class/label')
 
 
-@functools.cache
-def _example_class() -> type:
-  from google.protobuf import (
-    descriptor_pb2,
-    descriptor_pool,
-    message_factory,
-    text_format,
-  )
-
-  file = text_format.Parse(_MESSAGES, descriptor_pb2.FileDescriptorProto())
-  pool = descriptor_pool.DescriptorPool()
-  pool.Add(file)
-  return message_factory.GetMessageClass(pool.FindMessageTypeByName('Example'))
-
-
-def _first_values(record: bytes, kind: str) -> dict:
-  """{feature: its first value} of one kind, "bytes_list" or "int64_list".
+def _first_values(record: bytes, kind: type) -> dict:
+  """{feature: its first value} of an Example's features of bytes or of ints.
 
   Raises:
     ValueError: no Example.
   """
-  from google.protobuf.message import DecodeError
-
   try:
-    entries = _example_class().FromString(record).features.feature
-  except DecodeError:
+    features = example.decode(record)
+  except ValueError:
     raise ValueError(
       'a record that is neither an encoded image nor a tf.train.Example'
     ) from None
-  found = {e.key: getattr(e.value, kind).value for e in entries}
-  return {key: values[0] for key, values in found.items() if values}
+  first = {key: values[0] for key, values in features.items() if values}
+  return {key: value for key, value in first.items() if type(value) is kind}
 
 
 def image_bytes(record: bytes) -> bytes:
@@ -81,7 +47,7 @@ def image_bytes(record: bytes) -> bytes:
   Raises:
     ValueError: no Example, or none of `KEYS` in it.
   """
-  features = _first_values(record, 'bytes_list')
+  features = _first_values(record, bytes)
   for key in KEYS:
     if features.get(key):
       return features[key]
@@ -98,7 +64,7 @@ def label_of(record: bytes) -> int | None:
   Raises:
     ValueError: no Example.
   """
-  features = _first_values(record, 'int64_list')
+  features = _first_values(record, int)
   return next((features[key] for key in LABELS if key in features), None)
 
 
@@ -112,17 +78,22 @@ class Records(EncodedImages):
     """Opens every file to count its records.
 
     Raises:
-      UserError: a file that is no ArrayRecord, or no record in any.
+      NoImageError: a file that is no ArrayRecord, or no record in any.
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
       self._sources = list(pool.map(_source, listing.paths))
     super().__init__(listing, [len(source) for source in self._sources])
     if not len(self):
-      raise UserError(f'the ArrayRecord file {self.paths[0]} holds no record')
+      raise NoImageError(
+        f'the ArrayRecord file {self.paths[0]} holds no record'
+      )
 
   def _name(self, row: int) -> str:
     file, record = self._place(row)
     return f'{self._listing.names[file]}:{record}'
+
+  def _key(self, row: int) -> str:
+    return str(self._place(row)[1])
 
   def _title(self, row: int) -> str:
     file, record = self._place(row)
@@ -163,4 +134,6 @@ def _source(path: pathlib.Path):
     return array_record_data_source.ArrayRecordDataSource([str(path)])
   except RuntimeError as e:
     why = ' '.join(str(e).split()) or 'it is truncated or no ArrayRecord'
-    raise UserError(f'cannot read the ArrayRecord file {path}: {why}') from None
+    raise NoImageError(
+      f'cannot read the ArrayRecord file {path}: {why}'
+    ) from None

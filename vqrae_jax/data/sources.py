@@ -31,12 +31,11 @@ class ImageFiles(EncodedImages):
   """
 
   def __init__(self, listing: Listing, keep: bool = False):
-    """`keep` holds decoded images in memory: for a few files only, which have
-    no classes."""
+    """`keep` holds decoded images in memory: for a few files only."""
     super().__init__(listing, [len(listing.names)])
     self._kept: dict[tuple, Image.Image] | None = {} if keep else None
     folders = sorted({_folder(name) for name in listing.names})
-    if len(folders) > 1 and '' not in folders and not keep:
+    if listing.classes and len(folders) > 1 and '' not in folders:
       self.classes = folders
       self._numbers = {name: i for i, name in enumerate(folders)}
 
@@ -47,6 +46,8 @@ class ImageFiles(EncodedImages):
 
   def _name(self, row: int) -> str:
     return self._listing.names[row]
+
+  _key = _name
 
   def _title(self, row: int) -> str:
     return pathlib.PurePath(self._name(row)).stem
@@ -97,6 +98,28 @@ def _bundled() -> list[pathlib.Path]:
   return sorted(paths, key=lambda p: p.stem)
 
 
+def list_source(data: str) -> Listing:
+  """The files that `data` of `open_source` names; none is opened.
+
+  Raises:
+    UserError: nothing there, or several kinds of files.
+  """
+  if data == 'bundled:photos':
+    return images_at(_bundled())
+  if data.startswith('bundled:'):
+    raise UserError(f'unknown data "{data}"; did you mean "bundled:photos"?')
+  return list_data(data)
+
+
+def open_listing(listing: Listing) -> EncodedImages:
+  """The images in some files.
+
+  Raises:
+    UserError: a file that cannot be opened, or no image in any.
+  """
+  return _KINDS[listing.kind](listing)
+
+
 def open_source(
   data: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> EncodedImages:
@@ -113,13 +136,11 @@ def open_source(
     UserError: nothing there, nothing left, several kinds of files, or a glob
       that matches nothing.
   """
-  if data == 'bundled:photos':
-    source = ImageFiles(images_at(_bundled()), keep=True)
-  elif data.startswith('bundled:'):
-    raise UserError(f'unknown data "{data}"; did you mean "bundled:photos"?')
+  found = list_source(data)
+  if data.startswith('bundled:'):
+    source = ImageFiles(found, keep=True)
   else:
-    found = list_data(data)
-    source = _KINDS[found.kind](found)
+    source = open_listing(found)
   if not (include or exclude):
     return source
   names, patterns = source.names, (*include, *exclude)

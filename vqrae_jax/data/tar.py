@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from vqrae_jax.data.decode import EncodedImages, read_bytes
+from vqrae_jax.data.decode import EncodedImages, NoImageError, read_bytes
 from vqrae_jax.data.listing import EXTENSIONS, Listing
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
@@ -181,12 +181,16 @@ class TarShards(EncodedImages):
     """Indexes every shard.
 
     Raises:
-      UserError: no image in any, or a shard that cannot be opened.
+      NoImageError: no image in any.
+      UserError: a shard that cannot be opened.
     """
     # Threads help where shards lie across a network.
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
       found = list(pool.map(_index, listing.paths))
     images, self._stamps, damage = zip(*found, strict=True)
+    self.damaged = {
+      name: why for name, why in zip(listing.names, damage, strict=True) if why
+    }
     super().__init__(listing, [len(shard) for shard in images])
     self._samples = [sample for shard in images for sample in shard]
     if not self._samples:
@@ -194,17 +198,20 @@ class TarShards(EncodedImages):
       if not held:
         ends = sorted({os.path.splitext(name)[1] for name, *_ in walk(first)})
         held = f'it holds {", ".join(ends) or "nothing"}'
-      raise UserError(
+      raise NoImageError(
         f'the tar {first} (of {len(self.paths)}) holds no image, no member '
         f'such as KEY.jpg or KEY.png: {held}'
       )
 
   def _name(self, row: int) -> str:
     shard, _ = self._place(row)
-    return f'{self._listing.names[shard]}:{self._samples[row][0]}'
+    return f'{self._listing.names[shard]}:{self._key(row)}'
+
+  def _key(self, row: int) -> str:
+    return self._samples[row][0]
 
   def _title(self, row: int) -> str:
-    return pathlib.PurePath(self._samples[row][0]).name.split('.')[0]
+    return pathlib.PurePath(self._key(row)).name.split('.')[0]
 
   def _label(self, row: int) -> int | None:
     return self._samples[row][3]

@@ -1,0 +1,411 @@
+"""A dump of tokens on disk: many shards, each written whole or not at all.
+
+  config.json            what the dump was started with
+  codebook.npy           f32[K c], or [q K c] of several codes a token, [1 K c]
+                         where they share a table; not of over 2^20 codes
+  shards/                what a trainer reads (`formats.py`), and nothing else
+  finished/00012.json    shard 12: SHA-256, keys, labels, boxes, skipped images
+  dataset.json           totals and shards, once all of them are finished
+  README.md              the card: how a trainer reads it
+
+A shard is written in a folder of its own, `.00012.*.writing`, whose files are
+then moved into `shards/`; `finished/00012.json` comes last, and a shard without
+it is written again. So workers exchange nothing: each writes its shards, and
+whoever finds all of them finished writes the last two files, whose bytes are
+the same for everyone.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vqrae_jax.errors import UserError, read_json
+from vqrae_jax.files import atomic_write
+from vqrae_jax.tokens.formats import FORMATS, Layout, Shard, find_format
+
+FORMAT_VERSION = 1
+CONFIG, DATASET, CARD = 'config.json', 'dataset.json', 'README.md'
+CODEBOOK, SHARDS, FINISHED = 'codebook.npy', 'shards', 'finished'
+# Of config.json, what may differ between the workers of one dump.
+_FREE = ('data', 'versions')
+
+
+def _json(value: Any) -> bytes:
+  return (json.dumps(value, indent=1) + '\n').encode()
+
+
+def _layout(config: Mapping) -> Layout:
+  fields = {field.name for field in dataclasses.fields(Layout)}
+  return Layout(**{k: v for k, v in config.items() if k in fields})
+
+
+class Writer:
+  """Writes shards of one dump into a folder, which others may do too."""
+
+  def __init__(self, folder: pathlib.Path, config: Mapping[str, Any]):
+    """Starts the dump, or joins one that was started alike.
+
+    Args:
+      folder: made if absent.
+      config: of config.json: fingerprint, format, shard_count, the fields of
+        `Layout`, "data" and "versions", and whatever else must be alike for
+        all workers.
+
+    Raises:
+      UserError: the folder holds something else.
+    """
+    self.folder = folder
+    self._config = {'format_version': FORMAT_VERSION, **config}
+    self.layout = _layout(config)
+    self._format = find_format(config['format'])
+    path = folder / CONFIG
+    if not path.exists():
+      folder.mkdir(parents=True, exist_ok=True)
+      if any(p.suffix != '.writing' for p in folder.iterdir()):
+        raise UserError(f'--out={folder} holds no dump; name an empty folder')
+      with atomic_write(path) as file:
+        file.write(_json(self._config))
+    # Also what was written just now, for another may have begun too.
+    before, now = read_json(path), json.loads(_json(self._config))
+    if 'shard_count' not in before:
+      raise UserError(f'--out={folder} holds no dump; name an empty folder')
+    for name in sorted({*before, *now} - {*_FREE}):
+      if before.get(name) != now.get(name):
+        raise UserError(
+          f'--out={folder} holds a dump with {name}='
+          f'{_short(before.get(name))}, not {_short(now.get(name))}; name '
+          'another folder'
+        )
+    for name in (SHARDS, FINISHED):
+      (folder / name).mkdir(exist_ok=True)
+
+  @property
+  def finished(self) -> set[int]:
+    """Numbers of the shards that are."""
+    names = os.listdir(self.folder / FINISHED)
+    return {int(n[:-5]) for n in names if n.endswith('.json')}
+
+  def write(
+    self,
+    shard: Shard,
+    tokens: np.ndarray,
+    source: str,
+    skipped: Sequence[tuple[str, str]] = (),
+  ) -> None:
+    """Writes a shard whole, in the place of whatever a killed worker left.
+
+    Args:
+      shard: its images.
+      tokens: i32[n v *index_shape].
+      source: what its images are, for dataset.json.
+      skipped: (key, reason) of images of it that could not be read.
+
+    Raises:
+      UserError: an index that the format cannot hold, or an image without the
+        label that it needs.
+    """
+    self._check(shard, tokens)
+    for stale in self.folder.glob(f'.{shard.number:05}.*.writing'):
+      shutil.rmtree(stale, ignore_errors=True)
+    with self._scratch(f'{shard.number:05}') as scratch:
+      self._format.write(scratch, self.layout, shard, tokens)
+      paths = self._format.paths(self.layout, shard)
+      row = dict(
+        number=shard.number,
+        source=source,
+        images=len(shard),
+        files=len(paths),
+        sha256=_digest(scratch, paths),
+        first=shard.first,
+        skipped=list(map(list, skipped)),
+        keys=list(shard.keys),
+        labels=list(shard.labels),
+        positions=list(map(int, shard.positions)),
+        boxes=shard.boxes,
+      )
+      (scratch / FINISHED).write_bytes((json.dumps(row) + '\n').encode())
+      for path in (*paths, FINISHED):
+        _to_disk(scratch / path)
+      for path in paths:
+        target = self.folder / SHARDS / path
+        target.parent.mkdir(exist_ok=True)
+        os.replace(scratch / path, target)
+      last = self.folder / FINISHED / f'{shard.number:05}.json'
+      os.replace(scratch / FINISHED, last)
+
+  def _check(self, shard: Shard, tokens: np.ndarray) -> None:
+    name = self._config['format']
+    if not self._format.left_out and tokens.min(initial=0) < 0:
+      raise UserError(
+        f'--format={name} cannot hold -1, which stands for a code that is left '
+        'out; --format=webdataset can'
+      )
+    if self._format.labelled and None in shard.labels:
+      key = shard.keys[list(shard.labels).index(None)]
+      raise UserError(
+        f'the image {key} has no label, which --format={name} needs: a '
+        'sub-folder for each class, or a member KEY.cls in a tar'
+      )
+
+  @contextlib.contextmanager
+  def _scratch(self, what: str) -> Iterator[pathlib.Path]:
+    folder = self.folder / f'.{what}.{uuid.uuid4().hex}.writing'
+    folder.mkdir()
+    try:
+      yield folder
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
+
+  def write_codebook(self, table: np.ndarray | None) -> None:
+    """Writes codebook.npy, if there is a table and no file yet."""
+    if table is not None and not (self.folder / CODEBOOK).exists():
+      with atomic_write(self.folder / CODEBOOK) as file:
+        np.save(file, table)
+
+  def finish(self) -> dict | None:
+    """Writes dataset.json and the card and removes what killed workers left,
+    if all shards are finished; the dataset, or None."""
+    numbers = range(self._config['shard_count'])
+    if not self.finished.issuperset(numbers):
+      return None
+    dataset = self._dataset(numbers)
+    files = {DATASET: _json(dataset), CARD: card(dataset).encode()}
+    # Another worker may be here too, and sweep what this one is writing: then
+    # it has written the same.
+    with contextlib.suppress(FileNotFoundError):
+      for name, data in files.items():
+        with atomic_write(self.folder / name) as file:
+          file.write(data)
+    for stale in self.folder.glob('.*.writing'):
+      if stale.is_dir():
+        shutil.rmtree(stale, ignore_errors=True)
+      else:
+        stale.unlink(missing_ok=True)
+    return dataset
+
+  def _dataset(self, numbers: range) -> dict:
+    brief = 'number', 'source', 'images', 'files', 'sha256'
+    shards, skipped = [], []
+    for number in numbers:  # of whose images not all fit into memory
+      row = _finished(self.folder, number)
+      shards.append({name: row[name] for name in brief})
+      skipped += [[row['source'], *image] for image in row['skipped']]
+    images = sum(shard['images'] for shard in shards)
+    layout = self.layout
+    return read_json(self.folder / CONFIG) | dict(
+      pad=layout.pad if self._format.sequences else None,
+      vocabulary=layout.vocabulary,
+      images=images,
+      rows=images * layout.views,
+      dtype=self._format.dtype(layout),
+      tokens=images * layout.views * int(np.prod(layout.index_shape)),
+      skipped=skipped,
+      shards=shards,
+    )
+
+
+def _short(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 40 else f'{text[:37]}…'
+
+
+def _digest(folder: pathlib.Path, paths: Sequence[str]) -> str:
+  """The SHA-256 of a shard's files, one after another."""
+  digest = hashlib.sha256()
+  for path in paths:
+    with open(folder / path, 'rb') as file:
+      while block := file.read(1 << 20):
+        digest.update(block)
+  return digest.hexdigest()
+
+
+def _to_disk(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _finished(folder: pathlib.Path, number: int) -> dict:
+  path = folder / FINISHED / f'{number:05}.json'
+  try:  # of any length, unlike `read_json`
+    return json.loads(path.read_bytes())
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f'{path} is damaged: {e}; remove it and run tokenize again'
+    ) from None
+
+
+class Dump:
+  """The rows of a finished dump, at random: a source for grain.
+
+  Row i is view i % v of image i // v. A shard is read, and compared with its
+  SHA-256, when the first of its rows is; its indices then stay in memory, at 2
+  bytes each of up to 65,536 codes.
+
+  Attributes:
+    info: dataset.json.
+    layout: what the indices are.
+  """
+
+  def __init__(self, folder: str | os.PathLike, fingerprint: str | None = None):
+    """See `open_dump`."""
+    self.folder = pathlib.Path(folder).expanduser()
+    if not (self.folder / CONFIG).is_file():
+      raise UserError(f'{folder} holds no dump of tokens: no {CONFIG}')
+    config = read_json(self.folder / CONFIG)
+    if 'shard_count' not in config:
+      raise UserError(f'{folder} holds no dump of tokens: {CONFIG} is another')
+    if config.get('format_version') != FORMAT_VERSION:
+      raise UserError(
+        f'{folder} has format version {config.get("format_version")}, this '
+        f'package reads {FORMAT_VERSION}'
+      )
+    if fingerprint is not None and config['fingerprint'] != fingerprint:
+      raise UserError(
+        f'{folder} holds tokens of another tokenizer: its fingerprint is '
+        f'{config["fingerprint"][:12]}…, and {fingerprint[:12]}… is wanted'
+      )
+    if not (self.folder / DATASET).is_file():
+      done = len(os.listdir(self.folder / FINISHED))
+      raise UserError(
+        f'{folder} is not finished: {done} of {config["shard_count"]} shards '
+        'are; the same command writes the others'
+      )
+    self.info = read_json(self.folder / DATASET)
+    self.layout = _layout(self.info)
+    find_format(self.info['format'])
+    counts = [shard['images'] for shard in self.info['shards']]
+    self._starts = np.concatenate([[0], np.cumsum(counts)])
+    self._kept: dict[int, tuple[Sequence, Sequence, np.ndarray]] = {}
+
+  def __len__(self) -> int:
+    return self.info['rows']
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """{"tokens": i32[*index_shape], "label": int, -1 for none, "key": str,
+    "view": int} of a row.
+
+    Raises:
+      UserError: its shard is damaged.
+    """
+    if not -len(self) <= index < len(self):
+      raise IndexError(f'row {index} of {len(self)}')
+    image, view = divmod(index % len(self), self.layout.views)
+    number, at = self.place(image)
+    if number not in self._kept:
+      shard, tokens = self.shard(number)
+      if tokens.min(initial=0) >= 0:
+        least = np.min_scalar_type(self.layout.codebook_size - 1)
+        tokens = tokens.astype(least)
+      self._kept[number] = shard.keys, shard.labels, tokens
+    keys, labels, tokens = self._kept[number]
+    return dict(
+      tokens=tokens[at, view].astype(np.int32),
+      label=-1 if labels[at] is None else labels[at],
+      key=keys[at],
+      view=view,
+    )
+
+  def place(self, image: int) -> tuple[int, int]:
+    """(shard, which of its images) an image of the dump is."""
+    number = int(np.searchsorted(self._starts, image, 'right')) - 1
+    return number, image - int(self._starts[number])
+
+  def shard(self, number: int) -> tuple[Shard, np.ndarray]:
+    """(images, their indices i32[n v *index_shape]) of a shard.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    row = _finished(self.folder, number)
+    fields = {field.name for field in dataclasses.fields(Shard)}
+    shard = Shard(**{k: v for k, v in row.items() if k in fields})
+    # Not kept: grain sends a source to its processes, and no function goes.
+    form, folder = FORMATS[self.info['format']], self.folder / SHARDS
+    try:
+      found = _digest(folder, form.paths(self.layout, shard))
+    except OSError as e:
+      raise UserError(f'{e.filename}: {e.strerror}') from None
+    if found != row['sha256']:
+      raise UserError(
+        f'shard {number} of {self.folder} is damaged: its SHA-256 is '
+        f'{found[:12]}…, not {row["sha256"][:12]}…; remove '
+        f'{FINISHED}/{number:05}.json and run tokenize again'
+      )
+    return shard, form.read(folder, self.layout, shard)
+
+  def codebook(self) -> np.ndarray:
+    """f32[K c], or [q K c] of several codes a token, q = 1 where they share a
+    table."""
+    return np.load(self.folder / CODEBOOK)
+
+
+def open_dump(
+  folder: str | os.PathLike, fingerprint: str | None = None
+) -> Dump:
+  """Opens a finished dump.
+
+  Args:
+    folder: that of `tokenize --out`.
+    fingerprint: of the tokenizer that the tokens must be of: "fingerprint" in
+      its config.json. None takes any.
+
+  Raises:
+    UserError: no dump, not finished, or of another tokenizer.
+  """
+  return Dump(folder, fingerprint)
+
+
+def card(dataset: Mapping[str, Any]) -> str:
+  """README.md of a dump, from its dataset.json."""
+  layout, form = _layout(dataset), FORMATS[dataset['format']]
+  shape = ' × '.join(map(str, layout.index_shape))
+  h, w = layout.image_size
+  lines = [
+    '# Tokens of images',
+    '',
+    f'{dataset["images"]:,} images, {dataset["rows"]:,} rows of '
+    f'{dataset["tokens"] // max(dataset["rows"], 1):,} indices, '
+    f'{len(dataset["skipped"]):,} images skipped (`{DATASET}` lists them).',
+    '',
+    f'- tokenizer: `{dataset["fingerprint"]}`',
+    f'- indices of a row: {shape} in [0, {layout.codebook_size}), of '
+    f'{h} × {w} pixels, flattened in C order',
+    f'- views of an image: {layout.views} ({layout.crops} '
+    f'crop{"s" * (layout.crops > 1)}'
+    f'{", then their mirror images" * layout.flip})',
+    f'- format: {form.about}',
+  ]
+  if form.sequences:
+    ends = [
+      f'{name} {value}'
+      for name, value in (('bos', layout.bos), ('eod', layout.eod))
+      if value is not None
+    ]
+    lines += [
+      f'- ids: index + {layout.offset}; {", ".join(ends) or "no bos, no eod"}; '
+      f'vocabulary {layout.vocabulary}',
+      f'- pad id: {layout.pad}, which no row has',
+    ]
+  text = form.card.format(
+    pad=layout.pad, vocabulary=layout.vocabulary, eod=layout.eod, shape=shape
+  )
+  lines += [
+    '',
+    text,
+    '',
+    '`vqrae_jax.tokens.open_dump(DIR)` reads it in numpy and as a source of '
+    'grain.',
+  ]
+  return '\n'.join(lines) + '\n'
