@@ -56,6 +56,8 @@ test-unit: $(VENV)/.test
 	$(PYTEST) -m 'not slow and not integration'
 
 test-slow: $(VENV)/.test
+	$(QUIET) $(BIN)/python -m pip install -q -c constraints.txt $(EDITABLE) \
+	  '.[gradio]' playwright
 	$(PYTEST) -m slow
 	for isa in AVX2 SSE4_2; do \
 	  XLA_FLAGS=--xla_cpu_max_isa=$$isa $(PYTEST) -m 'not slow' || exit 1; done

@@ -65,6 +65,7 @@ setup(
     'tpu': ['jax[tpu]'],
     # The photographs of `bundled:photos`, and so of the quick-start.
     'demo': ['scikit-image', 'scikit-learn'],
+    'gradio': ['gradio>=6'],  # the page of `demo`
     'fast_jpeg': ['simplejpeg'],  # data.decoder="simplejpeg"
     'hdf5': ['h5py'],  # tokenize --format=hdf5
     'parquet': ['pyarrow'],  # tokenize --format=parquet

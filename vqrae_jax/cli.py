@@ -29,6 +29,7 @@ COMMANDS = {
   'evaluate': 'PSNR, SSIM, LPIPS, rFID, usage and probes of a tokenizer',
   'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
   'tokenize': 'the indices of a data set, in files that trainers read',
+  'demo': 'a web page that shows an image, its tokens and its reconstruction',
   'doctor': 'the health of a codebook on images, with remedies',
   'latent_stats': "mean and variance of an encoder's latents",
   'fetch_weights': 'download the published weights that a config needs',
@@ -290,7 +291,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')
   logging.get_absl_handler().addFilter(_is_ours)
-  for noisy in ('jax', 'tensorboardX', 'PIL'):
+  for noisy in ('jax', 'tensorboardX', 'PIL', 'httpx'):
     std_logging.getLogger(noisy).setLevel(std_logging.WARNING)
   try:
     main(sys.argv[1:])

@@ -174,3 +174,21 @@ def test_the_page_shows_both_rows_at_their_own_size():
     windows = np.lib.stride_tricks.sliding_window_view(page, image.shape)
     corners = (windows[..., 0, 0, :] == image[0, 0]).all(-1)
     assert (windows[corners] == image).all((1, 2, 3)).any()
+
+
+@pytest.mark.parametrize('d', (1, 2, 6))
+def test_a_code_has_one_colour(d):
+  rng = np.random.default_rng(0)
+  indices = rng.integers(5, size=(2, 4, 3))
+  codes = rng.normal(size=(5, d))
+  page = visualize.token_map(codes[indices], (8, 12))
+  assert page.shape == (2, 8, 12, 3) and page.dtype == np.uint8
+  cells = page[:, ::2, ::4].reshape(-1, 3)
+  colours = {i: {*map(tuple, cells[indices.ravel() == i])} for i in range(5)}
+  assert all(len(found) == 1 for found in colours.values())
+  if d > 1:
+    assert len(set.union(*colours.values())) == 5
+  np.testing.assert_array_equal(
+    page, page[:, ::2, ::4].repeat(2, 1).repeat(4, 2)
+  )
+  assert not visualize.token_map(np.zeros((1, 2, 2, d)), (2, 2)).any()

@@ -104,7 +104,11 @@ def test_pictures_on_the_way_are_of_held_out_tiles(ran, images):
   left = sorted(p.name for p in (workdir / 'pictures').iterdir())
   assert left == ['00000003.png', '00000005.png']
   page = np.asarray(Image.open(workdir / 'pictures' / left[0]))[::8, ::8]
-  assert page.shape == (32, 6 * 16, 3)  # six tiles above their reconstructions
+  # Six tiles above their reconstructions and their tokens, a colour each.
+  assert page.shape == (3 * 16, 6 * 16, 3)
+  tokens = page[32:].reshape(4, 4, 24, 4, 3)
+  assert (tokens == tokens[:, :1, :, :1]).all()
+  assert len(np.unique(tokens.reshape(-1, 3), axis=0)) > 3
   image = np.asarray(Image.open(images / 'image0.png'))
   np.testing.assert_array_equal(page[:16, :16], image[:16, :16])
 

@@ -76,10 +76,42 @@ def save_png(image: Image.Image, path: Path) -> None:
     image.save(file, format='PNG')
 
 
-def grid(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-  """uint8 [2h n*w 3]: a row of originals above a row of reconstructions."""
-  rows = [np.concatenate(list(x), axis=1) for x in (originals, reconstructions)]
-  return np.concatenate(rows, axis=0)
+def grid(*rows: np.ndarray) -> np.ndarray:
+  """uint8 [rows*h n*w 3]: rows of images uint8 [n h w 3], one above another."""
+  return np.concatenate([np.concatenate(list(x), axis=1) for x in rows])
+
+
+def token_map(
+  latents: np.ndarray, size: tuple[int, int], like: np.ndarray | None = None
+) -> np.ndarray:
+  """Tokens as colours: uint8 [n h w 3], each token one flat rectangle.
+
+  Red, green and blue are the three principal axes of the tokens, so that like
+  codes have like colours, and one code has one colour.
+
+  Args:
+    latents: f[n gh gw d], what the decoder reads (`QuantizerOutput.z_q`).
+    size: (h, w), multiples of (gh, gw).
+    like: f[m _ _ d], whose axes and range are taken; those of `latents` if
+      None.
+  """
+  n, gh, gw, d = latents.shape
+
+  def rows(latents):
+    return np.nan_to_num(np.asarray(latents, np.float64).reshape(-1, d))
+
+  known = rows(latents if like is None else like)
+  mean = known.mean(0)
+  _, axes = np.linalg.eigh((known - mean).T @ (known - mean))
+  axes = axes[:, ::-1][:, :3]
+  axes = np.pad(axes, ((0, 0), (0, 3 - axes.shape[1])))  # of fewer channels
+  known = (known - mean) @ axes
+  # The sign of an axis is arbitrary.
+  sign = np.where((known**3).sum(0) < 0, -1, 1)
+  low, high = np.percentile(known * sign, (1, 99), axis=0)
+  x = (rows(latents) - mean) @ axes * sign
+  x = to_uint8((x - low) / np.maximum(high - low, 1e-12)).reshape(n, gh, gw, 3)
+  return x.repeat(size[0] // gh, 1).repeat(size[1] // gw, 2)
 
 
 # ----------------------------------------------------------------------------

@@ -188,14 +188,14 @@ class Report:
           self._events.add_scalar(name, value, step)
 
   def picture(self, step: int, picture: np.ndarray) -> None:
-    """uint8 [h w 3] as pictures/STEP.png, a small one enlarged, and into
+    """uint8 [3h w 3] as pictures/STEP.png, a small one enlarged, and into
     TensorBoard."""
     if self._events is not None:
       self._events.add_image(
         'reconstructions', picture, step, dataformats='HWC'
       )
     if self._rows is not None:
-      times = max(LARGE // (len(picture) // 2), 1)
+      times = max(LARGE // (len(picture) // 3), 1)
       picture = picture.repeat(times, 0).repeat(times, 1)
       path = self._workdir / 'pictures' / f'{step:08d}.png'
       visualize.save_png(Image.fromarray(picture), path)
@@ -268,12 +268,13 @@ class Visualizer:
     return state_lib.variables_of(state, self._frozen, ema=True)
 
   def picture(self, state: Any) -> np.ndarray:
-    """uint8 [2h m*w 3]: the images above their reconstructions."""
-    recon = _reconstruct(
+    """uint8 [3h m*w 3]: the images above their reconstructions and tokens."""
+    found = _reconstruct(
       self._setup.tokenizer, self._variables(state), self.images
     )
-    recon = sharding.host_copy(recon, self._setup.mesh)
-    return visualize.grid(self.images, visualize.to_uint8(recon))
+    recon, latents = sharding.host_copy(found, self._setup.mesh)
+    tokens = visualize.token_map(latents, recon.shape[1:3])
+    return visualize.grid(self.images, visualize.to_uint8(recon), tokens)
 
   def figures(self, state: Any) -> dict[str, float]:
     """{"eval/psnr", "eval/ssim", …} of all held-out tiles, through indices."""
@@ -299,7 +300,8 @@ class Visualizer:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reconstruct(tokenizer, variables, images):
-  return tokenizer.apply(variables, images).images
+  out = tokenizer.apply(variables, images)
+  return out.images, out.quantizer.z_q
 
 
 def finish(

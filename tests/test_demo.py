@@ -1,0 +1,147 @@
+"""The demo: what its page computes, and the page in a browser."""
+
+import functools
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import vqrae_jax
+from tests import runs, tiny
+from vqrae_jax import demo, export
+from vqrae_jax.errors import UserError
+
+
+@functools.cache
+def model(kind='vq-ema'):
+  """32 pixels in four tiles of 16."""
+  return demo.Model(*tiny.built(tiny.model(kind)), 32, (16, 16))
+
+
+@pytest.mark.parametrize('kind', ('vq-ema', 'grouped-vq'))
+def test_tokens_are_those_of_the_tiles(kind):
+  """And decode to the reconstruction, tile by tile in place."""
+  shown = model(kind)
+  crop = shown.crop(tiny.images(1, 50, 40)[0])
+  assert crop.shape == (32, 32, 3)
+  indices = shown.encode(crop)
+  assert indices.shape[:2] == (8, 8)
+  recon = shown.decode(indices)
+  tiles = crop.reshape(2, 16, 2, 16, 3).swapaxes(1, 2).reshape(4, 16, 16, 3)
+  run = functools.partial(jax.jit, static_argnums=0)
+  pair = shown.tokenizer, shown.variables
+  want = run(vqrae_jax.encode_to_indices)(*pair, tiles)
+  images = np.asarray(run(vqrae_jax.decode_from_indices)(*pair, want))
+  for i, (top, left) in enumerate(itertools.product((0, 1), (0, 1))):
+    at = slice(4 * top, 4 * top + 4), slice(4 * left, 4 * left + 4)
+    np.testing.assert_array_equal(indices[at], want[i])
+    found = recon[16 * top :, 16 * left :][:16, :16] / 255
+    np.testing.assert_allclose(found, images[i], atol=0.6 / 255)
+
+
+def test_a_click_and_a_brush():
+  shown = model()
+  crop = shown.crop(tiny.images(1, 32, 32)[0])
+  indices = shown.encode(crop)
+  code = shown.token_at(indices, 17.9, 5.0)  # x, y
+  assert code == indices[1, 4]
+  kept = shown.where(indices, code)
+  np.testing.assert_array_equal(kept, indices == code)
+  page = shown.shown(crop, kept)
+  np.testing.assert_array_equal(page[4:8, 16:20], crop[4:8, 16:20])
+  assert (page <= crop).all() and (page < crop).any()
+  # All of a token, a fifth of one, and less than that.
+  mask = np.zeros((32, 32), bool)
+  mask[0:4, 0:4] = mask[8:10, 8:10] = mask[16, 16] = True
+  painted = shown.painted(indices, mask, np.int32(63))
+  want = indices.copy()
+  want[0, 0] = want[2, 2] = 63
+  np.testing.assert_array_equal(painted, want)
+  # Tokens that are not painted keep their colours.
+  before, after = (shown.colours(x, indices) for x in (indices, painted))
+  same = (indices == painted).repeat(4, 0).repeat(4, 1)
+  np.testing.assert_array_equal(before[same], after[same])
+  line = shown.figures(crop, shown.decode(painted), 2)
+  assert '384 bits' in line and '64 indices of 64 codes' in line
+
+
+def test_bad_input(tmp_path):
+  for kind, words in (('none', 'continuous'), ('multiscale', 'several scales')):
+    export.save_tokenizer(*tiny.built(tiny.model(kind)), tmp_path / kind)
+    with pytest.raises(UserError, match=words):
+      demo.Model.load(str(tmp_path / kind), None)
+  export.save_tokenizer(*tiny.built(tiny.model('vq-ema')), tmp_path / 'vq')
+  with pytest.raises(UserError, match='--size=40 .*16'):
+    demo.Model.load(str(tmp_path / 'vq'), 40)
+  assert demo.Model.load(str(tmp_path / 'vq'), None).size == demo.LEAST
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(tmp_path):
+  """A photograph is opened, a token clicked on, some painted."""
+  pytest.importorskip('gradio')
+  browser = pytest.importorskip('playwright.sync_api')
+  chromium = shutil.which('chromium') or shutil.which('chromium-browser')
+  if chromium is None:
+    pytest.skip('no chromium')
+  export.save_tokenizer(*tiny.built(tiny.model('vq-ema')), tmp_path / 'vq')
+  Image.fromarray(tiny.images(1, 90, 70)[0]).save(tmp_path / 'photo.png')
+  port = runs.free_address().rsplit(':', 1)[1]
+  server = subprocess.Popen(
+    [sys.executable, '-m', demo.MODULE, f'--tokenizer={tmp_path}/vq',
+     f'--port={port}', '--size=64'],
+    env=tiny.alone(1) | {'PYTHONPATH': str(runs.ROOT)},
+    text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  try:
+    address = server.stdout.readline().split(';')[0]
+    assert address == f'http://127.0.0.1:{port}'
+    with browser.sync_playwright() as playwright:
+      opened = playwright.chromium.launch(
+        executable_path=chromium, args=['--no-sandbox']
+      )
+      page = opened.new_page(viewport=dict(width=1400, height=1150))
+      page.goto(address)
+
+      def wait(place, words):
+        text = f"document.querySelector('#{place}')?.innerText ?? ''"
+        page.wait_for_function(f'({text}).includes("{words}")', timeout=120_000)
+        return page.inner_text(f'#{place}')
+
+      page.wait_for_selector('#upload input[type=file]', state='attached')
+      page.set_input_files('#upload input[type=file]', tmp_path / 'photo.png')
+      before = wait('figures', 'PSNR')
+      assert '256 indices of 64 codes' in before and 'painted' not in before
+      page.wait_for_selector('#slider img')
+      tokens = page.locator('#tokens img')
+      tokens.click()
+      found = re.search(r'code (\d+): (\d+) of 256', wait('words', 'code'))
+      assert 0 <= int(found[1]) < 64 and int(found[2]) >= 1
+      page.wait_for_selector('#same img')
+      box = page.locator('#editor canvas').first.bounding_box()
+      middle = box['y'] + box['height'] / 2
+      page.mouse.move(box['x'] + 0.3 * box['width'], middle)
+      page.mouse.down()
+      page.mouse.move(box['x'] + 0.7 * box['width'], middle, steps=8)
+      page.mouse.up()
+      page.wait_for_timeout(500)
+      page.get_by_text('Give the painted').click()
+      after = wait('figures', 'painted')
+      assert int(re.search(r'(\d+) tokens painted', after)[1]) > 3
+      page.get_by_text("The image's own").click()
+      page.wait_for_function(
+        "!document.querySelector('#figures').innerText.includes('painted')"
+      )
+      if folder := os.environ.get('VQRAE_SCREENSHOTS'):
+        page.screenshot(path=f'{folder}/demo.png', full_page=True)
+      opened.close()
+  finally:
+    server.kill()
+    server.wait()

@@ -1,0 +1,330 @@
+"""python -m vqrae_jax.demo --tokenizer=DIR
+
+A local web page: an image beside its reconstruction, its tokens as colours, the
+difference, PSNR and bits. A click on a token shows where else its code occurs;
+what is painted with the brush gets that code, and the reconstruction follows.
+
+The page is Gradio's (the extra `gradio`), reachable from this machine alone
+unless --host says otherwise.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from vqrae_jax import cli
+from vqrae_jax.errors import UserError
+
+MODULE = 'vqrae_jax.demo'
+EXAMPLE = f'python -m {MODULE} --tokenizer=runs/quickstart/tokenizer'
+LEAST = 256  # pixels of a side, if --size does not say
+_COVERED = 0.2  # of a token's pixels: it is painted
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, serves the page until it is stopped."""
+  values = flags.FlagValues()
+  keys = dict(flag_values=values)
+  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
+  text = (
+    'pixels of a side of the square that is shown, tokenized in tiles of the '
+    'size that the tokenizer was made for, of which it is a multiple; by '
+    f'default the least of {LEAST} or more'
+  )
+  flags.DEFINE_integer('size', None, text, lower_bound=1, **keys)
+  text = 'the address to listen at; 0.0.0.0 lets other machines in'
+  flags.DEFINE_string('host', '127.0.0.1', text, **keys)
+  text = 'the port'
+  flags.DEFINE_integer('port', 7860, text, 1, 65535, **keys)
+  cli.define_trusted(values)
+  cli.parse(values, argv, MODULE, EXAMPLE)
+  cli.required(values, 'tokenizer')
+  model = Model.load(values.tokenizer, values.size, values.trusted)
+  blocks = page(model, values.tokenizer)
+  try:
+    blocks.launch(
+      server_name=values.host,
+      server_port=values.port,
+      quiet=True,
+      prevent_thread_lock=True,
+    )
+  except OSError:
+    raise UserError(
+      f'--host={values.host} --port={values.port} cannot be listened at, or '
+      'something does; name another port'
+    ) from None
+  print(f'http://{values.host}:{values.port}; Ctrl-C stops it', flush=True)
+  blocks.block_thread()
+
+
+def _latents(tokenizer: Any, variables: Any, indices: np.ndarray) -> Any:
+  """f[b gh gw d], what the decoder reads of indices."""
+
+  def read(module, x):
+    quantizer = module.quantizer
+    return quantizer.codes_to_latents(quantizer.indices_to_codes(x))
+
+  return tokenizer.apply(variables, indices, method=read)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A tokenizer on squares of `size` pixels, tile by tile of its own size.
+
+  Attributes:
+    tokenizer, variables: the tokenizer.
+    size: of the square.
+    tile: (h, w) that the tokenizer was made for.
+  """
+
+  tokenizer: Any
+  variables: Any
+  size: int
+  tile: tuple[int, int]
+
+  @classmethod
+  def load(
+    cls, source: str, size: int | None, trusted: Collection[str] = ()
+  ) -> 'Model':
+    """Opens what `load_tokenizer` opens.
+
+    Raises:
+      UserError: a continuous tokenizer, one without a grid of indices, or a
+        size that is no multiple of its own.
+    """
+    from vqrae_jax import export
+
+    tokenizer, variables = export.load_tokenizer(source, trusted=trusted)
+    if not tokenizer.codebook_size:
+      raise UserError(
+        f'{source} is continuous (model.quantizer.name="none"): it has no '
+        'tokens to show'
+      )
+    if tokenizer.quantizer.index_axes[:2] != ('gh', 'gw'):
+      raise UserError(
+        f'{source} has indices of several scales; the page shows one grid'
+      )
+    p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
+    tile = tuple(p * n for n in tokenizer.latents_spec.grid or vit.grid)
+    step = math.lcm(*tile)
+    size = size or -(-LEAST // step) * step
+    if size % step:
+      raise UserError(f'--size={size} must be a multiple of {step}')
+    return cls(tokenizer, variables, size, tile)
+
+  def crop(self, image: np.ndarray) -> np.ndarray:
+    """uint8 [h w 3] -> uint8 [size size 3]: the centre of the image, its
+    shorter side brought to `size`."""
+    from vqrae_jax.data import pipeline
+
+    size = self.size, self.size
+    augment = pipeline.Augment(size, self.size, crop='center', flip=False)
+    rng = np.random.default_rng(0)  # nothing is drawn
+    return pipeline.augment_image(image, augment, rng)
+
+  def _run(self, function: Any, x: np.ndarray) -> np.ndarray:
+    import jax
+
+    return np.asarray(
+      jax.jit(function, static_argnums=0)(self.tokenizer, self.variables, x)
+    )
+
+  def _tiles(self, x: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+    """[H W …] -> [n *sides …]."""
+    (h, w), rest = sides, x.shape[2:]
+    x = x.reshape(x.shape[0] // h, h, x.shape[1] // w, w, *rest)
+    return x.swapaxes(1, 2).reshape(-1, h, w, *rest)
+
+  def _joined(self, x: np.ndarray) -> np.ndarray:
+    """The inverse of `_tiles`."""
+    rows, (h, w), rest = self.size // self.tile[0], x.shape[1:3], x.shape[3:]
+    x = x.reshape(rows, -1, h, w, *rest).swapaxes(1, 2)
+    return x.reshape(rows * h, -1, *rest)
+
+  def encode(self, crop: np.ndarray) -> np.ndarray:
+    """uint8 [size size 3] -> i32[gh gw], or [gh gw q], of all tiles."""
+    from vqrae_jax import inference
+
+    tiles = self._tiles(crop, self.tile)
+    return self._joined(self._run(inference.encode_to_indices, tiles))
+
+  def _per_tile(self, indices: np.ndarray) -> np.ndarray:
+    return self._tiles(indices, self.tokenizer.index_shape(*self.tile)[:2])
+
+  def decode(self, indices: np.ndarray) -> np.ndarray:
+    """The reconstruction, uint8 [size size 3]."""
+    from vqrae_jax import inference
+    from vqrae_jax.evaluate import visualize
+
+    x = self._run(inference.decode_from_indices, self._per_tile(indices))
+    return visualize.to_uint8(self._joined(x))
+
+  def colours(self, indices: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The tokens, uint8 [size size 3], in the colours that the image's own
+    tokens have; see `visualize.token_map`."""
+    from vqrae_jax.evaluate import visualize
+
+    z, like = (
+      self._joined(self._run(_latents, self._per_tile(x)))[None]
+      for x in (indices, own)
+    )
+    return visualize.token_map(z, (self.size, self.size), like)[0]
+
+  def token_at(self, indices: np.ndarray, x: float, y: float) -> np.ndarray:
+    """The index i32[], or i32[q], of the token at a pixel."""
+    side = self.size // indices.shape[0]
+    return indices[int(y) // side, int(x) // side]
+
+  def where(self, indices: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """bool[gh gw]: the tokens of that index."""
+    same = indices == code
+    return same.reshape(*indices.shape[:2], -1).all(-1)
+
+  def shown(self, crop: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The image, uint8, dark but for tokens that are kept, bool[gh gw]."""
+    side = self.size // kept.shape[0]
+    light = kept.repeat(side, 0).repeat(side, 1)[..., None]
+    return np.where(light, crop, crop // 4)
+
+  def painted(
+    self, indices: np.ndarray, mask: np.ndarray, code: np.ndarray
+  ) -> np.ndarray:
+    """Indices with those under bool[size size] replaced by `code`."""
+    side = self.size // indices.shape[0]
+    share = mask.reshape(indices.shape[0], side, indices.shape[1], side)
+    share = share.mean((1, 3)) > _COVERED
+    share = share.reshape(share.shape + (1,) * (indices.ndim - 2))
+    return np.where(share, code, indices)
+
+  def figures(self, crop: np.ndarray, recon: np.ndarray, changed: int) -> str:
+    """PSNR and bits, as a line."""
+    from vqrae_jax.evaluate import evaluator
+
+    n = crop.size // 3
+    tiles = (self.size // self.tile[0]) * (self.size // self.tile[1])
+    bits = tiles * evaluator.bits_per_image(self.tokenizer, *self.tile)
+    tokens = tiles * math.prod(self.tokenizer.index_shape(*self.tile))
+    psnr = evaluator.psnr(crop, recon / 255)
+    line = (
+      f'**{psnr:.2f} dB** PSNR · {tokens:,} indices of '
+      f'{self.tokenizer.codebook_size:,} codes · {bits:,.0f} bits, '
+      f'{bits / n:.3f} a pixel, 1/{24 * n / bits:.0f} of the image'
+    )
+    return line + f' · {changed:,} tokens painted' * bool(changed)
+
+
+def page(model: Model, title: str) -> Any:
+  """The page, `gradio.Blocks`.
+
+  Raises:
+    UserError: Gradio is not installed.
+  """
+  os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # calls nobody
+  try:
+    import gradio as gr
+  except ImportError:
+    raise UserError(
+      "the page needs a package: pip install 'vqrae_jax[gradio]'"
+    ) from None
+
+  def views(state):
+    crop, indices = state['crop'], state['indices']
+    recon = model.decode(indices)
+    changed = int((~model.where(state['own'], indices)).sum())
+    difference = np.abs(crop.astype(int) - recon)
+    difference = np.minimum(4 * difference, 255).astype(np.uint8)
+    return (
+      state,
+      (crop, recon),
+      model.colours(indices, state['own']),
+      difference,
+      model.figures(crop, recon, changed),
+      {'background': recon, 'layers': [], 'composite': recon},
+    )
+
+  def opened(image):
+    if image is None:
+      return [None] * 6
+    crop = model.crop(image)
+    indices = model.encode(crop)
+    return views(dict(crop=crop, own=indices, indices=indices, code=None))
+
+  def chosen(state, event: gr.SelectData):
+    if state is None:
+      return None, None, ''
+    code = model.token_at(state['indices'], *event.index)
+    kept = model.where(state['indices'], code)
+    state = state | dict(code=code)
+    words = f'code **{code}**: {int(kept.sum())} of {kept.size:,} tokens'
+    return state, model.shown(state['crop'], kept), words
+
+  def painted(state, drawn):
+    if state is None or not drawn or not drawn['layers']:
+      raise gr.Error('Open an image and paint over some tokens first.')
+    if state['code'] is None:
+      raise gr.Error('Click on a token first: its code is what is painted.')
+    mask = np.any([np.asarray(x)[..., 3] > 0 for x in drawn['layers']], 0)
+    indices = model.painted(state['indices'], mask, state['code'])
+    return views(state | dict(indices=indices))
+
+  def restored(state):
+    if state is None:
+      raise gr.Error('Open an image first.')
+    return views(state | dict(indices=state['own']))
+
+  side = dict(height=model.size + 60, type='numpy', format='png')
+  with gr.Blocks(title='vqrae_jax') as blocks:
+    gr.Markdown(f'## {title}')
+    state = gr.State()
+    with gr.Row():
+      upload = gr.Image(
+        label='image', elem_id='upload', sources=['upload', 'clipboard'], **side
+      )
+      slider = gr.ImageSlider(
+        label='original | reconstruction',
+        elem_id='slider',
+        interactive=False,
+        type='numpy',
+        format='png',
+        max_height=model.size + 60,
+      )
+      difference = gr.Image(
+        label='difference × 4', elem_id='difference', interactive=False, **side
+      )
+    figures = gr.Markdown(elem_id='figures')
+    with gr.Row():
+      tokens = gr.Image(
+        label='tokens: click on one',
+        elem_id='tokens',
+        interactive=False,
+        **side,
+      )
+      same = gr.Image(
+        label='where its code occurs', elem_id='same', interactive=False, **side
+      )
+      editor = gr.ImageEditor(
+        label='brush', elem_id='editor', type='numpy', format='png',
+        sources=(), transforms=(), layers=False, height=model.size + 160,
+        brush=gr.Brush(
+          default_size=model.size // 12, colors=['#ff0000'], color_mode='fixed'
+        ),
+      )  # fmt: skip
+    words = gr.Markdown(elem_id='words')
+    with gr.Row():
+      paint = gr.Button('Give the painted tokens that code', variant='primary')
+      restore = gr.Button("The image's own tokens again")
+    outputs = [state, slider, tokens, difference, figures, editor]
+    upload.change(opened, upload, outputs)
+    tokens.select(chosen, state, [state, same, words])
+    paint.click(painted, [state, editor], outputs)
+    restore.click(restored, state, outputs)
+  return blocks
+
+
+if __name__ == '__main__':
+  cli.run(main)
