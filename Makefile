@@ -39,7 +39,7 @@ $(VENV)/.made:
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made setup.py constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
 	$(QUIET) $(BIN)/python -m pip install -q -c constraints.txt $(EDITABLE) '.[cpu,$*]'
-	$(if $(filter test,$*),$(PEERS) || echo "no lpips, no torch-fidelity: tests skip")
+	$(if $(filter test,$*),$(PEERS) || echo "no lpips or no torch-fidelity: a test skips")
 	@touch $@
 
 quickstart: $(VENV)/.demo

@@ -244,12 +244,17 @@ def page(model: Model, title: str) -> Any:
       model.colours(indices, state['own']),
       difference,
       model.figures(crop, recon, changed),
-      {'background': recon, 'layers': [], 'composite': recon},
     )
+
+  def canvas(state):
+    if state is None:
+      return None
+    recon = model.decode(state['indices'])
+    return {'background': recon, 'layers': [], 'composite': recon}
 
   def opened(image):
     if image is None:
-      return [None] * 6
+      return [None] * 5
     crop = model.crop(image)
     indices = model.encode(crop)
     return views(dict(crop=crop, own=indices, indices=indices, code=None))
@@ -318,11 +323,13 @@ def page(model: Model, title: str) -> Any:
     with gr.Row():
       paint = gr.Button('Give the painted tokens that code', variant='primary')
       restore = gr.Button("The image's own tokens again")
-    outputs = [state, slider, tokens, difference, figures, editor]
-    upload.change(opened, upload, outputs)
+    outputs = [state, slider, tokens, difference, figures]
+    # The canvas by an event of its own: one that reads it and writes it too
+    # never ends (gradio 6.31).
+    upload.change(opened, upload, outputs).then(canvas, state, editor)
     tokens.select(chosen, state, [state, same, words])
-    paint.click(painted, [state, editor], outputs)
-    restore.click(restored, state, outputs)
+    paint.click(painted, [state, editor], outputs).then(canvas, state, editor)
+    restore.click(restored, state, outputs).then(canvas, state, editor)
   return blocks
 
 
