@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -57,12 +58,11 @@ def test_a_click_and_a_brush():
   page = shown.shown(crop, kept)
   np.testing.assert_array_equal(page[4:8, 16:20], crop[4:8, 16:20])
   assert (page <= crop).all() and (page < crop).any()
-  # All of a token, a fifth of one, and less than that.
-  mask = np.zeros((32, 32), bool)
-  mask[0:4, 0:4] = mask[8:10, 8:10] = mask[16, 16] = True
-  painted = shown.painted(indices, mask, np.int32(63))
+  # Two by two from the token, within the image; four about it.
   want = indices.copy()
-  want[0, 0] = want[2, 2] = 63
+  want[7:, 7:] = want[1:5, 2:6] = 63
+  painted = shown.painted(indices, 31.0, 28.1, 2, np.int32(63))
+  painted = shown.painted(painted, 12.0, 8.0, 4, np.int32(63))
   np.testing.assert_array_equal(painted, want)
   # Tokens that are not painted keep their colours.
   before, after = (shown.colours(x, indices) for x in (indices, painted))
@@ -125,22 +125,20 @@ def test_the_page_in_a_browser(tmp_path):
       found = re.search(r'code (\d+): (\d+) of 256', wait('words', 'code'))
       assert 0 <= int(found[1]) < 64 and int(found[2]) >= 1
       page.wait_for_selector('#same img')
-      box = page.locator('#editor canvas').first.bounding_box()
-      middle = box['y'] + box['height'] / 2
-      page.mouse.move(box['x'] + 0.3 * box['width'], middle)
-      page.mouse.down()
-      page.mouse.move(box['x'] + 0.7 * box['width'], middle, steps=8)
-      page.mouse.up()
-      page.wait_for_timeout(500)
-      page.get_by_text('Give the painted').click()
+      box = page.locator('#recon img').bounding_box()
+      for row in (0.3, 0.7):
+        page.mouse.click(
+          box['x'] + box['width'] / 2, box['y'] + row * box['height']
+        )
+        time.sleep(1)
       after = wait('figures', 'painted')
-      assert int(re.search(r'(\d+) tokens painted', after)[1]) > 3
+      assert int(re.search(r'(\d+) tokens painted', after)[1]) > 16
+      if folder := os.environ.get('VQRAE_SCREENSHOTS'):
+        page.screenshot(path=f'{folder}/demo.png', full_page=True)
       page.get_by_text("The image's own").click()
       page.wait_for_function(
         "!document.querySelector('#figures').innerText.includes('painted')"
       )
-      if folder := os.environ.get('VQRAE_SCREENSHOTS'):
-        page.screenshot(path=f'{folder}/demo.png', full_page=True)
       opened.close()
   finally:
     server.kill()

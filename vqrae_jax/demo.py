@@ -1,8 +1,8 @@
 """python -m vqrae_jax.demo --tokenizer=DIR
 
 A local web page: an image beside its reconstruction, its tokens as colours, the
-difference, PSNR and bits. A click on a token shows where else its code occurs;
-what is painted with the brush gets that code, and the reconstruction follows.
+difference, PSNR and bits. A click on a token shows where else its code occurs,
+one on the reconstruction paints tokens with that code, and all else follows.
 
 The page is Gradio's (the extra `gradio`), reachable from this machine alone
 unless --host says otherwise.
@@ -23,7 +23,6 @@ from vqrae_jax.errors import UserError
 MODULE = 'vqrae_jax.demo'
 EXAMPLE = f'python -m {MODULE} --tokenizer=runs/quickstart/tokenizer'
 LEAST = 256  # pixels of a side, if --size does not say
-_COVERED = 0.2  # of a token's pixels: it is painted
 
 
 def main(argv: list[str]) -> None:
@@ -192,14 +191,14 @@ class Model:
     return np.where(light, crop, crop // 4)
 
   def painted(
-    self, indices: np.ndarray, mask: np.ndarray, code: np.ndarray
+    self, indices: np.ndarray, x: float, y: float, brush: int, code: np.ndarray
   ) -> np.ndarray:
-    """Indices with those under bool[size size] replaced by `code`."""
-    side = self.size // indices.shape[0]
-    share = mask.reshape(indices.shape[0], side, indices.shape[1], side)
-    share = share.mean((1, 3)) > _COVERED
-    share = share.reshape(share.shape + (1,) * (indices.ndim - 2))
-    return np.where(share, code, indices)
+    """Indices with `code` in a square of `brush` tokens a side, about the token
+    at a pixel."""
+    side, indices = self.size // indices.shape[0], indices.copy()
+    top, left = (max(int(n) // side - (brush - 1) // 2, 0) for n in (y, x))
+    indices[top : top + brush, left : left + brush] = code
+    return indices
 
   def figures(self, crop: np.ndarray, recon: np.ndarray, changed: int) -> str:
     """PSNR and bits, as a line."""
@@ -244,17 +243,12 @@ def page(model: Model, title: str) -> Any:
       model.colours(indices, state['own']),
       difference,
       model.figures(crop, recon, changed),
+      recon,
     )
-
-  def canvas(state):
-    if state is None:
-      return None
-    recon = model.decode(state['indices'])
-    return {'background': recon, 'layers': [], 'composite': recon}
 
   def opened(image):
     if image is None:
-      return [None] * 5
+      return [None] * 6
     crop = model.crop(image)
     indices = model.encode(crop)
     return views(dict(crop=crop, own=indices, indices=indices, code=None))
@@ -268,13 +262,12 @@ def page(model: Model, title: str) -> Any:
     words = f'code **{code}**: {int(kept.sum())} of {kept.size:,} tokens'
     return state, model.shown(state['crop'], kept), words
 
-  def painted(state, drawn):
-    if state is None or not drawn or not drawn['layers']:
-      raise gr.Error('Open an image and paint over some tokens first.')
-    if state['code'] is None:
+  def painted(state, brush, event: gr.SelectData):
+    if state is None or state['code'] is None:
       raise gr.Error('Click on a token first: its code is what is painted.')
-    mask = np.any([np.asarray(x)[..., 3] > 0 for x in drawn['layers']], 0)
-    indices = model.painted(state['indices'], mask, state['code'])
+    indices = model.painted(
+      state['indices'], *event.index, brush, state['code']
+    )
     return views(state | dict(indices=indices))
 
   def restored(state):
@@ -312,24 +305,23 @@ def page(model: Model, title: str) -> Any:
       same = gr.Image(
         label='where its code occurs', elem_id='same', interactive=False, **side
       )
-      editor = gr.ImageEditor(
-        label='brush', elem_id='editor', type='numpy', format='png',
-        sources=(), transforms=(), layers=False, height=model.size + 160,
-        brush=gr.Brush(
-          default_size=model.size // 12, colors=['#ff0000'], color_mode='fixed'
-        ),
-      )  # fmt: skip
+      recon = gr.Image(
+        label='reconstruction: click to paint',
+        elem_id='recon',
+        interactive=False,
+        **side,
+      )
     words = gr.Markdown(elem_id='words')
     with gr.Row():
-      paint = gr.Button('Give the painted tokens that code', variant='primary')
+      brush = gr.Slider(
+        1, 16, 4, step=1, label='tokens a side that a click paints'
+      )
       restore = gr.Button("The image's own tokens again")
-    outputs = [state, slider, tokens, difference, figures]
-    # The canvas by an event of its own: one that reads it and writes it too
-    # never ends (gradio 6.31).
-    upload.change(opened, upload, outputs).then(canvas, state, editor)
+    outputs = [state, slider, tokens, difference, figures, recon]
+    upload.change(opened, upload, outputs)
     tokens.select(chosen, state, [state, same, words])
-    paint.click(painted, [state, editor], outputs).then(canvas, state, editor)
-    restore.click(restored, state, outputs).then(canvas, state, editor)
+    recon.select(painted, [state, brush], outputs)
+    restore.click(restored, state, outputs)
   return blocks
 
 
