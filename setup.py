@@ -70,6 +70,7 @@ setup(
     'hdf5': ['h5py'],  # tokenize --format=hdf5
     'parquet': ['pyarrow'],  # tokenize --format=parquet
     'ray': ['ray[data]>=2.60,<2.61'],  # examples/ray_tokenize.py
+    'wandb': ['wandb'],  # log.wandb
     'unit': UNIT,
     'test': [
       *UNIT,

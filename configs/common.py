@@ -52,10 +52,13 @@ def base() -> ml_collections.ConfigDict:
   config.optim = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0)
   config.mesh = dict(layout='dp', tensor=1)
   config.log = dict(
-    every=50, images_every=1000, usage_window=100, tensorboard=True
-  )
+    every=50, images_every=1000, usage_window=100, tensorboard=True,
+    wandb=optional(str),
+  )  # fmt: skip
   config.checkpoint = dict(every=1000, keep=3)
-  config.eval = dict(source=optional(str), tile=optional(int), every=0)
+  config.eval = dict(
+    source=optional(str), tile=optional(int), every=0, metrics=()
+  )
   config.eval.update(include=(), exclude=(), batch_size=32)
   return config
 

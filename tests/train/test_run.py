@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,42 @@ def test_pictures_on_the_way_are_of_held_out_tiles(ran, images):
   assert len(np.unique(tokens.reshape(-1, 3), axis=0)) > 3
   image = np.asarray(Image.open(images / 'image0.png'))
   np.testing.assert_array_equal(page[:16, :16], image[:16, :16])
+
+
+def test_scalars_and_pictures_go_to_wandb(config, tmp_path, monkeypatch):
+  """And to the same run of it when the run goes on; a stand-in of its API."""
+  runs_of, logged, ended = [], [], []
+
+  class Run:
+    id = 'r1'
+
+    def log(self, values, step):
+      logged.append((step, values))
+
+    def finish(self):
+      ended.append(True)
+
+  def init(**options):
+    runs_of.append(options)
+    return Run()
+
+  module = types.SimpleNamespace(init=init, Image=lambda x: x.shape)
+  monkeypatch.setitem(sys.modules, 'wandb', module)
+  keys = dict(log=dict(every=1, images_every=2, wandb='mine'), eval={})
+  loop.train(config(**keys, duration=2), tmp_path / 'run')
+  rows = {step: row for step, row in logged if 'psnr' in row}
+  assert [*rows] == [1, 2] and 'loss/l2' in rows[1]
+  pictures = [s for s, row in logged if row.keys() == {'reconstructions'}]
+  assert pictures == [2] and ended == [True]
+  loop.train(config(**keys, duration=3), tmp_path / 'run')
+  first, second = runs_of
+  assert first['project'] == 'mine' and first['name'] == 'run'
+  assert first['config']['duration'] == 2
+  assert (first['id'], second['id']) == (None, 'r1')
+  assert [s for s, row in logged if 'psnr' in row] == [1, 2, 3]
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UserError, match=r'log.wandb=mine .*vqrae_jax\[wandb\]'):
+    loop.train(config(**keys), tmp_path / 'other')
 
 
 def test_the_figures_are_of_the_files(ran, images):

@@ -283,12 +283,15 @@ class LogSpec:
       if there are any, in workdir/pictures and TensorBoard; 0: none.
     usage_window: steps over which usage and perplexity are counted.
     tensorboard: write event files at all.
+    wandb: the Weights & Biases project that scalars and pictures go to as
+      well; None: none.
   """
 
   every: int = 50
   images_every: int = 1000
   usage_window: int = 100
   tensorboard: bool = True
+  wandb: str | None = None
 
   def __post_init__(self):
     at_least(1, 'log.', self, 'every', 'usage_window')

@@ -109,7 +109,7 @@ class Report:
       # A log file gets a line per row instead of a bar.
       disable=process > 0 or not sys.stderr.isatty(),
     )
-    self._rows = self._events = None
+    self._rows = self._events = self._wandb = None
     if process:
       return
 
@@ -123,6 +123,8 @@ class Report:
       if not start_step and folder.exists():  # the curves of an earlier run
         epath.Path(folder).rmtree()
       self._events = SummaryWriter(str(folder), purge_step=start_step + 1)
+    if setup.config.log.wandb:
+      self._wandb = _wandb_run(workdir, setup, start_step)
 
   def step(self) -> None:
     """A step has run."""
@@ -186,6 +188,8 @@ class Report:
       for name, value in row.items():
         if name != 'step' and value is not None:
           self._events.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log({k: v for k, v in row.items() if v is not None}, step)
 
   def picture(self, step: int, picture: np.ndarray) -> None:
     """uint8 [3h w 3] as pictures/STEP.png, a small one enlarged, and into
@@ -194,6 +198,10 @@ class Report:
       self._events.add_image(
         'reconstructions', picture, step, dataformats='HWC'
       )
+    if self._wandb is not None:
+      import wandb
+
+      self._wandb.log({'reconstructions': wandb.Image(picture)}, step)
     if self._rows is not None:
       times = max(LARGE // (len(picture) // 3), 1)
       picture = picture.repeat(times, 0).repeat(times, 1)
@@ -205,6 +213,35 @@ class Report:
     self._bar.close()
     if self._events is not None:
       self._events.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def _wandb_run(workdir: Path, setup: Setup, start_step: int) -> Any:
+  """A new run of Weights & Biases, or the one that this workdir began.
+
+  Raises:
+    UserError: the package is not installed.
+  """
+  try:
+    import wandb
+  except ImportError:
+    raise UserError(
+      f'log.wandb={setup.config.log.wandb} needs a package: pip install '
+      "'vqrae_jax[wandb]'"
+    ) from None
+  path = workdir / 'wandb_id'
+  known = path.read_text() if start_step and path.exists() else None
+  run = wandb.init(
+    project=setup.config.log.wandb,
+    name=workdir.name,
+    id=known,
+    resume='allow',
+    dir=None if is_url(workdir) else str(workdir),
+    config=read_json(workdir / 'config.json'),
+  )
+  path.write_text(run.id)
+  return run
 
 
 def write_json(path: Path, value: Any) -> None:
