@@ -55,7 +55,7 @@ COMMANDS = [
   (evaluate, f'{EVALUATE} --metrics=rfid --weights=vgg16=x.pth', '"vgg16"'),
   (evaluate, f'{EVALUATE} --metrics=rfid --weights=inception=x.pth', 'x.pth'),
   (evaluate, f'{EVALUATE} --metrics=rfid', 'fetch_weights --names=inception'),
-  (evaluate, f'{EVALUATE} --metrics= --size=15', '--size=15'),
+  (evaluate, f'{EVALUATE} --metrics= --size=15', '15x15.* patch 4'),
   (evaluate, f'{EVALUATE} --metrics= --images=9', '--images=9.* 3'),
   (evaluate, f'{EVALUATE} --metrics= --data=bad', 'none of the'),
   (bundle, '--out=o', '--tokenizer and --run'),

@@ -108,8 +108,7 @@ class Model:
       raise UserError(
         f'{source} has indices of several scales; the page shows one grid'
       )
-    p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
-    tile = tuple(p * n for n in tokenizer.latents_spec.grid or vit.grid)
+    tile = tokenizer.native_size
     step = math.lcm(*tile)
     size = size or -(-LEAST // step) * step
     if size % step:

@@ -136,8 +136,7 @@ def examine(
       f'{tokenizer_dir} is continuous (model.quantizer.name="none"): it has no '
       'codes to examine'
     )
-  p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
-  size = tuple(p * n for n in tokenizer.latents_spec.grid or vit.grid)
+  size = tokenizer.native_size
   enlarged = pipeline.Augment(size, crop='center', flip=False)
   rng, skipped = np.random.default_rng(0), []  # nothing is drawn
 

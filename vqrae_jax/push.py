@@ -21,7 +21,6 @@ from absl import flags
 from vqrae_jax import __version__, cli, export
 from vqrae_jax.encoders import PUBLISHED, row_of
 from vqrae_jax.errors import UserError
-from vqrae_jax.export import bundle
 from vqrae_jax.models.tokenizer import Tokenizer, describe, packages_of
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import reporting
@@ -143,7 +142,7 @@ def card(
   quantizer = describe(tokenizer)['quantizer']
   tags = ['image-tokenizer', 'jax', 'vqrae_jax', quantizer['name']]
   data = ModelCardData(library_name='vqrae_jax', tags=tags)
-  h, w = bundle.native_size(tokenizer)
+  h, w = tokenizer.native_size
   trusted = packages_of(tokenizer)
   extra = f', trusted={trusted}' if trusted else ''
   what = {

@@ -75,9 +75,9 @@ def reconstruct_folder(
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   if not tokenizer.codebook_size:
     print('this tokenizer is continuous: images pass through latents')
-  p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
+  p = tokenizer.patch_size
   if tile is None:
-    tile = p * min(tokenizer.latents_spec.grid or vit.grid)
+    tile = min(tokenizer.native_size)
   if tile < 0 or tile % p:
     raise UserError(
       f'--tile={tile} must be 0 or a multiple of the decoder patch {p}'

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -168,15 +167,12 @@ class Worker:
   def _config(self) -> dict[str, Any]:
     """config.json of the dump."""
     from vqrae_jax import export
-    from vqrae_jax.models.tokenizer import describe
-    from vqrae_jax.ops import trees
 
     job, listing = self._job, self._listing
-    model = json.loads(export.canonical_json(describe(self._tokenizer)))
     names = b'\n'.join(map(os.fsencode, listing.names))
     sizes = [p.stat().st_size for p in listing.paths] if self._of_files else []
     return dict(
-      fingerprint=export.fingerprint(model, trees.flatten(self._variables)),
+      fingerprint=export.fingerprint_of(self._tokenizer, self._variables),
       format=job.format,
       **dataclasses.asdict(self._layout),
       resize=self._side,
@@ -425,10 +421,9 @@ def _check_flags(job: Job, form: Any) -> None:
 
 def _layout(job: Job, form: Any, tokenizer: Any) -> tuple[Layout, int]:
   """(what the indices are, the shorter side before cropping)."""
-  from vqrae_jax.export.bundle import native_size
   from vqrae_jax.models import latents
 
-  size = (job.size, job.size) if job.size else native_size(tokenizer)
+  size = (job.size, job.size) if job.size else tokenizer.native_size
   shape = tokenizer.index_shape(*size)
   latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*size), '--size')
   side = job.resize or int(min(size) * (_WIDER if job.crops == 5 else 1))

@@ -52,7 +52,7 @@ def main() -> None:
   print(f'seed {seed}, least margin {float(margin.min()):.4f}')
   export.save_tokenizer(tokenizer, variables, FOLDER / 'tokenizer')
   tokenizer, variables = vqrae_jax.load_tokenizer(FOLDER / 'tokenizer')
-  size = bundle.native_size(tokenizer)
+  size = tokenizer.native_size
   bundle.save_bundle(tokenizer, variables, FOLDER / 'bundle', size=size)
   encode, decode = (
     jax.jit(fn, static_argnums=0)

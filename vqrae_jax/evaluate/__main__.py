@@ -132,6 +132,7 @@ def evaluate(
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, fid, visualize
   from vqrae_jax.evaluate import part as part_lib
+  from vqrae_jax.models import latents
   from vqrae_jax.nn import inception
 
   sharding.compile_afresh_on_cpu()
@@ -146,7 +147,8 @@ def evaluate(
   if images and images > len(source):
     raise UserError(f'--images={images}, and "{data}" holds {len(source)}')
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
-  sides = _sides(tokenizer, size)
+  sides = (size, size) if size else tokenizer.native_size
+  latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*sides), '--size')
   chosen = visualize.spread(len(source), images or len(source))
   card = _protocol(tokenizer, variables, data, sides, files, fid_stats)
   run = part_lib.Run(tokenizer, variables, source, chosen, sides, _load(files))
@@ -226,18 +228,6 @@ def _load(files: dict[str, dict[str, pathlib.Path]]) -> Any:
   return {name: networks.load(name, rows) for name, rows in files.items()}
 
 
-def _sides(tokenizer: Any, size: int | None) -> tuple[int, int]:
-  """(h, w) that images are cropped to."""
-  p, vit = tokenizer.patch_size, tokenizer.decoder_spec.vit
-  if size is None:
-    h, w = tokenizer.latents_spec.grid or vit.grid
-    return p * h, p * w
-  if size % p:
-    raise UserError(f'--size={size} must be a multiple of the patch {p}')
-  tokenizer.index_shape(size, size)
-  return size, size
-
-
 def _protocol(
   tokenizer: Any,
   variables: Any,
@@ -247,15 +237,11 @@ def _protocol(
   fid_stats: str | None,
 ) -> dict[str, Any]:
   """What the figures depend on, as JSON values."""
-
   from vqrae_jax import export
-  from vqrae_jax.models.tokenizer import describe
-  from vqrae_jax.ops import trees
   from vqrae_jax.weights import hub
 
-  model = json.loads(export.canonical_json(describe(tokenizer)))
   card = dict(
-    fingerprint=export.fingerprint(model, trees.flatten(variables)),
+    fingerprint=export.fingerprint_of(tokenizer, variables),
     data=data,
     crop=(
       f'the shorter side to {min(sides)} pixels (Pillow, bicubic with '

@@ -71,6 +71,12 @@ def fingerprint(
   return digest.hexdigest()
 
 
+def fingerprint_of(tokenizer: Tokenizer, variables: Any) -> str:
+  """That of a tokenizer as `load_tokenizer` gives it, its code table baked."""
+  model = json.loads(canonical_json(describe(tokenizer)))
+  return fingerprint(model, trees.flatten(variables))
+
+
 def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   """{leaf name: array on the host} of a tokenizer, its code table baked."""
   leaves = trees.flatten(variables)

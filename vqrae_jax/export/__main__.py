@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     tokenizer = tokenizer.with_run_options(**options)
     variables = trees.unflatten(weights.leaves)
     variables = trees.unflatten(export.bake(tokenizer, variables))
-  size = _size(values.size, bundle.native_size(tokenizer))
+  size = _size(values.size, tokenizer.native_size)
   card = bundle.save_bundle(
     tokenizer,
     variables,

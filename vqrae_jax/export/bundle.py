@@ -46,12 +46,6 @@ CARD, LOADER, VARIABLES = 'bundle.json', 'load.py', 'variables.npz'
 PLATFORMS = ('cpu', 'tpu', 'cuda', 'rocm')
 
 
-def native_size(tokenizer: Tokenizer) -> tuple[int, int]:
-  """(h, w) of images that positions and statistics need no resampling for."""
-  grid = tokenizer.latents_spec.grid or tokenizer.decoder_spec.vit.grid
-  return tuple(n * tokenizer.patch_size for n in grid)
-
-
 def check_any_size(tokenizer: Tokenizer) -> None:
   """One program can take images of any size.
 

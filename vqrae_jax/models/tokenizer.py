@@ -87,6 +87,13 @@ class Tokenizer(nn.Module):
     return self.decoder_spec.vit.patch_size
 
   @property
+  def native_size(self) -> tuple[int, int]:
+    """(h, w) of the images that it is made for, in pixels: neither positions of
+    the decoder nor statistics by position are resampled."""
+    gh, gw = self.latents_spec.grid or self.decoder_spec.vit.grid
+    return gh * self.patch_size, gw * self.patch_size
+
+  @property
   def latent_dim(self) -> int:
     """Channels of the continuous latents."""
     return self.encoder_spec.latent_dim
