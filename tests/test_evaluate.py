@@ -128,9 +128,9 @@ def test_figures_page_and_protocol(world, by_hand, measured):
   assert card['rfid']['reference'] == 'the same crops'
   assert len(card['weights']['inception']['sha256']) == 64
   assert found['classes'] == 2 and 0 <= found['linear_quantized'] <= 1
-  # All six, no image twice.
+  # All six, no image twice, enlarged.
   page = Image.open(folder / 'm.png')
-  assert 6 * 120 < page.width < 8 * 120 + 140
+  assert 6 * 192 < page.width < 7 * 192 + 140
   assert {p.name for p in folder.iterdir()} == {'m.json', 'm.png'}
 
 

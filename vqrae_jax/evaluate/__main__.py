@@ -37,6 +37,7 @@ EXAMPLE = (
   '--data=imagenet/val --out=metrics.json'
 )
 SHOWN = 4  # best, median and worst images on the page
+LARGE = 192  # pixels: smaller images are enlarged by an integer factor
 ENOUGH = 2048  # images, for a covariance of full rank
 
 
@@ -322,7 +323,9 @@ def _page(run: Any, part: Any) -> Any:
         whole=True,
       )
       label = f'{word} {part.psnr[i]:.1f} dB  {run.source.name(run.chosen[i])}'
-      columns[i] = original, visualize.to_uint8(recon), label
+      pair = original, visualize.to_uint8(recon)
+      times = max(LARGE // min(run.sides), 1)
+      columns[i] = *(x.repeat(times, 0).repeat(times, 1) for x in pair), label
   title = f'best, median and worst of {len(order)} images by PSNR'
   return visualize.comparison(*zip(*columns.values(), strict=True), title=title)
 
