@@ -28,6 +28,6 @@ def get_config(arguments=None):
   config.duration = f'{arg.steps} steps'
   config.batch_size = 16
   config.ema = 0.99
-  config.log.every = 100
+  config.log.update(every=100, images_every=max(arg.steps // 5, 1))
   config.eval.update(source='bundled:photos', include=HELD_OUT, tile=64)
   return config

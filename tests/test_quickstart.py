@@ -22,6 +22,7 @@ def test_quickstart_reaches_its_figures(tmp_path):
     cwd=ROOT,
     env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
   )  # fmt: skip
+  assert len([*(tmp_path / 'pictures').iterdir()]) == 5
   found = json.loads((tmp_path / 'summary.json').read_text())
   assert found['psnr'] >= max(20.0, found['psnr_block_mean'] - 1)
   assert found['ssim'] >= 0.55

@@ -47,6 +47,7 @@ _TABLE = (
   ('lpips', 'LPIPS (VGG)', '.4f'),
   ('rfid', 'rFID', '.2f'),
   ('codes_used', 'codes used', 'd'),
+  ('usage', 'codebook usage', '.1%'),
   ('perplexity', 'perplexity of the codes', '.1f'),
   ('effective_bits', 'effective bits a token', '.2f'),
   ('bits_per_image', 'bits per image, nominal', '.0f'),
