@@ -4,7 +4,6 @@ of the tokenizer that they are shown on."""
 import json
 import runpy
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -123,10 +122,11 @@ def test_the_tokenizers_config():
 @pytest.mark.slow
 @both
 def test_samples_have_the_structure(name, here, tmp_path):
+  # One token in the first step of sampling, the surest ones after it.
+  cool = ['--temperature=0.5'] if name == 'maskgit' else []
   found, samples = run(
-    name, here, tmp_path, '--depth=2', '--steps=400', '--lr=1e-3',
-    '--guidance=1.5',
-  )  # fmt: skip
+    name, here, tmp_path, '--depth=2', '--steps=600', '--guidance=1.5', *cool
+  )
   # Of an image one token is free, among the codes of its class; in random
   # order all tokens but the first are known.
   exact = np.log(CODES / CLASSES) / 16
@@ -137,4 +137,3 @@ def test_samples_have_the_structure(name, here, tmp_path):
   right = rows[..., 0] % CLASSES == np.arange(CLASSES)[:, None]
   assert (alike & right & (rows[..., 0] < CODES)).mean() >= 0.9
   assert all(len(np.unique(codes)) > 1 for codes in rows[..., 0])
-  jax.clear_caches()
