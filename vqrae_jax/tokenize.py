@@ -292,12 +292,13 @@ class Worker:
     return -(-self._job.batch_size // devices) * devices
 
   def _encoded(
-    self, batches: Iterator[tuple[np.ndarray, int]]
+    self, batches: Iterator[tuple[np.ndarray, list[int]]]
   ) -> Iterator[np.ndarray]:
     """i32[n *index_shape] of the rows of each batch that count."""
     pending = None
-    for images, n in batches:
-      encoded = self.encode(images), n  # dispatched, and not waited for
+    for images, owners in batches:
+      # Dispatched, and not waited for.
+      encoded = self.encode(images), len(owners)
       if pending is not None:
         yield np.asarray(pending[0])[: pending[1]]
       pending = encoded
