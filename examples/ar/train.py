@@ -221,8 +221,8 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_float('temperature', 1.0, text, lower_bound=1e-3, **keys)
   text = 'the probability that the likeliest codes must come to: 1 for all'
   flags.DEFINE_float('top_p', 0.95, text, 1e-3, 1, **keys)
-  example = f'python {__file__} --tokens=tokens --tokenizer=DIR --out=out'
-  cli.parse(values, argv, 'examples.ar', example)
+  example = f'python {__file__} --tokens=DUMP --tokenizer=DIR --out=OUT'
+  cli.parse(values, argv, 'examples.ar.train', example)
   cli.required(values, 'tokens', 'tokenizer', 'out')
   if values.width % HEAD:
     raise UserError(f'--width={values.width} must be a multiple of {HEAD}')

@@ -221,8 +221,8 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_float('guidance', 2.0, text, **keys)
   text = "of the Gumbel noise on a token's log-probability; falls to 0"
   flags.DEFINE_float('temperature', 4.5, text, **keys)
-  example = f'python {__file__} --tokens=tokens --tokenizer=DIR --out=out'
-  cli.parse(values, argv, 'examples.maskgit', example)
+  example = f'python {__file__} --tokens=DUMP --tokenizer=DIR --out=OUT'
+  cli.parse(values, argv, 'examples.maskgit.train', example)
   cli.required(values, 'tokens', 'tokenizer', 'out')
   if values.width % HEAD:
     raise UserError(f'--width={values.width} must be a multiple of {HEAD}')
