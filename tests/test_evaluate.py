@@ -16,6 +16,7 @@ from tests import runs, tiny
 from vqrae_jax import export
 from vqrae_jax.data.pipeline import Augment, augment_image
 from vqrae_jax.data.sources import open_source
+from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import __main__ as command
 from vqrae_jax.evaluate import fid, metrics, part, probes
 from vqrae_jax.nn.inception import InceptionV3
@@ -158,6 +159,20 @@ def test_a_stopped_evaluation_goes_on(
   assert {p.name for p in tmp_path.iterdir()} == {'m.json', 'm.png'}
   out = capsys.readouterr().out
   assert f'{found["rfid"]:.3f}' in out and '2,048' in out
+
+
+def test_classes_of_one_image_have_no_probes(world, tmp_path, monkeypatch):
+  """And a picture that is there is not replaced."""
+  on_one_device(monkeypatch)
+  argv = [f'--tokenizer={world}/tokenizer', f'--data={world}/photos',
+          f'--out={tmp_path}/m.json', '--metrics=', '--images=2']  # fmt: skip
+  (tmp_path / 'm.png').write_bytes(b'mine')
+  with pytest.raises(UserError, match='m.png exists'):
+    command.main(argv)
+  (tmp_path / 'm.png').unlink()
+  command.main(argv)
+  found = json.loads((tmp_path / 'm.json').read_text())
+  assert found['images'] == 2 and 'knn' not in found
 
 
 @pytest.mark.slow

@@ -292,6 +292,9 @@ def test_a_shard_without_any_image_is_no_accident(tmp_path):
     run(tmp_path, data=str(folder))
   out = run(tmp_path / 'small', '--shard_images=5', str(folder))
   assert len(open_dump(out).info['skipped']) == 20 and not len(open_dump(out))
+  # Nor is one image that is all the data.
+  with pytest.raises(UserError, match='none of the 1 images'):
+    run(tmp_path / 'one', data=str(folder / '0.png'))
 
 
 def test_verify_finds_indices_of_other_images(tmp_path, here):

@@ -258,7 +258,8 @@ class Worker:
     for part in self._encoded(batches):
       progress(len(part))
       rows.append(part)
-    if len(skipped) == len(indices) >= MAX_DRAWS:
+    least = MAX_DRAWS if self.count > 1 else 1
+    if len(skipped) == len(indices) >= least:
       name, reason = source.name(indices[0]), skipped[indices[0]]
       raise UserError(
         f'none of the {len(indices)} images of shard {number} ({what}) can be '

@@ -75,6 +75,9 @@ def test_statistics_files(tmp_path):
   for path in (bad, tmp_path / 'none.npz', tmp_path):
     with pytest.raises(UserError, match='"sigma"'):
       fid.load_statistics(path, 8)
+  np.savez(bad, mu=mean, sigma=covariance * np.nan)
+  with pytest.raises(UserError, match='bad.npz has NaN'):
+    fid.load_statistics(bad, 8)
   good.write_bytes(good.read_bytes()[:100])
   with pytest.raises(UserError, match='good.npz'):
     fid.load_statistics(good, 8)

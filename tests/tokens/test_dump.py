@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.tokens import Shard, Writer, open_dump
+from vqrae_jax.tokens import Shard, Writer, dump, open_dump
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAYOUT = dict(
@@ -116,6 +116,26 @@ def test_workers_in_any_order_write_the_same(finished, tmp_path):
     a, b = json.loads(found.pop(name)), json.loads(want.pop(name))
     assert a == b | edited
   assert found == want
+
+
+def test_two_workers_may_write_the_same_shard(finished, tmp_path, monkeypatch):
+  """The one that is behind, and whose files the other sweeps, goes on."""
+  folder = tmp_path / 'tokens'
+  ahead, behind = (Writer(folder, config()) for _ in range(2))
+  replace = dump.os.replace
+
+  def slow(source, target):
+    monkeypatch.setattr(dump.os, 'replace', replace)
+    write(ahead)
+    assert ahead.finish()
+    replace(source, target)
+
+  monkeypatch.setattr(dump.os, 'replace', slow)
+  write(behind, [2])
+  assert files(folder) == files(finished)
+  (folder / 'shards' / '00002.array_record').unlink()
+  with pytest.raises(UserError, match='finished/00002.json and run tokenize'):
+    open_dump(folder).shard(2)
 
 
 WORKER = """

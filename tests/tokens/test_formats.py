@@ -336,6 +336,19 @@ def test_webdataset_groups_by_the_images_keys(tmp_path):
     assert sample.get('cls') == (None if label is None else b'%d' % label)
 
 
+def test_webdatasets_keys_end_at_the_first_dot(tmp_path):
+  """Two images of one key are refused, not merged."""
+  layout = layout_of('grid')
+  shard, tokens = shard_of(layout, n=2)
+  shard = Shard(**(vars(shard) | dict(keys=['x.1/b.v1.jpg', 'x.1/c.jpg'])))
+  written(tmp_path, 'webdataset', layout, shard, tokens)
+  with tarfile.open(tmp_path / '00003.tar') as file:
+    assert 'x.1/b.npy' in file.getnames()
+  shard = Shard(**(vars(shard) | dict(keys=['x/b.v1.jpg', 'x/b.v2.jpg'])))
+  with pytest.raises(UserError, match='x/b.npy'):
+    written(tmp_path, 'webdataset', layout, shard, tokens)
+
+
 def test_an_example_is_read_by_its_own_codec():
   features = dict(a=[0, 1, 2**40, -5], b=[7])
   assert example.decode(example.encode(features)) == features

@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'data', 'out')
   out = cli.new_file(values.out, '.json')
+  cli.new_file(str(out.with_suffix('.png')), '.png')
   cli.join_hosts(values)
   with hosts.loss_reported():
     evaluate(
@@ -210,8 +211,7 @@ def _network_files(
   for name in metrics:
     if name not in METRICS:
       raise UserError(
-        f'--metrics: unknown metric "{name}"{did_you_mean(name, METRICS)}; '
-        f'there are {" and ".join(METRICS)}'
+        f'--metrics: unknown metric "{name}"{did_you_mean(name, METRICS)}'
       )
   known = [row for name in metrics for row in hub.NEEDS[name]]
   for name in given:
@@ -288,6 +288,8 @@ def _probes(run: Any, part: Any) -> dict[str, float]:
   if None in labels or len({*labels}) < 2:
     return {}
   labels = np.unique(labels, return_inverse=True)[1].astype(np.int32)
+  if probes.halves(labels).all():  # no class has a second image
+    return {}
   found = {'classes': int(labels.max()) + 1}
   for name, probe in dict(knn=probes.knn, linear=probes.linear).items():
     for i, when in enumerate(('', '_quantized')):

@@ -71,6 +71,8 @@ def load_statistics(
       f'{path} has "mu" {list(mean.shape)} and "sigma" '
       f'{list(covariance.shape)}; features have {width} channels'
     )
+  if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+    raise UserError(f'{path} has NaN or infinity in "mu" or "sigma"')
   return mean, covariance
 
 

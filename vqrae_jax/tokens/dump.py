@@ -114,8 +114,14 @@ class Writer:
         label that it needs.
     """
     self._check(shard, tokens)
-    for stale in self.folder.glob(f'.{shard.number:05}.*.writing'):
-      shutil.rmtree(stale, ignore_errors=True)
+    try:
+      self._write(shard, tokens, source, skipped)
+    except FileNotFoundError:
+      # Another worker has written the same, and swept what was left.
+      if shard.number not in self.finished:
+        raise
+
+  def _write(self, shard, tokens, source, skipped) -> None:
     with self._scratch(f'{shard.number:05}') as scratch:
       self._format.write(scratch, self.layout, shard, tokens)
       paths = self._format.paths(self.layout, shard)
@@ -336,7 +342,10 @@ class Dump:
     try:
       found = _digest(folder, form.paths(self.layout, shard))
     except OSError as e:
-      raise UserError(f'{e.filename}: {e.strerror}') from None
+      raise UserError(
+        f'{e.filename}: {e.strerror}; remove {FINISHED}/{number:05}.json and '
+        'run tokenize again'
+      ) from None
     if found != row['sha256']:
       raise UserError(
         f'shard {number} of {self.folder} is damaged: its SHA-256 is '

@@ -359,7 +359,9 @@ def _read_hdf5(folder, layout, shard):
 
 
 def _member(key: str, ending: str) -> str:
-  return str(pathlib.PurePosixPath(key).with_suffix(ending))
+  """webdataset's key of an image ends at the first dot of its name."""
+  path = pathlib.PurePosixPath(key)
+  return str(path.with_name(path.name.partition('.')[0] + ending))
 
 
 def _write_webdataset(folder, layout, shard, tokens):
@@ -368,7 +370,7 @@ def _write_webdataset(folder, layout, shard, tokens):
     n for n, times in collections.Counter(names).items() if times > 1
   ]:
     raise UserError(
-      f'several images would be {twice[0]}, by their names up to the suffix; '
+      f'several images would be {twice[0]}, by names up to their first dot; '
       'rename them, or take another --format'
     )
   dtype = np.min_scalar_type(layout.codebook_size - 1)
