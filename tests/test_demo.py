@@ -61,14 +61,14 @@ def test_a_click_and_a_brush():
   # Two by two from the token, within the image; four about it.
   want = indices.copy()
   want[7:, 7:] = want[1:5, 2:6] = 63
-  painted = shown.painted(indices, 31.0, 28.1, 2, np.int32(63))
-  painted = shown.painted(painted, 12.0, 8.0, 4, np.int32(63))
-  np.testing.assert_array_equal(painted, want)
-  # Tokens that are not painted keep their colours.
-  before, after = (shown.colours(x, indices) for x in (indices, painted))
-  same = (indices == painted).repeat(4, 0).repeat(4, 1)
+  edited = shown.edited(indices, 31.0, 28.1, 2, np.int32(63))
+  edited = shown.edited(edited, 12.0, 8.0, 4, np.int32(63))
+  np.testing.assert_array_equal(edited, want)
+  # Tokens that are not edited keep their colours.
+  before, after = (shown.colours(x, indices) for x in (indices, edited))
+  same = (indices == edited).repeat(4, 0).repeat(4, 1)
   np.testing.assert_array_equal(before[same], after[same])
-  line = shown.figures(crop, shown.decode(painted), 2)
+  line = shown.figures(crop, shown.decode(edited), 2)
   assert '384 bits' in line and '64 indices of 64 codes' in line
 
 
@@ -85,7 +85,7 @@ def test_bad_input(tmp_path):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(tmp_path):
-  """A photograph is opened, a token clicked on, some painted."""
+  """A photograph is opened, a token clicked on, some edited."""
   pytest.importorskip('gradio')
   browser = pytest.importorskip('playwright.sync_api')
   chromium = shutil.which('chromium') or shutil.which('chromium-browser')
@@ -118,11 +118,11 @@ def test_the_page_in_a_browser(tmp_path):
       page.wait_for_selector('#upload input[type=file]', state='attached')
       page.set_input_files('#upload input[type=file]', tmp_path / 'photo.png')
       before = wait('figures', 'PSNR')
-      assert '256 indices of 64 codes' in before and 'painted' not in before
+      assert '256 indices of 64 codes' in before and 'edited' not in before
       page.wait_for_selector('#slider img')
       tokens = page.locator('#tokens img')
       tokens.click()
-      found = re.search(r'code (\d+): (\d+) of 256', wait('words', 'code'))
+      found = re.search(r'code (\d+): (\d+) of 256', wait('caption', 'code'))
       assert 0 <= int(found[1]) < 64 and int(found[2]) >= 1
       page.wait_for_selector('#same img')
       box = page.locator('#recon img').bounding_box()
@@ -131,13 +131,13 @@ def test_the_page_in_a_browser(tmp_path):
           box['x'] + box['width'] / 2, box['y'] + row * box['height']
         )
         time.sleep(1)
-      after = wait('figures', 'painted')
-      assert int(re.search(r'(\d+) tokens painted', after)[1]) > 16
+      after = wait('figures', 'edited')
+      assert int(re.search(r'(\d+) tokens edited', after)[1]) > 16
       if folder := os.environ.get('VQRAE_SCREENSHOTS'):
         page.screenshot(path=f'{folder}/demo.png', full_page=True)
       page.get_by_text("The image's own").click()
       page.wait_for_function(
-        "!document.querySelector('#figures').innerText.includes('painted')"
+        "!document.querySelector('#figures').innerText.includes('edited')"
       )
       opened.close()
   finally:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import vqrae_jax
 from tests import runs, tiny
+from tests.data import makers
 from vqrae_jax import export
 from vqrae_jax.data.pipeline import Augment, augment_image
 from vqrae_jax.data.sources import open_source
@@ -173,6 +174,20 @@ def test_classes_of_one_image_have_no_probes(world, tmp_path, monkeypatch):
   command.main(argv)
   found = json.loads((tmp_path / 'm.json').read_text())
   assert found['images'] == 2 and 'knn' not in found
+
+
+def test_a_damaged_record_may_be_the_first(world, tmp_path, monkeypatch):
+  """It has no label either; the others are probed by theirs."""
+  on_one_device(monkeypatch)
+  good = [makers.example(image=makers.png(i), label=i % 2) for i in range(4)]
+  makers.array_record(tmp_path / 'x.array_record', [b'damaged', *good])
+  command.main([
+    f'--tokenizer={world}/tokenizer', f'--data={tmp_path}/x.array_record',
+    f'--out={tmp_path}/m.json', '--metrics=',
+  ])  # fmt: skip
+  found = json.loads((tmp_path / 'm.json').read_text())
+  assert found['images'] == 4 and [*found['skipped']] == ['x.array_record:0']
+  assert found['classes'] == 2 and 0 <= found['knn'] <= 1
 
 
 @pytest.mark.slow

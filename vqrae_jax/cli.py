@@ -7,11 +7,14 @@ shell reports SIGTERM, one that lost another host with 75 (`hosts.py`). Any
 other error keeps its traceback.
 """
 
+import contextlib
 import importlib
+import importlib.metadata
 import io
 import logging as std_logging
 import os
 import pathlib
+import platform
 import runpy
 import sys
 import traceback
@@ -109,6 +112,16 @@ def new_folder(path: str) -> pathlib.Path:
   if '://' in path:
     raise UserError(f'--out={path} is a URL; name a local folder')
   return pathlib.Path(path).expanduser()
+
+
+def versions() -> dict[str, str]:
+  """{name: version} of what files and figures depend on, as installed."""
+  found = {'python': platform.python_version()}
+  for name in ('vqrae_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow'):
+    # Of a checkout that is not installed there is none.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
 
 
 def define_trusted(values: flags.FlagValues) -> None:

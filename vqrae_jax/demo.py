@@ -189,7 +189,7 @@ class Model:
     light = kept.repeat(side, 0).repeat(side, 1)[..., None]
     return np.where(light, crop, crop // 4)
 
-  def painted(
+  def edited(
     self, indices: np.ndarray, x: float, y: float, brush: int, code: np.ndarray
   ) -> np.ndarray:
     """Indices with `code` in a square of `brush` tokens a side, about the token
@@ -213,7 +213,7 @@ class Model:
       f'{self.tokenizer.codebook_size:,} codes · {bits:,.0f} bits, '
       f'{bits / n:.3f} a pixel, 1/{24 * n / bits:.0f} of the image'
     )
-    return line + f' · {changed:,} tokens painted' * bool(changed)
+    return line + f' · {changed:,} tokens edited' * bool(changed)
 
 
 def page(model: Model, title: str) -> Any:
@@ -258,15 +258,13 @@ def page(model: Model, title: str) -> Any:
     code = model.token_at(state['indices'], *event.index)
     kept = model.where(state['indices'], code)
     state = state | dict(code=code)
-    words = f'code **{code}**: {int(kept.sum())} of {kept.size:,} tokens'
-    return state, model.shown(state['crop'], kept), words
+    caption = f'code **{code}**: {int(kept.sum())} of {kept.size:,} tokens'
+    return state, model.shown(state['crop'], kept), caption
 
-  def painted(state, brush, event: gr.SelectData):
+  def edited(state, brush, event: gr.SelectData):
     if state is None or state['code'] is None:
-      raise gr.Error('Click on a token first: its code is what is painted.')
-    indices = model.painted(
-      state['indices'], *event.index, brush, state['code']
-    )
+      raise gr.Error('Click on a token first: its code is what is edited.')
+    indices = model.edited(state['indices'], *event.index, brush, state['code'])
     return views(state | dict(indices=indices))
 
   def restored(state):
@@ -310,7 +308,7 @@ def page(model: Model, title: str) -> Any:
         interactive=False,
         **side,
       )
-    words = gr.Markdown(elem_id='words')
+    caption = gr.Markdown(elem_id='caption')
     with gr.Row():
       brush = gr.Slider(
         1, 16, 4, step=1, label='tokens a side that a click paints'
@@ -318,8 +316,8 @@ def page(model: Model, title: str) -> Any:
       restore = gr.Button("The image's own tokens again")
     outputs = [state, slider, tokens, difference, figures, recon]
     upload.change(opened, upload, outputs)
-    tokens.select(chosen, state, [state, same, words])
-    recon.select(painted, [state, brush], outputs)
+    tokens.select(chosen, state, [state, same, caption])
+    recon.select(edited, [state, brush], outputs)
     restore.click(restored, state, outputs)
   return blocks
 

@@ -14,10 +14,8 @@ two shards, so a shard that is written again has the same bytes, with the same
 `--batch_size` on the same devices.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -182,7 +180,7 @@ class Worker:
       listing=hashlib.sha256(names + repr(sizes).encode()).hexdigest(),
       classes=self._opened and self._opened.classes,
       data=job.data,
-      versions=_versions(),
+      versions=cli.versions(),
     )
 
   @property
@@ -385,15 +383,6 @@ def _key(source: Any, index: int) -> str:
   written as escapes."""
   name = source.key(index).encode('utf-8', 'surrogateescape')
   return name.decode('utf-8', 'backslashreplace')
-
-
-def _versions() -> dict[str, str]:
-  found = {}
-  for name in ('vqrae_jax', 'jax', 'numpy', 'pillow'):
-    # Of a checkout that is not installed.
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[name] = importlib.metadata.version(name)
-  return found
 
 
 def _check_flags(job: Job, form: Any) -> None:

@@ -15,10 +15,8 @@ keeps its part beside --out, on a disk that all hosts share, and goes on from
 there if it was stopped.
 """
 
-import importlib.metadata
 import json
 import pathlib
-import platform
 import shutil
 from collections.abc import Collection
 from typing import Any
@@ -256,11 +254,7 @@ def _protocol(
       for row, file in rows.items()
     },
     dtype=tokenizer.decoder_spec.vit.dtype,
-    versions={'python': platform.python_version()}
-    | {
-      name: importlib.metadata.version(name)
-      for name in ('vqrae_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow')
-    },
+    versions=cli.versions(),
   )
   if 'rfid' in files:
     card['rfid'] = dict(
@@ -312,7 +306,7 @@ def _page(run: Any, part: Any) -> Any:
     'worst': order[-SHOWN:],
   }
   columns = {}
-  for word, places in groups.items():
+  for rank, places in groups.items():
     for i in places:
       if i in columns:
         continue
@@ -324,7 +318,7 @@ def _page(run: Any, part: Any) -> Any:
         run.tokenizer.patch_size,
         whole=True,
       )
-      label = f'{word} {part.psnr[i]:.1f} dB  {run.source.name(run.chosen[i])}'
+      label = f'{rank} {part.psnr[i]:.1f} dB  {run.source.name(run.chosen[i])}'
       pair = original, visualize.to_uint8(recon)
       times = max(LARGE // min(run.sides), 1)
       columns[i] = *(x.repeat(times, 0).repeat(times, 1) for x in pair), label
@@ -354,8 +348,8 @@ def _table(report: dict[str, Any]) -> str:
   n, lost = report['images'], len(report['skipped'])
   lines = [f'{n} image{"s" * (n != 1)}' + f' ({lost} skipped)' * bool(lost)]
   lines += [
-    f'  {words:27}{form.format(report[key]):>12}'
-    for key, words, form in _TABLE
+    f'  {label:27}{form.format(report[key]):>12}'
+    for key, label, form in _TABLE
     if key in report
   ]
   return '\n'.join(lines)

@@ -149,7 +149,7 @@ def measure(
       indices = np.array(read(found))
       found = run(inference.decode_from_indices, place(indices))
       indices = indices[:n]
-    rows = metrics.image_rows(read(found), read(placed), networks or {})
+    rows = metrics.image_rows(read(found), images, networks or {})
     rows = {name: np.asarray(x)[:n] for name, x in rows.items()}
     sums = metrics.sums_of(rows, math.prod(images.shape[1:]))
     if indices is not None:

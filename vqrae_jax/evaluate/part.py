@@ -5,6 +5,7 @@ evaluation. It is written every minute, so that a stopped host goes on from
 there, and hosts share nothing but the folder of parts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from vqrae_jax import sharding
 from vqrae_jax.data import pipeline
-from vqrae_jax.data.decode import EncodedImages
+from vqrae_jax.data.decode import EncodedImages, ImageDecodeError
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
 from vqrae_jax.evaluate.fid import Moments
@@ -149,7 +150,9 @@ def measure(run: Run, parts: pathlib.Path, identity: dict) -> Part:
   process, source = jax.process_index(), run.source
   file, mine = _file(parts, process), run.chosen[process :: jax.process_count()]
   n = len(mine)
-  d = 0 if source.label(run.chosen[0]) is None else run.tokenizer.latent_dim
+  d = run.tokenizer.latent_dim
+  with contextlib.suppress(ImageDecodeError):  # then others have labels, or not
+    d = d if source.label(run.chosen[0]) is not None else 0
   latents = np.zeros((n, 2, d), np.float32)
   part = _read(file, identity) or Part(
     0, Sums(), {}, np.zeros(n, bool), np.zeros(n), latents

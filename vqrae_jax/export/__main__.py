@@ -25,14 +25,14 @@ EXAMPLE = (
 )
 
 
-def _size(word: str, native: tuple[int, int]) -> tuple[int, int] | None:
-  if word == 'any':
+def _size(text: str, native: tuple[int, int]) -> tuple[int, int] | None:
+  if text == 'any':
     return None
-  if word == 'native':
+  if text == 'native':
     return native
-  match = re.fullmatch(r'(\d{1,6})(?:x(\d{1,6}))?', word)
+  match = re.fullmatch(r'(\d{1,6})(?:x(\d{1,6}))?', text)
   if not match:
-    raise UserError(f'--size={word} must be native, any, H or HxW')
+    raise UserError(f'--size={text} must be native, any, H or HxW')
   return int(match[1]), int(match[2] or match[1])
 
 
