@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import vqrae_jax
+from vqrae_jax import export
 from vqrae_jax.export import bundle
 from vqrae_jax.ops import trees
+from vqrae_jax.tokens import FORMATS, open_dump
 
 ROOT = pathlib.Path(__file__).resolve().parent
 VERSIONS = sorted(path.name for path in (ROOT / 'golden').glob('v*'))
@@ -64,6 +66,21 @@ def test_a_bundle(folder, expected):
     assert card[name]['dtype'] == str(x.dtype)
     assert card[name]['shape'][1:] == [*x.shape[1:]]
     assert low <= x.min() and x.max() <= high
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_a_dump(folder, expected, name):
+  if extra := dict(parquet='pyarrow', hdf5='h5py').get(name):
+    pytest.importorskip(extra)
+  tokenizer, variables = vqrae_jax.load_tokenizer(folder / 'tokenizer')
+  fingerprint = export.fingerprint_of(tokenizer, variables)
+  rows = [*open_dump(folder / 'tokens' / name, fingerprint)]
+  _, indices, _ = expected
+  for view, want in enumerate((indices, tokenizer.codebook_size - 1 - indices)):
+    found = np.stack([row['tokens'] for row in rows[view::2]])
+    np.testing.assert_array_equal(found, want)
+  assert [row['label'] for row in rows] == [0, 0, 1, 1, 2, 2]
+  assert [row['key'] for row in rows[::2]] == ['0.png', '1.png', '2.png']
 
 
 def test_the_recipe_of_the_fingerprint(folder, monkeypatch, capsys):

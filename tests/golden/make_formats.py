@@ -1,9 +1,10 @@
 """python -m tests.golden.make_formats, which writes tests/golden/vN/.
 
-A tiny tokenizer and its bundle as this version writes them, with images, their
-indices and pixels (expected.npz). `tests/test_formats.py` opens every vN: what
-was written once stays readable. A folder is never renewed: a new format version
-gets a folder of its own, of the next N, and this script its number.
+A tiny tokenizer, its bundle and dumps of its tokens as this version writes
+them, with images, their indices and pixels (expected.npz).
+`tests/test_formats.py` opens every vN: what was written once stays readable. A
+folder is never renewed: a new format version gets a folder of its own, of the
+next N, and this script its number.
 """
 
 import pathlib
@@ -18,6 +19,7 @@ from tests import tiny
 from vqrae_jax import export
 from vqrae_jax.export import bundle
 from vqrae_jax.ops.nearest import nearest_code
+from vqrae_jax.tokens import FORMATS, Shard, Writer
 
 N = 0
 FOLDER = pathlib.Path(__file__).parent / f'v{N}'
@@ -32,6 +34,37 @@ def model() -> dict:
   for part in ('encoder', 'decoder'):
     config[part]['vit'] = config[part]['vit'] | SMALL
   return config
+
+
+def write_dumps(tokenizer, variables, indices, folder: pathlib.Path) -> None:
+  """In each format: shards of two images and of one. The class of an image is
+  its number, and its second view has the codes K - 1 - index."""
+  k, size = tokenizer.codebook_size, tokenizer.native_size
+  views = np.stack([indices, k - 1 - indices], 1)
+  for name, form in FORMATS.items():
+    config = dict(
+      fingerprint=export.fingerprint_of(tokenizer, variables),
+      format=name,
+      shard_count=2,
+      codebook_size=k,
+      index_shape=views.shape[2:],
+      image_size=size,
+      flip=True,
+      offset=int(form.sequences),
+      eod=k + 1 if form.sequences else None,
+    )
+    writer = Writer(folder / name, config)
+    for number, images in enumerate(([0, 1], [2])):
+      shard = Shard(
+        number,
+        [f'{i}.png' for i in images],
+        images,
+        [*range(len(images))],
+        [[[0.0, 0.0, *size]]] * len(images),
+        images[0],
+      )
+      writer.write(shard, views[images], f'shard {number}')
+    assert writer.finish()
 
 
 def main() -> None:
@@ -61,6 +94,7 @@ def main() -> None:
   indices = encode(tokenizer, variables, images)
   pixels = decode(tokenizer, variables, indices)
   print(f'{len(np.unique(indices))} codes used')
+  write_dumps(tokenizer, variables, np.asarray(indices), FOLDER / 'tokens')
   np.savez_compressed(
     FOLDER / 'expected.npz', images=images, indices=indices, pixels=pixels
   )
