@@ -1,11 +1,20 @@
-"""What the benchmarks' reports share: tables in docs, the machine's name."""
+"""What the benchmarks' reports share: tables in docs, the machine's name,
+curves, a page of images."""
 
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-DOCS = pathlib.Path(__file__).resolve().parents[1] / 'docs'
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCS = ROOT / 'docs'
+COLOURS = (
+  '#888888', '#1f77b4', '#d62728', '#2ca02c', '#ff7f0e', '#bcbd22', '#9467bd',
+  '#17becf', '#8c564b', '#000000',
+)  # fmt: skip
 
 
 def write(document: str, benchmark: str, made: str) -> None:
@@ -25,3 +34,82 @@ def hardware() -> str:
   text = pathlib.Path('/proc/cpuinfo').read_text()
   kind = next(s for s in text.splitlines() if s.startswith('model name'))
   return f'{kind.split(": ")[1]}, {len(os.sched_getaffinity(0))} cores'
+
+
+def curves(
+  panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+  names: Sequence[str],
+) -> str:
+  """SVG: a panel each of {title: {name: [(step, value)]}}, two a row, a line a
+  name, in the order of `names`; the last place has the names."""
+  width, height, gap = 300, 170, 60
+  colours, parts = dict(zip(names, COLOURS, strict=False)), []
+  shown = {title: lines for title, lines in panels.items() if lines}
+  for i, (title, lines) in enumerate(shown.items()):
+    row, column = divmod(i, 2)
+    values = [y for line in lines.values() for _, y in line]
+    steps = max(x for line in lines.values() for x, _ in line)
+    left, top = gap + column * (width + gap), 30 + row * (height + gap)
+    low, high = min(values), max(values)
+    scale = height / max(high - low, 1e-9)
+    parts.append(
+      f'<rect x="{left}" y="{top}" width="{width}" height="{height}" '
+      'fill="none" stroke="#ccc"/>'
+      f'<text x="{left}" y="{top - 8}">{title}</text>'
+      f'<text x="{left - 6}" y="{top + 10}" text-anchor="end">'
+      f'{high:.3g}</text>'
+      f'<text x="{left - 6}" y="{top + height}" text-anchor="end">'
+      f'{low:.3g}</text>'
+      f'<text x="{left + width}" y="{top + height + 15}" text-anchor="end">'
+      f'{steps} steps</text>'
+    )
+    for name, line in lines.items():
+      at = ' '.join(
+        f'{left + x * width / steps:.1f},{top + (high - y) * scale:.1f}'
+        for x, y in line
+      )
+      parts.append(
+        f'<polyline points="{at}" fill="none" stroke="{colours[name]}" '
+        'stroke-width="1.5"/>'
+      )
+  drawn = [n for n in names if any(n in lines for lines in shown.values())]
+  row, column = divmod(len(shown), 2)
+  left, top = gap + column * (width + gap), 30 + row * (height + gap)
+  for i, name in enumerate(drawn):
+    y = top + 10 + 18 * i
+    parts.append(
+      f'<line x1="{left}" y1="{y}" x2="{left + 24}" y2="{y}" '
+      f'stroke="{colours[name]}" stroke-width="3"/>'
+      f'<text x="{left + 32}" y="{y + 4}">{name}</text>'
+    )
+  rows = (len(shown) + 2) // 2
+  size = (
+    f'width="{2 * (width + gap) + 20}" height="{rows * (height + gap) + 20}"'
+  )
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" '
+    'font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    f'{"".join(parts)}</svg>\n'
+  )
+
+
+def sheet(
+  columns: Mapping[str, Sequence[np.ndarray]], side: int
+) -> Image.Image:
+  """{name: uint8 [h w 3] each}: a column a name, pixels as squares so large
+  that each image is about `side` high."""
+  made = []
+  for images in columns.values():
+    large = [
+      x.repeat(n, 0).repeat(n, 1)
+      for x in images
+      for n in (max(side // len(x), 1),)
+    ]
+    made.append(np.concatenate(large))
+  page = np.concatenate(made, axis=1)
+  image = Image.new('RGB', (page.shape[1], page.shape[0] + 22), 'white')
+  image.paste(Image.fromarray(page), (0, 22))
+  draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+  for i, name in enumerate(columns):
+    draw.text((i * made[0].shape[1] + 4, 4), name, 'black', font)
+  return image

@@ -1,4 +1,4 @@
-"""python benchmarks/two_stages.py --data=FOLDER [--steps=1000] [--out=DIR]
+"""python -m benchmarks.two_stages --data=FOLDER [--steps=1000] [--out=DIR]
 
 Both stages of `configs/two_stages_small.py` with and without each term, one run
 after another: the base, five runs with the encoder frozen, three with it open,
@@ -16,7 +16,8 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from benchmarks import report as report_lib
+
 CONFIG = 'configs/two_stages_small.py'
 
 L2 = 'stage=1,lpips=False,gan=False'
@@ -33,10 +34,6 @@ RUNS = {
   'open-self': ('stage=2,distill=self', 'l2-lpips-gan'),
   'longer': ('stage=2,frozen=True,distill=none', 'l2-lpips-gan'),
 }
-COLOURS = (
-  '#888888', '#1f77b4', '#bcbd22', '#2ca02c', '#ff7f0e', '#d62728', '#9467bd',
-  '#17becf', '#8c564b', '#000000',
-)  # fmt: skip
 CURVES = ('eval/psnr', 'usage', 'loss/lpips', 'loss/gan', 'gan_balance')
 
 
@@ -75,7 +72,7 @@ def run(name, options):
     print(f'== {name}', flush=True)
     words = command(name, options)
     train = [sys.executable, '-m', 'vqrae_jax.train', *words]
-    subprocess.run(train, cwd=ROOT, check=True)
+    subprocess.run(train, cwd=report_lib.ROOT, check=True)
 
 
 def wanted(options):
@@ -147,58 +144,19 @@ def points(figure, name, options):
 
 def curves(options):
   """SVG: a panel a figure, a line a run."""
-  width, height, gap = 300, 170, 60
-  colours, parts = dict(zip(RUNS, COLOURS, strict=True)), []
-  for i, figure in enumerate(CURVES):
-    row, column = divmod(i, 2)
-    found = {n: points(figure, n, options) for n in finished(options)}
-    values = [y for line in found.values() for _, y in line]
-    if not values:
-      continue
-    left, top = gap + column * (width + gap), 30 + row * (height + gap)
-    low, high = min(values), max(values)
-    scale = height / max(high - low, 1e-9)
-    parts.append(
-      f'<rect x="{left}" y="{top}" width="{width}" height="{height}" '
-      'fill="none" stroke="#ccc"/>'
-      f'<text x="{left}" y="{top - 8}">{figure}</text>'
-      f'<text x="{left - 6}" y="{top + 10}" text-anchor="end">'
-      f'{high:.3g}</text>'
-      f'<text x="{left - 6}" y="{top + height}" text-anchor="end">'
-      f'{low:.3g}</text>'
-      f'<text x="{left + width}" y="{top + height + 15}" text-anchor="end">'
-      f'{options.steps} steps</text>'
-    )
-    for name, line in found.items():
-      at = ' '.join(
-        f'{left + x * width / options.steps:.1f},{top + (high - y) * scale:.1f}'
-        for x, y in line
-      )
-      parts.append(
-        f'<polyline points="{at}" fill="none" stroke="{colours[name]}" '
-        'stroke-width="1.5"/>'
-      )
-  left, top = gap + (width + gap), 30 + 2 * (height + gap)
-  for i, name in enumerate(finished(options)):
-    y = top + 10 + 18 * i
-    parts.append(
-      f'<line x1="{left}" y1="{y}" x2="{left + 24}" y2="{y}" '
-      f'stroke="{colours[name]}" stroke-width="3"/>'
-      f'<text x="{left + 32}" y="{y + 4}">{name}</text>'
-    )
-  size = f'width="{2 * (width + gap) + 20}" height="{3 * (height + gap) + 20}"'
-  return (
-    f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" '
-    'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-    f'{"".join(parts)}</svg>\n'
-  )
+  panels = {
+    figure: {
+      name: line
+      for name in finished(options)
+      if (line := points(figure, name, options))
+    }
+    for figure in CURVES
+  }
+  return report_lib.curves(panels, list(RUNS))
 
 
 def page(options):
   """A crop of two images by each run, three times as large."""
-  import numpy as np
-  from PIL import Image, ImageDraw, ImageFont
-
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, visualize
 
@@ -209,23 +167,12 @@ def page(options):
     for i, (top, left) in enumerate(corners)
   ]
 
-  def large(images):
-    column = np.concatenate([np.asarray(x) for x in images])
-    return column.repeat(3, 0).repeat(3, 1)
-
-  columns, labels = [large(crops)], ['original']
+  columns = {'original': crops}
   for name in finished(options):
     tokenizer, variables = opened(name, options)
     run = functools.partial(evaluator.reconstruct_tiled, tokenizer, variables)
-    columns.append(large([visualize.to_uint8(run(x, 32)[1]) for x in crops]))
-    labels.append(name)
-  sheet = np.concatenate(columns, axis=1)
-  image = Image.new('RGB', (sheet.shape[1], sheet.shape[0] + 22), 'white')
-  image.paste(Image.fromarray(sheet), (0, 22))
-  draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-  for i, label in enumerate(labels):
-    draw.text((i * columns[0].shape[1] + 4, 4), label, 'black', font)
-  return image
+    columns[name] = [visualize.to_uint8(run(x, 32)[1]) for x in crops]
+  return report_lib.sheet(columns, 3 * 96)
 
 
 def main():
@@ -257,5 +204,4 @@ def main():
 
 
 if __name__ == '__main__':
-  sys.path.insert(0, str(ROOT))
   main()

@@ -70,9 +70,11 @@ def vit(*, width: int, depth: int, patch: int, pixels: int, **fields) -> dict:
   return dict(width=width, depth=depth, grid=grid, **sizes, **fields)
 
 
-def small_model(patch: int, pixels: int, quantizer: dict) -> dict:
+def small_model(
+  patch: int, pixels: int, quantizer: dict, width: int = 192
+) -> dict:
   """A quantizer between two plain ViTs of two blocks, from scratch."""
-  ends = vit(width=192, depth=2, patch=patch, pixels=pixels)
+  ends = vit(width=width, depth=2, patch=patch, pixels=pixels)
   return dict(
     encoder=dict(vit=ends),
     quantizer=quantizer,

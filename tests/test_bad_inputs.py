@@ -69,6 +69,11 @@ COMMANDS = [
   (bundle, '--tokenizer=tokenizer --out=o --size=big', '--size=big'),
   (bundle, '--tokenizer=tokenizer --out=o --platforms=gpu', 'gpu.*cuda'),
   (bundle, '--tokenizer=tokenizer --out=o --dtype=f16', '--dtype=f16.*bfloat'),
+  (
+    bundle,
+    '--tokenizer=tokenizer --out=o --precision=canonical --dtype=bfloat16',
+    '--precision=canonical.*--dtype',
+  ),
   (bundle, '--run=torn --out=o', '--run=torn'),
   (bundle, '--run=photos --out=o', '--run=photos'),
   (push, '--tokenizer=tokenizer', '--repo'),

@@ -26,7 +26,7 @@ from vqrae_jax.train.__main__ import default_workdir
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 NAMES = sorted({p.stem for p in CONFIGS.glob('[!_]*.py')} - {'common'})
-SMALL = {'quickstart', 'two_stages_small'}  # from scratch, of no paper
+SMALL = {'quickstart', 'scratch', 'two_stages_small'}  # of no paper
 LARGE = [n for n in NAMES if n not in SMALL]
 # With what else they can be asked for; None is the recipe itself.
 ALL = [(n, None) for n in NAMES] + [

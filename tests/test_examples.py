@@ -1,5 +1,4 @@
-"""`examples/maskgit` and `examples/ar` on a dump with structure, and the config
-of the tokenizer that they are shown on."""
+"""`examples/maskgit` and `examples/ar` on a dump with structure."""
 
 import json
 import runpy
@@ -9,10 +8,9 @@ import pytest
 from PIL import Image
 
 from tests import runs, tiny
-from vqrae_jax import cli, export
+from vqrae_jax import export
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.tokens import Shard, Writer
-from vqrae_jax.train import config as config_lib
 
 CODES, CLASSES, EACH, SHARDS = 8, 2, 120, 2  # of the tokenizer's 64 codes
 EXAMPLES = runs.ROOT / 'examples'
@@ -111,12 +109,6 @@ def test_what_is_wrong_is_one_line(name, here, tmp_path):
       f'--tokens={here / "tokens"}', f'--tokenizer={another}',
       f'--out={tmp_path / "out"}',
     ])  # fmt: skip
-
-
-def test_the_tokenizers_config():
-  config = cli.load_config(str(EXAMPLES / 'cifar10.py'))
-  read = config_lib.read_config(config)
-  assert read.data.size == (32, 32)
 
 
 @pytest.mark.slow

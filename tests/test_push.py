@@ -126,3 +126,7 @@ def test_what_is_not_there(site, saved, tmp_path, monkeypatch):
   monkeypatch.setenv('HF_TOKEN', 'hf_guest')
   refused(f'hf:{REPO}.*hf auth login', push.main, argv)
   assert REPO not in site.repos
+  from huggingface_hub import constants
+
+  monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+  refused('network.*HF_ENDPOINT', push.main, argv)

@@ -124,8 +124,24 @@ def versions() -> dict[str, str]:
   return found
 
 
+def define_tokenizer(values: flags.FlagValues) -> None:
+  """The flags of a command that opens a tokenizer."""
+  text = 'a tokenizer: a folder, a URL, or hf:ORG/NAME of the hub'
+  flags.DEFINE_string('tokenizer', None, text, flag_values=values)
+  define_trusted(values)
+
+
+def define_data(values: flags.FlagValues, name: str = 'data') -> None:
+  """The flag of a command that reads images."""
+  text = (
+    'images: a file, a folder, a glob, tar shards, ArrayRecord files or '
+    'bundled:photos'
+  )
+  flags.DEFINE_string(name, None, text, flag_values=values)
+
+
 def define_trusted(values: flags.FlagValues) -> None:
-  """The flag of a command that opens a tokenizer."""
+  """The flag of a command that builds a tokenizer's model."""
   text = (
     'packages whose code may be run, where the encoder or the quantizer is of '
     'another package'

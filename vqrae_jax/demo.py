@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
   """Parses flags, serves the page until it is stopped."""
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
+  cli.define_tokenizer(values)
   text = (
     'pixels of a side of the square that is shown, tokenized in tiles of the '
     'size that the tokenizer was made for, of which it is a multiple; by '
@@ -40,7 +40,6 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_string('host', '127.0.0.1', text, **keys)
   text = 'the port'
   flags.DEFINE_integer('port', 7860, text, 1, 65535, **keys)
-  cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer')
   model = Model.load(values.tokenizer, values.size, values.trusted)

@@ -44,9 +44,8 @@ def main(argv: list[str]) -> None:
   """Parses flags, examines, prints the report, writes the files."""
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
-  text = 'images: a folder, a glob, tar shards or bundled:photos'
-  flags.DEFINE_string('data', None, text, **keys)
+  cli.define_tokenizer(values)
+  cli.define_data(values)
   text = 'a folder for doctor.json and doctor.png, made if absent'
   flags.DEFINE_string('out', None, text, **keys)
   flags.DEFINE_string('json', None, 'the file for the figures, F.json', **keys)
@@ -55,7 +54,6 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_integer('images', None, text, lower_bound=1, **keys)
   text = 'tiles at once'
   flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)
-  cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'data')
   files = _files(values)

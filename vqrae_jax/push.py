@@ -37,13 +37,12 @@ def main(argv: list[str]) -> None:
   """Parses flags, writes the card, pushes."""
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
+  cli.define_tokenizer(values)
   flags.DEFINE_string('repo', None, 'ORG/NAME on the hub, made if new', **keys)
   text = "the run's workdir, whose data, recipe and figures the card gets"
   flags.DEFINE_string('run', None, text, **keys)
   text = 'whether a new repository is private'
   flags.DEFINE_bool('private', False, text, **keys)
-  cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'repo')
   if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', values.repo):
@@ -110,9 +109,12 @@ def upload(folder: pathlib.Path, text: str, repo: str, private: bool) -> str:
     )
   # The client raises a dozen kinds of three libraries; none is our fault.
   except Exception as e:
+    cure = 'is there a network, and a hub at HF_ENDPOINT?'
+    if getattr(e, 'response', None) is not None:
+      cure = 'log in with "hf auth login" as one who may write, or set HF_TOKEN'
     raise UserError(
       f'Could not push to hf:{repo} ({type(e).__name__}: {printable(e, 160)}); '
-      'log in with "hf auth login" as one who may write there, or set HF_TOKEN'
+      f'{cure}'
     ) from None
   return done.commit_url
 

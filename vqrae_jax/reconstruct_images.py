@@ -25,9 +25,8 @@ def main(argv: list[str]) -> None:
   """Parses flags, reconstructs, prints a line an image."""
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
-  text = 'an image, a folder, a glob, tar shards or bundled:photos'
-  flags.DEFINE_string('images', None, text, **keys)
+  cli.define_tokenizer(values)
+  cli.define_data(values, 'images')
   text = 'the folder for the PNGs, made if absent'
   flags.DEFINE_string('out', None, text, **keys)
   text = (
@@ -35,7 +34,6 @@ def main(argv: list[str]) -> None:
     'image whole; the size the tokenizer was made for by default'
   )
   flags.DEFINE_integer('tile', None, text, **keys)
-  cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'images', 'out')
   out = cli.new_folder(values.out)

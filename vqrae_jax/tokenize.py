@@ -525,10 +525,8 @@ def main(argv: list[str]) -> None:
 def define_job(values: flags.FlagValues) -> None:
   """The flags that a `Job` has fields for."""
   keys = dict(flag_values=values)
-  text = 'a tokenizer directory, or hf:ORG/NAME'
-  flags.DEFINE_string('tokenizer', None, text, **keys)
-  text = 'images: a folder, a glob, tar shards, ArrayRecord files, …'
-  flags.DEFINE_string('data', None, text, **keys)
+  cli.define_tokenizer(values)
+  cli.define_data(values)
   flags.DEFINE_string('out', None, "the dump's folder", **keys)
   text = f'the files to write: {", ".join(FORMATS)}'
   flags.DEFINE_string('format', 'array_record', text, **keys)
@@ -552,7 +550,6 @@ def define_job(values: flags.FlagValues) -> None:
   flags.DEFINE_integer('shard_images', 10_000, text, lower_bound=1, **keys)
   text = 'views at once on each host'
   flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)
-  cli.define_trusted(values)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import functools
 import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from skimage import metrics as peer
@@ -141,21 +142,39 @@ def test_evaluation_holds_a_few_images_however_many_there_are(monkeypatch):
   assert source.most <= 3 + 2 * 2 + 2 + 4 and len(source.live) <= 3
 
 
-@pytest.mark.parametrize('whole', (True, False))
-def test_an_image_is_reconstructed_in_place(whole):
+def test_a_whole_image_is_reconstructed_in_place():
   tokenizer, variables = built('fsq-cosmos')
   image = tiny.images(1, 50, 37)[0]
-  multiple = 4 if whole else 16
   original, recon = evaluator.reconstruct_tiled(
-    tokenizer, variables, image, multiple, batch_size=4, whole=whole
+    tokenizer, variables, image, 4, whole=True
   )
-  h, w = (48, 36) if whole else (48, 32)
-  top, left = (50 - h) // 2, (37 - w) // 2
-  np.testing.assert_array_equal(original, image[top : top + h, left : left + w])
-  part = original if whole else original[16:32, :16]
-  found = recon if whole else recon[16:32, :16]
-  want = reconstruct(tokenizer, variables, part[None]).images[0]
-  np.testing.assert_allclose(found, np.clip(want, 0, 1), atol=1e-5)
+  np.testing.assert_array_equal(original, image[1:49, :36])
+  want = reconstruct(tokenizer, variables, original[None]).images[0]
+  np.testing.assert_allclose(recon, np.clip(want, 0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ('fsq-cosmos', 'none'))
+def test_tiles_have_no_seams(kind):
+  """Tiles of 16 pixels with 4 x 4 tokens each: up to 8 pixels from the image's
+  left and right one window counts, between them two windows blend."""
+  tokenizer, variables = built(kind)
+  image = tiny.images(1, 20, 50)[0]
+  original, recon = evaluator.reconstruct_tiled(
+    tokenizer, variables, image, 16, batch_size=4
+  )
+  np.testing.assert_array_equal(original, image[2:18, 1:49])
+  tiles = original.reshape(16, 3, 16, 3).swapaxes(0, 1)
+  out = reconstruct(tokenizer, variables, tiles)
+  tokens = np.concatenate(out.quantizer.z_q, 1)  # [4 12 d]
+  windows = jnp.stack([tokens[:, x : x + 4] for x in range(0, 9, 2)])
+  found, *_ = tokenizer.apply(variables, windows, method='decode')
+  np.testing.assert_allclose(found[::2], out.images, atol=1e-5)
+  inside = np.array([*range(1, 9), *range(8, 0, -1)])[:, None]
+  total, weights = np.zeros((16, 48, 3)), np.zeros((48, 1))
+  for x, window in zip(range(0, 40, 8), found, strict=True):
+    total[:, x : x + 16] += inside * window
+    weights[x : x + 16] += inside
+  np.testing.assert_allclose(recon, np.clip(total / weights, 0, 1), atol=1e-5)
 
 
 @pytest.mark.filterwarnings('error')

@@ -83,6 +83,10 @@ def test_rows_are_views_of_images(finished):
   assert dump[-1]['key'] == keys[-1]
   with pytest.raises(IndexError):
     dump[len(dump)]
+  with pytest.raises(IndexError, match=f'of {SHARDS}'):
+    dump.shard(SHARDS)
+  with pytest.raises(TypeError, match='integer'):
+    dump[0:2]
   assert dump.info['tokens'] == len(dump) * 6
   assert dump.info['skipped'][2] == ['shard 2', '2/2.png', 'damaged']
 

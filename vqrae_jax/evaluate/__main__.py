@@ -45,9 +45,8 @@ def main(argv: list[str]) -> None:
 
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
-  text = 'images: a folder, a glob, tar shards or bundled:photos'
-  flags.DEFINE_string('data', None, text, **keys)
+  cli.define_tokenizer(values)
+  cli.define_data(values)
   text = 'the file to write, F.json; F.png lies beside it'
   flags.DEFINE_string('out', None, text, **keys)
   text = (
@@ -72,7 +71,6 @@ def main(argv: list[str]) -> None:
     'of fetch_weights: inception, vgg16, lpips-vgg'
   )
   flags.DEFINE_list('weights', [], text, **keys)
-  cli.define_trusted(values)
   cli.define_hosts(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'data', 'out')

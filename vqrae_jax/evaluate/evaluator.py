@@ -238,6 +238,24 @@ def crop_to(image: np.ndarray, multiple: int) -> np.ndarray:
   return image[top : top + h, left : left + w]
 
 
+def _quantized(tokenizer, variables, images):
+  return inference.reconstruct(tokenizer, variables, images).quantizer.z_q
+
+
+def _decoded(tokenizer, variables, z_q):
+  return tokenizer.apply(variables, z_q, method='decode')[0]
+
+
+def _in_batches(fn: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
+  """fn(rows), `batch_size` at once, of which zeros fill the last."""
+  found = []
+  for at in range(0, len(rows), batch_size):
+    part = rows[at : at + batch_size]
+    padding = [(0, batch_size - len(part))] + [(0, 0)] * (rows.ndim - 1)
+    found.append(np.asarray(fn(np.pad(part, padding)))[: len(part)])
+  return np.concatenate(found)
+
+
 def reconstruct_tiled(
   tokenizer: Tokenizer,
   variables: Tree,
@@ -246,7 +264,11 @@ def reconstruct_tiled(
   batch_size: int = 32,
   whole: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """An image reconstructed tile by tile, each from its own tokens.
+  """An image reconstructed from the tokens of its tiles.
+
+  Each tile has its own tokens. The decoder reads them in windows of a tile's
+  size, each half a tile from the next; where windows overlap the mean counts,
+  weighted by how far a pixel is inside of each, so that tiles leave no seams.
 
   Args:
     tokenizer, variables: the tokenizer.
@@ -260,19 +282,39 @@ def reconstruct_tiled(
     in [0, 1]).
   """
   image = crop_to(image, tile)
-  sides = image.shape[:2] if whole else (tile, tile)
-  h, w = (n // s for n, s in zip(image.shape[:2], sides, strict=True))
-  cut = pipeline.tiles(image, sides)
-  run, recon = _jitted(inference.reconstruct), []
+  size = image.shape[:2] if whole else (tile, tile)
   batch_size = 1 if whole else batch_size
-  for at in range(0, len(cut), batch_size):
-    part = cut[at : at + batch_size]
-    padding = [(0, batch_size - len(part))] + [(0, 0)] * 3
-    images = run(tokenizer, variables, np.pad(part, padding)).images
-    recon.append(np.asarray(images)[: len(part)])
-  recon = np.concatenate(recon).reshape(h, w, *sides, 3)
-  recon = recon.transpose(0, 2, 1, 3, 4).reshape(image.shape)
-  return image, np.clip(recon, 0, 1)
+
+  def run(fn):
+    return functools.partial(_jitted(fn), tokenizer, variables)
+
+  z_q = _in_batches(run(_quantized), pipeline.tiles(image, size), batch_size)
+  rows, columns = (n // s for n, s in zip(image.shape[:2], size, strict=True))
+  gh, gw, d = z_q.shape[1:]
+  z_q = z_q.reshape(rows, columns, gh, gw, d).transpose(0, 2, 1, 3, 4)
+  z_q = z_q.reshape(rows * gh, columns * gw, d)
+  starts = [
+    (top, left)
+    for top in _starts(len(z_q), gh)
+    for left in _starts(z_q.shape[1], gw)
+  ]
+  windows = np.stack([z_q[y : y + gh, x : x + gw] for y, x in starts])
+  found = _in_batches(run(_decoded), windows, batch_size)
+  inside = [np.minimum(np.arange(n), np.arange(n)[::-1]) + 1 for n in size]
+  weight = np.outer(*inside)[..., None]
+  total, weights = np.zeros(image.shape), np.zeros((*image.shape[:2], 1))
+  p = tokenizer.patch_size
+  for (y, x), pixels in zip(starts, found, strict=True):
+    at = slice(y * p, y * p + size[0]), slice(x * p, x * p + size[1])
+    total[at] += weight * pixels
+    weights[at] += weight
+  return image, np.clip(total / weights, 0, 1).astype(np.float32)
+
+
+def _starts(tokens: int, window: int) -> list[int]:
+  """Where windows begin: half of one apart, the last at the end."""
+  last = tokens - window
+  return [*range(0, last, max(window // 2, 1)), last]
 
 
 def psnr(original: np.ndarray, recon: np.ndarray) -> float:

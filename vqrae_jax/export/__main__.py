@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   """Parses flags, writes the bundle."""
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokenizer', None, 'a tokenizer directory', **keys)
+  cli.define_tokenizer(values)
   text = "in its place, a run's workdir: its newest checkpoint that verifies"
   flags.DEFINE_string('run', None, text, **keys)
   flags.DEFINE_string('out', None, 'the folder of the bundle, new', **keys)
@@ -55,11 +55,12 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_list('platforms', 'cpu,tpu,cuda', text, **keys)
   text = 'what the networks compute in: float32 or bfloat16'
   flags.DEFINE_enum('dtype', 'float32', DTYPES, text, **keys)
-  cli.define_trusted(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'out')
   if bool(values.tokenizer) == bool(values.run):
     raise UserError('give one of --tokenizer and --run')
+  if values.precision == 'canonical' and values['dtype'].present:
+    raise UserError('--precision=canonical computes in f32; leave --dtype out')
   _size(values.size, (1, 1))
   out = cli.new_folder(values.out)
   if out.exists() or out.is_symlink():

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import pathlib
 import shutil
@@ -305,6 +306,7 @@ class Dump:
     Raises:
       UserError: its shard is damaged.
     """
+    index = operator.index(index)
     if not -len(self) <= index < len(self):
       raise IndexError(f'row {index} of {len(self)}')
     image, view = divmod(index % len(self), self.layout.views)
@@ -334,6 +336,9 @@ class Dump:
     Raises:
       UserError: it is damaged.
     """
+    count = self.info['shard_count']
+    if not 0 <= number < count:
+      raise IndexError(f'shard {number} of {count}')
     row = _finished(self.folder, number)
     fields = {field.name for field in dataclasses.fields(Shard)}
     shard = Shard(**{k: v for k, v in row.items() if k in fields})

@@ -386,7 +386,7 @@ def finish(
 
 
 def picture_of(tokenizer, variables, source, tile: int) -> Image.Image:
-  """At most 12 images, each above its reconstruction, tile by tile."""
+  """At most 12 images, each above its reconstruction from tiles."""
   originals, recons, labels = [], [], []
   for i in visualize.spread(len(source), PAGE_IMAGES):
     original, recon = evaluator.reconstruct_tiled(
