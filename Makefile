@@ -6,7 +6,7 @@
 #                   docs/performance.md (40 minutes on two idle cores); with
 #                   DATA=a folder, a glob, … that of reading it too
 # make lint         environment with the test extra; ruff, format and rules
-# make clean        removes both environments and what builds leave, no run
+# make clean        removes all environments and what builds leave, no run
 PYTHON ?= python3
 VENV ?= .venv
 STEPS ?=
@@ -27,7 +27,7 @@ QUIET = PYTHONWARNINGS=ignore
 PEERS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips \
   torch-fidelity
 
-.PHONY: quickstart test test-unit test-slow test-gradio test-newest bench lint clean
+.PHONY: quickstart test test-unit test-slow test-extras test-newest bench lint clean
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -57,20 +57,24 @@ test-unit: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
-	$(MAKE) test-gradio
+	$(MAKE) test-extras
 	for isa in AVX2 SSE4_2; do \
 	  XLA_FLAGS=--xla_cpu_max_isa=$$isa $(PYTEST) -m 'not slow' || exit 1; done
 	for newer in python3.12 ~/.pyenv/versions/3.12*/bin/python; do \
 	  "$$newer" -c '' 2>/dev/null || continue; \
 	  $(MAKE) test-newest PYTHON="$$newer" || exit 1; break; done
 
-# Apart, since Gradio 6 wants Pillow 12, whose resize is up to two levels off
-# that of Pillow 13, which the tests compare with. Nothing is pinned.
-test-gradio:
-	$(PYTHON) -m venv --clear $(VENV)-gradio
-	$(QUIET) $(VENV)-gradio/bin/python -m pip install -q $(EDITABLE) \
-	  '.[cpu,unit,gradio]' playwright
-	$(VENV)-gradio/bin/python -m pytest -m slow tests/test_demo.py
+# The page of `demo` in a browser (chromium, if there is one), two actors of Ray.
+# Apart, since Ray is large and Gradio 6 wants Pillow 12, whose resize is up to
+# two levels off that of Pillow 13, which the tests compare with. Nothing is
+# pinned.
+test-extras:
+	$(PYTHON) -m venv --clear $(VENV)-extras
+	$(VENV)-extras/bin/python -m pip install -q --upgrade pip
+	$(QUIET) $(VENV)-extras/bin/python -m pip install -q $(EDITABLE) \
+	  '.[cpu,unit,gradio,ray]' playwright
+	$(VENV)-extras/bin/python -m pytest -m slow -rs tests/test_demo.py \
+	  tests/test_ray.py
 
 # Nothing is pinned and nothing kept: what pip finds today.
 test-newest:
@@ -92,4 +96,4 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-extras build dist *.egg-info .pytest_cache .ruff_cache
