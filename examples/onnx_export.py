@@ -36,7 +36,6 @@ import onnxruntime
 from flax import linen as nn
 
 import vqrae_jax
-from vqrae_jax.export import bundle
 from vqrae_jax.quantizers import base, simvq, vq
 
 PIXELS = 1e-4  # that decoded images may differ by
@@ -111,7 +110,7 @@ def main(source: str, out: str, batch: str = '') -> None:
     functools.partial(fn, tokenizer, variables)
     for fn in (vqrae_jax.encode_to_indices, vqrae_jax.decode_from_indices)
   )
-  size = bundle.native_size(tokenizer)
+  size = tokenizer.native_size
   (any_batch,) = jax.export.symbolic_shape('B')
   fixed, batches = (int(batch), [int(batch)]) if batch else (any_batch, [1, 3])
   images = np.random.default_rng(0).random((max(batches), *size, 3), 'f4')
