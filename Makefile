@@ -19,12 +19,10 @@ WORKERS ?= 2
 # By a path, not by an import hook: beside the clone, Python would take the
 # folder of that name for an empty package.
 EDITABLE = --config-settings editable_mode=compat -e
-# setuptools says in twelve lines that this mode may go one day.
-QUIET = PYTHONWARNINGS=ignore
 # For LPIPS's file of linear heads and for Inception, which tests compare with.
 # Without what they ask for: torchvision breaks transformers beside the CPU
 # torch.
-PEERS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips \
+PEERS = $(BIN)/python -m pip install -qq --no-deps -c constraints.txt lpips \
   torch-fidelity
 
 .PHONY: quickstart test test-unit test-slow test-extras test-newest bench lint clean
@@ -32,14 +30,14 @@ PEERS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt lpips \
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "vqrae_jax needs Python 3.11 or newer; try make PYTHON=python3.11 …"; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq --upgrade pip
 	@touch $@
 
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made setup.py constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
-	$(QUIET) $(BIN)/python -m pip install -q -c constraints.txt $(EDITABLE) '.[cpu,$*]'
-	$(if $(filter test,$*),$(PEERS) || echo "no lpips or no torch-fidelity: a test skips")
+	@$(BIN)/python -m pip install -qq -c constraints.txt $(EDITABLE) '.[cpu,$*]'
+	@$(if $(filter test,$*),$(PEERS) || echo "no lpips or no torch-fidelity: a test skips")
 	@touch $@
 
 quickstart: $(VENV)/.demo
@@ -69,18 +67,18 @@ test-slow: $(VENV)/.test
 # two levels off that of Pillow 13, which the tests compare with. Nothing is
 # pinned.
 test-extras:
-	$(PYTHON) -m venv --clear $(VENV)-extras
-	$(VENV)-extras/bin/python -m pip install -q --upgrade pip
-	$(QUIET) $(VENV)-extras/bin/python -m pip install -q $(EDITABLE) \
+	@$(PYTHON) -m venv --clear $(VENV)-extras
+	@$(VENV)-extras/bin/python -m pip install -qq --upgrade pip
+	@$(VENV)-extras/bin/python -m pip install -qq $(EDITABLE) \
 	  '.[cpu,unit,gradio,ray]' playwright
 	$(VENV)-extras/bin/python -m pytest -m slow -rs tests/test_demo.py \
 	  tests/test_ray.py
 
 # Nothing is pinned and nothing kept: what pip finds today.
 test-newest:
-	$(PYTHON) -m venv --clear $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install -q --upgrade pip
-	$(QUIET) $(VENV)-newest/bin/python -m pip install -q $(EDITABLE) '.[cpu,unit]'
+	@$(PYTHON) -m venv --clear $(VENV)-newest
+	@$(VENV)-newest/bin/python -m pip install -qq --upgrade pip
+	@$(VENV)-newest/bin/python -m pip install -qq $(EDITABLE) '.[cpu,unit]'
 	$(VENV)-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m 'not slow and not integration'
 
