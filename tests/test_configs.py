@@ -171,8 +171,8 @@ def test_held_out_data_may_come_from_elsewhere():
 @pytest.mark.parametrize(
   'name, arguments, words',
   [
-    ('quickstart', 'step=3', 'step=3.* steps=1000'),
-    ('quickstart', 'steps=many', 'steps=1000'),
+    ('quickstart', 'step=3', 'step=3.* steps=4000'),
+    ('quickstart', 'steps=many', 'steps=4000'),
     ('simvq_siglip_l', 'stage=3', 'stage=1 or stage=2'),
     ('simvq_siglip2_l', 'preset=papers', 'preset=request or preset=paper'),
     ('vqvae_16k', 'stage=2', 'stage=2'),
