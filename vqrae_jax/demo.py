@@ -9,6 +9,7 @@ unless --host says otherwise.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Collection
@@ -114,6 +115,10 @@ class Model:
       raise UserError(f'--size={size} must be a multiple of {step}')
     return cls(tokenizer, variables, size, tile)
 
+  @property
+  def _tile_count(self) -> int:
+    return (self.size // self.tile[0]) * (self.size // self.tile[1])
+
   def crop(self, image: np.ndarray) -> np.ndarray:
     """uint8 [h w 3] -> uint8 [size size 3]: the centre of the image, its
     shorter side brought to `size`."""
@@ -156,10 +161,16 @@ class Model:
   def decode(self, indices: np.ndarray) -> np.ndarray:
     """The reconstruction, uint8 [size size 3]."""
     from vqrae_jax import inference
-    from vqrae_jax.evaluate import visualize
+    from vqrae_jax.evaluate import evaluator, visualize
 
-    x = self._run(inference.decode_from_indices, self._per_tile(indices))
-    return visualize.to_uint8(self._joined(x))
+    image = evaluator.decode_tiles(
+      functools.partial(self._run, inference.decode_from_indices),
+      indices,
+      self.tokenizer.index_shape(*self.tile)[:2],
+      self.tokenizer.patch_size,
+      batch_size=self._tile_count,
+    )
+    return visualize.to_uint8(image)
 
   def colours(self, indices: np.ndarray, own: np.ndarray) -> np.ndarray:
     """The tokens, uint8 [size size 3], in the colours that the image's own
@@ -203,7 +214,7 @@ class Model:
     from vqrae_jax.evaluate import evaluator
 
     n = crop.size // 3
-    tiles = (self.size // self.tile[0]) * (self.size // self.tile[1])
+    tiles = self._tile_count
     bits = tiles * evaluator.bits_per_image(self.tokenizer, *self.tile)
     tokens = tiles * math.prod(self.tokenizer.index_shape(*self.tile))
     psnr = evaluator.psnr(crop, recon / 255)

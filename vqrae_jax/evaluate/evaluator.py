@@ -256,6 +256,55 @@ def _in_batches(fn: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
   return np.concatenate(found)
 
 
+def decode_tiles(
+  decode: Callable[[np.ndarray], np.ndarray],
+  tokens: np.ndarray,
+  window: tuple[int, int],
+  patch: int,
+  batch_size: int = 32,
+) -> np.ndarray:
+  """The tokens of many tiles as one image without seams.
+
+  They are decoded in windows of a tile's size, each half a tile from the next.
+  Where windows overlap the mean counts, weighted by how far inside of each a
+  pixel lies.
+
+  Args:
+    decode: [b *window …] -> images f[b h w 3].
+    tokens: [gh gw …], indices or latents, at least a window.
+    window: tokens of a tile, high and wide.
+    patch: pixels of a token.
+    batch_size: windows at once.
+
+  Returns:
+    f32[gh*patch gw*patch 3] in [0, 1].
+  """
+  gh, gw = window
+  starts = [
+    (top, left)
+    for top in _starts(tokens.shape[0], gh)
+    for left in _starts(tokens.shape[1], gw)
+  ]
+  windows = np.stack([tokens[y : y + gh, x : x + gw] for y, x in starts])
+  images = _in_batches(decode, windows, batch_size)
+  h, w = images.shape[1:3]
+  inside = (np.minimum(np.arange(n), np.arange(n)[::-1]) + 1 for n in (h, w))
+  weight = np.outer(*inside)[..., None]
+  total = np.zeros((tokens.shape[0] * patch, tokens.shape[1] * patch, 3))
+  weights = np.zeros_like(total)
+  for (y, x), pixels in zip(starts, images, strict=True):
+    at = slice(y * patch, y * patch + h), slice(x * patch, x * patch + w)
+    total[at] += weight * pixels
+    weights[at] += weight
+  return np.clip(total / weights, 0, 1).astype(np.float32)
+
+
+def _starts(tokens: int, window: int) -> list[int]:
+  """Where windows begin: half of one apart, the last at the end."""
+  last = tokens - window
+  return [*range(0, last, max(window // 2, 1)), last]
+
+
 def reconstruct_tiled(
   tokenizer: Tokenizer,
   variables: Tree,
@@ -264,11 +313,7 @@ def reconstruct_tiled(
   batch_size: int = 32,
   whole: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """An image reconstructed from the tokens of its tiles.
-
-  Each tile has its own tokens. The decoder reads them in windows of a tile's
-  size, each half a tile from the next; where windows overlap the mean counts,
-  weighted by how far a pixel is inside of each, so that tiles leave no seams.
+  """An image reconstructed from the tokens of its tiles (`decode_tiles`).
 
   Args:
     tokenizer, variables: the tokenizer.
@@ -293,28 +338,8 @@ def reconstruct_tiled(
   gh, gw, d = z_q.shape[1:]
   z_q = z_q.reshape(rows, columns, gh, gw, d).transpose(0, 2, 1, 3, 4)
   z_q = z_q.reshape(rows * gh, columns * gw, d)
-  starts = [
-    (top, left)
-    for top in _starts(len(z_q), gh)
-    for left in _starts(z_q.shape[1], gw)
-  ]
-  windows = np.stack([z_q[y : y + gh, x : x + gw] for y, x in starts])
-  found = _in_batches(run(_decoded), windows, batch_size)
-  inside = [np.minimum(np.arange(n), np.arange(n)[::-1]) + 1 for n in size]
-  weight = np.outer(*inside)[..., None]
-  total, weights = np.zeros(image.shape), np.zeros((*image.shape[:2], 1))
-  p = tokenizer.patch_size
-  for (y, x), pixels in zip(starts, found, strict=True):
-    at = slice(y * p, y * p + size[0]), slice(x * p, x * p + size[1])
-    total[at] += weight * pixels
-    weights[at] += weight
-  return image, np.clip(total / weights, 0, 1).astype(np.float32)
-
-
-def _starts(tokens: int, window: int) -> list[int]:
-  """Where windows begin: half of one apart, the last at the end."""
-  last = tokens - window
-  return [*range(0, last, max(window // 2, 1)), last]
+  patch = tokenizer.patch_size
+  return image, decode_tiles(run(_decoded), z_q, (gh, gw), patch, batch_size)
 
 
 def psnr(original: np.ndarray, recon: np.ndarray) -> float:
