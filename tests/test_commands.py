@@ -52,6 +52,7 @@ def test_vqrae_lists_the_commands(monkeypatch, capsys):
     (UserError('what was\nwrong'), 2, 'error: what was wrong\n'),
     (FileNotFoundError(2, 'No such file', 'a/b'), 2, 'error: a/b: No such fi'),
     (OSError(28, 'No space left on device'), 1, 'error: No space left'),
+    (ImportError('Please install gcsfs'), 2, 'error: Please install gcsfs\n'),
     (Stopped('by SIGTERM'), 143, 'stopped: by SIGTERM\n'),
   ],
 )

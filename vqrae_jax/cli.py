@@ -334,6 +334,11 @@ def run(main: Callable[[list[str]], None]) -> None:
     print(f'error: {where}{e.strerror}', file=sys.stderr)
     # A scheduler does not start again after 2: a disk may be back by then.
     sys.exit(2 if isinstance(e, _BAD_PATH) else 1)
+  except ImportError as e:
+    if e.name is not None:  # a module that is broken, not a URL's package
+      raise
+    print(f'error: {e}', file=sys.stderr)
+    sys.exit(2)
   except Stopped as e:
     print(f'stopped: {e}', file=sys.stderr)
     sys.exit(143)

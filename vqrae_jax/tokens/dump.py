@@ -412,6 +412,8 @@ def card(dataset: Mapping[str, Any]) -> str:
       f'vocabulary {layout.vocabulary}',
       f'- pad id: {layout.pad}, which no row has',
     ]
+    if layout.pad == layout.vocabulary:
+      lines[-1] += f'; a model that pads has {layout.pad + 1} ids'
   text = form.card.format(
     pad=layout.pad, vocabulary=layout.vocabulary, eod=layout.eod, shape=shape
   )
