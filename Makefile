@@ -2,6 +2,7 @@
 #                   photographs, figures and pictures in runs/quickstart
 # make test         environment with the test extra, the whole fast suite
 # make test-slow    the tests that take minutes each, older CPUs, Python 3.12
+# make test-extras  of those, the page of demo in a browser, and Ray
 # make bench        environment with the test extra; speed beside PyTorch, into
 #                   docs/performance.md (40 minutes on two idle cores); with
 #                   DATA=a folder, a glob, … that of reading it too

@@ -30,7 +30,6 @@ decoded at the start: 15,000 images to train on and 1,500 to measure, 15 MB.
 import argparse
 import concurrent.futures
 import datetime
-import fcntl
 import functools
 import io
 import itertools
@@ -59,7 +58,6 @@ from PIL import Image
 from benchmarks import report as report_lib
 from vqrae_jax import optim
 from vqrae_jax.evaluate import metrics
-from vqrae_jax.files import atomic_write
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.specs import RunOptions
@@ -349,18 +347,9 @@ def measured(side, test):
 
 
 def record(options, place, value):
-  """Sets JSON[place[0]][place[1]]; processes write one after another."""
-  folder = os.open(options.json.parent, os.O_RDONLY)
-  try:
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    found = {}
-    if options.json.exists():
-      found = json.loads(options.json.read_text())
+  """Sets JSON[place[0]][place[1]]."""
+  with report_lib.updated(options.json, {}) as found:
     found.setdefault(place[0], {})[place[1]] = value
-    with atomic_write(options.json) as file:
-      file.write(json.dumps(found, indent=1, sort_keys=True).encode())
-  finally:
-    os.close(folder)
 
 
 def machine():
@@ -422,12 +411,6 @@ def speed(name, one, train, options):
 
 
 # -- the report --------------------------------------------------------------
-def spread(values, digits):
-  """The mean of seeds and how far they go."""
-  low, high = (f'{x:.{digits}f}' for x in (min(values), max(values)))
-  return f'{statistics.mean(values):.{digits}f} [{low}, {high}]'
-
-
 def table(found):
   """Markdown: a row a quantizer and side, means over seeds [from, to]."""
   runs = {}
@@ -443,7 +426,9 @@ def table(found):
   for name, which in itertools.product(OURS, SIDES):
     if (rows := [*runs.get((name, which), {}).values()]) == []:
       continue
-    cells = [spread([r[n] for r in rows], d) for n, d in figures.items()]
+    cells = [
+      report_lib.spread([r[n] for r in rows], d) for n, d in figures.items()
+    ]
     rates = [
       f'{statistics.median(x):,.0f}' + ' compiled' * n.endswith('compile')
       for n, x in found.get('speed', {}).get(name, {}).items()
@@ -458,7 +443,8 @@ def table(found):
     if seeds := sorted(pairs[0].keys() & pairs[1].keys()):
       ahead = [pairs[0][s]['psnr'] - pairs[1][s]['psnr'] for s in seeds]
       lines.append(
-        f'- `{name}`: ours less theirs, seed by seed, {spread(ahead, 2)} dB.'
+        f'- `{name}`: ours less theirs, seed by seed, '
+        f'{report_lib.spread(ahead, 2)} dB.'
       )
   return '\n'.join(lines)
 

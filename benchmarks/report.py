@@ -1,13 +1,20 @@
 """What the benchmarks' reports share: tables in docs, the machine's name,
 curves, a page of images."""
 
+import contextlib
+import fcntl
+import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from vqrae_jax.files import atomic_write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'
@@ -24,6 +31,27 @@ def write(document: str, benchmark: str, made: str) -> None:
   before, _, rest = path.read_text().partition(begin)
   _, _, after = rest.partition(end)
   path.write_text(f'{before}{begin}\n\n{made}\n\n{end}{after}')
+
+
+@contextlib.contextmanager
+def updated(path: pathlib.Path, empty: Any) -> Iterator[Any]:
+  """A file's JSON, `empty` where there is none, for a block that changes it;
+  written back after it. Processes wait for one another."""
+  folder = os.open(path.parent, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    found = json.loads(path.read_text()) if path.exists() else empty
+    yield found
+    with atomic_write(path) as file:
+      file.write(json.dumps(found, indent=1, sort_keys=True).encode() + b'\n')
+  finally:
+    os.close(folder)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+  """The mean of seeds and how far they go."""
+  low, high = (f'{x:.{digits}f}' for x in (min(values), max(values)))
+  return f'{statistics.mean(values):.{digits}f} [{low}, {high}]'
 
 
 def hardware() -> str:

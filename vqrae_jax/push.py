@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
   """Parses flags, writes the card, pushes."""
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  cli.define_tokenizer(values)
+  cli.define_tokenizer(values, 'the folder of a tokenizer')
   flags.DEFINE_string('repo', None, 'ORG/NAME on the hub, made if new', **keys)
   text = "the run's workdir, whose data, recipe and figures the card gets"
   flags.DEFINE_string('run', None, text, **keys)

@@ -100,7 +100,7 @@ def reconstruct_folder(
       columns.append((original, picture, f'{name}  {db:.1f} dB'))
   if not columns:
     raise skipped[-1]
-  how = f'in tiles of {tile} px' if tile else 'whole'
+  how = f'from tokens of {tile}-px tiles' if tile else 'in one piece'
   page = visualize.comparison(
     *zip(*columns, strict=True), title=f'images {how}'
   )

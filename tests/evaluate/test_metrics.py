@@ -1,6 +1,7 @@
 """PSNR and SSIM against scikit-image; merging; the evaluator's path."""
 
 import functools
+import itertools
 import weakref
 
 import jax
@@ -153,27 +154,35 @@ def test_a_whole_image_is_reconstructed_in_place():
   np.testing.assert_allclose(recon, np.clip(want, 0, 1), atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ('fsq-cosmos', 'none'))
-def test_tiles_have_no_seams(kind):
-  """Tiles of 16 pixels with 4 x 4 tokens each: up to 8 pixels from the image's
-  left and right one window counts, between them two windows blend."""
-  tokenizer, variables = built(kind)
-  image = tiny.images(1, 20, 50)[0]
-  original, recon = evaluator.reconstruct_tiled(
-    tokenizer, variables, image, 16, batch_size=4
-  )
-  np.testing.assert_array_equal(original, image[2:18, 1:49])
-  tiles = original.reshape(16, 3, 16, 3).swapaxes(0, 1)
-  out = reconstruct(tokenizer, variables, tiles)
-  tokens = np.concatenate(out.quantizer.z_q, 1)  # [4 12 d]
-  windows = jnp.stack([tokens[:, x : x + 4] for x in range(0, 9, 2)])
-  found, *_ = tokenizer.apply(variables, windows, method='decode')
-  np.testing.assert_allclose(found[::2], out.images, atol=1e-5)
-  inside = np.array([*range(1, 9), *range(8, 0, -1)])[:, None]
-  total, weights = np.zeros((16, 48, 3)), np.zeros((48, 1))
-  for x, window in zip(range(0, 40, 8), found, strict=True):
-    total[:, x : x + 16] += inside * window
-    weights[x : x + 16] += inside
+@pytest.mark.parametrize(
+  'kind, norm',
+  [('fsq-cosmos', 'none'), ('none', 'none'), ('fsq-cosmos', 'position')],
+)
+def test_tiles_blend(kind, norm):
+  """2 x 3 tiles of 16 pixels and 4 x 4 tokens: windows begin at every second
+  token, and a pixel counts by how far inside of a window it lies."""
+  made = built(kind) if norm == 'none' else tiny.normalised(kind, norm)
+  image = tiny.images(1, 36, 50)[0]
+  original, recon = evaluator.reconstruct_tiled(*made, image, 16, batch_size=4)
+  np.testing.assert_array_equal(original, image[2:34, 1:49])
+  z_q = np.zeros((8, 12, made[0].latent_dim), 'f4')
+  images = {}
+  for y, x in itertools.product(range(0, 8, 4), range(0, 12, 4)):
+    tile = original[4 * y : 4 * y + 16, 4 * x : 4 * x + 16]
+    out = reconstruct(*made, tile[None])
+    images[y, x] = out.images[0]
+    z_q[y : y + 4, x : x + 4] = out.quantizer.z_q[0]
+  inside = np.array([*range(1, 9), *range(8, 0, -1)])
+  weight = np.outer(inside, inside)[..., None]
+  total, weights = np.zeros((32, 48, 3)), np.zeros((32, 48, 1))
+  for y, x in itertools.product(range(0, 5, 2), range(0, 9, 2)):
+    window = jnp.asarray(z_q[None, y : y + 4, x : x + 4])
+    found, *_ = made[0].apply(made[1], window, method='decode')
+    if (y, x) in images:
+      np.testing.assert_allclose(found[0], images[y, x], atol=1e-5)
+    at = slice(4 * y, 4 * y + 16), slice(4 * x, 4 * x + 16)
+    total[at] += weight * np.asarray(found[0])
+    weights[at] += weight
   np.testing.assert_allclose(recon, np.clip(total / weights, 0, 1), atol=1e-5)
 
 

@@ -295,14 +295,21 @@ class TrainBatches:
 
 
 def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """uint8 [n *size 3]: an image cut into a grid from its top left.
+  """[h w …] -> [n *size …]: an image cut into a grid from its top left.
 
   What is left over at the right and the bottom is dropped.
   """
   h, w = (n // s for n, s in zip(image.shape[:2], size, strict=True))
   image = image[: h * size[0], : w * size[1]]
-  image = image.reshape(h, size[0], w, size[1], 3).transpose(0, 2, 1, 3, 4)
-  return image.reshape(h * w, *size, 3)
+  image = image.reshape(h, size[0], w, size[1], *image.shape[2:])
+  return image.swapaxes(1, 2).reshape(h * w, *size, *image.shape[4:])
+
+
+def join_tiles(tiles: np.ndarray, columns: int) -> np.ndarray:
+  """[n th tw …] -> [h w …], the inverse of `tiles`: so many columns of them."""
+  n, th, tw, *rest = tiles.shape
+  rows = tiles.reshape(n // columns, columns, th, tw, *rest).swapaxes(1, 2)
+  return rows.reshape(n // columns * th, columns * tw, *rest)
 
 
 def each_image(

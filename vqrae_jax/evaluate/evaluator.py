@@ -1,16 +1,17 @@
 """Evaluation on images cut into a fixed grid of tiles.
 
 Every tile passes through indices: images -> tokens -> images, the path that a
-user takes. Tiles come in batches from the loader and figures are sums over all
-of them: of the tiles only the indices are kept. The baseline replaces each
-block of the tokenizer's patch by its mean colour, and shuffled codes show that
-what the tokens say matters.
+user takes. Each counts alone; pictures of large images blend their tiles
+(`reconstruct_tiled`). Tiles come in batches from the loader, figures are sums
+over all of them, and of the tiles only the indices are kept. The baseline
+replaces each block of the tokenizer's patch by its mean colour; shuffled codes
+show that what the tokens say matters.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -246,57 +247,58 @@ def _decoded(tokenizer, variables, z_q):
   return tokenizer.apply(variables, z_q, method='decode')[0]
 
 
-def _in_batches(fn: Callable, rows: np.ndarray, batch_size: int) -> np.ndarray:
-  """fn(rows), `batch_size` at once, of which zeros fill the last."""
-  found = []
+def _in_batches(
+  fn: Callable, rows: Sequence[np.ndarray], batch_size: int
+) -> Iterator[np.ndarray]:
+  """What fn gives for each row; `batch_size` at once, of which zeros fill the
+  last."""
   for at in range(0, len(rows), batch_size):
-    part = rows[at : at + batch_size]
-    padding = [(0, batch_size - len(part))] + [(0, 0)] * (rows.ndim - 1)
-    found.append(np.asarray(fn(np.pad(part, padding)))[: len(part)])
-  return np.concatenate(found)
+    part = np.stack(rows[at : at + batch_size])
+    padding = [(0, batch_size - len(part))] + [(0, 0)] * (part.ndim - 1)
+    yield from np.asarray(fn(np.pad(part, padding)))[: len(part)]
 
 
 def decode_tiles(
-  decode: Callable[[np.ndarray], np.ndarray],
-  tokens: np.ndarray,
+  tokenizer: Tokenizer,
+  variables: Tree,
+  z_q: np.ndarray,
   window: tuple[int, int],
-  patch: int,
   batch_size: int = 32,
 ) -> np.ndarray:
-  """The tokens of many tiles as one image without seams.
+  """The latents of many tiles as one image.
 
   They are decoded in windows of a tile's size, each half a tile from the next.
   Where windows overlap the mean counts, weighted by how far inside of each a
-  pixel lies.
+  pixel lies, so that no tile ends in an edge.
 
   Args:
-    decode: [b *window …] -> images f[b h w 3].
-    tokens: [gh gw …], indices or latents, at least a window.
+    tokenizer, variables: the tokenizer.
+    z_q: f[gh gw d], at least a window.
     window: tokens of a tile, high and wide.
-    patch: pixels of a token.
     batch_size: windows at once.
 
   Returns:
-    f32[gh*patch gw*patch 3] in [0, 1].
+    f32[h w 3] in [0, 1].
   """
-  gh, gw = window
-  starts = [
-    (top, left)
-    for top in _starts(tokens.shape[0], gh)
-    for left in _starts(tokens.shape[1], gw)
+  p, size = tokenizer.patch_size, z_q.shape[:2]
+  at = [
+    (slice(top, top + window[0]), slice(left, left + window[1]))
+    for top in _starts(size[0], window[0])
+    for left in _starts(size[1], window[1])
   ]
-  windows = np.stack([tokens[y : y + gh, x : x + gw] for y, x in starts])
-  images = _in_batches(decode, windows, batch_size)
-  h, w = images.shape[1:3]
-  inside = (np.minimum(np.arange(n), np.arange(n)[::-1]) + 1 for n in (h, w))
-  weight = np.outer(*inside)[..., None]
-  total = np.zeros((tokens.shape[0] * patch, tokens.shape[1] * patch, 3))
-  weights = np.zeros_like(total)
-  for (y, x), pixels in zip(starts, images, strict=True):
-    at = slice(y * patch, y * patch + h), slice(x * patch, x * patch + w)
-    total[at] += weight * pixels
-    weights[at] += weight
-  return np.clip(total / weights, 0, 1).astype(np.float32)
+  run = functools.partial(_jitted(_decoded), tokenizer, variables)
+  sides = (np.arange(n * p) for n in window)
+  weight = np.outer(*(np.minimum(x, x[::-1]) + 1.0 for x in sides))[..., None]
+  total = np.zeros((size[0] * p, size[1] * p, 3), np.float32)
+  weights = np.zeros_like(total[..., :1])
+  windows = [z_q[part] for part in at]  # views
+  for part, image in zip(
+    at, _in_batches(run, windows, batch_size), strict=True
+  ):
+    pixels = tuple(slice(s.start * p, s.stop * p) for s in part)
+    total[pixels] += weight * image
+    weights[pixels] += weight
+  return np.clip(total / weights, 0, 1)
 
 
 def _starts(tokens: int, window: int) -> list[int]:
@@ -329,17 +331,12 @@ def reconstruct_tiled(
   image = crop_to(image, tile)
   size = image.shape[:2] if whole else (tile, tile)
   batch_size = 1 if whole else batch_size
-
-  def run(fn):
-    return functools.partial(_jitted(fn), tokenizer, variables)
-
-  z_q = _in_batches(run(_quantized), pipeline.tiles(image, size), batch_size)
-  rows, columns = (n // s for n, s in zip(image.shape[:2], size, strict=True))
-  gh, gw, d = z_q.shape[1:]
-  z_q = z_q.reshape(rows, columns, gh, gw, d).transpose(0, 2, 1, 3, 4)
-  z_q = z_q.reshape(rows * gh, columns * gw, d)
-  patch = tokenizer.patch_size
-  return image, decode_tiles(run(_decoded), z_q, (gh, gw), patch, batch_size)
+  run = functools.partial(_jitted(_quantized), tokenizer, variables)
+  tiles = pipeline.tiles(image, size)
+  z_q = np.stack([*_in_batches(run, tiles, batch_size)])
+  joined = pipeline.join_tiles(z_q, image.shape[1] // size[1])
+  recon = decode_tiles(tokenizer, variables, joined, z_q.shape[1:3], batch_size)
+  return image, recon
 
 
 def psnr(original: np.ndarray, recon: np.ndarray) -> float:

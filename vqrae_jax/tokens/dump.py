@@ -305,6 +305,8 @@ class Dump:
 
     Raises:
       UserError: its shard is damaged.
+      IndexError: there is no such row.
+      TypeError: the index is no whole number.
     """
     index = operator.index(index)
     if not -len(self) <= index < len(self):
@@ -335,6 +337,7 @@ class Dump:
 
     Raises:
       UserError: it is damaged.
+      IndexError: there is none of that number.
     """
     count = self.info['shard_count']
     if not 0 <= number < count:

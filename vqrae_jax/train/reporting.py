@@ -396,7 +396,7 @@ def picture_of(tokenizer, variables, source, tile: int) -> Image.Image:
     recons.append(visualize.to_uint8(recon))
     psnr = evaluator.psnr(original, recon)
     labels.append(f'{source.names[i]}  {psnr:.1f} dB')
-  title = f'originals above reconstructions, in tiles of {tile} px'
+  title = f'originals above reconstructions, from tokens of {tile}-px tiles'
   return visualize.comparison(originals, recons, labels, title)
 
 
