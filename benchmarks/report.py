@@ -61,7 +61,8 @@ def hardware() -> str:
     return device.device_kind
   text = pathlib.Path('/proc/cpuinfo').read_text()
   kind = next(s for s in text.splitlines() if s.startswith('model name'))
-  return f'{kind.split(": ")[1]}, {len(os.sched_getaffinity(0))} cores'
+  cores = len(os.sched_getaffinity(0))
+  return f'{kind.split(": ")[1]}, {cores} core{"s" * (cores > 1)}'
 
 
 def curves(

@@ -48,7 +48,7 @@ SETS = {
   ),
 }
 CLASSED = 500  # images of a set that the network of classes reads, at most
-SHOWN = 6  # on the page
+SHOWN = 5  # on the page
 # (title, the figure of `evaluate` or of `compare`, its digits)
 COLUMNS = (
   ('PSNR, dB', 'psnr', 2),
@@ -213,7 +213,7 @@ def page(options):
 
 def report(options):
   """Writes docs: a table a set, the curves of the first seed, the pictures."""
-  made, panels = [], {}
+  made, first = [], {}
   for images in SETS:
     rows = [
       r
@@ -225,27 +225,29 @@ def report(options):
     versions = {
       ', '.join(f'{k} {v}' for k, v in r['versions'].items()) for r in rows
     }
-    first, last = (f(r['date'] for r in rows) for f in (min, max))
+    dates = ', '.join(sorted({r['date'] for r in rows}))
     bits = max(r['measured'].get('bits_per_image', 0) for r in rows)
     one = rows[0]
+    first[images] = [r for r in rows if not r['seed']]
     made += [
       f'**{images}**: {options.steps} steps, {len({r["seed"] for r in rows})} '
       f'seeds [from, to]; {one["measured"]["images"]} images measured, '
       f'{one["semantic"]["images"]} of them by the network of classes; at most '
-      f'{bits:.0f} bits an image. {first} to {last}; '
+      f'{bits:.0f} bits an image. {dates}; '
       f'{", ".join(sorted({r["hardware"] for r in rows}))}; '
       f'{"; ".join(sorted(versions))}.',
       '',
       table(rows),
       '',
     ]
-    for figure in CURVES:
-      panels[f'{figure}, {images}'] = {
-        r['quantizer']: r['curves'][figure]
-        for r in rows
-        if not r['seed'] and r['curves'][figure]
-      }
   report_lib.write('results.md', 'scratch', '\n'.join(made).strip())
+  panels = {
+    f'{figure}, {images}': {
+      r['quantizer']: r['curves'][figure] for r in rows if r['curves'][figure]
+    }
+    for figure in CURVES
+    for images, rows in first.items()
+  }
   folder = report_lib.DOCS / 'results'
   (folder / 'scratch.svg').write_text(report_lib.curves(panels, QUANTIZERS))
   if options.data:
