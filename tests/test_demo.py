@@ -126,6 +126,9 @@ def test_the_page_in_a_browser(tmp_path):
       before = wait('figures', 'PSNR')
       assert '256 indices of 64 codes' in before and 'edited' not in before
       page.wait_for_selector('#slider img')
+      # Before a token was clicked on there is nothing to paint with.
+      page.locator('#recon img').click()
+      page.get_by_text('Click on a token first').wait_for()
       tokens = page.locator('#tokens img')
       tokens.click()
       found = re.search(r'code (\d+): (\d+) of 256', wait('caption', 'code'))

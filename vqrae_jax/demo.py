@@ -233,6 +233,10 @@ def page(model: Model, title: str) -> Any:
       "the page needs a package: pip install 'vqrae_jax[gradio]'"
     ) from None
 
+  def warned(text):
+    gr.Warning(text)
+    return [gr.skip()] * 6  # an error would take all pictures away
+
   def views(state):
     crop, indices = state['crop'], state['indices']
     recon = model.decode(indices)
@@ -266,13 +270,13 @@ def page(model: Model, title: str) -> Any:
 
   def edited(state, brush, event: gr.SelectData):
     if state is None or state['code'] is None:
-      raise gr.Error('Click on a token first: its code is what is edited.')
+      return warned('Click on a token first: its code is what is edited.')
     indices = model.edited(state['indices'], *event.index, brush, state['code'])
     return views(state | dict(indices=indices))
 
   def restored(state):
     if state is None:
-      raise gr.Error('Open an image first.')
+      return warned('Open an image first.')
     return views(state | dict(indices=state['own']))
 
   side = dict(height=model.size + 60, type='numpy', format='png')
