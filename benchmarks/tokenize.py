@@ -76,7 +76,12 @@ def speed(folder, data, images, rounds, batch) -> dict:
       np.asarray(encode(*made, pixels))
 
   def write(number):
-    assert worker.write(number) == (images, 0)
+    written, _ = worker.write(number)
+    if written != images:
+      raise SystemExit(
+        f'shard {number} has {written} images: data of files must have '
+        f'--images={images} in each'
+      )
 
   taken, used = dict(bare=[], worker=[]), dict(bare=[], worker=[])
   for number in range(rounds):
