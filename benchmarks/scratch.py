@@ -107,7 +107,9 @@ def run(images, quantizer, seed, options):
     train_seconds=summary['train_seconds'],
     semantic=compare(originals, recons),
     curves={
-      name: [[r['step'], r[name]] for r in rows if name in r] for name in CURVES
+      name: [[r['step'], r[name]] for r in rows if name in r]
+      for name in CURVES
+      if not seed  # the first alone is drawn
     },
   )
 
@@ -159,8 +161,8 @@ def pictures(data, pixels, folder, most):
   originals = np.concatenate(cut)
   decode = jax.jit(vqrae_jax.reconstruct, static_argnums=0)
   recons = [
-    visualize.to_uint8(decode(tokenizer, variables, part).images)
-    for part in np.array_split(originals, -(-len(originals) // 50))
+    visualize.to_uint8(decode(tokenizer, variables, batch).images)
+    for batch in np.array_split(originals, -(-len(originals) // 50))
   ]
   return originals, np.concatenate(recons)
 

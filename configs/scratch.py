@@ -34,7 +34,7 @@ def get_config(arguments=None):
   config.model = common.small_model(4, arg.pixels, quantizer, WIDTH)
   config.data.image_size = arg.pixels
   config.batch_size = 32
-  if arg.pixels == 64:  # as many tokens a step, of photographs scaled down
+  if arg.pixels == 64:
     config.batch_size = 8
     config.data.resize = (64, 80)
   config.losses = dict(l2=1.0, **losses)

@@ -1,7 +1,7 @@
 """python -m vqrae_jax.push --tokenizer=DIR --repo=ORG/NAME [--run=DIR]
 
 A tokenizer to the Hugging Face hub, in one commit: config.json,
-model.safetensors and a model card, README.md, which the command writes anew
+model.safetensors and a model card, README.md, which the command replaces
 each time (what was there stays in the repository's history).
 `load_tokenizer("hf:ORG/NAME")` and every --tokenizer open it.
 

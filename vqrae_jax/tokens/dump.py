@@ -75,7 +75,7 @@ class Writer:
         raise UserError(f'--out={folder} holds no dump; name an empty folder')
       with atomic_write(path) as file:
         file.write(_json(self._config))
-    # Also what was written just now, for another may have begun too.
+    # Also what was written just now, for another may have started it too.
     before, now = read_json(path), json.loads(_json(self._config))
     if 'shard_count' not in before:
       raise UserError(f'--out={folder} holds no dump; name an empty folder')
