@@ -1,7 +1,7 @@
 """A decoder-only transformer on a dump of tokens, class by class.
 
     python -m vqrae_jax.tokenize --tokenizer=DIR --data=DATA --out=DUMP
-    python examples/ar/train.py --tokens=DUMP --tokenizer=DIR --out=OUT
+    python -m examples.ar.train --tokens=DUMP --tokenizer=DIR --out=OUT
 
 It reads the class, then the tokens in raster order, and predicts each from
 those before it, as LlamaGen does (arXiv 2406.06525) on a plain ViT's blocks.
@@ -16,7 +16,6 @@ import pathlib
 import time
 
 import flax.linen as nn
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from absl import flags
 from PIL import Image
 
 import vqrae_jax
+from examples import dumped
 from vqrae_jax import cli
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.files import atomic_write
@@ -69,44 +69,6 @@ class Transformer(nn.Module):
       x = x + nn.Dense(self.width)(nn.gelu(y))
     x = nn.LayerNorm()(x)
     return nn.Dense(self.codes, kernel_init=nn.initializers.zeros)(x)
-
-
-# -- tokens ------------------------------------------------------------------
-def split(dump, batch):
-  """(training rows, held-out rows), of 1 image in 20, at most 1000: datasets
-  of {"tokens": i32[b n], "label": i32[b]}, the first without end."""
-  images, views = len(dump) // dump.layout.views, dump.layout.views
-  order = np.random.default_rng(0).permutation(images)
-  held = np.isin(np.arange(images), order[: min(-(-images // 20), 1000)])
-
-  def read(row):
-    found = dump[int(row)]
-    return dict(tokens=found['tokens'].ravel(), label=np.int32(found['label']))
-
-  rows = [np.flatnonzero(np.repeat(x, views)) for x in (~held, held)]
-  train, test = (grain.MapDataset.source(x) for x in rows)
-  train_batches = train.shuffle(seed=0).repeat().map(read).batch(batch)
-  return train.map(read), train_batches, test.map(read).batch(batch)
-
-
-def statistics(rows, n, codes):
-  """(how many classes there are, {model: nats a token}) of training rows: the
-  uniform model, and the entropy of the histogram of all tokens (order 0) and
-  of those at each position."""
-  counts, classes = np.zeros((n, codes)), 0
-  for row in rows:
-    counts[np.arange(n), row['tokens']] += 1
-    classes = max(classes, int(row['label']) + 1)
-
-  def entropy(counts):
-    p = counts / counts.sum(-1, keepdims=True)
-    return float(-(p * np.log(np.where(p > 0, p, 1))).sum(-1).mean())
-
-  return classes, dict(
-    uniform=math.log(codes),
-    order0=entropy(counts.sum(0)),
-    order0_position=entropy(counts),
-  )
 
 
 # -- training ----------------------------------------------------------------
@@ -233,10 +195,10 @@ def main(argv: list[str]) -> None:
   out = cli.new_folder(values.out)
   out.mkdir(parents=True, exist_ok=True)
 
-  rows, batches, test = split(dump, values.batch_size)
+  rows, batches, test = dumped.split(dump, values.batch_size)
   codes, shape = dump.layout.codebook_size, dump.layout.index_shape
   n = math.prod(shape)
-  classes, models = statistics(rows, n, codes)
+  classes, models = dumped.statistics(rows, n, codes)
   print(f'{len(rows)} rows of {n} tokens of {classes} classes')
   found, began = [], time.perf_counter()
 
