@@ -183,7 +183,9 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_float('temperature', 1.0, text, lower_bound=1e-3, **keys)
   text = 'the probability that the likeliest codes must come to: 1 for all'
   flags.DEFINE_float('top_p', 0.95, text, 1e-3, 1, **keys)
-  example = f'python {__file__} --tokens=DUMP --tokenizer=DIR --out=OUT'
+  example = (
+    'python -m examples.ar.train --tokens=DUMP --tokenizer=DIR --out=OUT'
+  )
   cli.parse(values, argv, 'examples.ar.train', example)
   cli.required(values, 'tokens', 'tokenizer', 'out')
   if values.width % HEAD:

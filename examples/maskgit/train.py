@@ -183,7 +183,9 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_float('guidance', 2.0, text, **keys)
   text = "of the Gumbel noise on a token's log-probability; falls to 0"
   flags.DEFINE_float('temperature', 4.5, text, **keys)
-  example = f'python {__file__} --tokens=DUMP --tokenizer=DIR --out=OUT'
+  example = (
+    'python -m examples.maskgit.train --tokens=DUMP --tokenizer=DIR --out=OUT'
+  )
   cli.parse(values, argv, 'examples.maskgit.train', example)
   cli.required(values, 'tokens', 'tokenizer', 'out')
   if values.width % HEAD:
