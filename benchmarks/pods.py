@@ -1,28 +1,15 @@
 """python -m benchmarks.pods
 
-Writes docs/pods.md from benchmarks/results/pods/*.json, the reports of
+Writes the table of docs/pods.md from benchmarks/results/pods/*.json, the reports of
 `python -m vqrae_jax.preflight --json=…`.
 """
 
 import json
-import pathlib
 import re
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-HEAD = """# Recipes on pods
+from benchmarks import report
 
-Compiled ahead of time by `python -m vqrae_jax.preflight` for devices that are
-not there; nothing ran. A row is the report of
-
-    python -m vqrae_jax.preflight --config=configs/RECIPE --topology=DEVICES
-
-with `--config.batch_size` where it is given and `--config.init_from=RUN` for
-stage 2. "Needs" is what the compiler sets aside on a device for the train step,
-the larger of the two programs: parameters, moments, EMA weights, frozen
-networks, the batch, temporaries and the program itself. FLOPs are of one image
-of the train step, whatever is computed twice included.
-
-| recipe | devices | mesh | batch | images at once | needs, GiB | of | \
+HEAD = """| recipe | devices | mesh | batch | images at once | needs, GiB | of | \
 temporaries, MiB | code, MiB | compiled in, CPU-minutes | GFLOPs an image |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
@@ -52,14 +39,14 @@ def row(found):
 
 
 def main():
-  files = sorted((ROOT / 'benchmarks/results/pods').glob('*.json'))
+  files = sorted((report.ROOT / 'benchmarks/results/pods').glob('*.json'))
   found = [json.loads(path.read_text()) for path in files]
   text = HEAD + '\n'.join(map(row, found))
   versions = {
     ', '.join(f'{k} {v}' for k, v in f['versions'].items()) for f in found
   }
-  text += '\n\nVersions: ' + '; '.join(sorted(versions)) + '.\n'
-  (ROOT / 'docs' / 'pods.md').write_text(text)
+  text += '\n\nVersions: ' + '; '.join(sorted(versions)) + '.'
+  report.write('pods.md', 'pods', text)
 
 
 if __name__ == '__main__':

@@ -83,11 +83,14 @@ def test_a_dump(folder, expected, name):
   assert [row['key'] for row in rows[::2]] == ['0.png', '1.png', '2.png']
 
 
-def test_the_recipe_of_the_fingerprint(folder, monkeypatch, capsys):
+def test_the_recipe_of_the_fingerprint(folder, monkeypatch, tmp_path, capsys):
   """As docs/formats.md writes it, without this package."""
   text = (ROOT.parent / 'docs' / 'formats.md').read_text()
   (code,) = re.findall(r'```python\n(.*?)```', text, re.S)
-  monkeypatch.setattr(sys, 'argv', ['', str(folder / 'tokenizer')])
+  named = tmp_path / re.search(r"Path\('(.*?)'\)", code)[1]
+  named.parent.mkdir(parents=True)
+  named.symlink_to(folder / 'tokenizer')
+  monkeypatch.chdir(tmp_path)
   exec(code, {})
   want = bundle.read_json(folder / 'bundle' / bundle.CARD)['fingerprint']
   assert capsys.readouterr().out.split() == [want, 'True']

@@ -52,9 +52,9 @@ def test_rates_of_blocks(arguments, want):
     np.testing.assert_allclose(found, lowest, rtol=1e-5)
 
 
-def test_the_readmes_example_is_the_recipes():
-  readme = pathlib.Path(__file__).resolve().parents[1] / 'README.md'
-  blocks = re.findall(r'```python\n(.*?)```', readme.read_text(), re.S)
+def test_the_documents_example_is_the_recipes():
+  page = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'stages.md'
+  blocks = re.findall(r'```python\n(.*?)```', page.read_text(), re.S)
   [example] = [b for b in blocks if 'layerwise' in b]
   config = types.SimpleNamespace()
   exec(example, {'config': config})

@@ -303,8 +303,8 @@ class Worker:
       yield np.asarray(pending[0])[: pending[1]]
 
   def encode(self, images: np.ndarray) -> Any:
-    """uint8 [b h w 3] -> i32[b *index_shape], b a multiple of the devices that
-    this process has."""
+    """uint8 [b h w 3] -> i32[b gh gw] (or as `index_shape` says), b a multiple
+    of the devices that this process has."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 

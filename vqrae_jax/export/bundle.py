@@ -187,8 +187,8 @@ def load_bundle(
     path: the folder.
 
   Returns:
-    (encode, decode, the version card): uint8[b h w 3] -> i32 indices, and
-    indices -> f32[b h w 3] in [0, 1].
+    (encode, decode, the version card). encode maps uint8[b h w 3] to i32
+    indices, decode indices to f32[b h w 3] in [0, 1].
 
   Raises:
     UserError: no bundle there, another format version, or a damaged file.

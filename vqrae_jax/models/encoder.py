@@ -130,11 +130,13 @@ class EncoderModule(nn.Module):
   """An encoder of another package: encoder=dict(name="package.module:Class").
 
   All that a tokenizer asks of a subclass:
-    `patch_size`, pixels of a token's side, and `latent_dim`, channels of the
-      latents: each a field or a property.
-    `__call__(images)`: f32[b h w 3] in [0, 1], h and w any multiples of the
-      patch, a single one among them -> f[b h/patch w/patch latent_dim] in
-      `dtype`. It normalises pixels itself. Its only variables are "params".
+
+  - `patch_size`, pixels of a token's side, and `latent_dim`, channels of the
+    latents: each a field or a property.
+  - `__call__(images)`: f32[b h w 3] in [0, 1], h and w any multiples of the
+    patch, a single one among them -> f[b h/patch w/patch latent_dim] in
+    `dtype`. It normalises pixels itself. Its only variables are "params".
+
   Its dataclass fields are the keys of the config's section and are recorded in
   `config.json`: numbers, strings, booleans, None and tuples of them, each with
   its type and a default. A field that is added later to a published encoder

@@ -339,21 +339,25 @@ def build_tokenizer(
 
   Args:
     model_config: a mapping (ConfigDict or dict) with
-      encoder: dict(name=…) of the encoder table and, or, its spec's fields; or
-        dict(name="package.module:Class"), an `EncoderModule`, and its fields.
-      quantizer: dict(name=…) of `quantizers.QUANTIZERS`, or
+
+      - encoder: dict(name=…) of the encoder table and, or, its spec's fields;
+        or dict(name="package.module:Class"), an `EncoderModule`, and its
+        fields.
+      - quantizer: dict(name=…) of `quantizers.QUANTIZERS`, or
         "package.module:Class", a `quantizers.Quantizer`; and its fields.
-      decoder: dict(name="B"|"L"|"XL"|"symmetric") and, or, its fields.
-      latents: dict(norm="none"|"channel"|"position"), "none" if absent; with
-        "position" also grid=(rows, columns).
-      feature_decoder: dict(vit=dict(…), shallow=False), or absent: a
+      - decoder: dict(name=…), "B", "L", "XL" or "symmetric", and, or, its
+        fields.
+      - latents: dict(norm=…), "none" (if absent), "channel" or "position",
+        the last with grid=(rows, columns).
+      - feature_decoder: dict(vit=dict(…), shallow=False), or absent: a
         `FeatureDecoderSpec`; what `vit` leaves out is the decoder's.
-      dtype, scan, remat: run options; "float32", True, False by default.
+      - dtype, scan, remat: run options; "float32", True, False by default.
+
     trusted: the packages that such a name may import; None: any, for a config
       is the caller's own.
 
   Returns:
-    A linen module. `init(key, images)` makes its variables: the collections
+    A linen module. `init(key, images)` makes its variables, the collections
     "params" and, if the quantizer has tables or latents are normalized,
     "codebook".
 
