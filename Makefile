@@ -94,7 +94,7 @@ bench: $(VENV)/.test
 
 .PHONY: wheel
 wheel: $(VENV)/.made
-	@$(BIN)/python -m pip install -qq build twine
+	@$(BIN)/python -m pip install -qq -c constraints.txt build twine
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*

@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 
 import pytest
+import yaml
 
 import vqrae_jax
 from tests.runs import ROOT
@@ -76,6 +77,19 @@ def test_the_release_is_one():
   (date,) = re.findall(r'^date-released: (.+)$', text('CITATION.cff'), re.M)
   assert (cited, date) == newest
   assert cited == vqrae_jax.__version__
+
+
+def test_the_workflows_have_their_targets():
+  """Each `make X` of theirs and of .ci/run is in the Makefile."""
+  lines = [text('.ci/run')]
+  for path in (ROOT / '.github' / 'workflows').glob('*.yml'):
+    for job in yaml.safe_load(path.read_text())['jobs'].values():
+      lines += [step.get('run', '') for step in job['steps']]
+      matrix = job.get('strategy', {}).get('matrix', {})
+      lines += [f'make {target}' for target in matrix.get('target', ())]
+  asked = re.findall(r'^ *make ([a-z-]+)', '\n'.join(lines), re.M)
+  there = re.findall(r'^([a-z-]+):', text('Makefile'), re.M)
+  assert {'test', 'wheel'} <= {*asked} <= {*there}
 
 
 @pytest.fixture(scope='module')
