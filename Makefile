@@ -6,6 +6,7 @@
 # make bench        environment with the test extra; speed beside PyTorch, into
 #                   docs/performance.md (40 minutes on two idle cores); with
 #                   DATA=a folder, a glob, … that of reading it too
+# make wheel        what is published: dist/*.tar.gz and, from it, dist/*.whl
 # make lint         environment with the test extra; ruff, format and rules
 # make clean        removes all environments and what builds leave, no run
 PYTHON ?= python3
@@ -35,7 +36,8 @@ $(VENV)/.made:
 	@$(BIN)/python -m pip install -qq --upgrade pip
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made setup.py constraints.txt
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made pyproject.toml setup.py \
+  constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt $(EDITABLE) '.[cpu,$*]'
 	@$(if $(filter test,$*),$(PEERS) || echo "no lpips or no torch-fidelity: a test skips")
@@ -89,6 +91,13 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.bench --json=benchmarks/results/cpu.json \
 	  $(if $(DATA),--data=$(DATA))
 	$(BIN)/python -m benchmarks.bench --report
+
+.PHONY: wheel
+wheel: $(VENV)/.made
+	@$(BIN)/python -m pip install -qq -c constraints.txt build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

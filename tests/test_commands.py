@@ -146,6 +146,42 @@ def test_a_config_of_ones_own(tmp_path, monkeypatch, capsys):
   assert {p.name for p in tmp_path.iterdir()} == {'mine.py', 'flags'}
 
 
+OWN = """import importlib
+from configs import common
+
+def get_config(arguments=None):
+  late = importlib.import_module('configs.mine_too')
+  recipe = importlib.import_module('configs.vq_dinov2_b_decxl')
+  config = recipe.get_config()
+  config.update(seed=common.SEED + late.SEED, duration=arguments)
+  return config
+"""
+
+
+@pytest.mark.parametrize('folder', ['x', 'x/configs'])
+def test_configs_of_a_config(folder, tmp_path, monkeypatch):
+  """Its own folder's files, then the recipes; what Python finds, and where it
+  looks, is left as it was, also by a file that raises."""
+  home, elsewhere = tmp_path / folder, tmp_path / 'elsewhere'
+  home.mkdir(parents=True)
+  elsewhere.mkdir()
+  monkeypatch.chdir(elsewhere)
+  (home / 'mine.py').write_text(OWN)
+  (home / 'mine_too.py').write_text('SEED = 3\n')
+  # A recipe that needs its own `common` finds this one, which has all of it.
+  text = (ROOT / 'configs' / 'common.py').read_text()
+  (home / 'common.py').write_text(f'{text}\nSEED = 4\n')
+  (home / 'wrong.py').write_text('from configs import mine_too, nowhere')
+  before = [*sys.path], {k: v for k, v in sys.modules.items() if 'configs' in k}
+  config = cli.load_config(f'{home}/mine.py:3 epochs')
+  assert (config.seed, config.duration) == (7, '3 epochs')
+  assert config.model.decoder.name == 'XL'
+  with pytest.raises(UserError, match=r'wrong\.py:1: ImportError: .*nowhere'):
+    cli.load_config(f'{home}/wrong.py')
+  now = {k: v for k, v in sys.modules.items() if 'configs' in k}
+  assert before == (sys.path, now)
+
+
 def test_overrides_reach_the_config():
   with mock.patch('vqrae_jax.train.loop.dry_run', return_value={}) as dry_run:
     train_main.main(

@@ -18,11 +18,13 @@ import platform
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags, logging
 
+from vqrae_jax import __version__
 from vqrae_jax.errors import Stopped, UserError, did_you_mean
 from vqrae_jax.paths import check_writable
 
@@ -115,13 +117,10 @@ def new_folder(path: str) -> pathlib.Path:
 
 
 def versions() -> dict[str, str]:
-  """{name: version} of what files and figures depend on, as installed."""
-  found = {'python': platform.python_version()}
-  for name in ('vqrae_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow'):
-    # Of a checkout that is not installed there is none.
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[name] = importlib.metadata.version(name)
-  return found
+  """{name: version} of what files and figures depend on."""
+  found = {'python': platform.python_version(), 'vqrae_jax': __version__}
+  names = 'jax', 'jaxlib', 'flax', 'numpy', 'pillow'
+  return found | {name: importlib.metadata.version(name) for name in names}
 
 
 def define_tokenizer(
@@ -198,27 +197,52 @@ def join_hosts(values: flags.FlagValues) -> None:
 
 
 def find_config(path: str) -> str:
-  """The config file that `path` names: as given, or as installed.
+  """The config file that `path` names: as given, or "configs/NAME.py" of the
+  recipes.
 
-  Its folder's parent goes first on `sys.path`, so that a config's
-  `from configs import common` finds the `configs` it lies in.
+  Raises:
+    UserError: no such file.
   """
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
-    root = pathlib.Path(__file__).resolve().parents[1]
-    known = [f'configs/{p.name}' for p in (root / 'configs').glob('[!_]*.py')]
+    known = [f'configs/{p.name}' for p in _recipes().glob('[!_]*.py')]
     if path not in known:
       raise UserError(f'no config at "{path}"{did_you_mean(path, known)}')
-    file = root / file
-  home = str(file.resolve().parents[1])
-  if home not in sys.path[:1]:
-    sys.path.insert(0, home)
-    sys.modules.pop('configs', None)
+    file = _recipes() / file.name
   return str(file)
+
+
+def _recipes() -> pathlib.Path:
+  """Their folder: within the package if installed, beside it in a checkout."""
+  package = pathlib.Path(__file__).resolve().parent
+  inside = package / 'configs'
+  return inside if inside.is_dir() else package.parent / 'configs'
+
+
+@contextlib.contextmanager
+def _configs_are(*folders: pathlib.Path) -> Iterator[None]:
+  """`import configs` finds these folders, and what it found before
+  afterwards."""
+
+  def taken():
+    names = [n for n in sys.modules if f'{n}.'.startswith('configs.')]
+    return {name: sys.modules.pop(name) for name in names}
+
+  before = taken()
+  sys.modules['configs'] = package = types.ModuleType('configs')
+  package.__path__ = [*map(str, folders)]
+  try:
+    yield
+  finally:
+    taken()
+    sys.modules.update(before)
 
 
 def load_config(source: str) -> Any:
   """What get_config(args) returns, of the file in "F.py:args".
+
+  In the file `configs` is its own folder and then that of the recipes: `from
+  configs import common` works wherever it lies.
 
   Raises:
     UserError: no such file, or the file raises: its author has to fix it.
@@ -227,8 +251,10 @@ def load_config(source: str) -> Any:
 
   path, colon, args = source.partition(':')
   file = find_config(path)
+  home = pathlib.Path(file).resolve().parent
   try:
-    found = runpy.run_path(file)['get_config'](*[args] * len(colon))
+    with _configs_are(home, _recipes()):
+      found = runpy.run_path(file)['get_config'](*[args] * len(colon))
     if not hasattr(found, 'items'):
       raise TypeError(f'get_config returned {found!r}, not a ConfigDict')
     return ConfigDict(found)

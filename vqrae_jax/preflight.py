@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from vqrae_jax import cli, inference, programs, sharding
+from vqrae_jax import __version__, cli, inference, programs, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
 from vqrae_jax.models.tokenizer import variable_shapes
@@ -189,10 +189,11 @@ def _versions(device: Any) -> dict[str, str]:
   found = {}
   if device.platform == 'tpu':  # where libtpu is no package
     found['libtpu'] = device.client.platform_version.splitlines()[-1]
-  for name in ('vqrae_jax', 'jax', 'jaxlib', 'flax', *found):
+  for name in ('jax', 'jaxlib', 'flax', *found):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
-  return found | {'date': datetime.date.today().isoformat()}
+  date = datetime.date.today().isoformat()
+  return {'vqrae_jax': __version__, **found, 'date': date}
 
 
 def _accumulating(plan: setup_lib.Plan, parts: int) -> setup_lib.Plan:

@@ -1,12 +1,11 @@
 r"""A tokenizer of parts that vqrae_jax does not have, from scratch on the
 bundled photographs.
 
-    python -m vqrae_jax.train \
+    PYTHONPATH=examples/plugins python -m vqrae_jax.train \
       --config=examples/plugins/own_parts/config.py --workdir=runs/own_parts
 
-The folder above this file's is where Python finds the package `own_parts`, as
-`python -m vqrae_jax.train` does for any config; a package that is installed
-needs no place.
+Python finds the package `own_parts` in PYTHONPATH; a package that is installed
+needs none.
 """
 
 from configs import common
