@@ -97,8 +97,8 @@ class FSQ(base.Quantizer):
   Attributes:
     levels: values per channel: [8, 8, 8, 5, 5, 5] is 64,000 codes, of fewer
       than 2^31. Each at least 2.
-    convention: bound, values and order of the codes, as above. One of
-      "centered", "cosmos".
+    convention: bound, values and order of the codes, which differ in what is
+      published. One of "centered", "cosmos".
     epsilon: by how much "cosmos" widens the bound, so that the outer values
       can be reached; below 1 / (the largest level - 1). Above 0.
     bound: a tanh, or "clip" for latents that are bounded elsewhere or not. One

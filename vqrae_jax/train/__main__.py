@@ -1,6 +1,10 @@
 """python -m vqrae_jax.train --config=configs/quickstart.py
 
-Flags and `jax.distributed` only; the run is in `loop.py`.
+Trains a tokenizer as a config says, in a workdir of its own. The same command
+in the same workdir resumes from the latest checkpoint.
+
+SIGTERM and Ctrl-C save first. The run is in `loop.py`; here are flags and
+`jax.distributed` only.
 """
 
 import pathlib

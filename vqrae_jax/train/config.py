@@ -26,6 +26,7 @@ from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.nn.discriminators import DISCRIMINATORS
 from vqrae_jax.nn.vgg import MIN_SIDE
 from vqrae_jax.ops import trees
 from vqrae_jax.optim import DECAYS, UNITS, AdamWConfig, Schedule, steps_of
@@ -188,6 +189,7 @@ class DiscriminatorSpec:
   r1: float = 0.0
 
   def __post_init__(self):
+    choose(DISCRIMINATORS, self.name, 'discriminator.name')
     choose(D_LOSSES, self.loss, 'discriminator.loss')
     steps_of(self.start, 1, 'discriminator.start')
     at_least(1, 'discriminator.', self, 'updates')
@@ -330,11 +332,12 @@ class LogSpec:
   """What is written, and how often.
 
   Attributes:
-    every: between rows of metrics.jsonl, log lines and scalars. At least 1
-      step.
-    images_every: between grids of reconstructions, of held-out tiles if there
-      are any, in workdir/pictures and TensorBoard; 0: none. At least 0 steps.
-    usage_window: what usage and perplexity are counted over. At least 1 step.
+    every: steps between rows of metrics.jsonl, log lines and scalars. At least
+      1.
+    images_every: steps between grids of reconstructions, of held-out tiles if
+      there are any, in workdir/pictures and TensorBoard; 0: none. At least 0.
+    usage_window: steps over which usage and perplexity are counted. At least
+      1.
     tensorboard: whether event files are written.
     wandb: the Weights & Biases project that scalars and pictures go to as
       well; None: none.
@@ -356,8 +359,8 @@ class CheckpointSpec:
   """Checkpoints in workdir/checkpoints.
 
   Attributes:
-    every: between two of them; the last step always has one. 0: none at all,
-      and the run starts over when it is started again. At least 0 steps.
+    every: steps between them; the last step always has one. 0: none at all,
+      and the run starts over when it is started again. At least 0.
     keep: how many of the newest stay. At least 1.
   """
 
@@ -400,14 +403,14 @@ class EvalSpec:
   Attributes:
     source: a DATA source; None or "": no evaluation, and the grids of
       reconstructions are of training images.
-    tile: a tile's side; None for the shorter one of `data.image_size`. At
-      least 1 pixel, or None.
+    tile: pixels of a tile's side; None for the shorter one of
+      `data.image_size`. At least 1, or None.
     include: globs of images' names, of which an image must match one; () for
       all images.
     exclude: globs of images' names; what matches one is left out.
-    batch_size: how much is evaluated at once. At least 1 tile.
-    every: between evaluations of the averaged weights; 0: at the end only,
-      where it is the exported tokenizer that is measured. At least 0 steps.
+    batch_size: tiles at once. At least 1.
+    every: steps between evaluations of the averaged weights; 0: at the end
+      only, where it is the exported tokenizer that is measured. At least 0.
     metrics: beside PSNR, SSIM and the use of codes; their networks are those
       that `init.networks` says. Each one of "lpips", "rfid".
   """
@@ -472,7 +475,7 @@ class RunConfig:
     schedules: rows (regex, None or Schedule fields). The first regex that
       matches a parameter's name gives its learning rate; None freezes it.
     duration: "30 epochs", "2000 steps" or a number of steps. Above 0 steps.
-    batch_size: B, of one optimizer step over all hosts. At least 1 image.
+    batch_size: B, images of one optimizer step over all hosts. At least 1.
     accumulate: microbatches that a step's batch is computed in, one after
       another; the result is that of the full batch. At least 1.
     seed: of the initial weights, the order of images, crops, and all that
@@ -482,7 +485,7 @@ class RunConfig:
     noise_tau: noise on latents in training, U[0, tau) x N(0, 1), one U a
       sample, before they are normalised and quantised; .8 for RAE, 0 for
       discrete tokens. At least 0.
-    temperature: of model.quantizer.name="gumbel"; None for its defaults.
+    temperature: of a Gumbel quantizer; None for the section's defaults.
     init_from: a run's workdir or a tokenizer's directory whose weights the
       run starts with; optimizer and step count are re-initialized.
     init: parts of the weights from elsewhere.
@@ -497,7 +500,7 @@ class RunConfig:
     checkpoint: what the run resumes from.
     eval: the images that are held out; None: no evaluation.
     max_nonfinite: how many consecutive steps may be skipped because a loss or
-      a gradient is not finite; one more stops the run. At least 0 steps.
+      a gradient is not finite; one more stops the run. At least 0.
   """
 
   model: Mapping
