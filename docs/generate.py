@@ -379,8 +379,12 @@ def _notes(section: Section) -> list[str]:
     also = ', '.join(f'`{key}`' for key in section.also)
     notes.append(f'The same keys: {also}.')
   if section.base is config_lib.LossTerm:
-    notes.append('Beside the keys of every loss:')
+    notes.append('Beside the keys of [every loss](#config-losses-TERM):')
   if section.base is quantizers.Quantizer:
+    notes.append(
+      'Beside the keys of [every quantizer](#config-model-quantizer), with '
+      'other defaults where they are listed again.'
+    )
     quantizer = example_of(section.cls)
     names = ', '.join(f'`{name}`' for name in quantizer.loss_names)
     notes.append(f'Losses: {names or "none"}, at the defaults.')
@@ -607,10 +611,15 @@ def commands_page() -> str:
     lines += ['', f'(command-{name.replace(".", "-")})=', f'## `{name}`', '']
     lines += ['```', usage, '```', '', *_passages(text), '']
     if usage != module.EXAMPLE:
-      lines += ['```bash', module.EXAMPLE, '```', '']
+      lines += ['```bash', shell(module.EXAMPLE), '```', '']
     for flag in values.values():
       lines += [*_flag(name, flag), '']
   return '\n'.join(lines)
+
+
+def shell(command: str) -> str:
+  """A command, a flag a line if it is longer than a page is wide."""
+  return command if len(command) < 84 else command.replace(' --', ' \\\n  --')
 
 
 def command_flags(name: str) -> tuple[types.ModuleType, dict[str, flags.Flag]]:
@@ -623,7 +632,7 @@ def command_flags(name: str) -> tuple[types.ModuleType, dict[str, flags.Flag]]:
 
 
 def _flag(command: str, flag: flags.Flag) -> list[str]:
-  kind = flag.flag_type()
+  kind = 'list' if 'list' in flag.flag_type() else flag.flag_type()
   facts = [f'`{kind}`'] if kind != 'bool' else [f'`bool`, `--no{flag.name}`']
   if choices := getattr(flag.parser, 'enum_values', None):
     facts = ['one of ' + ', '.join(f'`{choice}`' for choice in choices)]
@@ -678,9 +687,11 @@ def recipes_page() -> str:
     '',
     'Each starts with `python -m vqrae_jax.train --config=configs/NAME.py '
     '--config.data.source=FOLDER`; arguments follow the name, as in '
-    '`configs/NAME.py:stage=2,open=6`. `:stage=2` trains the encoder too and '
-    'needs `--config.init_from=` the first run. What this page has is read '
-    'from the configs; each docstring cites the source of its numbers.',
+    '`configs/NAME.py:stage=2,open=6`. (`quickstart` brings its images, and '
+    '`two_stages_small` begins with `:stage=0`.) `:stage=2` trains the '
+    'encoder too and needs `--config.init_from=` the first run. What this '
+    'page has is read from the configs; each docstring cites the source of '
+    'its numbers.',
     '',
     '| recipe | encoder | quantizer | decoder | pixels | tokens |',
     '|---|---|---|---|---|---|',
@@ -690,6 +701,7 @@ def recipes_page() -> str:
   for name, form in forms.items():
     cells = [form[column].split(';')[0] for column in columns]
     lines.append(f'| [`{name}`](#recipe-{name}) | {" | ".join(cells)} |')
+  lines += ['', *_losses_by_recipe()]
   for name, form in forms.items():
     lines += ['', f'(recipe-{name})=', f'## `{name}`', '', *_text_of(name)]
     lines += [*_arguments(name), *_table(form)]
@@ -697,7 +709,7 @@ def recipes_page() -> str:
       other = facts(name, arguments)
       if changed := {k: v for k, v in other.items() if form[k] != v}:
         lines += [f'`:{arguments}` differs in:', '', *_table(changed)]
-  lines += ['## Trainings', '', 'What recipes share, `configs/common.py`.', '']
+  lines += ['## Trainings', '', prose(about(common.__doc__)), '']
   for name in TRAININGS:
     users = ', '.join(f'[`{n}`](#recipe-{n})' for n in _users(name))
     text = inspect.getdoc(getattr(common, name))
@@ -707,6 +719,26 @@ def recipes_page() -> str:
     text = inspect.getdoc(getattr(common, name))
     lines += [f'### `common.{name}`', '', *_passages(text)]
   return '\n'.join(lines)
+
+
+def _losses_by_recipe() -> list[str]:
+  """A table of recipes that have the same losses in both stages."""
+  rows: dict[tuple[str, str], list[str]] = {}
+  for name in RECIPES:
+    for form in ('', *(f for f in forms_of(name) if 'stage' not in f)):
+      pair = facts(name, form)['losses'], ''
+      if 'stage' in arguments_of(name):
+        second = f'{form},stage=2'.strip(',')
+        pair = pair[0], facts(name, second)['losses']
+      names = rows.setdefault(pair, [])
+      # Forms that differ in other things have the recipe's losses.
+      if f'[`{name}`](#recipe-{name})' not in names:
+        shown = f'{name}:{form}' if form else name
+        names.append(f'[`{shown}`](#recipe-{name})')
+  lines = ['| recipes | losses | with `:stage=2` |', '|---|---|---|']
+  for (first, second), names in rows.items():
+    lines.append(f'| {"<br>".join(names)} | {first} | {second} |')
+  return [*lines, '']
 
 
 def _users(training: str) -> list[str]:
@@ -719,7 +751,7 @@ def _text_of(name: str) -> list[str]:
   commands = [line for line in doc.splitlines() if line.startswith('python -m')]
   text = doc.split('\n\n', 1)[1]
   known = '|'.join(TRAININGS)
-  lines = ['```bash', *commands, '```', '', *_passages(text)]
+  lines = ['```bash', *map(shell, commands), '```', '', *_passages(text)]
   return [
     re.sub(rf'(`common\.({known})`)', r'[\1](#training-\2)', line)
     for line in lines
@@ -852,7 +884,7 @@ def _held_out(spec: config_lib.EvalSpec) -> str:
 
 
 def _loss(name: str, term: config_lib.LossTerm) -> str:
-  text = f'`{name}` {term.weight:g}'
+  text = f'`{name.replace("/", ".")}` {term.weight:g}'
   if term.start:
     text += f' from {_when(term.start, term.unit)}'
   if term.ramp:
