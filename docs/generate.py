@@ -22,6 +22,7 @@ from absl import flags
 
 from configs import common
 from vqrae_jax import cli, losses, quantizers, specs
+from vqrae_jax.files import atomic_write
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.nn.discriminators import DISCRIMINATORS
 from vqrae_jax.optim import AdamWConfig, Schedule
@@ -39,7 +40,11 @@ def write(folder: pathlib.Path) -> None:
     'recipes.md': recipes_page,
   }
   for name, page in pages.items():
-    (folder / name).write_text(page())
+    path, text = folder / name, page()
+    # A file that stays as it is is not built again.
+    if not path.exists() or path.read_text() != text:
+      with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 # ----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.nn import discriminators
 from vqrae_jax.train import config as config_lib
+from vqrae_jax.train import setup
 
 SECTIONS = [s for _, _, group in generate.GROUPS for s in group]
 by_section = pytest.mark.parametrize(
@@ -204,6 +205,27 @@ def test_marks():
   assert {'seed', 'batch_size', 'data.decoder'} < marks['kept']
   assert not {'optim.b1', 'model.dtype', 'log.every'} & marks['kept']
   assert 'data.flip' in marks['flag'] and 'losses.l2' not in marks['flag']
+
+
+def planned(config):
+  spec = config_lib.read_config(config)
+  step, numbers, *_ = setup.plan_step(spec, build_tokenizer(spec.model), 10)
+  return step, numbers
+
+
+def test_a_traced_number_leaves_the_compiled_step():
+  step, numbers = planned(generate.numbered_config()[0])
+  for key in generate.marks_of_keys()['traced'] - {'schedules.layers'}:
+    config, _ = generate.numbered_config()
+    path, _, name = key.rpartition('.')
+    here = {
+      '': config,
+      'losses.TERM': config['losses']['l2'],
+      'schedules': config['schedules'][-1][1],
+    }.get(path) or config[path]
+    here[name] -= 4 if isinstance(here[name], int) else STEP
+    other, changed = planned(config)
+    assert other == step and changed != numbers, key
 
 
 @pytest.mark.parametrize('command', cli.COMMANDS)
