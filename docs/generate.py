@@ -87,9 +87,9 @@ def split_entries(text: str) -> dict[str, str]:
   found: dict[str, str] = {}
   text = textwrap.dedent(text).strip()
   for entry in re.split(r'^(?=\S)', text, flags=re.M)[1:]:
-    names, _, about = entry.partition(':')
+    names, _, words = entry.partition(':')
     for name in names.split(','):
-      found[name.strip()] = inspect.cleandoc(about)
+      found[name.strip()] = inspect.cleandoc(words)
   return found
 
 
@@ -417,13 +417,18 @@ def _usual(section: Section) -> dict[str, str]:
   }
 
 
+def model_keys() -> dict[str, str]:
+  """{key of `model`: its text}."""
+  text = entries(build_tokenizer.__doc__, 'Args')['model_config']
+  return split_entries(text.partition('\n')[2])
+
+
 def _model_keys(
   marks: Mapping[str, set[str]], anchors: Mapping[str, str]
 ) -> list[str]:
   """Keys of `model` that are no section of a class."""
-  text = entries(build_tokenizer.__doc__, 'Args')['model_config']
   lines = []
-  for name, entry in split_entries(text.partition('\n')[2]).items():
+  for name, entry in model_keys().items():
     text, values = split_values(entry)
     kind = bool if name in specs.RUN_OPTIONS else Mapping
     facts = [type_name(kind, anchors.get(f'model.{name}'))]
@@ -520,7 +525,8 @@ def marks_of_keys() -> dict[str, set[str]]:
     for name in section.fields()
     if section.key.startswith('model') and name not in specs.RUN_OPTIONS
   }
-  model |= {f'model.{name}' for name in identity.pop('model')}
+  model |= {f'model.{n}' for n in model_keys() if n not in specs.RUN_OPTIONS}
+  del identity['model']  # as all of it
   strings = {'data.decoder': config['data']['decoder']}
 
   def found(tree):

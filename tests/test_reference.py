@@ -202,7 +202,8 @@ def test_marks():
   marks = generate.marks_of_keys()
   assert {'duration', 'ema', 'optim.eps', 'losses.TERM.start'} < marks['traced']
   assert not {'batch_size', 'optim.b1', 'log.every'} & marks['traced']
-  assert {'seed', 'batch_size', 'data.decoder'} < marks['kept']
+  kept = {'seed', 'batch_size', 'data.decoder', 'model.latents'}
+  assert kept < marks['kept']
   assert not {'optim.b1', 'model.dtype', 'log.every'} & marks['kept']
   assert 'data.flip' in marks['flag'] and 'losses.l2' not in marks['flag']
 
