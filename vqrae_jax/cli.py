@@ -379,13 +379,19 @@ def run(main: Callable[[list[str]], None]) -> None:
     os._exit(130)
 
 
+def module_of(command: str) -> types.ModuleType:
+  """The module of a command of `COMMANDS`: its `main`, and `define`, which
+  defines its flags (but --config, of which it has `ABOUT`)."""
+  packages = 'train', 'evaluate', 'export'
+  end = '.__main__' if command in packages else ''
+  return importlib.import_module(f'vqrae_jax.{command}{end}')
+
+
 def vqrae() -> None:
   """The console entry point: `vqrae NAME …` is `python -m vqrae_jax.NAME …`."""
   name = sys.argv.pop(1) if sys.argv[1:] else '--help'
   if name in COMMANDS:
-    packages = 'train', 'evaluate', 'export'
-    end = '.__main__' if name in packages else ''
-    return run(importlib.import_module(f'vqrae_jax.{name}{end}').main)
+    return run(module_of(name).main)
   if name not in ('-h', '--help'):
     near = did_you_mean(name, COMMANDS)
     print(f'error: unknown command "{name}"{near}', file=sys.stderr)

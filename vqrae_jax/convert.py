@@ -96,13 +96,14 @@ PARITY_LIMIT = 1e-4
 _SHOWN_KEYS = 6
 
 
+def define(values: flags.FlagValues) -> None:
+  """The command's flags but --config."""
+  for name, (default, text) in _FLAGS.items():
+    flags.DEFINE_string(name, default, text, flag_values=values)
+
+
 def main(argv: list[str]) -> None:
   """Parses flags, converts one source, prints the report."""
-
-  def define(values: flags.FlagValues) -> None:
-    for name, (default, text) in _FLAGS.items():
-      flags.DEFINE_string(name, default, text, flag_values=values)
-
   values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, define)
   cli.required(values, 'source', 'out')
   if values.to not in ('ours', 'torch', 'diffusers'):

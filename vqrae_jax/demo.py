@@ -25,9 +25,8 @@ EXAMPLE = f'python -m {MODULE} --tokenizer=runs/quickstart/tokenizer'
 LEAST = 256  # pixels of a side, if --size does not say
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, serves the page until it is stopped."""
-  values = flags.FlagValues()
+def define(values: flags.FlagValues) -> None:
+  """The command's flags."""
   keys = dict(flag_values=values)
   cli.define_tokenizer(values)
   text = (
@@ -40,6 +39,12 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_string('host', '127.0.0.1', text, **keys)
   text = 'the port'
   flags.DEFINE_integer('port', 7860, text, 1, 65535, **keys)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, serves the page until it is stopped."""
+  values = flags.FlagValues()
+  define(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer')
   model = Model.load(values.tokenizer, values.size, values.trusted)

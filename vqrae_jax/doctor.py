@@ -40,9 +40,8 @@ _TOKENS = 10  # a code, to judge its use
 _COLUMNS = 6  # stages side by side in the report
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, examines, prints the report, writes the files."""
-  values = flags.FlagValues()
+def define(values: flags.FlagValues) -> None:
+  """The command's flags."""
   keys = dict(flag_values=values)
   cli.define_tokenizer(values)
   cli.define_data(values)
@@ -54,6 +53,12 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_integer('images', None, text, lower_bound=1, **keys)
   text = 'tiles at once'
   flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, examines, prints the report, writes the files."""
+  values = flags.FlagValues()
+  define(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'data')
   files = _files(values)

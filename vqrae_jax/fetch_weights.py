@@ -23,7 +23,7 @@ ABOUT = 'the recipe whose weights are wanted, as for training'
 
 def main(argv: list[str]) -> None:
   """Parses flags; prints the table, or a line for each download."""
-  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
+  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, define)
   if values.list:
     print(table())
     return
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
   fetch(dict.fromkeys(names))
 
 
-def _flags(values: flags.FlagValues) -> None:
+def define(values: flags.FlagValues) -> None:
+  """The command's flags but --config."""
   flags.DEFINE_list(
     'names', [], 'rows of the table to download', flag_values=values
   )

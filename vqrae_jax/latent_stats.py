@@ -119,14 +119,15 @@ def over_hosts(mine: RunningStats, skipped: int) -> tuple[RunningStats, int]:
 
 def main(argv: list[str]) -> None:
   """Parses flags, joins the other hosts, measures, writes one file."""
-  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
+  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, define)
   cli.required(values, 'config', 'out')
   out = cli.new_file(values.out, '.npz')
   cli.join_hosts(values)
   measure(values, out)
 
 
-def _flags(values: flags.FlagValues) -> None:
+def define(values: flags.FlagValues) -> None:
+  """The command's flags but --config."""
   keys = dict(flag_values=values)
   text = "images: a folder, a glob, …; the config's data.source if left out"
   flags.DEFINE_string('data', None, text, **keys)

@@ -65,11 +65,13 @@ class Schedule:
   """A learning rate over the run.
 
   Attributes:
-    lr: the peak.
-    end_lr: the value at the run's end.
-    warmup: a duration; linear from zero to `lr`.
-    decay: "cosine", "linear" or "constant" after it.
-    layers: a factor for each stacked block, None for a frozen one.
+    lr: the peak. At least 0.
+    end_lr: the value at the run's end. At least 0.
+    warmup: "1 epochs", "2000 steps" or a number of steps, in which the rate
+      rises linearly from zero to `lr`. At least 0 steps.
+    decay: from `lr` to `end_lr`. One of "cosine", "linear", "constant".
+    layers: a factor for each stacked block, None for a frozen one. Each at
+      least 0, or None.
   """
 
   lr: float
@@ -81,6 +83,7 @@ class Schedule:
   def __post_init__(self):
     one_of('decay', self.decay, DECAYS)
     at_least(0, '', self, 'lr', 'end_lr')
+    steps_of(self.warmup, 1, 'warmup')
     if not self.lr and not self.end_lr:
       raise UserError('lr=0 trains nothing; None freezes leaves')
     if any(factor is not None and factor < 0 for factor in self.layers or ()):
@@ -97,7 +100,16 @@ def decays(name: str, leaf: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class AdamWConfig:
-  """AdamW's numbers; `clip` bounds the global gradient norm (None: no)."""
+  """AdamW's numbers.
+
+  Attributes:
+    b1: decay of the average of gradients. In [0, 1).
+    b2: decay of the average of their squares. In [0, 1).
+    eps: added to the root of the second. Above 0.
+    weight_decay: of matrices, not of biases and scales. At least 0.
+    clip: the largest global norm of the gradients; None: no bound. Above 0, or
+      None.
+  """
 
   b1: float = 0.9
   b2: float = 0.999

@@ -56,7 +56,7 @@ STAND_IN = 1_281_167
 
 def main(argv: list[str]) -> None:
   """Parses flags, compiles, prints the report."""
-  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
+  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, define)
   cli.required(values, 'config')
   out = values.json and cli.new_file(values.json, '.json', '--json')
   report = preflight(values.config, devices_of(values), values.search)
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> None:
     raise UserError(verdict(report))
 
 
-def _flags(values: flags.FlagValues) -> None:
+def define(values: flags.FlagValues) -> None:
+  """The command's flags but --config."""
   text = 'TPUs that need not be there: v5e:8x8, v5p:4x4x4, …; needs libtpu'
   flags.DEFINE_string('topology', None, text, values)
   text = 'so many CPU devices; without both flags the devices of this machine'

@@ -33,9 +33,8 @@ EXAMPLE = (
 )
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, writes the card, pushes."""
-  values = flags.FlagValues()
+def define(values: flags.FlagValues) -> None:
+  """The command's flags."""
   keys = dict(flag_values=values)
   cli.define_tokenizer(values, 'the folder of a tokenizer')
   flags.DEFINE_string('repo', None, 'ORG/NAME on the hub, made if new', **keys)
@@ -43,6 +42,12 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_string('run', None, text, **keys)
   text = 'whether a new repository is private'
   flags.DEFINE_bool('private', False, text, **keys)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, writes the card, pushes."""
+  values = flags.FlagValues()
+  define(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'repo')
   if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', values.repo):

@@ -21,9 +21,8 @@ EXAMPLE = (
 _SHOWN = 8  # images on the page
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, reconstructs, prints a line an image."""
-  values = flags.FlagValues()
+def define(values: flags.FlagValues) -> None:
+  """The command's flags."""
   keys = dict(flag_values=values)
   cli.define_tokenizer(values)
   cli.define_data(values, 'images')
@@ -34,6 +33,12 @@ def main(argv: list[str]) -> None:
     'image whole; the size the tokenizer was made for by default'
   )
   flags.DEFINE_integer('tile', None, text, **keys)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, reconstructs, prints a line an image."""
+  values = flags.FlagValues()
+  define(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'images', 'out')
   out = cli.new_folder(values.out)

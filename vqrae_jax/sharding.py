@@ -22,6 +22,7 @@ from vqrae_jax.errors import UserError, choose
 from vqrae_jax.ops import trees
 
 AXES = ('data', 'fsdp', 'model')
+LAYOUTS = ('dp', 'fsdp', 'fsdp+tp')
 
 # End of a leaf's name -> the axes of its trailing dimensions; leading ones,
 # as of stacked blocks, are replicated.
@@ -80,9 +81,8 @@ def make_mesh(
     raise UserError(
       f'mesh.tensor={tensor} needs mesh.layout="fsdp+tp", not "{layout}"'
     )
-  shapes = {'dp': (n, 1, 1), 'fsdp': (1, n, 1)}
-  shapes['fsdp+tp'] = (1, n // tensor, tensor)
-  shape = choose(shapes, layout, 'mesh layout')
+  shapes = (n, 1, 1), (1, n, 1), (1, n // tensor, tensor)
+  shape = choose(dict(zip(LAYOUTS, shapes, strict=True)), layout, 'mesh layout')
   # `jax.make_mesh` splits an axis of the TPU's own torus on v5e only: on others
   # there would be no place for 2 devices beside each other.
   devices = mesh_utils.create_device_mesh(

@@ -72,8 +72,12 @@ def at_least(least: int, where: str, spec: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-  """How a network of a loss is run: its dtype, and whether what its gradient
-  needs is computed again instead of kept."""
+  """How a network of a loss is run.
+
+  Attributes:
+    dtype: what it computes in. One of "float32", "bfloat16".
+    remat: whether what its gradient needs is computed again instead of kept.
+  """
 
   dtype: str = 'float32'
   remat: bool = False
@@ -94,7 +98,12 @@ def _grid(where: str, grid: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PixelNorm:
-  """Per-channel mean and std of pixels in [0, 1]: x -> (x - mean) / std."""
+  """Pixels in [0, 1], normalised by channel: x -> (x - mean) / std.
+
+  Attributes:
+    mean: of red, green and blue. Each any number.
+    std: of red, green and blue. Each above 0.
+  """
 
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -114,18 +123,42 @@ IMAGENET_NORM = PixelNorm((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 class ViTSpec:
   """A plain pre-norm vision transformer, encoder or decoder.
 
-  `grid` is the native grid of patches (rows, columns); others are reached by
-  interpolating positions. With `posemb` "rope2d" (DINOv3) the patches' queries
-  and keys are rotated by coordinates that any grid has, and there is no table.
-  With `qkv_bias` "qv" the keys alone have none (DINOv3). With `embed_norm` the
-  tokens are normalised before the blocks, and patches are embedded without a
-  bias (CLIP). `layer_scale` is the initial value, None for none.
-  `qk_norm` normalises queries and keys over the full width (InternViT).
-  With `scan` the blocks are a loop over one, but for a GPU's without `remat`.
-  With `remat` a block's gradient computes the block again from its input;
-  "dots" keeps the outputs of its dense layers and computes the rest again.
-  Of the `num_prefix_tokens` the last `num_registers` have no position; the
-  others (cls) have one each if `prefix_has_posemb`.
+  Attributes:
+    width: channels of a token, a multiple of `num_heads` (and four times that
+      with "rope2d"; of 4 with "sincos2d"). At least 1 channel.
+    depth: how many blocks. At least 1.
+    mlp_dim: hidden width of a block's MLP. At least 1 channel.
+    num_heads: of the attention. At least 1.
+    patch_size: a patch's side. At least 1 pixel.
+    grid: the native grid of patches (rows, columns); others are reached by
+      interpolating positions. Each at least 1 patch.
+    norm: LayerNorm or RMSNorm. One of "layer", "rms".
+    norm_eps: added to the variance. Above 0.
+    act: the MLP's activation. One of "gelu", "gelu_tanh", "quick_gelu",
+      "swiglu".
+    qkv_bias: whether queries, keys and values have biases; with "qv" the keys
+      alone have none (DINOv3). One of True, False, "qv".
+    qk_norm: whether queries and keys are normalised over the full width
+      (InternViT).
+    layer_scale: the initial factor of what a block adds, which is trained
+      (arXiv 2103.17239); None for no factor. Any number, or None.
+    posemb: positions: a trained table, fixed sines and cosines, or the
+      rotation of queries and keys by coordinates that any grid has, with no
+      table (DINOv3). One of "learned", "sincos2d", "rope2d".
+    num_prefix_tokens: before the patches (cls, registers); they leave no
+      output. At least 0 tokens.
+    prefix_has_posemb: whether those that are no registers have a position each.
+    num_registers: the last of the prefix tokens, which have no position; at
+      most `num_prefix_tokens`. At least 0 tokens.
+    embed_norm: whether tokens are normalised before the blocks, and patches
+      embedded without a bias (CLIP).
+    scan: whether blocks are a loop over one, but for a GPU's without `remat`;
+      set by `model.scan`.
+    remat: whether a block's gradient computes the block again from its input;
+      "dots" keeps the outputs of its dense layers and computes the rest again.
+      Set by `model.remat`. One of True, False, "dots".
+    dtype: what it computes in, set by `model.dtype`. One of "float32",
+      "bfloat16".
   """
 
   width: int
@@ -190,17 +223,30 @@ class ViTSpec:
 class EncoderSpec:
   """A vision encoder: its ViT and how its family treats pixels and positions.
 
-  `output_norm` is "affine" (the published final norm), "plain" (the same
-  without its affine parameters) or "none" (before the final norm).
-  `final_norm` is False where the family publishes none: "affine" is then the
-  identity. `resize` is how images are brought to the encoder's size: "bicubic"
-  or "bilinear" as PIL does, or "torch_bicubic" as RAE does, without antialias.
+  With `layers` the latents are made of the outputs of several blocks, and those
+  above the last of them are left out.
 
-  With `layers` the latents are made of the outputs of those blocks, counted
-  from 0, each through the norm (with a tuple, each through its own), and blocks
-  above the last of them are left out. `fuse` is "mean", "concat" (of channels)
-  or "attention" (a trained cross-attention from the last of them to the
-  others). `add_final_mean` adds to the mean that of the last one's tokens.
+  Attributes:
+    vit: its transformer.
+    pixel_norm: mean and std of its pixels.
+    output_norm: the norm of the latents: the published final norm, the same
+      without its affine parameters, or none; a tuple has one for each of
+      `layers`. Each one of "affine", "plain", "none".
+    final_norm: False where the family publishes no final norm: "affine" is
+      then the identity.
+    resize: how images are brought to the encoder's size: as PIL does, or with
+      "torch_bicubic" as RAE does, without antialias. One of "bicubic",
+      "bilinear", "torch_bicubic".
+    posemb_resize: how learned positions are brought to another grid. One of
+      "bicubic", "bilinear".
+    posemb_antialias: whether that is with antialias.
+    layers: the blocks, counted from 0 and in rising order, whose outputs the
+      latents are made of; None: the last one's. Each at least 0, or None.
+    fuse: what is made of several outputs: their mean, all of their channels
+      side by side, or a trained cross-attention from the last of them to the
+      others. One of "mean", "concat", "attention".
+    add_final_mean: whether the mean over tokens of the last output is added to
+      the mean of outputs.
   """
 
   vit: ViTSpec
@@ -276,7 +322,13 @@ class EncoderSpec:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-  """A ViT decoder: each token gives `patch_size` pixels a side."""
+  """A ViT decoder: each token gives `patch_size` pixels a side.
+
+  Attributes:
+    vit: its transformer.
+    pixel_norm: pixels are its output times std, plus mean; the encoder's if
+      left out.
+  """
 
   vit: ViTSpec
   pixel_norm: PixelNorm = PixelNorm()
@@ -285,8 +337,14 @@ class DecoderSpec:
 @dataclasses.dataclass(frozen=True)
 class FeatureDecoderSpec:
   """A ViT between quantizer and decoder that predicts the encoder's outputs:
-  of the last block read ("deep"), from which the decoder makes pixels, and with
-  `shallow` of the first one too. Its patch_size is of no effect."""
+  of the last block read ("deep"), from which the decoder makes pixels.
+
+  Attributes:
+    vit: its transformer, whose `patch_size` is of no effect; what it leaves out
+      is the decoder's.
+    shallow: whether the output of the first of `encoder.layers` is predicted
+      too.
+  """
 
   vit: ViTSpec
   shallow: bool = False
@@ -296,9 +354,11 @@ class FeatureDecoderSpec:
 class LatentsSpec:
   """How latents are normalised before they are quantised.
 
-  `norm` is "none", "channel" (a mean and a std a channel, any grid) or
-  "position" (one for each position's channels too); `grid` is then the grid
-  of tokens (rows, columns) that the statistics are of, else None.
+  Attributes:
+    norm: by a mean and a std of each channel, on any grid, or of each
+      position's channels. One of "none", "channel", "position".
+    grid: with "position", the grid of tokens (rows, columns) that the
+      statistics are of, else None. Each at least 1 token, or None.
   """
 
   norm: str = 'none'
@@ -318,8 +378,13 @@ class LatentsSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PostQuantSpec:
-  """A convolution on the codes: before ("code") or after ("latent") the
-  projection out. `kernel` is its side in tokens, odd."""
+  """A convolution on the codes, in training and in decoding.
+
+  Attributes:
+    kernel: its side, an odd number. At least 1 token.
+    space: whether it is before the projection out or after it. One of "code",
+      "latent".
+  """
 
   kernel: int = 1
   space: str = 'code'

@@ -466,11 +466,8 @@ def share(text: str, count: int) -> range:
   return range(int(match[1]), count, int(match[2]))
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, writes this worker's shards, finishes the dump."""
-  from tqdm import tqdm
-
-  values = flags.FlagValues()
+def define(values: flags.FlagValues) -> None:
+  """The command's flags."""
   define_job(values)
   text = 'worker I of N, counted from 0, which takes shards I, I + N, …'
   flags.DEFINE_string('shards', '0/1', text, values)
@@ -479,6 +476,14 @@ def main(argv: list[str]) -> None:
   )
   flags.DEFINE_bool('verify', False, text, values)
   cli.define_hosts(values)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, writes this worker's shards, finishes the dump."""
+  from tqdm import tqdm
+
+  values = flags.FlagValues()
+  define(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   job = Job.of(values)
   cli.join_hosts(values)

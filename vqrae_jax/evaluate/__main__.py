@@ -39,11 +39,8 @@ LARGE = 192  # pixels: smaller images are enlarged by an integer factor
 ENOUGH = 2048  # images, for a covariance of full rank
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, joins the other hosts, measures, writes both files."""
-  from vqrae_jax import hosts
-
-  values = flags.FlagValues()
+def define(values: flags.FlagValues) -> None:
+  """The command's flags."""
   keys = dict(flag_values=values)
   cli.define_tokenizer(values)
   cli.define_data(values)
@@ -72,6 +69,14 @@ def main(argv: list[str]) -> None:
   )
   flags.DEFINE_list('weights', [], text, **keys)
   cli.define_hosts(values)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, joins the other hosts, measures, writes both files."""
+  from vqrae_jax import hosts
+
+  values = flags.FlagValues()
+  define(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'tokenizer', 'data', 'out')
   out = cli.new_file(values.out, '.json')

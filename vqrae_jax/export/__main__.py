@@ -36,9 +36,8 @@ def _size(text: str, native: tuple[int, int]) -> tuple[int, int] | None:
   return int(match[1]), int(match[2] or match[1])
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, writes the bundle."""
-  values = flags.FlagValues()
+def define(values: flags.FlagValues) -> None:
+  """The command's flags."""
   keys = dict(flag_values=values)
   cli.define_tokenizer(values)
   text = "in its place, a run's workdir: its newest checkpoint that verifies"
@@ -55,6 +54,12 @@ def main(argv: list[str]) -> None:
   flags.DEFINE_list('platforms', 'cpu,tpu,cuda', text, **keys)
   text = 'what the networks compute in: float32 or bfloat16'
   flags.DEFINE_enum('dtype', 'float32', DTYPES, text, **keys)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, writes the bundle."""
+  values = flags.FlagValues()
+  define(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'out')
   if bool(values.tokenizer) == bool(values.run):

@@ -71,12 +71,14 @@ def distill(x: LatentInputs) -> Float[Array, '']:
 
 
 def deep_features(x: LatentInputs) -> Float[Array, '']:
-  """`feature_loss` of the last block that is read, or of the latents."""
+  """How far the feature decoder's prediction of the last block that is read,
+  or of the latents, is from it: `feature_loss`."""
   return feature_loss(x, 'deep', -1)
 
 
 def shallow_features(x: LatentInputs) -> Float[Array, '']:
-  """`feature_loss` of the first of `encoder.layers`."""
+  """How far the feature decoder's prediction of the first of `encoder.layers`
+  is from it: `feature_loss`."""
   return feature_loss(x, 'shallow', 0)
 
 

@@ -49,7 +49,8 @@ def _features(
 
 
 def lpips(x: LossInputs) -> Float[Array, '']:
-  """The mean over images of `lpips_distances`; see there."""
+  """LPIPS, the weighted squared distance of VGG16's features, as a mean over
+  images: `lpips_distances`."""
   return lpips_distances(x).mean()
 
 

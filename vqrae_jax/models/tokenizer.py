@@ -351,7 +351,12 @@ def build_tokenizer(
         the last with grid=(rows, columns).
       - feature_decoder: dict(vit=dict(…), shallow=False), or absent: a
         `FeatureDecoderSpec`; what `vit` leaves out is the decoder's.
-      - dtype, scan, remat: run options; "float32", True, False by default.
+      - dtype: what all networks compute in, f32 by default. One of "float32",
+        "bfloat16".
+      - scan: whether blocks are a loop over one, by default; False unrolls it.
+      - remat: whether a block's gradient computes the block again, which saves
+        memory and costs time; "dots" keeps what dense layers give, less of
+        both. False by default. One of True, False, "dots".
 
     trusted: the packages that such a name may import; None: any, for a config
       is the caller's own.

@@ -93,6 +93,13 @@ class DinoDiscriminator(nn.Module):
   (the heads, 7,386,245 at the defaults), "backbone" (frozen) and "spectral"
   (moved by `spectral.advance`, never by a call). All computes in the dtype of
   `vit`, norms and gains in f32.
+
+  Attributes:
+    vit: the frozen backbone; what it leaves out is DINO ViT-S/8's.
+    taps: blocks, counted from 0, whose outputs have a head each. Each at least
+      0.
+    kernel: of the heads' convolutions along tokens, an odd number. At least 1
+      token.
   """
 
   vit: ViTSpec = DINO_S8

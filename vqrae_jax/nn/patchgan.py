@@ -58,10 +58,20 @@ def max_pooled(x: Array, size: int, axis: int) -> Array:
 class PatchGAN(nn.Module):
   """images f32[b h w 3] in [0, 1] -> logits f32[b n], high for real.
 
-  Widths are `hidden` times 1, 1, 2, 4, … After the last halving the grid is
-  max-pooled to `pool` x `pool` (0: not pooled), so n = pool^2. The defaults
-  have 1,909,889 parameters. With `remat` the gradient computes what lies
-  between the halvings again.
+  Widths are `hidden` times 1, 1, 2, 4, … and n = pool^2. The defaults have
+  1,909,889 parameters.
+
+  Attributes:
+    hidden: the width of the first layer, a multiple of `groups`. At least 1
+      channel.
+    halvings: how often the grid is halved. At least 1.
+    groups: of the group norms. At least 1.
+    pool: the side that the grid is max-pooled to after the last halving; 0: not
+      pooled. At least 0 positions.
+    dtype: what it computes in; the model's if left out. One of "float32",
+      "bfloat16".
+    remat: whether the gradient computes what lies between the halvings again;
+      as the model if left out.
   """
 
   hidden: int = 128

@@ -26,7 +26,7 @@ from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import trees
 from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.ops.nearest import nearest_code
-from vqrae_jax.specs import PostQuantSpec, one_of
+from vqrae_jax.specs import PostQuantSpec, at_least, one_of
 from vqrae_jax.types import QuantizerOutput
 
 EXACT = 2**24  # integers that f32 tells apart
@@ -71,11 +71,14 @@ class Quantizer(nn.Module):
   """Latents f[... d] to codes and back.
 
   Attributes:
-    latent_dim: d, the width of the encoder's latents.
-    projection: learned linear maps between latents and codes, in and out;
-      "mlp": the map in is an MLP, the map out linear.
+    latent_dim: d, the width of the encoder's latents, from which it follows. At
+      least 1 channel.
+    projection: whether there are learned linear maps between latents and
+      codes, in and out; with "mlp" the map in is an MLP, the map out linear.
+      Without them codes are as wide as the latents. One of True, False, "mlp".
     post_quant: a convolution between codes and latents, or None.
-    dtype: of `codes_to_latents`; assignment is always f32.
+    dtype: of `codes_to_latents`, set by `model.dtype`; assignment is always
+      f32. One of "float32", "bfloat16".
   """
 
   # q; index shapes have an axis of q when it is above 1.
@@ -528,10 +531,12 @@ class Nearest(TableQuantizer):
   a gradient moves. The softmax is of -distance^2 / temperature.
 
   Attributes:
-    rotation: gradients pass to a token through the rotation, with its scale,
-      that takes it to its code (arXiv 2410.06424), not as they are.
-    entropy_gamma: of "entropy".
-    entropy_temperature: of the softmax, in units of squared distances.
+    rotation: whether gradients pass to a token through the rotation, with its
+      scale, that takes it to its code (arXiv 2410.06424), not as they are.
+    entropy_gamma: of the loss "entropy": the weight of the entropy of the
+      tokens' mean. At least 0.
+    entropy_temperature: of the softmax over codes, in units of squared
+      distances. Above 0.
   """
 
   training_fields = ('rotation', 'entropy_gamma', 'entropy_temperature')
@@ -540,6 +545,10 @@ class Nearest(TableQuantizer):
   rotation: bool = False
   entropy_gamma: float = 1.0
   entropy_temperature: float = 0.01
+
+  def __post_init__(self):
+    super().__post_init__()
+    at_least(0, 'quantizer.', self, 'entropy_gamma')
 
   def _searches(self, z):
     surrogate, indices = self._assign(z, False, None)
@@ -568,7 +577,8 @@ class Continuous(Quantizer):
   continuous tokenizer.
 
   Attributes:
-    code_dim: a linear bottleneck's width with `projection`; None for d.
+    code_dim: a linear bottleneck's width with `projection`; None for the
+      latents' width. At least 1 channel, or None.
   """
 
   positive = ('code_dim',)

@@ -95,18 +95,21 @@ class FSQ(base.Quantizer):
   """Rounds len(levels) bounded channels; K is the product of the levels.
 
   Attributes:
-    levels: values per channel, each at least 2: [8, 8, 8, 5, 5, 5] is 64,000.
-    convention: "centered" or "cosmos".
+    levels: values per channel: [8, 8, 8, 5, 5, 5] is 64,000 codes, of fewer
+      than 2^31. Each at least 2.
+    convention: bound, values and order of the codes, which differ in what is
+      published. One of "centered", "cosmos".
     epsilon: by how much "cosmos" widens the bound, so that the outer values
-      can be reached.
-    bound: "tanh", or "clip" for latents that are bounded elsewhere or not.
-    adapter_in: the projection in: "linear", or "mlp", which bounds and so
-      needs "clip".
-    adapter_out: the projection out: "linear", or "fourier", which passes no
-      useful gradient.
-    preserve_symmetry: with "cosmos", codes symmetric around 0.
+      can be reached; below 1 / (the largest level - 1). Above 0.
+    bound: a tanh, or "clip" for latents that are bounded elsewhere or not. One
+      of "tanh", "clip".
+    adapter_in: the projection in; "mlp" bounds and so needs "clip". One of
+      "linear", "mlp".
+    adapter_out: the projection out; "fourier" passes no useful gradient. One
+      of "linear", "fourier".
+    preserve_symmetry: whether codes are symmetric around 0, with "cosmos".
     noise_dropout: with `preserve_symmetry`, the share of values that training
-      moves.
+      moves. In [0, 1].
   """
 
   training_fields = ('noise_dropout',)
@@ -117,6 +120,8 @@ class FSQ(base.Quantizer):
     ('adapter_in', ('linear', 'mlp')),
     ('adapter_out', ('linear', 'fourier')),
   )
+
+  positive = ('epsilon',)
 
   levels: tuple[int, ...] = (8, 8, 8)
   convention: str = 'centered'
@@ -142,10 +147,10 @@ class FSQ(base.Quantizer):
         'tells apart'
       )
     widest = 1 / (max(levels) - 1)
-    if cosmos and not 0 < self.epsilon < widest:
+    if cosmos and self.epsilon >= widest:
       raise UserError(
-        f'quantizer.epsilon={self.epsilon} must lie in (0, 1/(L-1)), here '
-        f'below {widest:.3g}, or a bound would pass its levels'
+        f'quantizer.epsilon={self.epsilon} must be below 1/(L-1), here '
+        f'{widest:.3g}, or a bound would pass its levels'
       )
     if cosmos and self.bound != 'tanh':
       raise UserError(

@@ -23,8 +23,8 @@ class Grouped(nested.Nested):
   residual group's stages, then the next group's). Losses are means over groups.
 
   Attributes:
-    groups: g.
-    shared: one table for all groups; it learns from all of them.
+    groups: g, into how many the channels are split. At least 1.
+    shared: whether one table serves all groups and learns from all of them.
   """
 
   allowed = ('vq', 'simvq', 'fsq', 'lfq', 'bsq', 'residual')

@@ -35,8 +35,9 @@ class Gumbel(base.TableQuantizer):
   log K less its entropy, a mean over tokens.
 
   Attributes:
-    num_codes: K.
-    code_dim: c; None for the latents' width.
+    num_codes: K, the size of the codebook. At least 1 code.
+    code_dim: c, the width of a code; None for the latents' width. At least 1
+      channel, or None.
   """
 
   loss_names = ('kl',)

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.quantizers import base
+from vqrae_jax.specs import at_least
 
 TOGETHER = 12  # bits that LFQ's entropy takes together by default, at most
 
@@ -35,13 +36,15 @@ class LFQ(base.Quantizer):
   """The signs of `bits` channels; K is 2^bits.
 
   Attributes:
-    bits: channels of a code.
+    bits: channels of a code. In [1, 30].
     entropy_bits: how many bits' joint entropy is computed, of 2^entropy_bits
       codes for every token, a divisor of `bits`; the groups' entropies are
-      added up. None: all of them up to 12, beyond that and for BSQ one.
-    entropy_gamma: weight of the mean's entropy in "entropy".
+      added up. None: all of them up to 12, beyond that and for BSQ one. At
+      least 1, or None.
+    entropy_gamma: of the loss "entropy": the weight of the entropy of the
+      tokens' mean. At least 0.
     entropy_temperature: of the softmax over codes, whose scores are
-      -distance^2 / temperature.
+      -distance^2 / temperature. Above 0.
   """
 
   spherical: ClassVar[bool] = False
@@ -56,6 +59,7 @@ class LFQ(base.Quantizer):
 
   def __post_init__(self):
     super().__post_init__()
+    at_least(0, 'quantizer.', self, 'entropy_gamma')
     base.check_size(f'quantizer.bits={self.bits}', 2 ** min(self.bits, 31))
     if self.bits % self._entropy_bits:
       raise UserError(

@@ -39,9 +39,9 @@ class MultiScale(nested.Nested):
 
   Attributes:
     scales: sides of square maps, or (rows, columns), coarse to fine; the last
-      is the grid of the tokens.
-    phis: how many convolutions the scales share; 0 for none.
-    residual_ratio: of the convolution's output in phi.
+      is the grid of the tokens. Each at least 1 token.
+    phis: how many convolutions the scales share; 0 for none. At least 0.
+    residual_ratio: the share of the convolution's output in phi. In [0, 1].
   """
 
   allowed = ('vq', 'simvq')

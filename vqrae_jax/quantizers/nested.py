@@ -37,8 +37,9 @@ class Nested(base.Quantizer):
   """A quantizer whose codes are chosen by others.
 
   Attributes:
-    quantizer: chooses one code. It lies in code space: `projection`,
-      `post_quant` and `dtype` are those of the outer one.
+    quantizer: the section, dict(name=…), of what chooses one code. It lies in
+      code space: `projection`, `post_quant` and `dtype` are those of the outer
+      one.
   """
 
   # Names of the quantizers that may be nested.

@@ -46,9 +46,10 @@ class Residual(nested.Nested):
   back.
 
   Attributes:
-    stages: q.
-    shared: one table for all stages; it learns from all of them.
-    dropout: the probability that a sample of a training batch loses stages.
+    stages: q, how many codes a token has. At least 1.
+    shared: whether one table serves all stages and learns from all of them.
+    dropout: the probability that a sample of a training batch loses stages. In
+      [0, 1].
   """
 
   allowed = ('vq', 'simvq', 'fsq', 'lfq')

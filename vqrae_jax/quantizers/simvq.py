@@ -33,17 +33,21 @@ class SimVQ(base.Nearest):
   """The nearest of `num_codes` rows of basis @ W + b.
 
   Attributes:
-    num_codes: K, 16384 in the papers.
-    code_dim: c, 1536 in VQRAE; independent of the latents' width.
-    distance: "l2" or "cosine".
-    normalize: with "l2", scale tokens to an RMS of one ("cosine" always does).
-    basis_init: "tokens" of a run's first batch, under a map that starts as the
-      identity, "kmeans++", tokens far from one another, or "normal", random
-      rows under a random map, as the papers.
-    basis_std: of the normal basis; 1 gives codes an RMS near one.
-    code_scale: with "cosine", the codes that the decoder reads: "rms" an RMS
-      of one, "unit" a norm of one, "none" the table's rows.
-    token_map: a learned map of tokens, code_dim wide, before they are compared.
+    num_codes: K, 16384 in the papers. At least 1 code.
+    code_dim: c, 1536 in VQRAE; independent of the latents' width. At least 1
+      channel.
+    distance: how tokens and codes are compared. One of "l2", "cosine".
+    normalize: whether tokens are scaled to an RMS of one with "l2" ("cosine"
+      always does).
+    basis_init: the basis: tokens of a run's first batch, under a map that
+      starts as the identity, the same of tokens far from one another, or random
+      rows under a random map, as in the papers. One of "tokens", "kmeans++",
+      "normal".
+    basis_std: of the normal basis; 1 gives codes an RMS near one. Above 0.
+    code_scale: with "cosine", the codes that the decoder reads: of an RMS of
+      one, of a norm of one, or the table's rows. One of "rms", "unit", "none".
+    token_map: whether a learned map of tokens, code_dim wide, comes before they
+      are compared.
   """
 
   choices = (

@@ -48,19 +48,23 @@ class VQ(base.Nearest):
   """The nearest of `num_codes` codes.
 
   Attributes:
-    num_codes: K.
-    code_dim: c; None for the latents' width.
-    update: "ema" or "gradient".
-    decay: g of the moving average, usually .95 to .999.
-    epsilon: of the Laplace smoothing.
-    data_init: start the codes at tokens of the first batch; "kmeans++" at
-      tokens far from one another.
-    distance: "l2", or "cosine" for unit vectors on both sides.
+    num_codes: K, the size of the codebook. At least 1 code.
+    code_dim: c, the width of a code; None for the latents' width. At least 1
+      channel, or None.
+    update: what moves the codes: a moving average of their tokens, or the
+      codebook loss. One of "ema", "gradient".
+    decay: g of the moving average, usually .95 to .999. In [0, 1).
+    epsilon: of the Laplace smoothing of counts. Above 0.
+    data_init: with "ema", whether codes start at tokens of the first batch;
+      "kmeans++" at tokens far from one another. One of True, False, "kmeans++".
+    distance: how tokens and codes are compared; "cosine" makes both unit
+      vectors. One of "l2", "cosine".
     revive_below: of "ema", the least average count of a code, as a share of
       the mean, tokens of a step / num_codes; 0 for never. A code of the mean
-      that wins no more falls to .1 of it within 230 steps of decay .99.
-    affine: codes follow the tokens' mean and variance, averages of `decay` that
-      start at the first batch.
+      that wins no more falls to .1 of it within 230 steps of decay .99. In [0,
+      1).
+    affine: whether codes follow the tokens' mean and variance, averages of
+      `decay` that start at the first batch.
   """
 
   choices = (

@@ -1,6 +1,10 @@
 """python -m vqrae_jax.train --config=configs/quickstart.py
 
-Flags and `jax.distributed` only; the run is in `loop.py`.
+Trains a tokenizer as a config says, in a workdir of its own. The same command
+in the same workdir resumes from the latest checkpoint.
+
+SIGTERM and Ctrl-C save first. The run is in `loop.py`; here are flags and
+`jax.distributed` only.
 """
 
 import pathlib
@@ -37,7 +41,8 @@ def default_workdir(source: str) -> str:
   return f'runs/{name}-{args.replace("/", "_")}' if args else f'runs/{name}'
 
 
-def _flags(values: flags.FlagValues) -> None:
+def define(values: flags.FlagValues) -> None:
+  """The command's flags but --config."""
   text = "the run's folder; runs/CONFIG or runs/CONFIG-ARGS if left out"
   flags.DEFINE_string('workdir', None, text, values)
   flags.DEFINE_bool('dry_run', False, 'one step, nothing written', values)
@@ -48,7 +53,7 @@ def _flags(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> None:
   """Parses flags, joins the other hosts, trains."""
-  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, _flags)
+  values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, define)
   cli.required(values, 'config')
   if values.workdir == '':
     raise UserError('flag --workdir is empty; name a folder, or leave it out')

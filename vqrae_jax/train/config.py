@@ -2,6 +2,11 @@
 
 `read_config` turns the `ml_collections` config of a file in `configs/` into a
 `RunConfig`. It opens no file; all errors that need none are raised here.
+
+The reference of the documentation is made of the "Attributes" of these classes
+and of those of a model. An entry ends in the values that the field takes:
+"At least 1 step.", "Above 0.", "In [0, 1).", "Any number.", "One of …"; "Each"
+before them speaks of a tuple's elements, ", or None" after them adds None.
 """
 
 import dataclasses
@@ -21,10 +26,13 @@ from vqrae_jax.losses import FROZEN_TERMS, IMAGE_TERMS, LATENT_TERMS
 from vqrae_jax.losses.adversarial import D_LOSSES
 from vqrae_jax.models import latents
 from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.nn.discriminators import DISCRIMINATORS
 from vqrae_jax.nn.vgg import MIN_SIDE
 from vqrae_jax.ops import trees
 from vqrae_jax.optim import DECAYS, UNITS, AdamWConfig, Schedule, steps_of
+from vqrae_jax.sharding import LAYOUTS
 from vqrae_jax.specs import (
+  DTYPES,
   RunOptions,
   at_least,
   build_spec,
@@ -58,10 +66,11 @@ class LossTerm:
   """A loss's weight, and when it is applied.
 
   Attributes:
-    weight: of the loss, from the ramp's end on.
-    start: the step or epoch from which it is applied.
-    unit: "steps" or "epochs", of `start` and `ramp`.
-    ramp: how long the weight rises, linearly, from zero.
+    weight: of the loss, from the ramp's end on; a loss that is given as a
+      number is its weight alone. Above 0.
+    start: the step or epoch from which it is applied. At least 0 `unit`.
+    unit: of `start` and `ramp`. One of "steps", "epochs".
+    ramp: how long the weight rises, linearly, from zero. At least 0 `unit`.
   """
 
   weight: float
@@ -86,8 +95,13 @@ class LossTerm:
 
 @dataclasses.dataclass(frozen=True)
 class DistillTerm(LossTerm):
-  """`target`: "teacher", the latents of a frozen encoder (the config's
-  `teacher` names it), or "self", those of the encoder as it is."""
+  """The loss that keeps latents where they are.
+
+  Attributes:
+    target: what they are kept at: the latents of a frozen encoder, which the
+      config's `teacher` names, or those of the encoder as it is. One of
+      "teacher", "self".
+  """
 
   target: str = 'teacher'
 
@@ -98,8 +112,12 @@ class DistillTerm(LossTerm):
 
 @dataclasses.dataclass(frozen=True)
 class GanTerm(LossTerm):
-  """`adaptive`: the weight is scaled so that, at the decoder's head, this
-  loss's gradient is as long as that of the weighted image losses."""
+  """The adversarial loss.
+
+  Attributes:
+    adaptive: whether the weight is scaled so that, at the decoder's head, this
+      loss's gradient is as long as that of the weighted image losses.
+  """
 
   adaptive: bool = True
 
@@ -110,8 +128,8 @@ class OtherTerm(LossTerm):
 
   Attributes:
     fn: "package.module:function", which gives f32[] and has no weights.
-    on: what it is given: "images", a `LossInputs`, or "latents", a
-      `LatentInputs` (`types.py`).
+    on: what it is given: a `LossInputs` of images or a `LatentInputs`
+      (`types.py`). One of "images", "latents".
   """
 
   fn: str = ''
@@ -141,17 +159,21 @@ class DiscriminatorSpec:
   without one builds none.
 
   Attributes:
-    name: "patch" or "dino" (`nn/discriminators.py`).
-    fields: of that module.
-    loss: "hinge", "non_saturating" or "vanilla", of both networks.
+    name: the network: a GAN of patches, or heads on a frozen DINO ViT-S/8. One
+      of "patch", "dino".
+    fields: of that network.
+    loss: the adversarial loss of both networks. One of "hinge",
+      "non_saturating", "vanilla".
     schedule: its learning rate, from its start to the run's end.
     optim: its own AdamW.
-    start: a duration; before it the discriminator is not updated.
-    updates: its updates in one step.
+    start: "6 epochs", "2000 steps" or a number of steps; before it the
+      discriminator is not updated. At least 0 steps.
+    updates: its updates in one step. At least 1.
     augment: whether it sees images augmented at random (DiffAug).
-    cutout: the share of each side that is cut out then; 0 for none.
-    lecam: weight of LeCam's regulariser.
-    r1: gamma of R1, the penalty on its gradient at real images.
+    cutout: the share of each side that is cut out then; 0 for none. In [0, 1).
+    lecam: weight of LeCam's regulariser; 0 for none. At least 0.
+    r1: gamma of R1, the penalty on its gradient at real images; 0 for none. At
+      least 0.
   """
 
   name: str
@@ -167,7 +189,9 @@ class DiscriminatorSpec:
   r1: float = 0.0
 
   def __post_init__(self):
+    choose(DISCRIMINATORS, self.name, 'discriminator.name')
     choose(D_LOSSES, self.loss, 'discriminator.loss')
+    steps_of(self.start, 1, 'discriminator.start')
     at_least(1, 'discriminator.', self, 'updates')
     at_least(0, 'discriminator.', self, 'lecam', 'r1')
     if not 0 <= self.cutout < 1:
@@ -185,18 +209,28 @@ class DataSpec:
   """The training images.
 
   Attributes:
-    source: a DATA source (`data.sources.open_source`).
-    image_size: pixels, or (h, w); or a list of those, of which each step has
-      one, drawn by seed and step.
-    include, exclude: globs of images' names.
-    resize, crop, flip: as in `data.pipeline.Augment`.
-    decoder: of JPEG files: "pil", or "simplejpeg" (`pip install
-      'vqrae_jax[fast_jpeg]'`), for large images: what is at least twice
+    source: a DATA source: a folder, a glob, tar shards, ArrayRecord files or
+      "bundled:photos" (`data.sources.open_source`).
+    image_size: the side of a training image, or (h, w); or a list of those, of
+      which each step has one, drawn by seed and step. At least 1 pixel.
+    include: globs of images' names, of which an image must match one; () for
+      all images.
+    exclude: globs of images' names; what matches one is left out.
+    resize: the shorter side before cropping; a pair draws it log-uniformly
+      between the two; None keeps the image's own size (one smaller than
+      `image_size` is always brought up to it). At least 1 pixel, or None.
+    crop: where the crop lies; "squash" brings all of the image to
+      `image_size`, whatever its aspect ratio, and `resize` has no part. One of
+      "random", "center", "squash".
+    flip: whether half of the images are mirrored left to right.
+    decoder: of JPEG files; "simplejpeg" (`pip install
+      'vqrae_jax[fast_jpeg]'`) is for large images: what is at least twice
       as large as needed is decoded smaller at once, to slightly other pixels.
-      A run keeps the one it has.
-    examples: the length of a source without one.
+      One of "pil", "simplejpeg".
+    examples: the length of an epoch, where it is not that of the source. At
+      least 1 image, or None.
     max_skipped: the share of images that may be unreadable and are then
-      replaced; more stop the run.
+      replaced; more stop the run. In [0, 1].
   """
 
   source: str
@@ -250,10 +284,19 @@ class DataSpec:
 @dataclasses.dataclass(frozen=True)
 class NetworksSpec:
   """How the networks of losses are run; None: as the model is
-  (`model.dtype`, `model.remat`)."""
+  (`model.dtype`, `model.remat`).
+
+  Attributes:
+    dtype: what they compute in. One of "float32", "bfloat16", None.
+    remat: whether their gradient computes again what it needs from the
+      forward pass, which saves memory and costs time.
+  """
 
   dtype: str | None = None
   remat: bool | None = None
+
+  def __post_init__(self):
+    one_of('networks.dtype', self.dtype, (*DTYPES, None))
 
   def over(self, model: Mapping) -> RunOptions:
     """The options, those of the config's `model` where none are given."""
@@ -267,10 +310,21 @@ class NetworksSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-  """The layout's name, and the devices that share a block's width."""
+  """How a run is laid out over devices.
+
+  Attributes:
+    layout: what is divided among devices: the batch alone, parameters too, or
+      each block's width as well. One of "dp", "fsdp", "fsdp+tp".
+    tensor: the devices that share a block's width, of "fsdp+tp"; it divides
+      the number of devices. At least 1 device.
+  """
 
   layout: str = 'dp'
   tensor: int = 1
+
+  def __post_init__(self):
+    one_of('mesh.layout', self.layout, LAYOUTS)
+    at_least(1, 'mesh.', self, 'tensor')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,11 +332,13 @@ class LogSpec:
   """What is written, and how often.
 
   Attributes:
-    every: steps between rows of metrics.jsonl, log lines and scalars.
-    images_every: steps between grids of reconstructions, of held-out tiles
-      if there are any, in workdir/pictures and TensorBoard; 0: none.
-    usage_window: steps over which usage and perplexity are counted.
-    tensorboard: write event files at all.
+    every: steps between rows of metrics.jsonl, log lines and scalars. At least
+      1.
+    images_every: steps between grids of reconstructions, of held-out tiles if
+      there are any, in workdir/pictures and TensorBoard; 0: none. At least 0.
+    usage_window: steps over which usage and perplexity are counted. At least
+      1.
+    tensorboard: whether event files are written.
     wandb: the Weights & Biases project that scalars and pictures go to as
       well; None: none.
   """
@@ -304,8 +360,8 @@ class CheckpointSpec:
 
   Attributes:
     every: steps between them; the last step always has one. 0: none at all,
-      and the run starts over when it is started again.
-    keep: how many of the newest stay.
+      and the run starts over when it is started again. At least 0.
+    keep: how many of the newest stay. At least 1.
   """
 
   every: int = 1000
@@ -325,9 +381,9 @@ class InitSpec:
       folder or a file; or that of a tokenizer's directory or a run.
     decoder: "rae:FILE", a published RAE decoder.
     latents: a file of latents' mean and var, where `model.latents` has a norm.
-    networks: "published" or "random": the frozen networks of losses, of the
-      discriminator and of `eval.metrics`. Random features still separate
-      images, but worse, and a run on them logs that.
+    networks: the frozen networks of losses, of the discriminator and of
+      `eval.metrics`. Random features still separate images, but worse, and a
+      run on them logs that. One of "published", "random".
   """
 
   encoder: str | None = None
@@ -348,13 +404,15 @@ class EvalSpec:
     source: a DATA source; None or "": no evaluation, and the grids of
       reconstructions are of training images.
     tile: pixels of a tile's side; None for the shorter one of
-      `data.image_size`.
-    include, exclude: globs of images' names.
-    batch_size: tiles at once.
+      `data.image_size`. At least 1, or None.
+    include: globs of images' names, of which an image must match one; () for
+      all images.
+    exclude: globs of images' names; what matches one is left out.
+    batch_size: tiles at once. At least 1.
     every: steps between evaluations of the averaged weights; 0: at the end
-      only, where it is the exported tokenizer that is measured.
-    metrics: beside PSNR, SSIM and the use of codes, of "lpips" and "rfid",
-      whose networks are those that `init.networks` says.
+      only, where it is the exported tokenizer that is measured. At least 0.
+    metrics: beside PSNR, SSIM and the use of codes; their networks are those
+      that `init.networks` says. Each one of "lpips", "rfid".
   """
 
   source: str | None = None
@@ -382,10 +440,11 @@ class Temperature:
   """The temperature of a Gumbel quantizer in training.
 
   Attributes:
-    start: at the first step.
-    end: after `duration`.
-    decay: from one to the other: "cosine", "linear" or "constant".
+    start: at the first step. Above 0.
+    end: after `duration`. Above 0.
+    decay: from one to the other. One of "cosine", "linear", "constant".
     duration: "10 epochs", "2000 steps" or a number of steps; None: the run's.
+      At least 0 steps, or None.
   """
 
   start: float = 1.0
@@ -395,6 +454,8 @@ class Temperature:
 
   def __post_init__(self):
     one_of('temperature.decay', self.decay, DECAYS)
+    if self.duration is not None:
+      steps_of(self.duration, 1, 'temperature.duration')
     if min(self.start, self.end) <= 0:
       raise UserError(
         f'temperature.start={self.start} and temperature.end={self.end} must '
@@ -407,19 +468,24 @@ class RunConfig:
   """A full run.
 
   Attributes:
-    model: `build_tokenizer`'s mapping.
+    model: the tokenizer, as `build_tokenizer` takes it.
+    data: the training images.
     losses: {term: weight or LossTerm fields}; {name: OtherTerm fields} of
       another package.
-    schedules: rows (regex, None or Schedule fields).
-    duration: "30 epochs", "2000 steps" or a number of steps.
-    batch_size: B, images of one optimizer step over all hosts.
+    schedules: rows (regex, None or Schedule fields). The first regex that
+      matches a parameter's name gives its learning rate; None freezes it.
+    duration: "30 epochs", "2000 steps" or a number of steps. Above 0 steps.
+    batch_size: B, images of one optimizer step over all hosts. At least 1.
     accumulate: microbatches that a step's batch is computed in, one after
-      another; the result is that of the full batch.
-    ema: decay of the weights' moving average; 0 for none.
+      another; the result is that of the full batch. At least 1.
+    seed: of the initial weights, the order of images, crops, and all that
+      training draws. At least 0.
+    optim: AdamW of the tokenizer.
+    ema: decay of the weights' moving average; 0 for none. In [0, 1).
     noise_tau: noise on latents in training, U[0, tau) x N(0, 1), one U a
       sample, before they are normalised and quantised; .8 for RAE, 0 for
-      discrete tokens.
-    temperature: of model.quantizer.name="gumbel"; None for its defaults.
+      discrete tokens. At least 0.
+    temperature: of a Gumbel quantizer; None for the section's defaults.
     init_from: a run's workdir or a tokenizer's directory whose weights the
       run starts with; optimizer and step count are re-initialized.
     init: parts of the weights from elsewhere.
@@ -429,8 +495,12 @@ class RunConfig:
     networks: how the networks of losses are run.
     discriminator: of losses.gan, where there is one; its dtype and remat are
       the model's where its fields do not say.
+    mesh: how the run is laid out over devices.
+    log: what is written, and how often.
+    checkpoint: what the run resumes from.
+    eval: the images that are held out; None: no evaluation.
     max_nonfinite: how many consecutive steps may be skipped because a loss or
-      a gradient is not finite; one more stops the run.
+      a gradient is not finite; one more stops the run. At least 0.
   """
 
   model: Mapping
@@ -460,6 +530,9 @@ class RunConfig:
     _empty_as_none(self, 'init_from', 'teacher')
     at_least(1, '', self, 'accumulate', 'batch_size')
     at_least(0, '', self, 'max_nonfinite', 'noise_tau', 'seed')
+    # Of an epoch as long as any: a small part of one is above 0 too.
+    if not steps_of(self.duration, 1e9, 'duration'):
+      raise UserError(f'duration={self.duration!r} must be above 0')
     if not 0 <= self.ema < 1:
       raise UserError(f'ema={self.ema} must lie in [0, 1)')
     for part in INIT_PARTS:

@@ -42,12 +42,17 @@ def export_run(
   return export.save_tokenizer(tokenizer, variables, out)
 
 
-def main(argv: list[str]) -> None:
-  """Parses flags, exports."""
-  values = flags.FlagValues()
+def define(values: flags.FlagValues) -> None:
+  """The command's flags."""
   flags.DEFINE_string('run', None, 'the workdir of a run', values)
   flags.DEFINE_string('out', None, 'the folder of the tokenizer', values)
   cli.define_trusted(values)
+
+
+def main(argv: list[str]) -> None:
+  """Parses flags, exports."""
+  values = flags.FlagValues()
+  define(values)
   cli.parse(values, argv, MODULE, EXAMPLE)
   cli.required(values, 'run', 'out')
   fingerprint = export_run(values.run, values.out, values.trusted)
