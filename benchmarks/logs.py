@@ -29,8 +29,8 @@ from vqrae_jax.files import atomic_write
 
 CONFIG = 'benchmarks/logs.py'
 RESULTS = report_lib.ROOT / 'benchmarks' / 'results' / 'logs'
-STEPS, DIGITS = 300, 5
-WARMUP = STEPS // 12
+FIGURES = 'psnr', 'usage', 'perplexity', 'images_per_second', 'data_wait'
+DIGITS = 5  # of a curve's values
 
 PATCH = dict(
   name='patch',
@@ -41,7 +41,7 @@ PATCH = dict(
 )
 
 
-def _rate(lr, warmup=WARMUP):
+def _rate(lr, warmup):
   return {'schedules': (('.*', dict(lr=lr, warmup=warmup)),)}
 
 
@@ -54,7 +54,7 @@ def _gan(ramp=0, **discriminator):
 
 _FROZEN = {
   'init.encoder': 'runs/logs/none/tokenizer',
-  'schedules': common.encoder_frozen(lr=1e-3, warmup=WARMUP),
+  'schedules': common.encoder_frozen(lr=1e-3, warmup=25),
 }
 _OPEN = {'init_from': 'runs/logs/simvq-frozen/tokenizer'}
 _TEACHER = {
@@ -66,34 +66,31 @@ _SMALL = {
   'model': common.small_model(8, 32, dict(name='vq', num_codes=256), 64),
   'data.resize': (32, 40),
 }
-# name: (the quantizer of configs/scratch.py, {key: value} beside it)
+# name: (the quantizer of configs/scratch.py, the steps, {key: value} beside it)
 RUNS = {
-  'vq': ('vq', {}),
-  'vq-no-revival': ('vq', {'model.quantizer.revive_below': 0.0}),
-  'simvq': ('simvq', {}),
-  'simvq-normal': ('simvq', {'model.quantizer.basis_init': 'normal'}),
-  'fsq': ('fsq', {}),
-  'fsq-1e-2': ('fsq', _rate(1e-2)),
-  'fsq-2e-4': ('fsq', _rate(2e-4)),
-  'none': ('none', {}),
-  'simvq-frozen': ('simvq', _FROZEN | {'losses.commit': 0.01}),
-  'simvq-frozen-commit': ('simvq', _FROZEN | {'losses.commit': 0.25}),
-  'gan': ('vq', _gan(ramp=STEPS // 2)),
-  'gan-won': (
-    'vq',
-    _gan(schedule=dict(lr=1e-3), updates=4, lecam=0.0),
-  ),
+  'vq': ('vq', 300, {}),
+  'vq-no-revival': ('vq', 300, {'model.quantizer.revive_below': 0.0}),
+  'simvq': ('simvq', 300, {}),
+  'simvq-normal': ('simvq', 300, {'model.quantizer.basis_init': 'normal'}),
+  'none': ('none', 300, {}),
+  'simvq-frozen': ('simvq', 300, _FROZEN | {'losses.commit': 0.01}),
+  'simvq-frozen-commit': ('simvq', 300, _FROZEN | {'losses.commit': 0.25}),
+  'gan': ('vq', 60, _gan(ramp=30)),
+  'gan-won': ('vq', 60, _gan(schedule=dict(lr=1e-3), updates=4, lecam=0.0)),
   'gan-diverge': (
     'vq',
+    60,
     _gan(schedule=dict(lr=1.0), loss='vanilla', lecam=0.0),
   ),
-  'vq-1e-1': ('vq', _rate(1e-1)),
-  'vq-1e2': ('vq', _rate(1e2)),
-  'open': ('simvq', _OPEN | _rate(1e-3, warmup=0)),
-  'open-slow': ('simvq', _OPEN | _rate(1e-4)),
-  'open-teacher': ('simvq', _OPEN | _TEACHER | _rate(1e-3, warmup=0)),
-  'photos': ('vq', _SMALL),
-  'photos-simplejpeg': ('vq', _SMALL | {'data.decoder': 'simplejpeg'}),
+  'vq-1e3': ('vq', 30, _rate(1e3, warmup=5)),
+  'vq-1e-1': ('vq', 100, _rate(1e-1, warmup=8)),
+  'photos': ('vq', 150, _SMALL),
+  'photos-simplejpeg': ('vq', 150, _SMALL | {'data.decoder': 'simplejpeg'}),
+  'open': ('simvq', 100, _OPEN | _rate(1e-3, warmup=1)),
+  'open-teacher': ('simvq', 100, _OPEN | _TEACHER | _rate(1e-3, warmup=1)),
+  'open-slow': ('simvq', 100, _OPEN | _rate(1e-4, warmup=8)),
+  'fsq': ('fsq', 150, _rate(1e-3, warmup=12)),
+  'fsq-1e-2': ('fsq', 150, _rate(1e-2, warmup=12)),
 }
 # picture: (its runs, its panels)
 PICTURES = {
@@ -106,22 +103,28 @@ PICTURES = {
     ('vq', 'vq-no-revival', 'simvq', 'simvq-normal'),
     ('usage', 'perplexity', 'eval/psnr'),
   ),
-  'fsq': (('fsq', 'fsq-1e-2', 'fsq-2e-4'), ('usage', 'perplexity', 'psnr')),
+  'fsq': (('fsq', 'fsq-1e-2'), ('usage', 'perplexity', 'psnr')),
   'commit': (
     ('simvq-frozen', 'simvq-frozen-commit'),
     ('loss/commit', 'usage', 'perplexity', 'eval/psnr'),
   ),
   'won': (
     ('gan', 'gan-won'),
-    ('loss/discriminator', 'logits/real', 'logits/fake', 'eval/psnr'),
+    ('loss/discriminator', 'logits/real', 'logits/fake', 'psnr'),
   ),
   'diverge': (
     ('gan', 'gan-diverge'),
     ('logits/real', 'logits/fake', 'adaptive_weight',
      'discriminator/grad_norm'),
   ),
-  'rate': (('vq', 'vq-1e-1'), ('grad_norm', 'update_norm', 'psnr', 'usage')),
-  'data': (('photos', 'photos-simplejpeg'), ('data_wait', 'images_per_second')),
+  'rate': (
+    ('vq', 'vq-1e-1'),
+    ('grad_norm', 'update_norm', 'psnr', 'usage'),
+  ),
+  'data': (
+    ('photos', 'photos-simplejpeg'),
+    ('data_wait', 'images_per_second'),
+  ),
   'second': (
     ('open', 'open-slow', 'open-teacher'),
     ('eval/psnr', 'psnr', 'usage', 'loss/distill'),
@@ -133,16 +136,17 @@ def get_config(arguments=None):
   """The config of a run of this file; `:run=NAME`."""
   from configs import scratch
 
-  quantizer, keys = RUNS[common.arguments(arguments, run=(*RUNS,)).run]
-  config = scratch.get_config(f'quantizer={quantizer},steps={STEPS}')
+  name = common.arguments(arguments, run=(*RUNS,)).run
+  quantizer, steps, keys = RUNS[name]
+  config = scratch.get_config(f'quantizer={quantizer},steps={steps}')
   config.batch_size = 16
   config.checkpoint.every = 0
   config.log.update(every=5, images_every=0, usage_window=25, tensorboard=False)
   for key, value in keys.items():
     *path, last = key.split('.')
     section = config
-    for name in path:
-      section = section[name]
+    for part in path:
+      section = section[part]
     with section.ignore_type():
       section[last] = value
   return config
@@ -177,6 +181,7 @@ def result(name, log, code, options):
   lines = (folder / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   summary = folder / 'summary.json'
+  figures = json.loads(summary.read_text()) if summary.exists() else {}
   drawn = {
     n for runs, names in PICTURES.values() if name in runs for n in names
   }
@@ -185,7 +190,7 @@ def result(name, log, code, options):
     hardware=report_lib.hardware(),
     versions=cli.versions(),
     code=code,
-    figures=json.loads(summary.read_text()) if summary.exists() else {},
+    figures={n: x for n, x in figures.items() if n in FIGURES},
     warnings=re.findall(r'^(?:W\S+ \S+ +\d+ \S+\] |error: )(.*)$', log, re.M),
     curves={
       n: [
@@ -202,10 +207,11 @@ def result(name, log, code, options):
 def table(results):
   """Markdown: a line a run."""
   lines = [
-    '| run | quantizer | keys | PSNR, dB | usage | perplexity | warnings |',
-    '|---|---|---|---|---|---|---|',
+    '| run | quantizer | steps | keys | PSNR, dB | usage | perplexity '
+    '| warnings |',
+    '|---|---|---|---|---|---|---|---|',
   ]
-  for name, (quantizer, keys) in RUNS.items():
+  for name, (quantizer, steps, keys) in RUNS.items():
     if name not in results:
       continue
     figures = results[name]['figures']
@@ -221,7 +227,7 @@ def table(results):
       '; '.join(f'`{k}={v}`' for k, v in keys.items() if k != 'model') or '–'
     )
     lines.append(
-      f'| {name} | {quantizer} | {words} | {" | ".join(cells)} | '
+      f'| {name} | {quantizer} | {steps} | {words} | {" | ".join(cells)} | '
       f'{len(results[name]["warnings"])} |'
     )
   made = [
