@@ -2,9 +2,9 @@
   python -m benchmarks.logs --report
 
 Small runs that have a trouble, and beside each the run with the key that cures
-it, for docs/logs.md. FOLDER holds `cifar10_wds/{train,test}-*.tar` and
-`imagenet_sample/*.jpg`. This file is their config too, so that each is a
-command of its own:
+it, for docs/logs.md. FOLDER holds `cifar10_wds/{train,test}-*.tar`; `photos…`
+read enlarged photographs of `bundled:photos`. This file is their config too, so
+that each is a command of its own:
 
   python -m vqrae_jax.train --config=benchmarks/logs.py:run=vq-no-revival \\
     --config.data.source=DATA --workdir=runs/logs/vq-no-revival
@@ -22,10 +22,14 @@ import re
 import subprocess
 import sys
 
+from PIL import Image
+
 from benchmarks import report as report_lib
 from configs import common
 from vqrae_jax import cli
+from vqrae_jax.data.sources import open_source
 from vqrae_jax.files import atomic_write
+from vqrae_jax.ops import trees
 
 CONFIG = 'benchmarks/logs.py'
 RESULTS = report_lib.ROOT / 'benchmarks' / 'results' / 'logs'
@@ -84,8 +88,8 @@ RUNS = {
   ),
   'vq-1e3': ('vq', 30, _rate(1e3, warmup=5)),
   'vq-1e-1': ('vq', 100, _rate(1e-1, warmup=8)),
-  'photos': ('vq', 150, _SMALL),
-  'photos-simplejpeg': ('vq', 150, _SMALL | {'data.decoder': 'simplejpeg'}),
+  'photos': ('vq', 40, _SMALL),
+  'photos-simplejpeg': ('vq', 40, _SMALL | {'data.decoder': 'simplejpeg'}),
   'open': ('simvq', 100, _OPEN | _rate(1e-3, warmup=1)),
   'open-teacher': ('simvq', 100, _OPEN | _TEACHER | _rate(1e-3, warmup=1)),
   'open-slow': ('simvq', 100, _OPEN | _rate(1e-4, warmup=8)),
@@ -97,37 +101,37 @@ PICTURES = {
   'healthy': (
     ('vq',),
     ('loss/l2', 'loss/commit', 'psnr', 'eval/psnr', 'usage', 'perplexity',
-     'grad_norm', 'lr/decoder'),
+     'grad_norm', 'update_norm', 'lr/decoder'),
   ),
   'collapse': (
     ('vq', 'vq-no-revival', 'simvq', 'simvq-normal'),
     ('usage', 'perplexity', 'eval/psnr'),
   ),
-  'fsq': (('fsq', 'fsq-1e-2'), ('usage', 'perplexity', 'psnr')),
   'commit': (
     ('simvq-frozen', 'simvq-frozen-commit'),
-    ('loss/commit', 'usage', 'perplexity', 'eval/psnr'),
+    ('loss/commit', 'usage', 'perplexity'),
+  ),
+  'fsq': (('fsq', 'fsq-1e-2'), ('usage', 'perplexity', 'psnr')),
+  'rate': (
+    ('vq', 'vq-1e-1'),
+    ('loss/l2', 'psnr', 'grad_norm', 'update_norm', 'usage'),
   ),
   'won': (
     ('gan', 'gan-won'),
-    ('loss/discriminator', 'logits/real', 'logits/fake', 'psnr'),
+    ('loss/discriminator', 'logits/real', 'logits/fake', 'adaptive_weight',
+     'psnr'),
   ),
   'diverge': (
     ('gan', 'gan-diverge'),
-    ('logits/real', 'logits/fake', 'adaptive_weight',
-     'discriminator/grad_norm'),
-  ),
-  'rate': (
-    ('vq', 'vq-1e-1'),
-    ('grad_norm', 'update_norm', 'psnr', 'usage'),
+    ('logits/fake', 'adaptive_weight', 'discriminator/grad_norm'),
   ),
   'data': (
     ('photos', 'photos-simplejpeg'),
-    ('data_wait', 'images_per_second'),
+    ('data_wait', 'images_per_second', 'loss/l2'),
   ),
   'second': (
     ('open', 'open-slow', 'open-teacher'),
-    ('eval/psnr', 'psnr', 'usage', 'loss/distill'),
+    ('eval/psnr', 'usage', 'loss/distill'),
   ),
 }  # fmt: skip
 
@@ -156,7 +160,7 @@ def command(name, options):
   """The flags of a run."""
   flags = [f'--config={CONFIG}:run={name}', f'--workdir={options.out}/{name}']
   if name.startswith('photos'):
-    return [*flags, f'--config.data.source={options.data}/imagenet_sample']
+    return [*flags, f'--config.data.source={options.out}/large']
   return [
     *flags,
     f'--config.data.source={options.data}/cifar10_wds/train-*.tar',
@@ -166,8 +170,20 @@ def command(name, options):
   ]
 
 
+def large_photos(folder):
+  """JPEG files of 2400 pixels a side in a new folder."""
+  source = open_source('bundled:photos')
+  folder.mkdir(parents=True)
+  for i, name in enumerate(source.names):
+    image = Image.fromarray(source[i]).resize((2400, 2400), Image.BICUBIC)
+    image.save(folder / f'{name}.jpg', quality=90)
+
+
 def run(name, options):
   """Trains one run, which may fail; its file's values."""
+  folder = pathlib.Path(options.out) / 'large'
+  if name.startswith('photos') and not folder.exists():
+    large_photos(folder)
   train = [sys.executable, '-m', 'vqrae_jax.train', *command(name, options)]
   done = subprocess.run(
     train, cwd=report_lib.ROOT, stderr=subprocess.PIPE, text=True
@@ -205,41 +221,34 @@ def result(name, log, code, options):
 
 # -- the report ----------------------------------------------------------------
 def table(results):
-  """Markdown: a line a run."""
+  """Markdown: where they ran, and a line a run."""
+  columns = ('psnr', '.2f'), ('usage', '.3f'), ('perplexity', '.0f')
   lines = [
     '| run | quantizer | steps | keys | PSNR, dB | usage | perplexity '
     '| warnings |',
     '|---|---|---|---|---|---|---|---|',
   ]
-  for name, (quantizer, steps, keys) in RUNS.items():
-    if name not in results:
-      continue
-    figures = results[name]['figures']
-    cells = [
-      format(figures[key], form) if key in figures else '–'
-      for key, form in (
-        ('psnr', '.2f'),
-        ('usage', '.3f'),
-        ('perplexity', '.0f'),
-      )
+  same, ran = trees.flatten({'discriminator': PATCH}), set()
+  for name, found in results.items():
+    quantizer, steps, keys = RUNS[name]
+    flat: dict = {}
+    for key, value in keys.items():
+      part = {key: value}
+      flat |= trees.flatten(part) if type(value) is dict else part
+    words = [
+      f'`{key.replace("/", ".")}={value}`'
+      for key, value in flat.items()
+      if not key.startswith('model/') and value != same.get(key)
     ]
-    words = (
-      '; '.join(f'`{k}={v}`' for k, v in keys.items() if k != 'model') or '–'
-    )
-    lines.append(
-      f'| {name} | {quantizer} | {steps} | {words} | {" | ".join(cells)} | '
-      f'{len(results[name]["warnings"])} |'
-    )
-  made = [
-    {
-      f'{r["date"]}; {r["hardware"]}; '
-      + ', '.join(
-        f'{k} {v}' for k, v in r['versions'].items() if k in ('python', 'jax')
-      )
-    }
-    for r in results.values()
-  ]
-  return '\n'.join([f'{"; ".join(sorted(set().union(*made)))}.', '', *lines])
+    cells = [
+      format(found['figures'][n], form) if n in found['figures'] else '–'
+      for n, form in columns
+    ]
+    cells = [name, quantizer, str(steps), '; '.join(words) or '–', *cells]
+    lines.append(f'| {" | ".join(cells)} | {len(found["warnings"])} |')
+    versions = (f'{n} {found["versions"][n]}' for n in ('python', 'jax'))
+    ran.add(f'{found["date"]}; {found["hardware"]}; {", ".join(versions)}.')
+  return '\n'.join([*sorted(ran), '', *lines])
 
 
 def report():
@@ -277,7 +286,7 @@ def main():
   if options.report:
     return report()
   if options.data is None:
-    parser.error('--data is missing: the folder of both sets')
+    parser.error('--data is missing: the folder of CIFAR-10')
   for name in options.only.split(','):
     path = RESULTS / f'{name}.json'
     if path.exists():
