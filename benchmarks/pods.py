@@ -1,7 +1,7 @@
 """python -m benchmarks.pods
 
-Writes the table of docs/pods.md from benchmarks/results/pods/*.json, the reports of
-`python -m vqrae_jax.preflight --json=…`.
+Writes the table of docs/pods.md from benchmarks/results/pods/*.json, the
+reports of `python -m vqrae_jax.preflight --json=…`.
 """
 
 import json
@@ -9,8 +9,8 @@ import re
 
 from benchmarks import report
 
-HEAD = """| recipe | devices | mesh | batch | images at once | needs, GiB | of | \
-temporaries, MiB | code, MiB | compiled in, CPU-minutes | GFLOPs an image |
+HEAD = """| recipe | devices | mesh | batch | images at once | needs, GiB | \
+of | temporaries, MiB | code, MiB | compiled in, CPU-minutes | GFLOPs an image |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 

@@ -78,11 +78,13 @@ def parse_only(name: str, argv: list[str]) -> None:
       read_config(values.config)
     raise Parsed
 
-  argv = [sys.executable, name, *argv]
-  with mock.patch.object(cli, 'parse', then_stop):
-    with mock.patch.object(sys, 'argv', argv), pytest.raises(Parsed):
-      with mock.patch.object(cli, 'run', lambda main: main(sys.argv[1:])):
-        cli.vqrae()
+  with (
+    mock.patch.object(cli, 'parse', then_stop),
+    mock.patch.object(cli, 'run', lambda main: main(sys.argv[1:])),
+    mock.patch.object(sys, 'argv', [sys.executable, name, *argv]),
+    pytest.raises(Parsed),
+  ):
+    cli.vqrae()
 
 
 def evaluate(example) -> None:

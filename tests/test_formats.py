@@ -3,7 +3,6 @@
 import pathlib
 import re
 import runpy
-import sys
 
 import jax
 import numpy as np

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import sys
 import types
@@ -99,6 +100,25 @@ def test_rows_of_metrics(ran):
     want = pytest.approx(figures[name], rel=1e-4)
     assert evaluated[5][f'eval/{name}'] == want
   assert evaluated[3]['eval/psnr'] != evaluated[5]['eval/psnr']
+
+
+def test_the_page_of_logs_has_every_name(ran):
+  """Of rows and of summary.json; those of a discriminator are in a golden
+  file, whose `ema_gap` is not of a run."""
+  figures, workdir = ran
+  page = (runs.ROOT / 'docs' / 'logs.md').read_text()
+  page = page.partition('\n## Names of metrics\n')[2]
+  known = [
+    name
+    for cell in re.findall(r'^\| (`.*?) \|', page, re.M)
+    for name in re.findall('`([^`]+)`', cell)
+  ]
+  golden = json.loads((runs.ROOT / 'tests/golden/metrics.json').read_text())
+  names = set(figures).union(*runs.rows(workdir), *golden.values())
+  assert {'eval/lpips', 'psnr_shuffled', 'logits/fake'} <= names
+  patterns = '|'.join(re.sub('NAME|PART', r'\\w+', name) for name in known)
+  lost = {n for n in names - {'ema_gap'} if not re.fullmatch(patterns, n)}
+  assert not lost
 
 
 def test_pictures_on_the_way_are_of_held_out_tiles(ran, images):

@@ -1,0 +1,301 @@
+"""python -m benchmarks.logs --data=FOLDER [--only=vq,gan]
+  python -m benchmarks.logs --report
+
+Small runs that have a trouble, and beside each the run with the key that cures
+it, for docs/logs.md. FOLDER holds `cifar10_wds/{train,test}-*.tar`; `photos…`
+read enlarged photographs of `bundled:photos`. This file is their config too, so
+that each is a command of its own:
+
+  python -m vqrae_jax.train --config=benchmarks/logs.py:run=vq-no-revival \\
+    --config.data.source=DATA --workdir=runs/logs/vq-no-revival
+
+One runs after another, those that others begin with before these. What has a
+file in benchmarks/results/logs/ is not run again: its curves, warnings and last
+figures. `--report` writes the table and the pictures of docs.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+from PIL import Image
+
+from benchmarks import report as report_lib
+from configs import common
+from vqrae_jax import cli
+from vqrae_jax.data.sources import open_source
+from vqrae_jax.files import atomic_write
+from vqrae_jax.ops import trees
+
+CONFIG = 'benchmarks/logs.py'
+RESULTS = report_lib.ROOT / 'benchmarks' / 'results' / 'logs'
+FIGURES = 'psnr', 'usage', 'perplexity', 'images_per_second', 'data_wait'
+DIGITS = 5  # of a curve's values
+
+PATCH = dict(
+  name='patch',
+  fields=dict(hidden=32, halvings=2, groups=8, pool=0),
+  schedule=dict(lr=5e-4),
+  augment=False,
+  lecam=0.001,
+)
+
+
+def _rate(lr, warmup):
+  return {'schedules': (('.*', dict(lr=lr, warmup=warmup)),)}
+
+
+def _gan(ramp=0, **discriminator):
+  return {
+    'losses.gan': dict(weight=0.3, ramp=ramp),
+    'discriminator': PATCH | discriminator,
+  }
+
+
+_FROZEN = {
+  'init.encoder': 'runs/logs/none/tokenizer',
+  'schedules': common.encoder_frozen(lr=1e-3, warmup=25),
+}
+_OPEN = {'init_from': 'runs/logs/simvq-frozen/tokenizer'}
+_TEACHER = {
+  'teacher': 'init',
+  'losses.distill': dict(weight=1.0, target='teacher'),
+}
+# So small a model that it waits for its images.
+_SMALL = {
+  'model': common.small_model(8, 32, dict(name='vq', num_codes=256), 64),
+  'data.resize': (32, 40),
+}
+# name: (the quantizer of configs/scratch.py, the steps, {key: value} beside it)
+RUNS = {
+  'vq': ('vq', 300, {}),
+  'vq-no-revival': ('vq', 300, {'model.quantizer.revive_below': 0.0}),
+  'simvq': ('simvq', 300, {}),
+  'simvq-normal': ('simvq', 300, {'model.quantizer.basis_init': 'normal'}),
+  'none': ('none', 300, {}),
+  'simvq-frozen': ('simvq', 300, _FROZEN | {'losses.commit': 0.01}),
+  'simvq-frozen-commit': ('simvq', 300, _FROZEN | {'losses.commit': 0.25}),
+  'gan': ('vq', 60, _gan(ramp=30)),
+  'gan-won': ('vq', 60, _gan(schedule=dict(lr=1e-3), updates=4, lecam=0.0)),
+  'gan-diverge': (
+    'vq',
+    60,
+    _gan(schedule=dict(lr=1.0), loss='vanilla', lecam=0.0),
+  ),
+  'vq-1e3': ('vq', 30, _rate(1e3, warmup=5)),
+  'vq-1e-1': ('vq', 100, _rate(1e-1, warmup=8)),
+  'photos': ('vq', 40, _SMALL),
+  'photos-simplejpeg': ('vq', 40, _SMALL | {'data.decoder': 'simplejpeg'}),
+  'open': ('simvq', 100, _OPEN | _rate(1e-3, warmup=1)),
+  'open-teacher': ('simvq', 100, _OPEN | _TEACHER | _rate(1e-3, warmup=1)),
+  'open-slow': ('simvq', 100, _OPEN | _rate(1e-4, warmup=8)),
+  'fsq': ('fsq', 150, _rate(1e-3, warmup=12)),
+  'fsq-1e-2': ('fsq', 150, _rate(1e-2, warmup=12)),
+}
+# picture: (its runs, its panels)
+PICTURES = {
+  'healthy': (
+    ('vq',),
+    ('loss/l2', 'loss/commit', 'psnr', 'eval/psnr', 'usage', 'perplexity',
+     'grad_norm', 'update_norm', 'lr/decoder'),
+  ),
+  'collapse': (
+    ('vq', 'vq-no-revival', 'simvq', 'simvq-normal'),
+    ('usage', 'perplexity', 'eval/psnr'),
+  ),
+  'commit': (
+    ('simvq-frozen', 'simvq-frozen-commit'),
+    ('loss/commit', 'usage', 'perplexity'),
+  ),
+  'fsq': (('fsq', 'fsq-1e-2'), ('usage', 'perplexity', 'psnr')),
+  'rate': (
+    ('vq', 'vq-1e-1'),
+    ('loss/l2', 'psnr', 'grad_norm', 'update_norm', 'usage'),
+  ),
+  'won': (
+    ('gan', 'gan-won'),
+    ('loss/discriminator', 'logits/real', 'logits/fake', 'adaptive_weight',
+     'psnr'),
+  ),
+  'diverge': (
+    ('gan', 'gan-diverge'),
+    ('logits/fake', 'adaptive_weight', 'discriminator/grad_norm'),
+  ),
+  'data': (
+    ('photos', 'photos-simplejpeg'),
+    ('data_wait', 'images_per_second', 'loss/l2'),
+  ),
+  'second': (
+    ('open', 'open-slow', 'open-teacher'),
+    ('eval/psnr', 'usage', 'loss/distill'),
+  ),
+}  # fmt: skip
+
+
+def get_config(arguments=None):
+  """The config of a run of this file; `:run=NAME`."""
+  from configs import scratch
+
+  name = common.arguments(arguments, run=(*RUNS,)).run
+  quantizer, steps, keys = RUNS[name]
+  config = scratch.get_config(f'quantizer={quantizer},steps={steps}')
+  config.batch_size = 16
+  config.checkpoint.every = 0
+  config.log.update(every=5, images_every=0, usage_window=25, tensorboard=False)
+  for key, value in keys.items():
+    *path, last = key.split('.')
+    section = config
+    for part in path:
+      section = section[part]
+    with section.ignore_type():
+      section[last] = value
+  return config
+
+
+def command(name, options):
+  """The flags of a run."""
+  flags = [f'--config={CONFIG}:run={name}', f'--workdir={options.out}/{name}']
+  if name.startswith('photos'):
+    return [*flags, f'--config.data.source={options.out}/large']
+  return [
+    *flags,
+    f'--config.data.source={options.data}/cifar10_wds/train-*.tar',
+    f'--config.eval.source={options.data}/cifar10_wds/test-*.tar',
+    '--config.eval.include=("*0",)',
+    '--config.eval.every=25',
+  ]
+
+
+def large_photos(folder):
+  """JPEG files of 2400 pixels a side in a new folder."""
+  source = open_source('bundled:photos')
+  folder.mkdir(parents=True)
+  for i, name in enumerate(source.names):
+    image = Image.fromarray(source[i]).resize((2400, 2400), Image.BICUBIC)
+    image.save(folder / f'{name}.jpg', quality=90)
+
+
+def run(name, options):
+  """Trains one run, which may fail; its file's values."""
+  folder = pathlib.Path(options.out) / 'large'
+  if name.startswith('photos') and not folder.exists():
+    large_photos(folder)
+  train = [sys.executable, '-m', 'vqrae_jax.train', *command(name, options)]
+  done = subprocess.run(
+    train, cwd=report_lib.ROOT, stderr=subprocess.PIPE, text=True
+  )
+  return result(name, done.stderr, done.returncode, options)
+
+
+def result(name, log, code, options):
+  """What is kept of a run: its curves, warnings and figures."""
+  folder = pathlib.Path(options.out) / name
+  lines = (folder / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  summary = folder / 'summary.json'
+  figures = json.loads(summary.read_text()) if summary.exists() else {}
+  drawn = {
+    n for runs, names in PICTURES.values() if name in runs for n in names
+  }
+  return dict(
+    date=datetime.date.today().isoformat(),
+    hardware=report_lib.hardware(),
+    versions=cli.versions(),
+    code=code,
+    figures={n: x for n, x in figures.items() if n in FIGURES},
+    warnings=re.findall(r'^(?:W\S+ \S+ +\d+ \S+\] |error: )(.*)$', log, re.M),
+    curves={
+      n: [
+        (r['step'], float(f'{r[n]:.{DIGITS}g}'))
+        for r in rows
+        if r.get(n) is not None
+      ]
+      for n in sorted(drawn)
+    },
+  )
+
+
+# -- the report ----------------------------------------------------------------
+def table(results):
+  """Markdown: where they ran, and a line a run."""
+  columns = ('psnr', '.2f'), ('usage', '.3f'), ('perplexity', '.0f')
+  lines = [
+    '| run | quantizer | steps | keys | PSNR, dB | usage | perplexity '
+    '| warnings |',
+    '|---|---|---|---|---|---|---|---|',
+  ]
+  same, ran = trees.flatten({'discriminator': PATCH}), set()
+  for name, found in results.items():
+    quantizer, steps, keys = RUNS[name]
+    flat: dict = {}
+    for key, value in keys.items():
+      part = {key: value}
+      flat |= trees.flatten(part) if type(value) is dict else part
+    words = [
+      f'`{key.replace("/", ".")}={value}`'
+      for key, value in flat.items()
+      if not key.startswith('model/') and value != same.get(key)
+    ]
+    cells = [
+      format(found['figures'][n], form) if n in found['figures'] else '–'
+      for n, form in columns
+    ]
+    cells = [name, quantizer, str(steps), '; '.join(words) or '–', *cells]
+    lines.append(f'| {" | ".join(cells)} | {len(found["warnings"])} |')
+    versions = (f'{n} {found["versions"][n]}' for n in ('python', 'jax'))
+    ran.add(f'{found["date"]}; {found["hardware"]}; {", ".join(versions)}.')
+  return '\n'.join([*sorted(ran), '', *lines])
+
+
+def report():
+  """Writes the table of docs/logs.md and its pictures."""
+  results = {
+    name: json.loads(path.read_text())
+    for name in RUNS
+    if (path := RESULTS / f'{name}.json').exists()
+  }
+  report_lib.write('logs.md', 'logs', table(results))
+  folder = report_lib.DOCS / 'images' / 'logs'
+  folder.mkdir(parents=True, exist_ok=True)
+  for picture, (names, panels) in PICTURES.items():
+    lines = {
+      panel: {
+        name: curve
+        for name in names
+        if (curve := results.get(name, {}).get('curves', {}).get(panel))
+      }
+      for panel in panels
+    }
+    svg = report_lib.curves(lines, names)
+    (folder / f'{picture}.svg').write_text(svg)
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--data', type=pathlib.Path)
+  parser.add_argument('--out', default='runs/logs')
+  parser.add_argument('--only', default=','.join(RUNS))
+  parser.add_argument('--report', action='store_true')
+  options = parser.parse_args()
+  if options.report:
+    return report()
+  if options.data is None:
+    parser.error('--data is missing: the folder of CIFAR-10')
+  for name in options.only.split(','):
+    path = RESULTS / f'{name}.json'
+    if path.exists():
+      continue
+    print(f'== {name}', flush=True)
+    found = run(name, options)
+    with atomic_write(path) as file:
+      file.write(json.dumps(found, sort_keys=True).encode() + b'\n')
+
+
+if __name__ == '__main__':
+  main()
