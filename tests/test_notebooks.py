@@ -22,15 +22,12 @@ def cells(path, kind):
 
 
 def python_of(source):
-  """A cell without the lines that IPython alone reads, each with those that
-  its backslashes continue."""
-  kept, skipping = [], False
-  for line in source.splitlines():
-    if skipping or line.lstrip().startswith(('%', '!')):
-      skipping = line.endswith('\\')
-    else:
-      kept.append(line)
-  return '\n'.join(kept)
+  """A cell without the lines that IPython alone reads; of a cell in another
+  language, nothing."""
+  if source.startswith('%%bash'):
+    return ''
+  lines = source.splitlines()
+  return '\n'.join(x for x in lines if not x.lstrip().startswith(('%', '!')))
 
 
 def test_there_are_notebooks():
