@@ -7,6 +7,9 @@
 #                   docs/performance.md (40 minutes on two idle cores); with
 #                   DATA=a folder, a glob, … that of reading it too
 # make wheel        what is published: dist/*.tar.gz and, from it, dist/*.whl
+# make docs         environment with the docs extra; the site, strict, into
+#                   docs/_build/html, and every code block of it and README.md
+# make linkcheck    the site's links to other places, which needs a network
 # make lint         environment with the test extra; ruff, format and rules
 # make clean        removes all environments and what builds leave, no run
 PYTHON ?= python3
@@ -36,7 +39,7 @@ $(VENV)/.made:
 	@$(BIN)/python -m pip install -qq --upgrade pip
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.made pyproject.toml setup.py \
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: $(VENV)/.made pyproject.toml setup.py \
   constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt $(EDITABLE) '.[cpu,$*]'
@@ -99,9 +102,22 @@ wheel: $(VENV)/.made
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
+PROSE = README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs/*.md
+
+.PHONY: docs linkcheck
+docs: $(VENV)/.docs
+	$(BIN)/codespell
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	$(BIN)/proselint check $(PROSE)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -rs -p docs.blocks \
+	  README.md docs
+
+linkcheck: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-extras build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-extras build dist docs/_build *.egg-info .pytest_cache .ruff_cache

@@ -151,7 +151,7 @@ pytest_collect_file = sybil.integration.pytest.pytest_integration(
   Sybil(
     parsers=[CodeBlockParser(name, evaluate) for name in ('bash', 'python')],
     path=str(ROOT),
-    patterns=['README.md', 'docs/*.md', 'examples/plugins/README.md'],
+    patterns=['README.md', 'docs/*.md'],
     fixtures=['folder'],
   )
 )

@@ -160,8 +160,8 @@ def get_config(arguments=None):
 
 @pytest.mark.parametrize('folder', ['x', 'x/configs'])
 def test_configs_of_a_config(folder, tmp_path, monkeypatch):
-  """Its own folder's files, then the recipes; what Python finds, and where it
-  looks, is left as it was, also by a file that raises."""
+  """Its own folder's files, then the recipes; what Python finds is left as it
+  was, also by a file that raises. It looks there last from then on."""
   home, elsewhere = tmp_path / folder, tmp_path / 'elsewhere'
   home.mkdir(parents=True)
   elsewhere.mkdir()
@@ -172,14 +172,15 @@ def test_configs_of_a_config(folder, tmp_path, monkeypatch):
   text = (ROOT / 'configs' / 'common.py').read_text()
   (home / 'common.py').write_text(f'{text}\nSEED = 4\n')
   (home / 'wrong.py').write_text('from configs import mine_too, nowhere')
-  before = [*sys.path], {k: v for k, v in sys.modules.items() if 'configs' in k}
+  monkeypatch.setattr(sys, 'path', [*sys.path])
+  there = {k: v for k, v in sys.modules.items() if 'configs' in k}
   config = cli.load_config(f'{home}/mine.py:3 epochs')
   assert (config.seed, config.duration) == (7, '3 epochs')
   assert config.model.decoder.name == 'XL'
   with pytest.raises(UserError, match=r'wrong\.py:1: ImportError: .*nowhere'):
     cli.load_config(f'{home}/wrong.py')
   now = {k: v for k, v in sys.modules.items() if 'configs' in k}
-  assert before == (sys.path, now)
+  assert (sys.path[-1], now) == (str(home), there)
 
 
 def test_overrides_reach_the_config():

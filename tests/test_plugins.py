@@ -213,7 +213,7 @@ def test_starting_from_a_run(run, tmp_path):
 
 def test_the_examples_config():
   """As the command line reads it."""
-  config = cli.load_config(str(FOLDER / 'own_parts' / 'config.py'))
+  config = cli.load_config(str(FOLDER / 'config.py'))
   assert config.losses.edge.fn == 'own_parts.edge:edge'
   config.data.examples = 100
   spec = config_lib.read_config(config)

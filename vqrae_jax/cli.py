@@ -242,7 +242,8 @@ def load_config(source: str) -> Any:
   """What get_config(args) returns, of the file in "F.py:args".
 
   In the file `configs` is its own folder and then that of the recipes: `from
-  configs import common` works wherever it lies.
+  configs import common` works wherever it lies. Parts of its own that it names
+  are found in its folder too, after all that is installed.
 
   Raises:
     UserError: no such file, or the file raises: its author has to fix it.
@@ -252,6 +253,8 @@ def load_config(source: str) -> Any:
   path, colon, args = source.partition(':')
   file = find_config(path)
   home = pathlib.Path(file).resolve().parent
+  if home != _recipes() and str(home) not in sys.path:
+    sys.path.append(str(home))
   try:
     with _configs_are(home, _recipes()):
       found = runpy.run_path(file)['get_config'](*[args] * len(colon))

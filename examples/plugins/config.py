@@ -1,11 +1,11 @@
 r"""A tokenizer of parts that vqrae_jax does not have, from scratch on the
 bundled photographs.
 
-    PYTHONPATH=examples/plugins python -m vqrae_jax.train \
-      --config=examples/plugins/own_parts/config.py --workdir=runs/own_parts
+    python -m vqrae_jax.train --config=examples/plugins/config.py \
+      --workdir=runs/own_parts
 
-Python finds the package `own_parts` in PYTHONPATH; a package that is installed
-needs none.
+The package `own_parts` lies beside this file, where it is found as one that is
+installed.
 """
 
 from configs import common
