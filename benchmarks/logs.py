@@ -97,6 +97,12 @@ RUNS = {
   'open-slow': ('simvq', 100, _OPEN | _rate(1e-4, warmup=8)),
   'fsq': ('fsq', 150, _rate(1e-3, warmup=12)),
   'fsq-1e-2': ('fsq', 150, _rate(1e-2, warmup=12)),
+  'fsq-2e-4': ('fsq', 150, _rate(2e-4, warmup=12)),
+  'fsq-mlp': (
+    'fsq',
+    150,
+    _rate(2e-4, warmup=12) | {'model.quantizer.projection': 'mlp'},
+  ),
 }
 # picture: (its runs, its panels)
 PICTURES = {
@@ -113,7 +119,10 @@ PICTURES = {
     ('simvq-frozen', 'simvq-frozen-commit'),
     ('loss/commit', 'usage', 'perplexity'),
   ),
-  'fsq': (('fsq', 'fsq-1e-2'), ('usage', 'perplexity', 'psnr')),
+  'fsq': (
+    ('fsq', 'fsq-1e-2', 'fsq-2e-4', 'fsq-mlp'),
+    ('usage', 'perplexity', 'psnr'),
+  ),
   'rate': (
     ('vq', 'vq-1e-1'),
     ('loss/l2', 'psnr', 'grad_norm', 'update_norm', 'usage'),
