@@ -3,7 +3,7 @@
 
 Small runs that have a trouble, and beside each the run with the key that cures
 it, for docs/logs.md. FOLDER holds `cifar10_wds/{train,test}-*.tar`; `photos…`
-read enlarged photographs of `bundled:photos`. This file is their config too, so
+read resized photographs of `bundled:photos`. This file is their config too, so
 that each is a command of its own:
 
   python -m vqrae_jax.train --config=benchmarks/logs.py:run=vq-no-revival \\
@@ -32,6 +32,7 @@ from vqrae_jax.files import atomic_write
 from vqrae_jax.ops import trees
 
 CONFIG = 'benchmarks/logs.py'
+OUT = 'runs/logs'
 RESULTS = report_lib.ROOT / 'benchmarks' / 'results' / 'logs'
 FIGURES = 'psnr', 'usage', 'perplexity', 'images_per_second', 'data_wait'
 DIGITS = 5  # of a curve's values
@@ -57,10 +58,10 @@ def _gan(ramp=0, **discriminator):
 
 
 _FROZEN = {
-  'init.encoder': 'runs/logs/none/tokenizer',
+  'init.encoder': f'{OUT}/none/tokenizer',
   'schedules': common.encoder_frozen(lr=1e-3, warmup=25),
 }
-_OPEN = {'init_from': 'runs/logs/simvq-frozen/tokenizer'}
+_OPEN = {'init_from': f'{OUT}/simvq-frozen/tokenizer'}
 _TEACHER = {
   'teacher': 'init',
   'losses.distill': dict(weight=1.0, target='teacher'),
@@ -90,11 +91,18 @@ RUNS = {
   'vq-1e-1': ('vq', 100, _rate(1e-1, warmup=8)),
   'photos': ('vq', 40, _SMALL),
   'photos-simplejpeg': ('vq', 40, _SMALL | {'data.decoder': 'simplejpeg'}),
+  'photos-64': ('vq', 40, _SMALL),
   'open': ('simvq', 100, _OPEN | _rate(1e-3, warmup=1)),
   'open-teacher': ('simvq', 100, _OPEN | _TEACHER | _rate(1e-3, warmup=1)),
   'open-slow': ('simvq', 100, _OPEN | _rate(1e-4, warmup=8)),
   'fsq': ('fsq', 150, _rate(1e-3, warmup=12)),
   'fsq-1e-2': ('fsq', 150, _rate(1e-2, warmup=12)),
+  'fsq-2e-4': ('fsq', 150, _rate(2e-4, warmup=12)),
+  'fsq-mlp': (
+    'fsq',
+    150,
+    _rate(2e-4, warmup=12) | {'model.quantizer.projection': 'mlp'},
+  ),
 }
 # picture: (its runs, its panels)
 PICTURES = {
@@ -111,7 +119,10 @@ PICTURES = {
     ('simvq-frozen', 'simvq-frozen-commit'),
     ('loss/commit', 'usage', 'perplexity'),
   ),
-  'fsq': (('fsq', 'fsq-1e-2'), ('usage', 'perplexity', 'psnr')),
+  'fsq': (
+    ('fsq', 'fsq-1e-2', 'fsq-2e-4', 'fsq-mlp'),
+    ('usage', 'perplexity', 'psnr'),
+  ),
   'rate': (
     ('vq', 'vq-1e-1'),
     ('loss/l2', 'psnr', 'grad_norm', 'update_norm', 'usage'),
@@ -126,12 +137,12 @@ PICTURES = {
     ('logits/fake', 'adaptive_weight', 'discriminator/grad_norm'),
   ),
   'data': (
-    ('photos', 'photos-simplejpeg'),
+    ('photos', 'photos-simplejpeg', 'photos-64'),
     ('data_wait', 'images_per_second', 'loss/l2'),
   ),
   'second': (
     ('open', 'open-slow', 'open-teacher'),
-    ('eval/psnr', 'usage', 'loss/distill'),
+    ('psnr', 'usage', 'loss/distill'),
   ),
 }  # fmt: skip
 
@@ -156,44 +167,45 @@ def get_config(arguments=None):
   return config
 
 
-def command(name, options):
+def command(name, data):
   """The flags of a run."""
-  flags = [f'--config={CONFIG}:run={name}', f'--workdir={options.out}/{name}']
+  flags = [f'--config={CONFIG}:run={name}', f'--workdir={OUT}/{name}']
   if name.startswith('photos'):
-    return [*flags, f'--config.data.source={options.out}/large']
+    return [*flags, f'--config.data.source={photos(name)}']
   return [
     *flags,
-    f'--config.data.source={options.data}/cifar10_wds/train-*.tar',
-    f'--config.eval.source={options.data}/cifar10_wds/test-*.tar',
+    f'--config.data.source={data}/cifar10_wds/train-*.tar',
+    f'--config.eval.source={data}/cifar10_wds/test-*.tar',
     '--config.eval.include=("*0",)',
     '--config.eval.every=25',
   ]
 
 
-def large_photos(folder):
-  """JPEG files of 2400 pixels a side in a new folder."""
-  source = open_source('bundled:photos')
-  folder.mkdir(parents=True)
-  for i, name in enumerate(source.names):
-    image = Image.fromarray(source[i]).resize((2400, 2400), Image.BICUBIC)
-    image.save(folder / f'{name}.jpg', quality=90)
+def photos(name):
+  """The folder of JPEG files that a run reads, made if absent."""
+  side = 64 if name == 'photos-64' else 2400
+  folder = report_lib.ROOT / OUT / f'jpeg-{side}'
+  if not folder.exists():
+    folder.mkdir(parents=True)
+    source = open_source('bundled:photos')
+    for i, title in enumerate(source.names):
+      image = Image.fromarray(source[i]).resize((side, side), Image.BICUBIC)
+      image.save(folder / f'{title}.jpg', quality=90)
+  return folder
 
 
-def run(name, options):
+def run(name, data):
   """Trains one run, which may fail; its file's values."""
-  folder = pathlib.Path(options.out) / 'large'
-  if name.startswith('photos') and not folder.exists():
-    large_photos(folder)
-  train = [sys.executable, '-m', 'vqrae_jax.train', *command(name, options)]
+  train = [sys.executable, '-m', 'vqrae_jax.train', *command(name, data)]
   done = subprocess.run(
     train, cwd=report_lib.ROOT, stderr=subprocess.PIPE, text=True
   )
-  return result(name, done.stderr, done.returncode, options)
+  return result(name, done.stderr, done.returncode)
 
 
-def result(name, log, code, options):
+def result(name, log, code):
   """What is kept of a run: its curves, warnings and figures."""
-  folder = pathlib.Path(options.out) / name
+  folder = report_lib.ROOT / OUT / name
   lines = (folder / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   summary = folder / 'summary.json'
@@ -278,8 +290,7 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--data', type=pathlib.Path)
-  parser.add_argument('--out', default='runs/logs')
+  parser.add_argument('--data', type=lambda x: pathlib.Path(x).resolve())
   parser.add_argument('--only', default=','.join(RUNS))
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
@@ -292,7 +303,7 @@ def main():
     if path.exists():
       continue
     print(f'== {name}', flush=True)
-    found = run(name, options)
+    found = run(name, options.data)
     with atomic_write(path) as file:
       file.write(json.dumps(found, sort_keys=True).encode() + b'\n')
 
