@@ -82,6 +82,13 @@ RUNS = {
   'simvq-frozen-commit': ('simvq', 300, _FROZEN | {'losses.commit': 0.25}),
   'gan': ('vq', 60, _gan(ramp=30)),
   'gan-won': ('vq', 60, _gan(schedule=dict(lr=1e-3), updates=4, lecam=0.0)),
+  'gan-rate': ('vq', 60, _gan(schedule=dict(lr=1e-4), updates=4, lecam=0.0)),
+  'gan-lecam': ('vq', 60, _gan(schedule=dict(lr=1e-3), updates=4, lecam=0.1)),
+  'gan-r1': (
+    'vq',
+    60,
+    _gan(schedule=dict(lr=1e-3), updates=4, lecam=0.0, r1=1.0),
+  ),
   'gan-diverge': (
     'vq',
     60,
@@ -128,7 +135,7 @@ PICTURES = {
     ('loss/l2', 'psnr', 'grad_norm', 'update_norm', 'usage'),
   ),
   'won': (
-    ('gan', 'gan-won'),
+    ('gan', 'gan-won', 'gan-rate', 'gan-lecam', 'gan-r1'),
     ('loss/discriminator', 'logits/real', 'logits/fake', 'adaptive_weight',
      'psnr'),
   ),
