@@ -12,7 +12,9 @@ on the line before a block changes this:
                                    are read, and nothing runs
     <!-- not run: WHY -->          skipped, by that name
 
-`<!--- invisible-code-block: python … -->` runs what a page does not show.
+Blocks of the pages that `generate.py` makes are parsed only; it reads their
+configs itself. `<!--- invisible-code-block: python … -->` runs what a page does
+not show.
 """
 
 import os
@@ -29,6 +31,8 @@ import sybil.integration.pytest
 from sybil import Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
+
+from docs import generate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
@@ -63,8 +67,8 @@ class Parsed(Exception):
   """The flags of a command are read, and it need not go on."""
 
 
-def parse_only(name: str, argv: list[str]) -> None:
-  """Reads a command's flags, and its config if there is one."""
+def parse_only(name: str, argv: list[str], config: bool) -> None:
+  """Reads a command's flags, and with `config` the config if it has one."""
   from ml_collections import ConfigDict
 
   from vqrae_jax import cli
@@ -74,7 +78,9 @@ def parse_only(name: str, argv: list[str]) -> None:
 
   def then_stop(values, *args):
     parse(values, *args)
-    if 'config' in values and isinstance(values.config, ConfigDict):
+    if config and isinstance(
+      values.flag_values_dict().get('config'), ConfigDict
+    ):
       read_config(values.config)
     raise Parsed
 
@@ -97,11 +103,12 @@ def evaluate(example) -> None:
     (folder / name).write_text(text)
   if example.region.lexemes['arguments'] == 'python':
     return run_python(example)
-  if comment(example, 'parsed only'):
+  made = pathlib.Path(example.path).name in generate.PAGES
+  if made or comment(example, 'parsed only'):
     found = [*commands(text)]
     assert found, 'no command of ours to read'
     for name, argv in found:
-      parse_only(name, argv)
+      parse_only(name, argv, config=not made)
     return
   done = subprocess.run(
     ['bash', '-euo', 'pipefail', '-c', text],

@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
 
 project = 'vqrae_jax'
 author = copyright = 'The vqrae_jax authors'
@@ -45,6 +45,6 @@ napoleon_use_ivar = True
 
 
 def setup(app):
-  import generate
+  from docs import generate
 
   app.connect('builder-inited', lambda app: generate.write(HERE))

@@ -32,14 +32,13 @@ from vqrae_jax.train import setup as setup_lib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+PAGES = 'config.md', 'commands.md', 'recipes.md'
+
+
 def write(folder: pathlib.Path) -> None:
   """Writes the three pages into `folder`."""
-  pages = {
-    'config.md': config_page,
-    'commands.md': commands_page,
-    'recipes.md': recipes_page,
-  }
-  for name, page in pages.items():
+  makers = config_page, commands_page, recipes_page
+  for name, page in zip(PAGES, makers, strict=True):
     path, text = folder / name, page()
     # A file that stays as it is is not built again.
     if not path.exists() or path.read_text() != text:
