@@ -302,11 +302,12 @@ def _page(run: Any, part: Any) -> Any:
 
   measured = np.flatnonzero(part.measured)
   order = measured[np.argsort(-part.psnr[measured], kind='stable')].tolist()
-  middle = max((len(order) - SHOWN) // 2, 0)
+  shown = min(SHOWN, max(len(order) // 3, 1))
+  middle = (len(order) - shown) // 2
   groups = {
-    'best': order[:SHOWN],
-    'median': order[middle : middle + SHOWN],
-    'worst': order[-SHOWN:],
+    'best': order[:shown],
+    'median': order[middle : middle + shown],
+    'worst': order[-shown:],
   }
   columns = {}
   for rank, places in groups.items():
