@@ -1,4 +1,4 @@
-"""The notebooks as they are committed; the site's build executes them."""
+"""The documents as they are committed; `make docs` builds and runs them."""
 
 import json
 import pathlib
@@ -9,7 +9,8 @@ import pytest
 from vqrae_jax import cli
 from vqrae_jax.train.config import read_config
 
-FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'notebooks'
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FOLDER = ROOT / 'docs' / 'notebooks'
 NOTEBOOKS = sorted(FOLDER.glob('*.ipynb'))
 
 
@@ -77,3 +78,22 @@ def test_the_config_of_own_pictures_is_read(tmp_path):
   file.write_text(python_of(source))
   config = read_config(cli.load_config(f'{file}:steps=40'))
   assert config.batch_size == 8
+
+
+def test_the_readme_is_short_and_its_links_lead_to_files():
+  text = (ROOT / 'README.md').read_text()
+  assert len(text.splitlines()) <= 150
+  links = re.findall(r'\]\(\s*([^)#]*)', text)
+  assert len(links) > 10
+  for link in links:
+    assert link.startswith('https://') or (ROOT / link).exists(), link
+
+
+def test_what_a_block_is_left_out_for_exists():
+  """A block that does not run names what runs in its place, if there is."""
+  pages = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
+  text = '\n'.join(path.read_text() for path in pages)
+  reasons = re.findall(r'<!-- (?:not run|parsed only): ([^<>]+) -->', text)
+  assert len(reasons) > 10
+  for path in re.findall(r'tests/[\w/.]*', ' '.join(reasons)):
+    assert (ROOT / path).exists(), path
