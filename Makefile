@@ -6,6 +6,8 @@
 # make bench        environment with the test extra; speed beside PyTorch, into
 #                   docs/performance.md (40 minutes on two idle cores); with
 #                   DATA=a folder, a glob, … that of reading it too
+# make test-wheel   of make test-slow, sdist and wheel, installed alone on each
+#                   Python that is here
 # make wheel        what is published: dist/*.tar.gz and, from it, dist/*.whl
 # make docs         environment with the docs extra; the site, strict, into
 #                   docs/_build/html, and every code block of it and README.md
@@ -95,7 +97,10 @@ bench: $(VENV)/.test
 	  $(if $(DATA),--data=$(DATA))
 	$(BIN)/python -m benchmarks.bench --report
 
-.PHONY: wheel
+.PHONY: wheel test-wheel
+test-wheel: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow -rs tests/test_packaging.py
+
 wheel: $(VENV)/.made
 	@$(BIN)/python -m pip install -qq -c constraints.txt build twine
 	rm -rf dist
@@ -120,4 +125,5 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-extras build dist docs/_build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-extras build dist docs/_build docs/config.md \
+	  docs/commands.md docs/recipes.md *.egg-info .pytest_cache .ruff_cache

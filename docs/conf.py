@@ -33,7 +33,7 @@ myst_enable_extensions = ['attrs_inline', 'colon_fence', 'deflist']
 myst_heading_anchors = 3
 suppress_warnings = ['myst.header']  # an included file begins at level 1
 
-# A notebook runs again where it has changed, or what it imports has.
+# A notebook runs again where its cells have changed; `make clean` forgets all.
 nb_execution_mode = 'cache'
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True

@@ -119,8 +119,11 @@ def new_folder(path: str) -> pathlib.Path:
 def versions() -> dict[str, str]:
   """{name: version} of what files and figures depend on."""
   found = {'python': platform.python_version(), 'vqrae_jax': __version__}
-  names = 'jax', 'jaxlib', 'flax', 'numpy', 'pillow'
-  return found | {name: importlib.metadata.version(name) for name in names}
+  for name in ('jax', 'jaxlib', 'flax', 'numpy', 'pillow'):
+    # A build of one's own may have no metadata.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
 
 
 def define_tokenizer(

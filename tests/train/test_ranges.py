@@ -17,7 +17,7 @@ from vqrae_jax.train import loop
     ('vq-ema', dict(commit=2.0, decay=0.5), ['decay', 'commit']),
     ('simvq-l2', dict(num_codes=100), ['num_codes']),
     ('simvq-l2', dict(commit=1e-4), ['commit']),
-    ('fsq-centered', dict(commit=1e-4), ['commit']),
+    ('fsq-centered', dict(commit=0.01), ['commit']),
     ('fsq-cosmos', dict(epsilon=1e-6), ['epsilon']),
     ('fsq-cosmos', dict(noise_tau=0.8), ['noise_tau']),
     ('none', dict(noise_tau=0.8), []),  # noise is for continuous latents

@@ -740,9 +740,9 @@ def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
 #
 # The ranges are those that the tokenizers' own documentation gives (decay,
 # commitment) or that papers tried (codes, up to 65,536); around an epsilon two
-# powers of ten, and below commitment's .1 two as well: beside an L2 of pixels
-# in [0, 1], or behind a frozen encoder, less is right (`docs/results.md`).
-# `docs/from_pytorch.md` shows the same table, and a test holds the two equal.
+# powers of ten, and below commitment's .1 two for SimVQ, which may want it
+# while the encoder is frozen (`docs/results.md`). `docs/from_pytorch.md` shows
+# the same table, and a test holds the two equal.
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
   'vq': {
     'num_codes': (512, 65536),
@@ -751,8 +751,9 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
   },
   'simvq': {'num_codes': (512, 65536)},
   'fsq': {'epsilon': (1e-5, 1e-1)},
-  'losses': {'commit': (0.001, 0.5)},
+  'losses': {'commit': (0.1, 0.5)},
 }
+SIMVQ_COMMIT = (0.001, 0.5)
 
 
 def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
@@ -766,7 +767,7 @@ def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
     for field, usual in RANGES.get(name, {}).items()
   ]
   if 'commit' in terms:
-    usual = RANGES['losses']['commit']
+    usual = SIMVQ_COMMIT if name == 'simvq' else RANGES['losses']['commit']
     found.append(('losses.commit', terms['commit'].weight, usual))
   if tokenizer.codebook_size:  # noise is for continuous decoders
     found.append(('noise_tau', spec.noise_tau, (0, 0)))
