@@ -6,9 +6,10 @@ quantizer, a ViT-XL decoder on 16 x 16 latents of 768 channels; 224 pixels in,
 against, the same in all but the quantizer and the noise.
 
 The training is `common.rae`'s, with RAE's noise on the latents, N(0, 1) times
-U[0, .8), one U an image. The published decoder comes by
-`--config.init.decoder=rae:FILE`; it was trained on images that torch's bicubic
-brought from 256 to 224 pixels, `--config.model.encoder.resize=torch_bicubic`.
+U[0, .8), one U an image. The published decoder is loaded by
+`--config.init.decoder=rae:FILE`; it was trained on images resized from 256 to
+224 pixels by torch's bicubic filter,
+`--config.model.encoder.resize=torch_bicubic`.
 """
 
 from configs import common

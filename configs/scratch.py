@@ -8,7 +8,8 @@ blocks of 128 channels, patch 4, 10 bits a token, L2 alone. Arguments:
 are what `examples/maskgit` and `examples/ar` generate.
 
 Rates and the weights of the quantizers' losses are those of
-`benchmarks/cifar.py`: `commit` is .02, for L2 is of pixels in [0, 1].
+`benchmarks/cifar.py`: `commit` is .02, because L2 is measured on pixels in [0,
+1].
 """
 
 from configs import common

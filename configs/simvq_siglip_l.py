@@ -7,8 +7,9 @@ tokens. The training is `common.original`'s with a codebook term of 1 and a
 commitment of .25, as SimVQ and the PyTorch project's vq weight of 1 have them.
 
 `:stage=2` opens the encoder (`common.original_second`). `:frozen=False` trains
-it from the start. Where the encoder moves, `,open=6` opens its last 6 blocks of
-24 only, `,decay=0.8` lets each block learn at .8 of the rate above it.
+it from the start. If the encoder is trained, `,open=6` trains only the last 6
+of its 24 blocks, and `,decay=0.8` gives each block .8 of the rate of the one
+above it.
 """
 
 from configs import common

@@ -11,13 +11,13 @@ first batch has tokens. The encoder is that of a continuous autoencoder:
 A and B are the workdirs before, A `runs/two_stages_small-stage=0` by default.
 Arguments: `:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher`
 ("self", "none"), `:frozen=True` (stage 2, the encoder frozen), compared by
-`benchmarks/two_stages.py`. Images named as `HELD_OUT` (ImageNet's names) are
-only measured on; other sets have `--config.data.exclude="('A*',)"` and the same
-for `eval.include`.
+`benchmarks/two_stages.py`. Images with a name in `HELD_OUT` (ImageNet's names)
+are used only for evaluation; for other sets give
+`--config.data.exclude="('A*',)"` and the same for `eval.include`.
 
 Weights: L2 1; LPIPS .1, a tenth of the large recipes', since VGG16's features
 are random here (`init.networks`; "published" takes the published file); GAN .3
-of the adaptive weight, for at .75 the small discriminator loses within 100
+of the adaptive weight, since at .75 the small discriminator loses within 100
 steps; SimVQ's 1 as in arXiv 2411.02038, but .01 for the tokens' side instead of
 .25, under which they draw together; distillation 1 as in 2511.23386.
 """

@@ -5,8 +5,8 @@ as wide as the latents (1024); decay .99, epsilon 1e-5 and commitment .25 are th
 original specification's. Encoder, decoder and data are those of
 `simvq_siglip_l.py` and `fsq_siglip_l.py`: the three differ in their quantizer.
 
-The training is `common.original`'s. While the encoder is frozen the commitment
-moves nothing and is a measure in the logs.
+The training is `common.original`'s. While the encoder is frozen, the commitment
+loss trains nothing and is only a metric in the logs.
 """
 
 from configs import common

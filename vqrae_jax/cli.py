@@ -30,7 +30,7 @@ from vqrae_jax.paths import check_writable
 
 COMMANDS = {
   'train': 'train a tokenizer as a config says',
-  'preflight': 'what a run takes on devices that need not be there',
+  'preflight': 'what a run takes on devices that you need not have',
   'evaluate': 'PSNR, SSIM, LPIPS, rFID, usage and probes of a tokenizer',
   'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
   'tokenize': 'the indices of a data set, in files that trainers read',
@@ -41,7 +41,7 @@ COMMANDS = {
   'convert': 'PyTorch checkpoints in and out',
   'export': 'a tokenizer as programs that need JAX alone',
   'push': 'a tokenizer to the Hugging Face hub, with a model card',
-  'train.export': 'the tokenizer of a run that is not finished',
+  'train.export': 'the tokenizer of an unfinished run',
 }
 
 
@@ -147,8 +147,8 @@ def define_data(values: flags.FlagValues, name: str = 'data') -> None:
 def define_trusted(values: flags.FlagValues) -> None:
   """The flag of a command that builds a tokenizer's model."""
   text = (
-    'packages whose code may be run, where the encoder or the quantizer is of '
-    'another package'
+    'packages whose code may be run, if the encoder or the quantizer comes '
+    'from another package'
   )
   flags.DEFINE_list('trusted', [], text, flag_values=values)
 
@@ -164,7 +164,7 @@ def define_hosts(values: flags.FlagValues) -> None:
     'join the other hosts by jax.distributed.initialize(), which finds them '
     'itself on TPU VMs and GKE, under Slurm, Open MPI 4, and in Kubernetes '
     'Jobs and JobSets with the package kubernetes and the right to read pods; '
-    'elsewhere the three flags name them',
+    'elsewhere give --coordinator_address, --num_processes, --process_id',
     values,
   )
   flags.DEFINE_string(HOSTS[0], None, 'HOST:PORT of process 0', values)

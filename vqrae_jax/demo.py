@@ -1,8 +1,9 @@
 """python -m vqrae_jax.demo --tokenizer=DIR
 
 A local web page: an image beside its reconstruction, its tokens as colours, the
-difference, PSNR and bits. A click on a token shows where else its code occurs,
-one on the reconstruction paints tokens with that code, and all else follows.
+difference, PSNR and bits. Clicking a token shows where else its code occurs;
+clicking the reconstruction replaces tokens with that code, and the rest of the
+page follows.
 
 The page is Gradio's (the extra `gradio`), reachable from this machine alone
 unless --host says otherwise.
@@ -35,7 +36,7 @@ def define(values: flags.FlagValues) -> None:
     f'default the least of {LEAST} or more'
   )
   flags.DEFINE_integer('size', None, text, lower_bound=1, **keys)
-  text = 'the address to listen at; 0.0.0.0 lets other machines in'
+  text = 'the address to listen on; 0.0.0.0 lets other machines in'
   flags.DEFINE_string('host', '127.0.0.1', text, **keys)
   text = 'the port'
   flags.DEFINE_integer('port', 7860, text, 1, 65535, **keys)
@@ -58,8 +59,8 @@ def main(argv: list[str]) -> None:
     )
   except OSError:
     raise UserError(
-      f'--host={values.host} --port={values.port} cannot be listened at, or '
-      'something does; name another port'
+      f'--host={values.host} --port={values.port} is in use or cannot be '
+      'listened on; name another port'
     ) from None
   print(f'http://{values.host}:{values.port}; Ctrl-C stops it', flush=True)
   blocks.block_thread()

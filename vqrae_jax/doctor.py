@@ -1,13 +1,13 @@
 """python -m vqrae_jax.doctor --tokenizer=DIR --data=DATA [--out=DIR]
 
 The health of a tokenizer's codebook on images: how many codes are used, which
-are copies of others, whether tokens and codes are of a size, how near tokens
-are to another index, and how many indices move under bf16, with the batch size
-and with the number of devices. Findings are in plain language, each with the
-config key that cures it; a diagnosis is no error.
+are copies of others, whether tokens and codes have similar norms, how near
+tokens are to another index, and how many indices move under bf16, with the
+batch size and with the number of devices. Findings are in plain language, each
+with the config key that cures it; a finding is not an error.
 
-Images are cut into tiles of the size that the tokenizer was made for; one that
-is smaller is brought up to it.
+Images are cut into tiles of the size that the tokenizer was made for; smaller
+images are enlarged to it.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 Downloads the published weights that a recipe needs, ahead of a run without a
 network: encoders into the hub's cache (HF_HOME), single files into
-~/.cache/vqrae_jax/weights (VQRAE_JAX_CACHE). Hashes are verified, and what is
-there already is not downloaded again. --list prints the table.
+~/.cache/vqrae_jax/weights (VQRAE_JAX_CACHE). Hashes are verified, and files
+that are already there are not downloaded again. --list prints the table.
 """
 
 from collections.abc import Iterable

@@ -2,9 +2,9 @@
 
 Mean and variance of the latents of a run's encoder, as `init.latents` takes
 them: of each channel over all tokens, or with --position of each position's
-channels. The encoder is the one that a run of the config begins with
-(`init.encoder`, `init_from`, or the seed's); images are brought to
-`data.image_size` by their shorter side and cropped at the centre, each once.
+channels. The encoder is the one that a run of the config starts with
+(`init.encoder`, `init_from`, or the seed's). Each image is read once: its
+shorter side is resized to `data.image_size` and the centre is cropped.
 
 The file holds "mean" and "var" (of the population), f64 [d] or [gh gw d].
 
@@ -163,7 +163,7 @@ def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
 
   places = sharding.shardings_for(jax.eval_shape(fresh), mesh)
   if given.summary:
-    logging.info('measures %s', given.summary)
+    logging.info('measuring %s', given.summary)
     shapes, places = trees.flatten(jax.eval_shape(fresh)), trees.flatten(places)
 
     def load(name, leaf):

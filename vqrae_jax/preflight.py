@@ -5,7 +5,8 @@ there (a TPU topology by its name, so many CPU devices, or those of this
 machine) and reports what they take. Nothing runs, and no weights are opened.
 
 Memory is the compiler's own analysis; `programs.py` says what the other
-figures are. There is no such compiler for GPUs that are not there.
+figures are. There is no such compiler for GPUs: those have to be in this
+machine.
 """
 
 import contextlib
@@ -71,11 +72,11 @@ def main(argv: list[str]) -> None:
 
 def define(values: flags.FlagValues) -> None:
   """The command's flags but --config."""
-  text = 'TPUs that need not be there: v5e:8x8, v5p:4x4x4, …; needs libtpu'
+  text = 'a TPU topology: v5e:8x8, v5p:4x4x4, …; needs libtpu, but no TPU'
   flags.DEFINE_string('topology', None, text, values)
-  text = 'so many CPU devices; without both flags the devices of this machine'
+  text = 'a number of CPU devices; default: the devices of this machine'
   flags.DEFINE_integer('mesh', None, text, lower_bound=1, flag_values=values)
-  text = 'where it does not fit, double `accumulate` until it does'
+  text = 'if the step does not fit, double `accumulate` until it does'
   flags.DEFINE_bool('search', False, text, values)
   flags.DEFINE_string('json', None, 'a file for the report, F.json', values)
 

@@ -6,8 +6,8 @@ each time (what was there stays in the repository's history).
 `load_tokenizer("hf:ORG/NAME")` and every --tokenizer open it.
 
 With --run, the workdir that the tokenizer came from, the card has the run's
-data, recipe, figures, and where the encoder and its licence come from. Who may
-write is the hub's business: log in with `hf auth login`, or set HF_TOKEN.
+data, recipe, figures, and where the encoder and its licence come from. The hub
+controls who may write: log in with `hf auth login`, or set HF_TOKEN.
 """
 
 import json

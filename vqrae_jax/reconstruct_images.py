@@ -29,8 +29,8 @@ def define(values: flags.FlagValues) -> None:
   text = 'the folder for the PNGs, made if absent'
   flags.DEFINE_string('out', None, text, **keys)
   text = (
-    'pixels of the square tiles that are tokenized one by one; 0 takes each '
-    'image whole; the size the tokenizer was made for by default'
+    'pixels of the square tiles that are tokenized one by one; 0 processes '
+    'each image in one piece; default: the size the tokenizer was made for'
   )
   flags.DEFINE_integer('tile', None, text, **keys)
 

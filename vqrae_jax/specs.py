@@ -145,15 +145,16 @@ class ViTSpec:
     posemb: positions: a trained table, fixed sines and cosines, or the
       rotation of queries and keys by coordinates that any grid has, with no
       table (DINOv3). One of "learned", "sincos2d", "rope2d".
-    num_prefix_tokens: before the patches (cls, registers); they leave no
-      output. At least 0 tokens.
-    prefix_has_posemb: whether those that are no registers have a position each.
+    num_prefix_tokens: before the patches (cls, registers); they are not part of
+      the output. At least 0 tokens.
+    prefix_has_posemb: whether prefix tokens other than registers have
+      positions.
     num_registers: the last of the prefix tokens, which have no position; at
       most `num_prefix_tokens`. At least 0 tokens.
     embed_norm: whether tokens are normalised before the blocks, and patches
       embedded without a bias (CLIP).
-    scan: whether blocks are a loop over one, but for a GPU's without `remat`;
-      set by `model.scan`.
+    scan: whether blocks run as a loop over one block, except on a GPU without
+      `remat`; set by `model.scan`.
     remat: whether a block's gradient computes the block again from its input;
       "dots" keeps the outputs of its dense layers and computes the rest again.
       Set by `model.remat`. One of True, False, "dots".
@@ -223,8 +224,8 @@ class ViTSpec:
 class EncoderSpec:
   """A vision encoder: its ViT and how its family treats pixels and positions.
 
-  With `layers` the latents are made of the outputs of several blocks, and those
-  above the last of them are left out.
+  With `layers` the latents are made of the outputs of several blocks, and the
+  blocks above the last one listed are left out.
 
   Attributes:
     vit: its transformer.
@@ -239,7 +240,7 @@ class EncoderSpec:
       "bilinear", "torch_bicubic".
     posemb_resize: how learned positions are brought to another grid. One of
       "bicubic", "bilinear".
-    posemb_antialias: whether that is with antialias.
+    posemb_antialias: whether that resizing is antialiased.
     layers: the blocks, counted from 0 and in rising order, whose outputs the
       latents are made of; None: the last one's. Each at least 0, or None.
     fuse: what is made of several outputs: their mean, all of their channels
@@ -340,8 +341,8 @@ class FeatureDecoderSpec:
   of the last block read ("deep"), from which the decoder makes pixels.
 
   Attributes:
-    vit: its transformer, whose `patch_size` is of no effect; what it leaves out
-      is the decoder's.
+    vit: its transformer, whose `patch_size` has no effect; fields that it
+      leaves out are the decoder's.
     shallow: whether the output of the first of `encoder.layers` is predicted
       too.
   """

@@ -5,9 +5,9 @@ The indices of all images, in files that trainers read (docs/tokens.md).
 The unit of work is a shard: a tar or an ArrayRecord file of the data, or a
 range of `--shard_images` images of a folder, becomes one shard of the dump.
 `--shards=I/N` takes its share of them, and no worker waits for another: each
-may be killed, started again, or started elsewhere at any time. Shards that are
-finished are skipped, the others written whole. With `--distributed` the
-processes of one pod share them out.
+may be killed, started again, or started elsewhere at any time. Finished shards
+are skipped, the others written from the start. With `--distributed` the
+processes of one pod divide them among themselves.
 
 Images that cannot be read are skipped and listed. Batches never hold images of
 two shards, so a shard that is written again has the same bytes, with the same
@@ -370,7 +370,7 @@ class Worker:
     if same < _AGREE:
       raise UserError(
         f'only {same:.1%} of the indices of {len(originals)} images in '
-        f'{self._job.out} are what the images give now'
+        f'{self._job.out} equal those that the images give now'
       )
     return (
       f'verified {len(originals)} images: {same:.2%} of their indices are '

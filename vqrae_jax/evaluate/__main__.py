@@ -1,18 +1,18 @@
 """python -m vqrae_jax.evaluate --tokenizer=DIR --data=DATA --out=metrics.json
 
 The figures of a tokenizer on images: PSNR, SSIM, LPIPS and rFID of
-reconstructions, the use of the codebook, and where images have labels what the
-latents know of them before and after quantization. Each image is brought to
---size by its shorter side and cropped at the centre; rFID is the distance to
+reconstructions, the use of the codebook, and, if images have labels, how well
+the latents predict them before and after quantization. The shorter side of each
+image is resized to --size and the centre is cropped; rFID is the distance to
 the same crops, or to a file of statistics.
 
 `metrics.json` holds the figures and the protocol that they depend on; beside it
 lies a page of the best, the median and the worst reconstructions.
 
-Images go through in batches of a fixed size, of which zeros fill the last: no
-figure depends on the number of devices or hosts, beyond rounding. Each host
-keeps its part beside --out, on a disk that all hosts share, and goes on from
-there if it was stopped.
+Images go through in batches of a fixed size, the last of which is padded with
+zeros: no figure depends on the number of devices or hosts, beyond rounding.
+Each host saves its part beside --out, on a disk that all hosts share, and
+continues from there if it was stopped.
 """
 
 import json
@@ -44,7 +44,7 @@ def define(values: flags.FlagValues) -> None:
   keys = dict(flag_values=values)
   cli.define_tokenizer(values)
   cli.define_data(values)
-  text = 'the file to write, F.json; F.png lies beside it'
+  text = 'the file to write, F.json; F.png is written beside it'
   flags.DEFINE_string('out', None, text, **keys)
   text = (
     'pixels of a side, a multiple of the patch; the size that the tokenizer '

@@ -122,7 +122,7 @@ def read_all(parts: pathlib.Path, identity: dict) -> Part:
     found.append(_read(file, identity))
     if found[-1] is None:
       raise UserError(
-        f'{file} is not there: --out must be on a disk that all hosts share'
+        f'{file} is missing: --out must be on a disk that all hosts share'
       )
   n = sum(len(p.measured) for p in found)
   arrays = {}
@@ -158,7 +158,7 @@ def measure(run: Run, parts: pathlib.Path, identity: dict) -> Part:
     0, Sums(), {}, np.zeros(n, bool), np.zeros(n), latents
   )
   if part.done:
-    logging.info('goes on after %d of %d images', part.done, n)
+    logging.info('continues after %d of %d images', part.done, n)
   devices = jax.local_devices()
   mesh = sharding.make_mesh('fsdp', devices)
   rows = sharding.batch_sharding(mesh)

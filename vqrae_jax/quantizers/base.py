@@ -531,8 +531,8 @@ class Nearest(TableQuantizer):
   a gradient moves. The softmax is of -distance^2 / temperature.
 
   Attributes:
-    rotation: whether gradients pass to a token through the rotation, with its
-      scale, that takes it to its code (arXiv 2410.06424), not as they are.
+    rotation: whether gradients pass to a token through the rotation and scaling
+      that takes it to its code (arXiv 2410.06424), instead of unchanged.
     entropy_gamma: of the loss "entropy": the weight of the entropy of the
       tokens' mean. At least 0.
     entropy_temperature: of the softmax over codes, in units of squared

@@ -216,8 +216,8 @@ def check_shared_start(quantizer: base.Quantizer) -> None:
   for field in ('data_init', 'basis_init'):
     if value_of(quantizer, field, None) == 'kmeans++':
       raise UserError(
-        f'quantizer.quantizer.{field}="kmeans++" is of the tokens of one '
-        f'stage, and here all share a table; leave {field} out'
+        f'quantizer.quantizer.{field}="kmeans++" reads the tokens of one '
+        f'stage, but here all share a table; leave {field} out'
       )
 
 

@@ -59,10 +59,10 @@ class VQ(base.Nearest):
       "kmeans++" at tokens far from one another. One of True, False, "kmeans++".
     distance: how tokens and codes are compared; "cosine" makes both unit
       vectors. One of "l2", "cosine".
-    revive_below: of "ema", the least average count of a code, as a share of
-      the mean, tokens of a step / num_codes; 0 for never. A code of the mean
-      that wins no more falls to .1 of it within 230 steps of decay .99. In [0,
-      1).
+    revive_below: with "ema", the average count below which a code is revived,
+      as a share of the mean (tokens of a step / num_codes); 0 for never. With
+      decay .99, a code at the mean that wins no more tokens falls to .1 of it
+      within 230 steps. In [0, 1).
     affine: whether codes follow the tokens' mean and variance, averages of
       `decay` that start at the first batch.
   """

@@ -3,8 +3,8 @@
 Trains a tokenizer as a config says, in a workdir of its own. The same command
 in the same workdir resumes from the latest checkpoint.
 
-SIGTERM and Ctrl-C save first. The run is in `loop.py`; here are flags and
-`jax.distributed` only.
+On SIGTERM and Ctrl-C it saves before it exits. The run is in `loop.py`; this
+module has only the flags and `jax.distributed`.
 """
 
 import pathlib

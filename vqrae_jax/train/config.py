@@ -95,11 +95,11 @@ class LossTerm:
 
 @dataclasses.dataclass(frozen=True)
 class DistillTerm(LossTerm):
-  """The loss that keeps latents where they are.
+  """The loss that keeps latents from drifting.
 
   Attributes:
-    target: what they are kept at: the latents of a frozen encoder, which the
-      config's `teacher` names, or those of the encoder as it is. One of
+    target: what they are kept near: the latents of a frozen encoder, which the
+      config's `teacher` names, or those of the encoder being trained. One of
       "teacher", "self".
   """
 
@@ -115,8 +115,9 @@ class GanTerm(LossTerm):
   """The adversarial loss.
 
   Attributes:
-    adaptive: whether the weight is scaled so that, at the decoder's head, this
-      loss's gradient is as long as that of the weighted image losses.
+    adaptive: whether the weight is scaled so that, at the decoder's head, the
+      gradient of this loss has the same norm as that of the weighted image
+      losses.
   """
 
   adaptive: bool = True
@@ -170,7 +171,8 @@ class DiscriminatorSpec:
       discriminator is not updated. At least 0 steps.
     updates: its updates in one step. At least 1.
     augment: whether it sees images augmented at random (DiffAug).
-    cutout: the share of each side that is cut out then; 0 for none. In [0, 1).
+    cutout: with `augment`, the share of each side that is cut out; 0 for none.
+      In [0, 1).
     lecam: weight of LeCam's regulariser; 0 for none. At least 0.
     r1: gamma of R1, the penalty on its gradient at real images; 0 for none. At
       least 0.
@@ -211,24 +213,25 @@ class DataSpec:
   Attributes:
     source: a DATA source: a folder, a glob, tar shards, ArrayRecord files or
       "bundled:photos" (`data.sources.open_source`).
-    image_size: the side of a training image, or (h, w); or a list of those, of
-      which each step has one, drawn by seed and step. At least 1 pixel.
+    image_size: the side of a training image, or (h, w); or a list of those, one
+      of which is drawn for each step from seed and step. At least 1 pixel.
     include: globs of images' names, of which an image must match one; () for
       all images.
     exclude: globs of images' names; what matches one is left out.
     resize: the shorter side before cropping; a pair draws it log-uniformly
       between the two; None keeps the image's own size (one smaller than
       `image_size` is always brought up to it). At least 1 pixel, or None.
-    crop: where the crop lies; "squash" brings all of the image to
-      `image_size`, whatever its aspect ratio, and `resize` has no part. One of
+    crop: where the crop lies; "squash" resizes the full image to `image_size`,
+      whatever its aspect ratio, and `resize` must be None. One of
       "random", "center", "squash".
     flip: whether half of the images are mirrored left to right.
     decoder: of JPEG files; "simplejpeg" (`pip install
-      'vqrae_jax[fast_jpeg]'`) is for large images: what is at least twice
-      as large as needed is decoded smaller at once, to slightly other pixels.
+      'vqrae_jax[fast_jpeg]'`) is for large images: one at least twice as large
+      as needed is decoded directly at a smaller size, with slightly different
+      pixels.
       One of "pil", "simplejpeg".
-    examples: the length of an epoch, where it is not that of the source. At
-      least 1 image, or None.
+    examples: the length of an epoch, if it is not that of the source. At least
+      1 image, or None.
     max_skipped: the share of images that may be unreadable and are then
       replaced; more stop the run. In [0, 1].
   """
@@ -263,7 +266,7 @@ class DataSpec:
       )
     if self.crop == 'squash' and r is not None:
       raise UserError(
-        f'data.resize={r} has no part in data.crop="squash"; set it to None'
+        f'data.resize={r} does not go with data.crop="squash"; set it to None'
       )
     at_least(1, 'data.', self, 'examples')
 
@@ -359,8 +362,8 @@ class CheckpointSpec:
   """Checkpoints in workdir/checkpoints.
 
   Attributes:
-    every: steps between them; the last step always has one. 0: none at all,
-      and the run starts over when it is started again. At least 0.
+    every: steps between them; the last step always has one. 0: no checkpoints,
+      and a run that is started again starts over. At least 0.
     keep: how many of the newest stay. At least 1.
   """
 
@@ -378,7 +381,7 @@ class InitSpec:
 
   Attributes:
     encoder: a published encoder: a row of the table, "hf:ORG/NAME[@REV]", a
-      folder or a file; or that of a tokenizer's directory or a run.
+      folder or a file; or the encoder of a tokenizer's directory or a run.
     decoder: "rae:FILE", a published RAE decoder.
     latents: a file of latents' mean and var, where `model.latents` has a norm.
     networks: the frozen networks of losses, of the discriminator and of
@@ -409,10 +412,10 @@ class EvalSpec:
       all images.
     exclude: globs of images' names; what matches one is left out.
     batch_size: tiles at once. At least 1.
-    every: steps between evaluations of the averaged weights; 0: at the end
-      only, where it is the exported tokenizer that is measured. At least 0.
-    metrics: beside PSNR, SSIM and the use of codes; their networks are those
-      that `init.networks` says. Each one of "lpips", "rfid".
+    every: steps between evaluations of the averaged weights; 0: only at the
+      end, on the exported tokenizer. At least 0.
+    metrics: in addition to PSNR, SSIM and the use of codes; `init.networks`
+      selects their networks. Each one of "lpips", "rfid".
   """
 
   source: str | None = None
@@ -478,8 +481,8 @@ class RunConfig:
     batch_size: B, images of one optimizer step over all hosts. At least 1.
     accumulate: microbatches that a step's batch is computed in, one after
       another; the result is that of the full batch. At least 1.
-    seed: of the initial weights, the order of images, crops, and all that
-      training draws. At least 0.
+    seed: of the initial weights, the order of images, crops, and every other
+      random draw of training. At least 0.
     optim: AdamW of the tokenizer.
     ema: decay of the weights' moving average; 0 for none. In [0, 1).
     noise_tau: noise on latents in training, U[0, tau) x N(0, 1), one U a
@@ -493,8 +496,8 @@ class RunConfig:
       run starts with (from `init_from` or `init.encoder`), or a
       published encoder as in `init.encoder`.
     networks: how the networks of losses are run.
-    discriminator: of losses.gan, where there is one; its dtype and remat are
-      the model's where its fields do not say.
+    discriminator: of losses.gan, if there is one; its dtype and remat are the
+      model's unless its fields set them.
     mesh: how the run is laid out over devices.
     log: what is written, and how often.
     checkpoint: what the run resumes from.
@@ -538,7 +541,7 @@ class RunConfig:
     for part in INIT_PARTS:
       if self.init_from is not None and getattr(self.init, part) is not None:
         raise UserError(
-          f'init_from brings a full tokenizer, so init.{part} does not apply; '
+          f'init_from loads a full tokenizer, so init.{part} does not apply; '
           f'give one of the two (--config.init.{part}= clears it)'
         )
     if (given := self.eval) is not None:

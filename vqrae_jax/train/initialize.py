@@ -383,7 +383,7 @@ def decoder_from(tokenizer: Tokenizer, word: str) -> InitialWeights:
   if source.kind != 'rae':
     raise UserError(
       f'init.decoder={word}: a decoder comes from "rae:FILE", a published RAE '
-      'decoder; a whole tokenizer from init_from'
+      'decoder; a full tokenizer from init_from'
     )
   fit = rae.fit_decoder(
     open_weights(source.value), tokenizer.decoder_spec, tokenizer.latent_dim
@@ -518,7 +518,7 @@ def of_run(
   # A run may have been lengthened since its summary.
   if read_summary(workdir).get('steps') != step:
     warning = (
-      f'{where}: that run is not finished; its weights are those of step {step}'
+      f'{where}: that run is unfinished; its weights are those of step {step}'
     )
   return tokenizer, InitialWeights(
     leaves=leaves | frozen,
@@ -563,7 +563,7 @@ def _kept_frozen(
     loaded = _weights_of_parts(tokenizer, config, parts).leaves
   except UserError as e:
     raise UserError(
-      f'{where}: what it kept frozen is not in its checkpoints: {e}'
+      f'{where}: its frozen parts are not in its checkpoints: {e}'
     ) from None
   random = sorted(missing - loaded.keys())
 

@@ -272,7 +272,7 @@ def open_weights(path: str | pathlib.Path) -> WeightFile:
     return _open_shards(path)
   if path.suffix not in _MEANT:
     raise UserError(
-      f'{path}: the ending "{path.suffix}" says no format of weights; there '
+      f'{path}: "{path.suffix}" is not the ending of a weight format; there '
       f'are: {", ".join(_MEANT)}, {_INDEX}'
     )
   _check_content(path)
