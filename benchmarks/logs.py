@@ -6,12 +6,13 @@ it, for docs/logs.md. FOLDER holds `cifar10_wds/{train,test}-*.tar`; `photos…`
 read resized photographs of `bundled:photos`. This file is their config too, so
 that each is a command of its own:
 
-  python -m vqrae_jax.train --config=benchmarks/logs.py:run=vq-no-revival \\
-    --config.data.source=DATA --workdir=runs/logs/vq-no-revival
+  python -m vqrae_jax.train --workdir=runs/logs/vq-no-revival \\
+    --config=benchmarks/logs.py:run=vq-no-revival,data=FOLDER
 
-One runs after another, those that others begin with before these. What has a
-file in benchmarks/results/logs/ is not run again: its curves, warnings and last
-figures. `--report` writes the table and the pictures of docs.
+`--only=gan,open` trains those and what they begin with. Runs that have finished
+in runs/logs are not run again. Each writes a file in benchmarks/results/logs/:
+its curves, warnings and last figures, of which `--report` makes the table and
+the pictures of docs.
 """
 
 import argparse
@@ -19,8 +20,6 @@ import datetime
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 from PIL import Image
 
@@ -32,6 +31,7 @@ from vqrae_jax.files import atomic_write
 from vqrae_jax.ops import trees
 
 CONFIG = 'benchmarks/logs.py'
+SCRATCH = 'configs/scratch.py'
 OUT = 'runs/logs'
 RESULTS = report_lib.ROOT / 'benchmarks' / 'results' / 'logs'
 FIGURES = 'psnr', 'usage', 'perplexity', 'images_per_second', 'data_wait'
@@ -111,6 +111,13 @@ RUNS = {
     _rate(2e-4, warmup=12) | {'model.quantizer.projection': 'mlp'},
   ),
 }
+# name: the run that it begins with, if any
+BEFORE = {
+  name: pathlib.Path(folder).parent.name or None
+  for name, (_, _, keys) in RUNS.items()
+  for folder in (keys.get('init.encoder') or keys.get('init_from') or '',)
+}
+STOPPED = 'vq-1e3'  # the run that ends in an error
 # picture: (its runs, its panels)
 PICTURES = {
   'healthy': (
@@ -155,15 +162,19 @@ PICTURES = {
 
 
 def get_config(arguments=None):
-  """The config of a run of this file; `:run=NAME`."""
-  from configs import scratch
-
-  name = common.arguments(arguments, run=(*RUNS,)).run
-  quantizer, steps, keys = RUNS[name]
-  config = scratch.get_config(f'quantizer={quantizer},steps={steps}')
+  """The config of a run of this file; `:run=NAME,data=FOLDER`."""
+  arg = common.arguments(arguments, run=(*RUNS,), data='FOLDER')
+  quantizer, steps, keys = RUNS[arg.run]
+  config = cli.load_config(f'{SCRATCH}:quantizer={quantizer},steps={steps}')
   config.batch_size = 16
   config.checkpoint.every = 0
   config.log.update(every=5, images_every=0, usage_window=25, tensorboard=False)
+  if arg.run.startswith('photos'):
+    config.data.source = str(photos(64 if arg.run == 'photos-64' else 2400))
+  else:
+    config.data.source = f'{arg.data}/cifar10_wds/train-*.tar'
+    config.eval.source = f'{arg.data}/cifar10_wds/test-*.tar'
+    config.eval.update(include=('*0',), every=25)
   for key, value in keys.items():
     *path, last = key.split('.')
     section = config
@@ -174,23 +185,8 @@ def get_config(arguments=None):
   return config
 
 
-def command(name, data):
-  """The flags of a run."""
-  flags = [f'--config={CONFIG}:run={name}', f'--workdir={OUT}/{name}']
-  if name.startswith('photos'):
-    return [*flags, f'--config.data.source={photos(name)}']
-  return [
-    *flags,
-    f'--config.data.source={data}/cifar10_wds/train-*.tar',
-    f'--config.eval.source={data}/cifar10_wds/test-*.tar',
-    '--config.eval.include=("*0",)',
-    '--config.eval.every=25',
-  ]
-
-
-def photos(name):
-  """The folder of JPEG files that a run reads, made if absent."""
-  side = 64 if name == 'photos-64' else 2400
+def photos(side):
+  """The folder of JPEG files of `side` pixels a side, made if absent."""
   folder = report_lib.ROOT / OUT / f'jpeg-{side}'
   if not folder.exists():
     folder.mkdir(parents=True)
@@ -202,21 +198,12 @@ def photos(name):
 
 
 def run(name, data):
-  """Trains one run, which may fail; its file's values."""
-  train = [sys.executable, '-m', 'vqrae_jax.train', *command(name, data)]
-  done = subprocess.run(
-    train, cwd=report_lib.ROOT, stderr=subprocess.PIPE, text=True
-  )
-  return result(name, done.stderr, done.returncode)
-
-
-def result(name, log, code):
-  """What is kept of a run: its curves, warnings and figures."""
-  folder = report_lib.ROOT / OUT / name
-  lines = (folder / 'metrics.jsonl').read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  summary = folder / 'summary.json'
-  figures = json.loads(summary.read_text()) if summary.exists() else {}
+  """Trains a run; what is kept of it: its curves, warnings and figures."""
+  config = f'--config={CONFIG}:run={name},data={data}'
+  done = report_lib.train(config, f'--workdir={OUT}/{name}')
+  rows, summary = report_lib.written(report_lib.ROOT / OUT / name)
+  if name != STOPPED:
+    done.check_returncode()
   drawn = {
     n for runs, names in PICTURES.values() if name in runs for n in names
   }
@@ -224,9 +211,11 @@ def result(name, log, code):
     date=datetime.date.today().isoformat(),
     hardware=report_lib.hardware(),
     versions=cli.versions(),
-    code=code,
-    figures={n: x for n, x in figures.items() if n in FIGURES},
-    warnings=re.findall(r'^(?:W\S+ \S+ +\d+ \S+\] |error: )(.*)$', log, re.M),
+    code=done.returncode,
+    figures={n: x for n, x in summary.items() if n in FIGURES},
+    warnings=re.findall(
+      r'^(?:W\S+ \S+ +\d+ \S+\] |error: )(.*)$', done.stderr, re.M
+    ),
     curves={
       n: [
         (r['step'], float(f'{r[n]:.{DIGITS}g}'))
@@ -264,7 +253,8 @@ def table(results):
       for n, form in columns
     ]
     cells = [name, quantizer, str(steps), '; '.join(words) or '–', *cells]
-    lines.append(f'| {" | ".join(cells)} | {len(found["warnings"])} |')
+    warnings = [w for w in found['warnings'] if not w.startswith('unusual: ')]
+    lines.append(f'| {" | ".join(cells)} | {len(warnings)} |')
     versions = (f'{n} {found["versions"][n]}' for n in ('python', 'jax'))
     ran.add(f'{found["date"]}; {found["hardware"]}; {", ".join(versions)}.')
   return '\n'.join([*sorted(ran), '', *lines])
@@ -273,20 +263,15 @@ def table(results):
 def report():
   """Writes the table of docs/logs.md and its pictures."""
   results = {
-    name: json.loads(path.read_text())
-    for name in RUNS
-    if (path := RESULTS / f'{name}.json').exists()
+    name: json.loads((RESULTS / f'{name}.json').read_text()) for name in RUNS
   }
   report_lib.write('logs.md', 'logs', table(results))
   folder = report_lib.DOCS / 'images' / 'logs'
   folder.mkdir(parents=True, exist_ok=True)
   for picture, (names, panels) in PICTURES.items():
+    curves = {name: results[name]['curves'] for name in names}
     lines = {
-      panel: {
-        name: curve
-        for name in names
-        if (curve := results.get(name, {}).get('curves', {}).get(panel))
-      }
+      panel: {name: curves[name].get(panel) for name in names}
       for panel in panels
     }
     svg = report_lib.curves(lines, names)
@@ -298,20 +283,19 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--data', type=lambda x: pathlib.Path(x).resolve())
-  parser.add_argument('--only', default=','.join(RUNS))
+  parser.add_argument('--only', help='names of runs, with commas between')
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
   if options.report:
     return report()
   if options.data is None:
     parser.error('--data is missing: the folder of CIFAR-10')
-  for name in options.only.split(','):
-    path = RESULTS / f'{name}.json'
-    if path.exists():
+  for name in report_lib.wanted(parser, options.only, BEFORE):
+    if report_lib.written(report_lib.ROOT / OUT / name)[1]:
       continue
     print(f'== {name}', flush=True)
     found = run(name, options.data)
-    with atomic_write(path) as file:
+    with atomic_write(RESULTS / f'{name}.json') as file:
       file.write(json.dumps(found, sort_keys=True).encode() + b'\n')
 
 

@@ -1,12 +1,15 @@
-"""What the benchmarks' reports share: tables in docs, the machine's name,
-curves, a page of images."""
+"""What the benchmarks share: runs, tables in docs, the machine's name, curves,
+a page of images."""
 
+import argparse
 import contextlib
 import fcntl
 import json
 import os
 import pathlib
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +34,47 @@ def write(document: str, benchmark: str, made: str) -> None:
   before, _, rest = path.read_text().partition(begin)
   _, _, after = rest.partition(end)
   path.write_text(f'{before}{begin}\n\n{made}\n\n{end}{after}')
+
+
+def wanted(
+  parser: argparse.ArgumentParser,
+  only: str | None,
+  before: Mapping[str, str | None],
+) -> list[str]:
+  """Names of the runs to train: those in `only`, which has commas between, by
+  default all, and those that they begin with (`before`), first."""
+  names = set(only.split(',') if only else before)
+  if unknown := names - before.keys():
+    parser.error(
+      f'--only={",".join(sorted(unknown))}: there are {", ".join(before)}'
+    )
+  for name in reversed(before):
+    if name in names and before[name]:
+      names.add(before[name])
+  return [name for name in before if name in names]
+
+
+def train(*flags: str) -> subprocess.CompletedProcess[str]:
+  """`python -m vqrae_jax.train` from the root; its `stderr` is shown too."""
+  command, log = [sys.executable, '-m', 'vqrae_jax.train', *flags], []
+  with subprocess.Popen(
+    command, cwd=ROOT, stderr=subprocess.PIPE, text=True
+  ) as process:
+    for line in process.stderr:
+      print(line, end='', file=sys.stderr, flush=True)
+      log.append(line)
+  return subprocess.CompletedProcess(
+    command, process.returncode, stderr=''.join(log)
+  )
+
+
+def written(workdir: pathlib.Path) -> tuple[list[dict], dict]:
+  """A run's (rows of metrics.jsonl, summary.json); empty where there is none,
+  as where it has not finished."""
+  rows, summary = workdir / 'metrics.jsonl', workdir / 'summary.json'
+  lines = rows.read_text().splitlines() if rows.exists() else []
+  found = json.loads(summary.read_text()) if summary.exists() else {}
+  return [json.loads(line) for line in lines], found
 
 
 @contextlib.contextmanager
@@ -66,14 +110,19 @@ def hardware() -> str:
 
 
 def curves(
-  panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+  panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]] | None]],
   names: Sequence[str],
 ) -> str:
   """SVG: a panel each of {title: {name: [(step, value)]}}, two a row, a line a
-  name, in the order of `names`; the last place has the names."""
+  name, in the order of `names`; the last place has the names. What is empty is
+  left out."""
   width, height, gap = 300, 170, 60
   colours, parts = dict(zip(names, COLOURS, strict=False)), []
-  shown = {title: lines for title, lines in panels.items() if lines}
+  shown = {
+    title: given
+    for title, lines in panels.items()
+    if (given := {name: line for name, line in lines.items() if line})
+  }
   for i, (title, lines) in enumerate(shown.items()):
     row, column = divmod(i, 2)
     values = [y for line in lines.values() for _, y in line]

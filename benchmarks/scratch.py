@@ -69,14 +69,14 @@ def workdir_of(images, quantizer, seed, options):
   return options.out / f'{images}-{quantizer}-{options.steps}-{seed}'
 
 
-def train_command(images, quantizer, seed, options, workdir):
+def train_flags(images, quantizer, seed, options, workdir):
   pixels, source, left_out, _ = SETS[images]
   made = f'{CONFIG}:quantizer={quantizer},pixels={pixels},steps={options.steps}'
   flags = [f'--config={made}', f'--config.data.source={options.data}/{source}']
   if left_out:
     flags.append(f'--config.data.exclude={left_out!r}')
   flags += [f'--config.seed={seed}', f'--workdir={workdir}']
-  return [sys.executable, '-m', 'vqrae_jax.train', *flags]
+  return flags
 
 
 def run(images, quantizer, seed, options):
@@ -85,8 +85,8 @@ def run(images, quantizer, seed, options):
   out, tokenizer = workdir / 'metrics.json', workdir / 'tokenizer'
   pixels, *_, held_out = SETS[images]
   held_out = f'{options.data}/{held_out}'
-  command = train_command(images, quantizer, seed, options, workdir)
-  subprocess.run(command, cwd=report_lib.ROOT, check=True)
+  flags = train_flags(images, quantizer, seed, options, workdir)
+  report_lib.train(*flags).check_returncode()
   if not out.exists():
     flags = f'--tokenizer={tokenizer}', f'--data={held_out}', f'--out={out}'
     measure = [sys.executable, '-m', 'vqrae_jax.evaluate', *flags]
@@ -94,9 +94,7 @@ def run(images, quantizer, seed, options):
     subprocess.run(measure, cwd=report_lib.ROOT, check=True)
   originals, recons = pictures(held_out, pixels, tokenizer, CLASSED)
   measured = json.loads(out.read_text())
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  summary = json.loads((workdir / 'summary.json').read_text())
+  rows, summary = report_lib.written(workdir)
   return dict(
     images=images,
     quantizer=quantizer,
@@ -244,9 +242,7 @@ def report(options):
     ]
   report_lib.write('results.md', 'scratch', '\n'.join(made).strip())
   panels = {
-    f'{figure}, {images}': {
-      r['quantizer']: r['curves'][figure] for r in rows if r['curves'][figure]
-    }
+    f'{figure}, {images}': {r['quantizer']: r['curves'][figure] for r in rows}
     for figure in CURVES
     for images, rows in first.items()
   }

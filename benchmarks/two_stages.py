@@ -11,10 +11,7 @@ scikit-image wheel, which no run has seen, by each run).
 
 import argparse
 import functools
-import json
 import pathlib
-import subprocess
-import sys
 
 from benchmarks import report as report_lib
 
@@ -34,7 +31,7 @@ RUNS = {
   'open-self': ('stage=2,distill=self', 'l2-lpips-gan'),
   'longer': ('stage=2,frozen=True,distill=none', 'l2-lpips-gan'),
 }
-CURVES = ('eval/psnr', 'usage', 'loss/lpips', 'loss/gan', 'gan_balance')
+CURVES = ('eval/psnr', 'usage', 'loss/lpips', 'loss/gan', 'adaptive_weight')
 
 
 def steps_of(name, options):
@@ -54,34 +51,14 @@ def command(name, options):
   return words + more
 
 
-def summary(name, options):
-  """The figures of a run, {} if they are not there."""
-  path = pathlib.Path(options.out) / name / 'summary.json'
-  return json.loads(path.read_bytes()) if path.exists() else {}
+def written(name, options):
+  return report_lib.written(pathlib.Path(options.out) / name)
 
 
 def finished(options):
   """Names of the runs whose figures are there, after as many steps."""
-  steps = {name: summary(name, options).get('steps') for name in RUNS}
+  steps = {name: written(name, options)[1].get('steps') for name in RUNS}
   return [n for n, count in steps.items() if count == steps_of(n, options)]
-
-
-def run(name, options):
-  """Trains one run, unless its figures are there."""
-  if name not in finished(options):
-    print(f'== {name}', flush=True)
-    words = command(name, options)
-    train = [sys.executable, '-m', 'vqrae_jax.train', *words]
-    subprocess.run(train, cwd=report_lib.ROOT, check=True)
-
-
-def wanted(options):
-  """Names of the runs to train: those asked for and what they begin with."""
-  names = set(options.only.split(',') if options.only else RUNS)
-  for name in reversed(RUNS):
-    if name in names and RUNS[name][1]:
-      names.add(RUNS[name][1])
-  return [name for name in RUNS if name in names]
 
 
 def opened(name, options):
@@ -89,11 +66,6 @@ def opened(name, options):
 
   folder = pathlib.Path(options.out) / name / 'tokenizer'
   return vqrae_jax.load_tokenizer(folder)
-
-
-def rows(name, options):
-  path = pathlib.Path(options.out) / name / 'metrics.jsonl'
-  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def drift(name, options, tiles):
@@ -117,7 +89,7 @@ def table(options, tiles):
   ]
   commands = []
   for name in finished(options):
-    x = summary(name, options)
+    x = written(name, options)[1]
     codes = 'continuous | –'
     if 'usage' in x:
       codes = f'{x["usage"]:.3f} | {x["perplexity"]:.0f}'
@@ -134,10 +106,10 @@ def points(figure, name, options):
   """[(step, value)] of a run."""
   if (figure, name) == ('eval/psnr', 'base'):
     return []  # continuous, and so far above the others
-  late = figure in ('loss/gan', 'gan_balance')
+  late = figure in ('loss/gan', 'adaptive_weight')
   return [
     (r['step'], r[figure])
-    for r in rows(name, options)
+    for r in written(name, options)[0]
     if r.get(figure) is not None and (r.get('weight/gan') or not late)
   ]
 
@@ -145,11 +117,7 @@ def points(figure, name, options):
 def curves(options):
   """SVG: a panel a figure, a line a run."""
   panels = {
-    figure: {
-      name: line
-      for name in finished(options)
-      if (line := points(figure, name, options))
-    }
+    figure: {name: points(figure, name, options) for name in finished(options)}
     for figure in CURVES
   }
   return report_lib.curves(panels, list(RUNS))
@@ -183,13 +151,13 @@ def main():
   parser.add_argument('--only', help='names of runs, with commas between')
   parser.add_argument('--report', action='store_true')
   options = parser.parse_args()
-  if unknown := {*(options.only or 'base').split(',')} - RUNS.keys():
-    parser.error(
-      f'--only={",".join(sorted(unknown))}: there are {", ".join(RUNS)}'
-    )
+  before = {name: begins for name, (_, begins, *_) in RUNS.items()}
+  names = report_lib.wanted(parser, options.only, before)
   if not options.report:
-    for name in wanted(options):
-      run(name, options)
+    for name in names:
+      if name not in finished(options):
+        print(f'== {name}', flush=True)
+        report_lib.train(*command(name, options)).check_returncode()
   from configs import two_stages_small
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator

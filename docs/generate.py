@@ -27,7 +27,6 @@ from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.nn.discriminators import DISCRIMINATORS
 from vqrae_jax.optim import AdamWConfig, Schedule
 from vqrae_jax.train import config as config_lib
-from vqrae_jax.train import setup as setup_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -82,72 +81,25 @@ def entries(doc: str, section: str = 'Attributes') -> dict[str, str]:
 
 
 def split_entries(text: str) -> dict[str, str]:
-  """{name: text} of lines "name: text" or "name, name: text"."""
-  found: dict[str, str] = {}
+  """{name: text} of lines "name: text"."""
   text = textwrap.dedent(text).strip()
-  for entry in re.split(r'^(?=\S)', text, flags=re.M)[1:]:
-    names, _, words = entry.partition(':')
-    for name in names.split(','):
-      found[name.strip()] = inspect.cleandoc(words)
-  return found
+  found = (
+    entry.partition(':') for entry in re.split(r'^(?=\S)', text, flags=re.M)[1:]
+  )
+  return {name: inspect.cleandoc(words) for name, _, words in found}
 
 
 # How an entry ends: `vqrae_jax/train/config.py` describes it.
 VALUES = re.compile(
-  r'(?P<each>Each )?(?P<kind>at least|above|in(?= [\[(])|any number|one of)'
-  r' ?(?P<what>.*?)(?P<none>, or None)?\.',
-  re.IGNORECASE,
+  r'(Each )?(at least|above|in(?= [\[(])|any number|one of).*\.', re.IGNORECASE
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Values:
-  """What a field takes, as its docstring says.
-
-  Attributes:
-    text: the sentence.
-    each: whether it is about a tuple's elements.
-    low: the least value, or what all are above; None: no bound.
-    high: the largest value, or what all are below; None: no bound.
-    closed: whether `low` and `high` are values themselves.
-    choices: all values, or ().
-    none: whether None is a value too.
-  """
-
-  text: str
-  each: bool = False
-  low: float | None = None
-  high: float | None = None
-  closed: tuple[bool, bool] = (True, True)
-  choices: tuple = ()
-  none: bool = False
-
-
-CONSTANTS = {'True': True, 'False': False, 'None': None}
-
-
-def split_values(text: str) -> tuple[str, Values | None]:
-  """(an entry without the sentence that says its values, those)."""
+def split_values(text: str) -> tuple[str, str]:
+  """(an entry without the sentence that says its values, that or "")."""
   text = ' '.join(text.split())
   *rest, last = re.split(r'(?<=\.) (?=[A-Z])', text)
-  if not (match := VALUES.fullmatch(last)):
-    return text, None
-  kind, what = match['kind'].lower(), match['what']
-  fields: dict[str, Any] = {}
-  if kind == 'one of':
-    words = re.findall(r'"[^"]*"|\w+', what)
-    choices = (CONSTANTS.get(w, w.strip('"')) for w in words)
-    fields['choices'] = tuple(choices)
-  elif kind == 'in':
-    bounds = re.match(r'(.)(.+?), (.+?)([\])])', what)
-    fields = dict(low=float(bounds[2]), high=float(bounds[3]))
-    fields['closed'] = bounds[1] == '[', bounds[4] == ']'
-  elif kind != 'any number':
-    fields['low'] = float(what.split()[0])
-    fields['closed'] = kind == 'at least', True
-  return ' '.join(rest), Values(
-    last[:-1], bool(match['each']), none=bool(match['none']), **fields
-  )
+  return (' '.join(rest), last) if VALUES.fullmatch(last) else (text, '')
 
 
 # ----------------------------------------------------------------------------
@@ -314,6 +266,17 @@ GROUPS: tuple[tuple[str, str, tuple[Section, ...]], ...] = (
   ),
 )
 
+# Numbers of the compiled step, and what a run that resumes must have again.
+TRACED = {
+  'duration', 'ema', 'noise_tau',
+  'losses.TERM.weight', 'losses.TERM.start', 'losses.TERM.ramp',
+  'schedules.lr', 'schedules.end_lr', 'schedules.warmup', 'schedules.layers',
+  'optim.eps', 'optim.weight_decay', 'optim.clip',
+  'temperature.start', 'temperature.end', 'temperature.duration',
+  'discriminator.start', 'discriminator.lecam', 'discriminator.r1',
+}  # fmt: skip
+KEPT = {'seed', 'batch_size', 'data.image_size', 'data.decoder'}
+
 MARKS = """\
 A config is a Python file, and `--config.KEY=VALUE` changes any key that it
 sets. Marks stand beside a key where they apply:
@@ -339,8 +302,7 @@ key takes stand after its default; others are refused before anything compiles.
 
 def config_page() -> str:
   """Every key of a config."""
-  lines = ['# Config keys', '', MARKS]
-  marks = marks_of_keys()
+  lines, flagged = ['# Config keys', '', MARKS], {*dotted(common.base())}
   anchors = {
     key: section.anchor
     for _, _, sections in GROUPS
@@ -351,7 +313,7 @@ def config_page() -> str:
   anchors['losses'] = anchors['losses.TERM']
   for title, text, sections in GROUPS:
     lines += [f'## {title}', '', text, '']
-    lines += _model_keys(marks, anchors) if title == 'Model' else []
+    lines += _model_keys(anchors) if title == 'Model' else []
     lines += _loss_names() if title == 'Losses' else []
     for section in sections:
       if section.key:
@@ -363,12 +325,26 @@ def config_page() -> str:
         key = f'{section.key}.{name}'.strip('.')
         text, values = split_values(texts[name])
         kind = typing.get_type_hints(section.cls)[name]
-        facts = [type_name(kind, anchors.get(key)), *default_of(field)]
-        facts += [_shown(values.text)] if values else []
+        default = default_of(field)
+        facts = [type_name(kind, anchors.get(key))]
+        if default is dataclasses.MISSING:
+          facts.append('**required**')
+        elif (shown := literal(default)) != 'dict()':
+          facts.append(f'default `{shown}`')
+        facts += [_shown(values)] if values else []
         facts += [usual[name]] if name in usual else []
-        facts += [f'*{mark}*' for mark, keys in marks.items() if key in keys]
+        facts += ['*flag*'] * (key in flagged)
+        facts += ['*traced*'] * (key in TRACED)
+        facts += ['*kept*'] * is_kept(key)
         lines += [*_entry(f'key-{section.anchor}-{name}', key, facts, text), '']
   return '\n'.join(lines)
+
+
+def is_kept(key: str) -> bool:
+  """Whether a run that resumes must have the same value."""
+  path, _, name = key.rpartition('.')
+  in_model = path.split('.')[0] == 'model' and name not in specs.RUN_OPTIONS
+  return in_model or key in KEPT
 
 
 def _entry(anchor: str, key: str, facts: list[str], text: str) -> list[str]:
@@ -408,35 +384,25 @@ def example_of(cls: type) -> quantizers.Quantizer:
 
 def _usual(section: Section) -> dict[str, str]:
   """{field: values that a run does not warn of}."""
-  name = 'losses' if section.key == 'losses.TERM' else section.name
-  found = config_lib.RANGES.get(name, {})
+  found = config_lib.RANGES.get(section.name, {})
   return {
     field: f'usually {low:g} to {high:g}'
     for field, (low, high) in found.items()
   }
 
 
-def model_keys() -> dict[str, str]:
-  """{key of `model`: its text}."""
-  text = entries(build_tokenizer.__doc__, 'Args')['model_config']
-  return split_entries(
-    re.sub(r'^( *)- ', r'\1', text.partition('\n')[2], flags=re.M)
-  )
-
-
-def _model_keys(
-  marks: Mapping[str, set[str]], anchors: Mapping[str, str]
-) -> list[str]:
+def _model_keys(anchors: Mapping[str, str]) -> list[str]:
   """Keys of `model` that are no section of a class."""
+  text = entries(build_tokenizer.__doc__, 'Args')['model_config']
+  text = re.sub(r'^( *)- ', r'\1', text.partition('\n')[2], flags=re.M)
   lines = []
-  for name, entry in model_keys().items():
+  for name, entry in split_entries(text).items():
+    key = f'model.{name}'
     text, values = split_values(entry)
     kind = bool if name in specs.RUN_OPTIONS else Mapping
-    facts = [type_name(kind, anchors.get(f'model.{name}'))]
-    facts = [_shown(values.text)] if values else facts
-    facts += ['*kept*'] * (f'model.{name}' in marks['kept'])
-    lines += [*_entry(f'key-config-model-{name}', f'model.{name}', facts, text)]
-    lines.append('')
+    shown = _shown(values) if values else type_name(kind, anchors.get(key))
+    facts = [shown, *['*kept*'] * is_kept(key)]
+    lines += [*_entry(f'key-config-model-{name}', key, facts, text), '']
   return lines
 
 
@@ -476,80 +442,32 @@ def type_name(kind: Any, anchor: str | None = None) -> str:
 
 
 def literal(value: Any) -> str:
-  """A value as Python writes it, with double quotes."""
+  """A value as a config writes it; of a dataclass what is not its default."""
   if dataclasses.is_dataclass(value):
-    given = {
+    value = {
       f.name: getattr(value, f.name)
       for f in dataclasses.fields(value)
-      if getattr(value, f.name) != f.default
+      if getattr(value, f.name) != default_of(f)
     }
-    return f'dict({", ".join(f"{k}={literal(v)}" for k, v in given.items())})'
+  if isinstance(value, Mapping):
+    return f'dict({", ".join(f"{k}={literal(v)}" for k, v in value.items())})'
   if isinstance(value, tuple):
     return f'({", ".join(map(literal, value))}{"," * (len(value) == 1)})'
   return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def default_of(field: dataclasses.Field) -> list[str]:
-  """A field's default as the page shows it; none of a section that is left at
-  its own defaults."""
-  value, missing = field.default, dataclasses.MISSING
-  if field.default_factory is not missing:
-    value = field.default_factory()
-  if value is missing:
-    return ['**required**']
-  shown = literal(value)
-  return [] if shown in ('dict()', '{}') else [f'default `{shown}`']
+def default_of(field: dataclasses.Field) -> Any:
+  """A field's default, or MISSING."""
+  factory = field.default_factory
+  return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _shown(values: str) -> str:
   """The sentence of a field's values, constants as code."""
-  values = values[0].lower() + values[1:]
+  values = values[0].lower() + values[1:-1]
   return re.sub(
     r'"[^"]*"|\b(?:True|False|None)\b|[\[(].+[\])]', r'`\g<0>`', values
   )
-
-
-def marks_of_keys() -> dict[str, set[str]]:
-  """{mark: the keys that have it}, as the code treats them."""
-  config, numbers = numbered_config()
-  spec = config_lib.read_config(config)
-  tokenizer = build_tokenizer(spec.model)
-  step, hparams, shapes, total = setup_lib.plan_step(spec, tokenizer, 10)
-  run = setup_lib.Setup(
-    spec, step, hparams, shapes, total, None, [None], None, None
-  )
-  identity = run.identity()
-  model = {
-    f'{section.key}.{name}'
-    for _, _, sections in GROUPS
-    for section in sections
-    for name in section.fields()
-    if section.key.startswith('model') and name not in specs.RUN_OPTIONS
-  }
-  model |= {f'model.{n}' for n in model_keys() if n not in specs.RUN_OPTIONS}
-  del identity['model']  # as all of it
-  strings = {'data.decoder': config['data']['decoder']}
-
-  def found(tree):
-    values = set(leaves(tree))
-    return {k for k, v in (numbers | strings).items() if v in values}
-
-  return {
-    'flag': set(dotted(common.base())),
-    'traced': found(hparams),
-    'kept': found(identity) | model,
-  }
-
-
-def leaves(tree: Any) -> Iterator[Any]:
-  """What nested mappings and lists hold."""
-  if isinstance(tree, Mapping):
-    tree = list(tree.values())
-  if isinstance(tree, list | tuple):
-    for value in tree:
-      yield from leaves(value)
-  else:
-    yield tree
 
 
 def dotted(config: Any, prefix: str = '') -> Iterator[str]:
@@ -559,45 +477,6 @@ def dotted(config: Any, prefix: str = '') -> Iterator[str]:
       yield from dotted(value, f'{prefix}{name}.')
     else:
       yield f'{prefix}{name}'
-
-
-def numbered_config() -> tuple[dict, dict[str, Any]]:
-  """(a config of a run with all its parts, {key: its number there}), in which
-  every number differs, so that a number tells where it comes from."""
-  config = recipe('two_stages_small', 'stage=2,distill=none').to_dict()
-  config['model']['quantizer'] = dict(name='gumbel', num_codes=16)
-  loss, rate = dict(weight=1.0), dict(lr=1.0)
-  config['losses'] = dict(l2=loss, gan=dict(weight=1.0), kl=1.0)
-  blocks = 'encoder/transformer/.*', rate | dict(layers=(0.25, 0.75))
-  config['schedules'] = (('.*', rate),)
-  config['temperature'] = {}
-  config['data'].update(source='FOLDER', decoder='simplejpeg')
-  sections = {
-    f'{s.key}.'.lstrip('.'): (s.cls, config.get(s.key))
-    for _, _, group in GROUPS
-    for s in group
-    if not s.name
-  }
-  sections[''] = config_lib.RunConfig, config
-  sections['losses.TERM.'] = config_lib.LossTerm, loss
-  sections['schedules.'] = Schedule, rate
-  numbers: dict[str, Any] = {}
-  for prefix, (cls, section) in sections.items():
-    hints = typing.get_type_hints(cls) if section is not None else {}
-    for name, kind in hints.items():
-      kinds = {kind, *typing.get_args(kind)}
-      if not kinds & {int, float}:
-        continue
-      # Multiples of the patch, none below 1000; the discriminator starts
-      # before its loss. Floats lie within all bounds.
-      n = len(numbers)
-      number = 4 * (500 - n) if int in kinds else 0.5 + n / 1000
-      numbers[f'{prefix}{name}'] = section[name] = number
-  config['losses']['gan']['start'] = loss['start']
-  numbers['duration'] = config['duration'] = 10**6
-  numbers['schedules.layers'] = 0.25
-  config['schedules'] = ((blocks[0], rate | blocks[1]), *config['schedules'])
-  return config, numbers
 
 
 # ----------------------------------------------------------------------------
@@ -702,7 +581,8 @@ def recipes_page() -> str:
     '`configs/NAME.py:stage=2,open=6`. (`quickstart` brings its images, and '
     '`two_stages_small` begins with `:stage=0`.) `:stage=2` trains the '
     'encoder too and needs `--config.init_from=` the first run. What this '
-    'page has is read from the configs; each docstring cites the source of '
+    'page has is read from the configs, and a key at its '
+    '[default](config.md) is left out; each docstring cites the source of '
     'its numbers.',
     '',
     '| recipe | encoder | quantizer | decoder | pixels | tokens |',
@@ -713,10 +593,21 @@ def recipes_page() -> str:
   for name, form in forms.items():
     cells = [form[column].split(';')[0] for column in columns]
     lines.append(f'| [`{name}`](#recipe-{name}) | {" | ".join(cells)} |')
-  lines += ['', *_losses_by_recipe()]
+  lines += ['', '| recipe | losses | with `:stage=2` |', '|---|---|---|']
   for name, form in forms.items():
+    staged = 'stage' in arguments_of(name)
+    second = facts(name, 'stage=2')['`losses`'] if staged else ''
+    lines.append(
+      f'| [`{name}`](#recipe-{name}) | {form["`losses`"]} | {second} |'
+    )
+  usual = {
+    f'`{f.name}`': f'`{literal(default_of(f))}`'
+    for f in dataclasses.fields(config_lib.RunConfig)
+  }
+  for name, form in forms.items():
+    shown = {k: v for k, v in form.items() if v != usual.get(k)}
     lines += ['', f'(recipe-{name})=', f'## `{name}`', '', *_text_of(name)]
-    lines += [*_arguments(name), *_table(form)]
+    lines += [*_arguments(name), *_table(shown)]
     for arguments in forms_of(name):
       other = facts(name, arguments)
       if changed := {k: v for k, v in other.items() if form[k] != v}:
@@ -731,26 +622,6 @@ def recipes_page() -> str:
     text = inspect.getdoc(getattr(common, name))
     lines += [f'### `common.{name}`', '', *_passages(text)]
   return '\n'.join(lines)
-
-
-def _losses_by_recipe() -> list[str]:
-  """A table of recipes that have the same losses in both stages."""
-  rows: dict[tuple[str, str], list[str]] = {}
-  for name in RECIPES:
-    for form in ('', *(f for f in forms_of(name) if 'stage' not in f)):
-      pair = facts(name, form)['losses'], ''
-      if 'stage' in arguments_of(name):
-        second = f'{form},stage=2'.strip(',')
-        pair = pair[0], facts(name, second)['losses']
-      names = rows.setdefault(pair, [])
-      # Forms that differ in other things have the recipe's losses.
-      if f'[`{name}`](#recipe-{name})' not in names:
-        shown = f'{name}:{form}' if form else name
-        names.append(f'[`{shown}`](#recipe-{name})')
-  lines = ['| recipes | losses | with `:stage=2` |', '|---|---|---|']
-  for (first, second), names in rows.items():
-    lines.append(f'| {"<br>".join(names)} | {first} | {second} |')
-  return [*lines, '']
 
 
 def _users(training: str) -> list[str]:
@@ -806,12 +677,10 @@ def _table(rows: Mapping[str, str]) -> list[str]:
 
 
 def facts(name: str, arguments: str | None = None) -> dict[str, str]:
-  """{what: a cell of Markdown} of a recipe."""
-  config = recipe(name, arguments)
-  spec = config_lib.read_config(config)
+  """{what: a cell of Markdown} of a recipe: what its model amounts to, and the
+  config's keys."""
+  spec = config_lib.read_config(recipe(name, arguments))
   model, tokenizer = spec.model, build_tokenizer(spec.model)
-  terms = spec.terms()
-  known = *losses.IMAGE_TERMS, *losses.FROZEN_TERMS, 'gan', *losses.LATENT_TERMS
   grid = tokenizer.grid(*spec.data.size)
   encoder, decoder = tokenizer.encoder_spec, tokenizer.decoder_spec
   rows = {
@@ -832,24 +701,17 @@ def facts(name: str, arguments: str | None = None) -> dict[str, str]:
     name, *rest = rows['decoder'].split('; ')
     name += ', after a feature decoder'
     rows['decoder'] = '; '.join((name, *rest, f'that has {depth} blocks'))
-  rows |= {
-    'batch size': f'{spec.batch_size}',
-    'duration': _span(spec.duration),
-    'images': _augmentation(spec.data),
-    'losses': '<br>'.join(_loss(n, terms[n]) for n in known if n in terms),
-    'discriminator': _discriminator(spec.discriminator),
-    'rates': '<br>'.join(
-      f'`{pattern}`: {_rate(schedule) if schedule else "frozen"}'
-      for pattern, schedule in spec.schedule_rows()
-    ),
-    'AdamW': _adamw(spec.optim),
-    'EMA': f'{spec.ema:g}',
-    'held out': _held_out(spec.eval) if spec.eval else 'none',
-    'noise': f'{spec.noise_tau:g}' if spec.noise_tau else 'none',
-    'starts from': ', '.join(_starts(spec)) or 'its seed',
-    'layout': f'`{spec.mesh.layout}`, remat `{model["remat"]}`, '
-    f'{model["dtype"]}',
-  }
+  keys = {f'model.{k}': model[k] for k in specs.RUN_OPTIONS if k in model}
+  keys |= {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+  for key, value in keys.items():
+    if key not in ('model', 'log', 'checkpoint'):
+      rows[f'`{key}`'] = f'`{literal(value)}`'
+  terms = spec.terms()
+  known = *losses.IMAGE_TERMS, *losses.FROZEN_TERMS, 'gan', *losses.LATENT_TERMS
+  lines = (_loss(n, terms[n]) for n in known if n in terms)
+  rows['`losses`'] = '<br>'.join(lines)
+  lines = (f'`{literal(row)}`' for row in spec.schedule_rows())
+  rows['`schedules`'] = '<br>'.join(lines)
   return rows
 
 
@@ -869,92 +731,11 @@ def _quantizer(quantizer: quantizers.Quantizer, section: Mapping) -> str:
     for k, v in section.items()
     if k not in ('name', 'num_codes', 'code_dim')
   }
-  given = ', '.join(f'`{k}={literal_section(v)}`' for k, v in given.items())
+  given = ', '.join(f'`{k}={literal(v)}`' for k, v in given.items())
   text = f'{section["name"]}, {size:,} codes of {width}'
   return f'{text}; {given}' if given else text
 
 
-def literal_section(value: Any) -> str:
-  """`literal`, of sections too."""
-  if isinstance(value, Mapping):
-    given = (f'{k}={literal_section(v)}' for k, v in value.items())
-    return f'dict({", ".join(given)})'
-  return literal(value)
-
-
-def _augmentation(data: config_lib.DataSpec) -> str:
-  side = data.resize
-  side = f'{side[0]} to {side[1]}' if isinstance(side, tuple) else side
-  side = f' of a shorter side of {side}' if side else ''
-  flip = 'mirrored at random' if data.flip else 'not mirrored'
-  return f'{data.crop} crops of {data.size[0]}{side}, {flip}'
-
-
-def _held_out(spec: config_lib.EvalSpec) -> str:
-  text = f'`{spec.source}` in tiles of {spec.tile}'
-  return text + f', named {", ".join(spec.include)}' * bool(spec.include)
-
-
 def _loss(name: str, term: config_lib.LossTerm) -> str:
-  text = f'`{name.replace("/", ".")}` {term.weight:g}'
-  if term.start:
-    text += f' from {_when(term.start, term.unit)}'
-  if term.ramp:
-    text += f', rising for {_span(f"{term.ramp:g} {term.unit}")}'
-  if isinstance(term, config_lib.GanTerm):
-    text += ', adaptive' if term.adaptive else ', fixed'
-  if isinstance(term, config_lib.DistillTerm):
-    teacher = {'self': 'the latents themselves', 'teacher': 'the teacher'}
-    text += f', from {teacher[term.target]}'
-  return text
-
-
-def _when(start: float, unit: str) -> str:
-  return f'{unit.removesuffix("s")} {start:,g}'
-
-
-def _span(duration: int | str) -> str:
-  duration = str(duration)
-  text = f'{duration} steps' if duration.isdecimal() else duration
-  return text.removesuffix('s') if text.startswith('1 ') else text
-
-
-def _discriminator(spec: config_lib.DiscriminatorSpec | None) -> str:
-  if spec is None:
-    return 'none'
-  start, _, unit = str(spec.start).partition(' ')
-  start = _when(float(start), unit or 'steps')
-  text = f'{spec.name}, {spec.loss}, from {start}; {_rate(spec.schedule)}'
-  text += f'; {_adamw(spec.optim)}; '
-  text += 'DiffAug' if spec.augment else 'no augmentation'
-  return text + f'; LeCam {spec.lecam:g}' * bool(spec.lecam)
-
-
-def _rate(schedule: Schedule) -> str:
-  text = f'{schedule.lr:g}'
-  if schedule.decay != 'constant':
-    text += f' to {schedule.end_lr:g}, {schedule.decay}'
-  if schedule.warmup:
-    text += f', after {_span(schedule.warmup)} of warm-up'
-  if schedule.layers:
-    moved = [factor for factor in schedule.layers if factor is not None]
-    text += f', the last {len(moved)} of {len(schedule.layers)} blocks'
-  return text
-
-
-def _adamw(optim: AdamWConfig) -> str:
-  clip = 'no clipping' if optim.clip is None else f'clip {optim.clip:g}'
-  return (
-    f'b1 {optim.b1:g}, b2 {optim.b2:g}, decay {optim.weight_decay:g}, {clip}'
-  )
-
-
-def _starts(spec: config_lib.RunConfig) -> Iterator[str]:
-  if spec.init_from:
-    yield 'the run in `init_from`'
-  if spec.init.encoder:
-    yield f'`init.encoder={literal(spec.init.encoder)}`'
-  if spec.teacher:
-    yield f'teacher `{spec.teacher}`'
-  if spec.init.networks != 'published':
-    yield f'networks `{spec.init.networks}`'
+  value = term.weight if term == type(term)(term.weight) else term
+  return f'`{name.replace("/", ".")}={literal(value)}`'

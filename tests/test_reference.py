@@ -10,10 +10,14 @@ import pytest
 
 from docs import generate
 from tests import tiny
-from vqrae_jax import cli, quantizers
+from vqrae_jax import cli, optim, quantizers, sharding, specs
+from vqrae_jax.data import decode, pipeline
 from vqrae_jax.errors import UserError
+from vqrae_jax.evaluate import metrics
+from vqrae_jax.losses import adversarial
 from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.nn import discriminators
+from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import setup
 
@@ -101,10 +105,27 @@ def numbers_in(kind):
 
 
 def described(section):
-  """(name, annotation, values) of each field."""
+  """(name, annotation, the sentence of its values) of each field."""
   hints, texts = typing.get_type_hints(section.cls), section.entries()
   for name in section.fields():
-    yield name, hints[name], generate.split_values(texts[name])[1]
+    sentence = generate.split_values(texts[name])[1]
+    yield name, hints[name], sentence[:1].lower() + sentence[1:]
+
+
+def bounds_of(sentence):
+  """[(bound, whether it is a value itself, the sign of what is outside)]."""
+  if low := re.search(r'(at least|above) ([\d.]*\d)', sentence):
+    return [(float(low[2]), low[1] == 'at least', -1)]
+  if ends := re.search(r'in ([\[(])(\S+), (\S+)([\])])', sentence):
+    low, high = float(ends[2]), float(ends[3])
+    return [(low, ends[1] == '[', -1), (high, ends[4] == ']', 1)]
+  return []
+
+
+def choices_of(sentence):
+  """The values of "One of …", or None."""
+  listed = re.fullmatch(r'(?:each )?one of (.*)\.', sentence)
+  return listed and ast.literal_eval(f'({listed[1]},)')
 
 
 @by_section
@@ -135,22 +156,18 @@ def test_a_section_is_accepted_as_it_is(section):
 
 @by_section
 def test_numbers_are_refused_outside_their_range(section):
-  for name, kind, values in described(section):
+  for name, kind, sentence in described(section):
     kinds = numbers_in(kind)
     if not kinds:
       continue
-    assert values, f'{name} has no range'
+    assert sentence, f'{name} has no range'
     _, here = config_of(section)
     step = 1 if int in kinds else STEP
-    bounds = (values.low, -step), (values.high, step)
-    for (bound, outwards), closed in zip(bounds, values.closed, strict=True):
-      if bound is None:
-        continue
+    for bound, closed, sign in bounds_of(sentence):
       bound = int(bound) if int in kinds else bound
-      outside, inside = bound, bound - outwards
-      if closed:
-        outside, inside = bound + outwards, bound
-      if values.each:
+      inside = bound if closed else bound - sign * step
+      outside = inside + sign * step
+      if sentence.startswith('each'):
         default = section.fields()[name].default
         rest = tuple(here.get(name, default))[1:]
         outside, inside = (outside, *rest), (inside, *rest)
@@ -159,36 +176,91 @@ def test_numbers_are_refused_outside_their_range(section):
       assert error_of(section, name, inside) is None, f'{name}={inside}'
 
 
+# {key: its choices}; those of a quantizer are in its class.
+CHOICES = {
+  'losses.TERM.unit': optim.UNITS,
+  'losses.distill.target': config_lib.DISTILL_TARGETS,
+  'losses.NAME.on': ('images', 'latents'),
+  'schedules.decay': optim.DECAYS,
+  'temperature.decay': optim.DECAYS,
+  'discriminator.name': discriminators.DISCRIMINATORS,
+  'discriminator.loss': adversarial.D_LOSSES,
+  'discriminator.fields.dtype': specs.DTYPES,
+  'data.crop': pipeline.CROPS,
+  'data.decoder': decode.DECODERS,
+  'eval.metrics': metrics.METRICS,
+  'networks.dtype': (*specs.DTYPES, None),
+  'mesh.layout': sharding.LAYOUTS,
+  'init.networks': config_lib.NETWORKS,
+  'model.encoder.output_norm': specs.OUTPUT_NORMS,
+  'model.encoder.resize': (*specs.RESIZES, specs.TORCH_BICUBIC),
+  'model.encoder.posemb_resize': specs.RESIZES,
+  'model.encoder.fuse': specs.FUSES,
+  'model.encoder.vit.norm': ('layer', 'rms'),
+  'model.encoder.vit.act': specs.ACTS,
+  'model.encoder.vit.qkv_bias': (True, False, 'qv'),
+  'model.encoder.vit.posemb': specs.POSEMBS,
+  'model.encoder.vit.remat': specs.REMATS,
+  'model.encoder.vit.dtype': specs.DTYPES,
+  'model.latents.norm': specs.LATENT_NORMS,
+  'model.quantizer.post_quant.space': ('code', 'latent'),
+  'model.quantizer.projection': (True, False, 'mlp'),
+}
+# Those that ask for another key as well.
+NOT_ALONE = {
+  ('losses.distill.target', 'teacher'),
+  ('discriminator.name', 'dino'),
+  ('model.encoder.fuse', 'attention'),
+  ('model.latents.norm', 'none'),
+  ('model.latents.norm', 'channel'),
+  ('model.quantizer.convention', 'centered'),
+  ('model.quantizer.code_scale', 'unit'),
+  ('model.quantizer.code_scale', 'none'),
+  ('model.quantizer.bound', 'clip'),
+  ('model.quantizer.adapter_in', 'mlp'),
+}
+
+
 @by_section
 def test_choices_are_those_of_the_code(section):
-  """As the error of another value lists them."""
   known = dict(getattr(section.cls, 'choices', ()))
-  for name, _, values in described(section):
-    if values is None or not values.choices:
+  for name, _, sentence in described(section):
+    listed = choices_of(sentence)
+    if listed is None:
       assert name not in known, f'{name} has choices'
       continue
-    error = error_of(section, name, ('~',) if values.each else '~')
-    assert error and name in error, name
-    listed = error.partition('; there are: ')[2].split(', ')
-    assert {*listed} == {*map(str, values.choices)}, name
+    key = f'{section.key}.{name}'
+    assert {*listed} == {*known.get(name, CHOICES.get(key, ()))}, key
+    each = sentence.startswith('each')
+    error = error_of(section, name, ('~',) if each else '~')
+    assert error and name in error, key
+    for value in listed:
+      error = error_of(section, name, (value,) if each else value)
+      assert (error is None) == ((key, value) not in NOT_ALONE), error
 
 
 @by_section
 def test_none_is_taken_where_the_page_says_so(section):
-  for name, kind, values in described(section):
-    if values is None:
-      continue
-    none = values.none or None in values.choices
-    assert none == (type(None) in typing.get_args(kind)), name
+  for name, _, sentence in described(section):
+    if sentence:
+      error = error_of(section, name, None)
+      # The grid of "position".
+      alone = (section.key, name) != ('model.latents', 'grid')
+      assert (error is None) == (alone and 'None.' in sentence), error
+
+
+def row_of(page, anchor):
+  """What stands under a key, before its text."""
+  _, key, rest = page.partition(f'{{#key-{anchor}}}')
+  assert key and key not in rest
+  return rest.splitlines()[1]
 
 
 def test_defaults_of_the_page_are_those_of_the_classes():
   page, found = generate.config_page(), 0
   for section in SECTIONS:
     for name, field in section.fields().items():
-      anchor = f'{{#key-{section.anchor}-{name}}}'
-      assert page.count(anchor) == 1
-      row = page.partition(anchor)[2].splitlines()[1]
+      row = row_of(page, f'{section.anchor}-{name}')
       shown = re.search(r'default `(.*?)`', row)
       if field.default is dataclasses.MISSING:
         assert not shown
@@ -198,14 +270,36 @@ def test_defaults_of_the_page_are_those_of_the_classes():
   assert found > 100
 
 
-def test_marks():
-  marks = generate.marks_of_keys()
-  assert {'duration', 'ema', 'optim.eps', 'losses.TERM.start'} < marks['traced']
-  assert not {'batch_size', 'optim.b1', 'log.every'} & marks['traced']
-  kept = {'seed', 'batch_size', 'data.decoder', 'model.latents'}
-  assert kept < marks['kept']
-  assert not {'optim.b1', 'model.dtype', 'log.every'} & marks['kept']
-  assert 'data.flip' in marks['flag'] and 'losses.l2' not in marks['flag']
+def test_a_flag_is_what_every_recipe_sets():
+  page = generate.config_page()
+  assert '*flag*' in row_of(page, 'config-data-flip')
+  assert '*flag*' not in row_of(page, 'config-losses-TERM-weight')
+
+
+def with_numbers():
+  """(a run with all its parts, {key: (its section, its name)} of each number
+  that is none of the model's), every number set."""
+  config = tiny.run('gumbel')
+  rate, term = dict(layers=(0.5, 1.0)), {}
+  config |= dict(
+    losses=dict(l2=term, gan=dict(weight=1.0, start=32), kl=1.0),
+    schedules=(('encoder/transformer/.*', rate), ('.*', dict(lr=1e-3))),
+    discriminator=dict(name='patch', fields=dict(FIELDS['patch'])),
+    eval=dict(source='photos'),
+    **{key: {} for key in ('temperature', 'optim', 'mesh', 'log')},
+    checkpoint={},
+  )
+  places = config | {'': config, 'losses.TERM': term, 'schedules': rate}
+  found = {}
+  for section in SECTIONS:
+    here = places.get(section.key)
+    for name, kind, _ in described(section) if here is not None else ():
+      if kinds := numbers_in(kind):
+        # Multiples of the patch; the discriminator starts before its loss.
+        here.setdefault(name, 16 if int in kinds else 0.5)
+        found[f'{section.key}.{name}'.strip('.')] = here, name
+  config['duration'] = 64
+  return config, found
 
 
 def planned(config):
@@ -215,18 +309,31 @@ def planned(config):
 
 
 def test_a_traced_number_leaves_the_compiled_step():
-  step, numbers = planned(generate.numbered_config()[0])
-  for key in generate.marks_of_keys()['traced'] - {'schedules.layers'}:
-    config, _ = generate.numbered_config()
-    path, _, name = key.rpartition('.')
-    here = {
-      '': config,
-      'losses.TERM': config['losses']['l2'],
-      'schedules': config['schedules'][-1][1],
-    }.get(path) or config[path]
-    here[name] -= 4 if isinstance(here[name], int) else STEP
+  config, places = with_numbers()
+  step, numbers = planned(config)
+  traced = set()
+  for key, (here, name) in places.items():
+    value = here[name]
+    if isinstance(value, tuple):
+      here[name] = (value[0] / 2, *value[1:])
+    else:
+      here[name] = value - 4 if isinstance(value, int) else value / 2
     other, changed = planned(config)
-    assert other == step and changed != numbers, key
+    here[name] = value
+    if other == step and changed != numbers:
+      traced.add(key)
+  assert traced == generate.TRACED
+
+
+def test_a_run_that_resumes_must_have_what_is_kept():
+  spec = config_lib.read_config(tiny.run())
+  identity = setup.setup(spec).identity()
+  kept = {key.rpartition('.')[2] for key in generate.KEPT}
+  assert {*identity} == kept | {'images', 'model'}
+  model = {name.rpartition('/')[2] for name in trees.flatten(identity['model'])}
+  assert 'width' in model and not model & {*specs.RUN_OPTIONS}
+  assert generate.is_kept('model.latents')
+  assert not generate.is_kept('model.encoder.vit.dtype')
 
 
 @pytest.mark.parametrize('command', cli.COMMANDS)
