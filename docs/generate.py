@@ -178,7 +178,7 @@ GROUPS: tuple[tuple[str, str, tuple[Section, ...]], ...] = (
   ),
   (
     'Images',
-    'What is trained on, and what is held out.',
+    'The training images and the held-out images.',
     (
       _section('data', config_lib.DataSpec),
       _section('eval', config_lib.EvalSpec),
@@ -290,10 +290,10 @@ traced
   something on or off (0, None).
 
 kept
-: A run that resumes must have the same value. It must have as many images too,
-  and a state of the same arrays: what is frozen, whether there are a
-  discriminator, an average of weights, clipping and weight decay, and
-  `log.usage_window`.
+: A resumed run must have the same value. It must also have the same number of
+  images, and a state of the same arrays: this depends on what is frozen, on
+  whether there are a discriminator, averaged weights, clipping and weight
+  decay, and on `log.usage_window`.
 
 Durations are "30 epochs", "2000 steps" or a number of steps. The values that a
 key takes stand after its default; others are refused before anything compiles.

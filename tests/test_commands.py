@@ -153,29 +153,28 @@ def get_config(arguments=None):
   late = importlib.import_module('configs.mine_too')
   recipe = importlib.import_module('configs.vq_dinov2_b_decxl')
   config = recipe.get_config()
-  config.update(seed=common.SEED + late.SEED, duration=arguments)
+  config.update(common.base(), seed=late.SEED, duration=arguments)
   return config
 """
 
 
 @pytest.mark.parametrize('folder', ['x', 'x/configs'])
 def test_configs_of_a_config(folder, tmp_path, monkeypatch):
-  """Its own folder's files, then the recipes; what Python finds is left as it
-  was, also by a file that raises. It looks there last from then on."""
+  """The recipes, whatever lies beside it, then its own folder's files; what
+  Python finds is left as it was, also by a file that raises. It looks in that
+  folder last from then on."""
   home, elsewhere = tmp_path / folder, tmp_path / 'elsewhere'
   home.mkdir(parents=True)
   elsewhere.mkdir()
   monkeypatch.chdir(elsewhere)
   (home / 'mine.py').write_text(OWN)
   (home / 'mine_too.py').write_text('SEED = 3\n')
-  # A recipe that needs its own `common` finds this one, which has all of it.
-  text = (ROOT / 'configs' / 'common.py').read_text()
-  (home / 'common.py').write_text(f'{text}\nSEED = 4\n')
+  (home / 'common.py').write_text('raise ValueError')
   (home / 'wrong.py').write_text('from configs import mine_too, nowhere')
   monkeypatch.setattr(sys, 'path', [*sys.path])
   there = {k: v for k, v in sys.modules.items() if 'configs' in k}
   config = cli.load_config(f'{home}/mine.py:3 epochs')
-  assert (config.seed, config.duration) == (7, '3 epochs')
+  assert (config.seed, config.duration) == (3, '3 epochs')
   assert config.model.decoder.name == 'XL'
   with pytest.raises(UserError, match=r'wrong\.py:1: ImportError: .*nowhere'):
     cli.load_config(f'{home}/wrong.py')

@@ -244,9 +244,9 @@ def _configs_are(*folders: pathlib.Path) -> Iterator[None]:
 def load_config(source: str) -> Any:
   """What get_config(args) returns, of the file in "F.py:args".
 
-  In the file `configs` is its own folder and then that of the recipes: `from
-  configs import common` works wherever it lies. Parts of its own that it names
-  are found in its folder too, after all that is installed.
+  In the file `configs` is the folder of the recipes and then its own: `from
+  configs import common` works wherever it lies. Modules beside it are found by
+  their own names too, after all that is installed.
 
   Raises:
     UserError: no such file, or the file raises: its author has to fix it.
@@ -259,7 +259,7 @@ def load_config(source: str) -> Any:
   if home != _recipes() and str(home) not in sys.path:
     sys.path.append(str(home))
   try:
-    with _configs_are(home, _recipes()):
+    with _configs_are(_recipes(), home):
       found = runpy.run_path(file)['get_config'](*[args] * len(colon))
     if not hasattr(found, 'items'):
       raise TypeError(f'get_config returned {found!r}, not a ConfigDict')
