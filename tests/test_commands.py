@@ -153,7 +153,8 @@ def get_config(arguments=None):
   late = importlib.import_module('configs.mine_too')
   recipe = importlib.import_module('configs.vq_dinov2_b_decxl')
   config = recipe.get_config()
-  config.update(common.base(), seed=late.SEED, duration=arguments)
+  seed = common.base().seed + late.SEED
+  config.update(seed=seed, duration=arguments)
   return config
 """
 
