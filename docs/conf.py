@@ -22,6 +22,8 @@ exclude_patterns = ['_build', '**/.ipynb_checkpoints', 'jupyter_execute']
 root_doc = 'index'
 
 html_theme = 'furo'
+html_static_path = ['_static']
+html_css_files = ['wide.css']
 html_title = 'vqrae_jax'
 html_theme_options = {
   'source_repository': 'https://github.com/vqrae-jax/vqrae_jax',

@@ -18,8 +18,8 @@ ORDER = (
   {'evaluate'},
   {'train'},
   {
-    'cli', 'convert', 'demo', 'doctor', 'fetch_weights', 'latent_stats',
-    'preflight', 'push', 'reconstruct_images', 'tokenize',
+    '__main__', 'cli', 'convert', 'demo', 'doctor', 'fetch_weights',
+    'latent_stats', 'preflight', 'push', 'reconstruct_images', 'tokenize',
   },
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}

@@ -57,6 +57,7 @@ def test_the_file_is_the_report(planned):
   assert report['fits'] and 'stand in' in report['data']
   assert '--mesh=8' in report['command'] and report['versions']['jax']
   assert report['encode']['images'] == 8
+  assert report['encode']['name'] == 'encode_to_indices'
 
 
 def test_memory_by_kind_is_the_states_own(planned):

@@ -208,7 +208,8 @@ def find_config(path: str) -> str:
   """
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
-    known = [f'configs/{p.name}' for p in _recipes().glob('[!_]*.py')]
+    names = {p.name for p in _recipes().glob('[!_]*.py')} - {'common.py'}
+    known = [f'configs/{name}' for name in sorted(names)]
     if path not in known:
       raise UserError(f'no config at "{path}"{did_you_mean(path, known)}')
     file = _recipes() / file.name

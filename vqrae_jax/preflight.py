@@ -253,8 +253,8 @@ def _encode(plan: setup_lib.Plan) -> dict[str, Any]:
     for n, leaf in variable_shapes(tokenizer).items()
     if n.split('/')[1] in parts
   }
-  for name in [n for n in leaves if n.endswith('/codes')]:
-    leaves.pop(f'{name.removesuffix("codes")}basis', None)
+  for leaf in [n for n in leaves if n.endswith('/codes')]:
+    leaves.pop(f'{leaf.removesuffix("codes")}basis', None)
   variables = trees.unflatten(leaves)
   variables = jax.tree.map(
     lambda leaf, place: leaf.update(sharding=place),

@@ -17,7 +17,9 @@ from vqrae_jax.train import loop
     ('vq-ema', dict(commit=2.0, decay=0.5), ['decay', 'commit']),
     ('simvq-l2', dict(num_codes=100), ['num_codes']),
     ('simvq-l2', dict(commit=1e-4), ['commit']),
-    ('fsq-centered', dict(commit=0.01), ['commit']),
+    ('fsq-centered', dict(commit=0.01, lpips=1.0), ['commit']),
+    ('fsq-centered', dict(commit=0.01), []),  # beside L2 alone
+    ('fsq-centered', dict(commit=1e-4), ['commit']),
     ('fsq-cosmos', dict(epsilon=1e-6), ['epsilon']),
     ('fsq-cosmos', dict(noise_tau=0.8), ['noise_tau']),
     ('none', dict(noise_tau=0.8), []),  # noise is for continuous latents
@@ -33,8 +35,8 @@ def test_unusual_values_are_named(kind, keys, named):
   if kind in tiny.NESTED:
     of_each = tiny.NESTED[kind]['quantizer']
     fields = dict(quantizer=of_each | dict(num_codes=512))
-  if 'commit' in fields:
-    losses = losses | dict(commit=fields.pop('commit'))
+  weights = {k: fields.pop(k) for k in ('commit', 'lpips') if k in fields}
+  losses = losses | weights
   noise = fields.pop('noise_tau', 0.0)
   model = tiny.model(kind, **fields)
   spec = config_lib.read_config(

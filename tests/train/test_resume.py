@@ -7,11 +7,13 @@ array of the last checkpoint.
 """
 
 import random
+import re
 import signal
 
 import pytest
 
 from tests import runs
+from vqrae_jax.train import export
 from vqrae_jax.train.checkpoint import Checkpoints
 
 
@@ -48,7 +50,7 @@ def check_same(workdir, want):
 
 
 @pytest.mark.parametrize('run', [1], indirect=True)
-def test_killed_in_a_save_stopped_by_a_signal(run, tmp_path):
+def test_killed_in_a_save_stopped_by_a_signal(run, tmp_path, monkeypatch):
   want, started = run
   process = started(tmp_path)
   runs.signalled(process, tmp_path, in_a_save)
@@ -57,6 +59,11 @@ def test_killed_in_a_save_stopped_by_a_signal(run, tmp_path):
   said = runs.signalled(process, tmp_path, runs.at_step(8), signal.SIGTERM)
   assert process.returncode == 143, said
   assert 'SIGTERM after step' in said.splitlines()[-1]
+  # The command that it prints works as it is.
+  command = re.search(r'train\.export (--\S+ --\S+)', said.splitlines()[-1])
+  monkeypatch.chdir(tmp_path.parent)
+  export.main(command[1].split())
+  assert (tmp_path.parent / 'tokenizer' / 'config.json').exists()
   last = runs.rows(tmp_path)[-1]['step']
   assert Checkpoints(tmp_path / 'checkpoints').steps()[-1] == last
   assert 'resumed from' in runs.finished(started(tmp_path))

@@ -53,8 +53,8 @@ def check_tiles(source: EncodedImages, tile: int) -> None:
     more = f' (and {len(small) - 1} more)' if small[1:] else ''
     raise UserError(
       f'the held-out image {source.names[small[0]]} of {h}x{w}{more} is '
-      f'smaller than eval.tile={tile}; lower it, or leave such out by '
-      'eval.exclude'
+      f'smaller than eval.tile={tile}; lower it, or leave such images out: '
+      f'eval.exclude=("{source.names[small[0]]}", …)'
     )
   for _, image in pipeline.each_image(source):
     if isinstance(image, ImageDecodeError):

@@ -147,8 +147,11 @@ class EncoderModule(nn.Module):
       own.
     resize: how the tokenizer brings images to the encoder's size
       (`EncoderSpec`).
-    dtype, scan, remat: how it is run, as `model.dtype` and the others say, no
-      part of `config.json`. A module follows those that mean something to it.
+    dtype: what it computes in, as `model.dtype` says; with `scan` and `remat`
+      no part of `config.json`. A module follows those that mean something to
+      it.
+    scan: whether equal blocks are a loop over one.
+    remat: whether a gradient computes blocks again.
   """
 
   pixel_norm: PixelNorm = PixelNorm()

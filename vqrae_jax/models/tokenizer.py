@@ -83,13 +83,13 @@ class Tokenizer(nn.Module):
 
   @property
   def patch_size(self) -> int:
-    """Pixels of a token, per side: h and w are multiples of it."""
+    """Pixels of a token, per side. h and w are multiples of it."""
     return self.decoder_spec.vit.patch_size
 
   @property
   def native_size(self) -> tuple[int, int]:
-    """(h, w) of the images that it is made for, in pixels: neither positions of
-    the decoder nor statistics by position are resampled."""
+    """(h, w) of the images that it is made for, in pixels. For these neither
+    positions of the decoder nor statistics by position are resampled."""
     gh, gw = self.latents_spec.grid or self.decoder_spec.vit.grid
     return gh * self.patch_size, gw * self.patch_size
 
@@ -105,7 +105,7 @@ class Tokenizer(nn.Module):
 
   @property
   def codebook_size(self) -> int:
-    """K, the vocabulary size: indices lie in [0, K); 0 if continuous."""
+    """K, the vocabulary size; 0 if continuous. Indices lie in [0, K)."""
     return self.quantizer.codebook_size
 
   def grid(self, h: int, w: int) -> tuple[int, int]:

@@ -117,7 +117,7 @@ class Quantizer(nn.Module):
 
   @property
   def code_width(self) -> int:
-    """c, the channels of a code: `code_dim`, or the latents' width."""
+    """c, the channels of a code, `code_dim` or the latents' width."""
     return self.code_dim or self.latent_dim
 
   @property

@@ -75,7 +75,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
   """
   for key, (old, new) in differences(before, now).items():
     raise UserError(
-      f'the run in this workdir has {key}={old}, the config says {new}; go '
+      f'the run in this workdir has {key}={old}, now it would be {new}; go '
       'back to that, or name another --workdir'
     )
 

@@ -215,8 +215,8 @@ class DataSpec:
       "bundled:photos" (`data.sources.open_source`).
     image_size: the side of a training image, or (h, w); or a list of those, one
       of which is drawn for each step from seed and step. At least 1 pixel.
-    include: globs of images' names, of which an image must match one; () for
-      all images.
+    include: globs of images' names (a file's without folder and ending, a tar
+      sample's key), of which an image must match one; () for all images.
     exclude: globs of images' names; what matches one is left out.
     resize: the shorter side before cropping; a pair draws it log-uniformly
       between the two; None keeps the image's own size (one smaller than
@@ -408,8 +408,8 @@ class EvalSpec:
       reconstructions are of training images.
     tile: pixels of a tile's side; None for the shorter one of
       `data.image_size`. At least 1, or None.
-    include: globs of images' names, of which an image must match one; () for
-      all images.
+    include: globs of images' names (a file's without folder and ending, a tar
+      sample's key), of which an image must match one; () for all images.
     exclude: globs of images' names; what matches one is left out.
     batch_size: tiles at once. At least 1.
     every: steps between evaluations of the averaged weights; 0: only at the
@@ -743,9 +743,10 @@ def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
 #
 # The ranges are those that the tokenizers' own documentation gives (decay,
 # commitment) or that papers tried (codes, up to 65,536); around an epsilon two
-# powers of ten, and below commitment's .1 two for SimVQ, which may want it
-# while the encoder is frozen (`docs/results.md`). `docs/from_pytorch.md` shows
-# the same table, and a test holds the two equal.
+# powers of ten. `docs/from_pytorch.md` shows the same table, and a test holds
+# the two equal. Commitment's .1 is of trainings with LPIPS: beside an L2 of
+# pixels in [0, 1] alone, or for SimVQ behind a frozen encoder, less is right
+# (`docs/results.md`).
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
   'vq': {
     'num_codes': (512, 65536),
@@ -756,7 +757,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
   'fsq': {'epsilon': (1e-5, 1e-1)},
   'losses': {'commit': (0.1, 0.5)},
 }
-SIMVQ_COMMIT = (0.001, 0.5)
+LOW_COMMIT = (0.001, 0.5)
 
 
 def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
@@ -770,7 +771,8 @@ def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
     for field, usual in RANGES.get(name, {}).items()
   ]
   if 'commit' in terms:
-    usual = SIMVQ_COMMIT if name == 'simvq' else RANGES['losses']['commit']
+    low = name == 'simvq' or 'lpips' not in terms
+    usual = LOW_COMMIT if low else RANGES['losses']['commit']
     found.append(('losses.commit', terms['commit'].weight, usual))
   if tokenizer.codebook_size:  # noise is for continuous decoders
     found.append(('noise_tau', spec.noise_tau, (0, 0)))

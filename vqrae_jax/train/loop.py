@@ -456,8 +456,8 @@ class _Loop:
     raise Stopped(
       f'by {signal_name} after step {step}, which is saved in '
       f'{self.workdir}/checkpoints; the same command resumes from there, and '
-      f'python -m vqrae_jax.train.export --run={self.workdir} writes its '
-      'tokenizer'
+      f'python -m vqrae_jax.train.export --run={self.workdir} '
+      '--out=tokenizer writes its tokenizer'
     )
 
   def figures(self) -> dict[str, Any]:

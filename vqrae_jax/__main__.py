@@ -1,0 +1,5 @@
+"""`python -m vqrae_jax NAME …` is `vqrae NAME …`."""
+
+from vqrae_jax import cli
+
+cli.vqrae()
