@@ -333,7 +333,7 @@ class Dump:
     return number, image - int(self._starts[number])
 
   def shard(self, number: int) -> tuple[Shard, np.ndarray]:
-    """(images, their indices i32[n v gh gw], or as `index_shape` says) of a shard.
+    """(images, their indices i32[n v gh gw], or as `index_shape` has them).
 
     Raises:
       UserError: it is damaged.
