@@ -189,7 +189,7 @@ def evaluate(
   if 'rfid' in figures and part.sums.images < ENOUGH:
     print(
       f'\nwarning: rFID of {part.sums.images} images: below {ENOUGH:,} the '
-      'covariance of their features has not full rank; compare it only with '
+      'covariance of their features is rank-deficient; compare it only with '
       'figures of the same images'
     )
   print(f'\nwrote {out} and {out.with_suffix(".png")}')
