@@ -13,6 +13,7 @@ from tests import hub, tiny
 from vqrae_jax import export, push
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
+from vqrae_jax.train import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REPO = 'someone/tiny'
@@ -130,3 +131,26 @@ def test_what_is_not_there(site, saved, tmp_path, monkeypatch):
 
   monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
   refused('network.*HF_ENDPOINT', push.main, argv)
+
+
+@pytest.mark.parametrize(
+  'init, words',
+  [
+    (dict(), ['random weights']),
+    (dict(encoder='dinov2-base'), ['facebook/dinov2-base', 'Apache-2.0']),
+    (dict(decoder='rae:decoders/model.pt'), ['decoders/model.pt', 'licence']),
+    (
+      dict(encoder='dinov2-base', decoder='rae:model.pt'),
+      ['facebook/dinov2-base', 'model.pt'],
+    ),
+  ],
+)
+def test_the_card_names_where_weights_come_from(init, words):
+  """Encoder and decoder; only a run that loaded neither is all its own."""
+  tokenizer, _ = tiny.built(tiny.model('simvq-cosine'))
+  config = config_lib.read_config(tiny.run('simvq-cosine', init=init))
+  figures = dict(steps=2, psnr=20.0)
+  text = push.card(REPO, tokenizer, 1, 'f', (config, figures))
+  licence = text.partition('## Licence')[2]
+  assert all(word in licence for word in words), licence
+  assert ('random weights' in licence) == (not init)

@@ -236,18 +236,24 @@ def _figures(config: config_lib.RunConfig, figures: dict[str, Any]) -> str:
 
 
 def _licence(config: config_lib.RunConfig) -> str:
-  """Of the encoder's weights, as their repository states it."""
-  source = config.init.encoder
+  """Of the weights that the run started with, as their repository states it."""
   if config.init_from:
-    start = _name(config.init_from)
-    return f'It was started from {start}, and the licence of that applies.'
-  if not source:
-    return 'All of it was trained from random weights.'
-  hub = source.removeprefix('hf:').partition('@')[0]
-  row = PUBLISHED.get(source) or PUBLISHED.get(row_of(hub) or '')
-  if row is None:
-    return f'The encoder comes from {_name(source)}, whose licence applies.'
-  return f'The encoder comes from {row.hub}; licence: {row.licence}.'
+    return (
+      f'It was started from {_name(config.init_from)}, whose licence applies.'
+    )
+  found = []
+  if source := config.init.encoder:
+    hub = source.removeprefix('hf:').partition('@')[0]
+    if row := PUBLISHED.get(source) or PUBLISHED.get(row_of(hub) or ''):
+      found.append(f'The encoder comes from {row.hub}; licence: {row.licence}.')
+    else:
+      found.append(
+        f'The encoder comes from {_name(source)}, whose licence applies.'
+      )
+  if source := config.init.decoder:
+    name = _name(source.removeprefix('rae:'))
+    found.append(f'The decoder was started from {name}, whose licence applies.')
+  return ' '.join(found) or 'All of it was trained from random weights.'
 
 
 if __name__ == '__main__':

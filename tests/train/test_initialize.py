@@ -64,7 +64,7 @@ def test_an_unfinished_run_will_do_and_the_log_says_so(
   simvq_run, simvq_config, tmp_path, log
 ):
   want = first_leaves(simvq_config(init_from=str(simvq_run)))
-  assert 'not finished' not in log.text
+  assert 'unfinished' not in log.text
   assert f'step 2 of {simvq_run}' in log.text
   run = shutil.copytree(simvq_run, tmp_path / 'run')
   shutil.rmtree(run / 'tokenizer')
@@ -72,7 +72,7 @@ def test_an_unfinished_run_will_do_and_the_log_says_so(
     (run / 'summary.json').write_text(figures)
     log.clear()
     same(first_leaves(simvq_config(init_from=str(run))), want)
-    assert 'not finished' in log.text
+    assert 'unfinished' in log.text
   with pytest.raises(UserError, match='init.encoder=.*tokenizer/'):
     runs.begun(simvq_config(init=dict(encoder=str(run))))
 
