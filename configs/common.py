@@ -327,7 +327,7 @@ def arguments(text: str | None, **defaults):
   tuple, the choices, the first is the default. Others are a ValueError."""
   values = {k: v[0] if type(v) is tuple else v for k, v in defaults.items()}
   known = ', '.join(f'{k}={v}' for k, v in values.items())
-  known = f'is none of: {known}' if known else 'has no place: there are none'
+  known = f'is not one of: {known}' if known else 'is unknown: there are none'
   for pair in filter(None, (text or '').split(',')):
     name, equals, value = pair.partition('=')
     if not equals or name not in defaults:

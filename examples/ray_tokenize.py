@@ -4,13 +4,13 @@
   python examples/ray_tokenize.py --tokenizer=DIR --data=DATA --out=DIR \\
     --actors=8 --gpus=1
 
-The flags are those of `python -m vqrae_jax.tokenize`, --actors, and the
-processors and GPUs of each. DIR and DATA lie where every node of the cluster
-sees them. Ray starts an actor that is lost again and gives it its shard again;
-a driver that is lost is started again by the same command.
+The flags are those of `python -m vqrae_jax.tokenize`, plus --actors, and
+--cpus and --gpus of each actor. Every node of the cluster must see DIR and
+DATA. Ray restarts a lost actor and gives it its shard again; if the driver is
+lost, run the same command again.
 
-Tried on a local cluster of four logical processors, where one of two actors is
-killed as it writes (tests/test_ray.py); not on several nodes, nor on GPUs.
+Tested on a local cluster of four logical CPUs, where one of two actors is
+killed while it writes (tests/test_ray.py); not on several nodes or on GPUs.
 """
 
 from absl import flags
@@ -38,11 +38,11 @@ def main(argv: list[str]) -> None:
 
   values = flags.FlagValues()
   tokenize.define_job(values)
-  flags.DEFINE_integer('actors', 2, 'workers at once', 1, None, values)
-  flags.DEFINE_float('cpus', 1.0, 'processors of an actor', 0, None, values)
-  flags.DEFINE_float('gpus', 0.0, 'GPUs of an actor', 0, None, values)
+  flags.DEFINE_integer('actors', 2, 'number of actors', 1, None, values)
+  flags.DEFINE_float('cpus', 1.0, 'CPUs per actor', 0, None, values)
+  flags.DEFINE_float('gpus', 0.0, 'GPUs per actor', 0, None, values)
   flags.DEFINE_integer(
-    'local', None, 'a cluster of this machine alone, of so many processors', 1,
+    'local', None, 'start a cluster on this machine, with this many CPUs', 1,
     None, values,
   )  # fmt: skip
   example = tokenize.EXAMPLE.replace(f'-m {tokenize.MODULE}', __file__)

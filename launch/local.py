@@ -3,12 +3,13 @@
   python launch/local.py --processes=2 --devices=4 -- \
     --config=configs/quickstart.py --workdir=runs/two_processes
 
-Each is `python -m vqrae_jax.train` with what follows `--`; its number stands
-before its lines. SIGTERM and Ctrl-C reach all as SIGTERM, on which they save
-and exit with 143; a second one kills them. If one fails the others are ended,
-and its exit code is this program's, not the 75 of one that lost it.
+Each runs `python -m vqrae_jax.train` with the flags after `--`; its output
+lines begin with its number. SIGTERM and Ctrl-C reach all as SIGTERM: they save
+and exit with 143; a second one kills them. If one fails, the others are ended,
+and this program exits with its code, not with the 75 of one that lost it.
 
-Tried: two processes on CPU devices (tests/test_launch.py); no accelerators.
+Tested with two processes on CPU devices (tests/test_launch.py), not on
+accelerators.
 """
 
 import argparse

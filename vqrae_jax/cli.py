@@ -29,8 +29,8 @@ from vqrae_jax.errors import Stopped, UserError, did_you_mean
 from vqrae_jax.paths import check_writable
 
 COMMANDS = {
-  'train': 'train a tokenizer as a config says',
-  'preflight': 'what a run takes on devices that you need not have',
+  'train': 'train a tokenizer from a config',
+  'preflight': 'memory and compilation of a run, on devices you need not have',
   'evaluate': 'PSNR, SSIM, LPIPS, rFID, usage and probes of a tokenizer',
   'reconstruct_images': 'images through tokens and back, as PNGs with PSNR',
   'tokenize': 'the indices of a data set, in files that trainers read',
@@ -38,9 +38,9 @@ COMMANDS = {
   'doctor': 'the health of a codebook on images, with remedies',
   'latent_stats': "mean and variance of an encoder's latents",
   'fetch_weights': 'download the published weights that a config needs',
-  'convert': 'PyTorch checkpoints in and out',
-  'export': 'a tokenizer as programs that need JAX alone',
-  'push': 'a tokenizer to the Hugging Face hub, with a model card',
+  'convert': 'convert PyTorch checkpoints to this package and back',
+  'export': 'write a tokenizer as programs that need only JAX',
+  'push': 'upload a tokenizer to the Hugging Face hub, with a model card',
   'train.export': 'the tokenizer of an unfinished run',
 }
 
@@ -161,15 +161,16 @@ def define_hosts(values: flags.FlagValues) -> None:
   flags.DEFINE_bool(
     'distributed',
     'JAX_COORDINATOR_ADDRESS' in os.environ,
-    'join the other hosts by jax.distributed.initialize(), which finds them '
-    'itself on TPU VMs and GKE, under Slurm, Open MPI 4, and in Kubernetes '
-    'Jobs and JobSets with the package kubernetes and the right to read pods; '
-    'elsewhere give --coordinator_address, --num_processes, --process_id',
+    'join the other hosts with jax.distributed.initialize(), which finds them '
+    'by itself on TPU VMs and GKE, under Slurm and Open MPI 4, and in '
+    'Kubernetes Jobs and JobSets (with the package kubernetes and permission '
+    'to read pods); elsewhere give --coordinator_address, --num_processes, '
+    '--process_id',
     values,
   )
   flags.DEFINE_string(HOSTS[0], None, 'HOST:PORT of process 0', values)
   for name, about in (
-    ('num_processes', 'how many processes there are'),
+    ('num_processes', 'number of processes'),
     ('process_id', "this process's number, from 0"),
   ):
     flags.DEFINE_integer(name, None, about, flag_values=values)
@@ -319,7 +320,7 @@ def _check_overrides(config: Any, argv: list[str]) -> None:
     for key in dotted.split('.')[1:]:
       keys = list(node.keys()) if hasattr(node, 'keys') else []
       if key not in keys:
-        near = did_you_mean(key, keys) if keys else f'; {path} is no section'
+        near = did_you_mean(key, keys) if keys else f'; {path} is not a section'
         raise UserError(
           f'unknown key "{path}.{key}"{near} (more keys go into the file)'
         )

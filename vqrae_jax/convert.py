@@ -75,7 +75,7 @@ _FLAGS = {
     'tokenizer with --to',
   ),
   'out': (None, 'a directory, or for single files F.safetensors or F.npz'),
-  'row': (None, "the row of an encoder's folder or file without a config.json"),
+  'row': (None, "the table's row for an encoder without a config.json"),
   'dtype': (
     'float32',
     "the type of a converted encoder's weights, float32 or bfloat16",
@@ -83,8 +83,8 @@ _FLAGS = {
   'to': ('ours', 'ours, or the way back: torch, diffusers'),
   'quantizer': (
     '',
-    'fields of the quantizer that the file does not show, over the config: '
-    'levels=(8,5,5),bound="clip" or distance="l2"',
+    'quantizer fields that the file does not show, which override the '
+    'config: levels=(8,5,5),bound="clip" or distance="l2"',
   ),
 }
 
@@ -221,7 +221,7 @@ def convert_encoder(
   if dtype not in DTYPES:
     raise UserError(f'--dtype={dtype}{did_you_mean(dtype, DTYPES)}')
   if row is not None and source in ENCODERS:
-    raise UserError(f'--row={row} does not go with {source}, which is a row')
+    raise UserError(f'--row={row}: {source} is itself a row; leave --row out')
   found = encoders.find_encoder(source, row)
   if found.converted:
     raise UserError(f'{source} is already converted; load_encoder opens it')
@@ -355,7 +355,7 @@ def _convert_autoencoder_rae(folder: pathlib.Path, out: pathlib.Path) -> None:
   norm, noise = tokenizer.latents_spec.norm, config.get('noise_tau')
   print(f'latents: norm="{norm}"')
   if noise:
-    print(f'noise_tau={noise}: to train on so, --config.noise_tau={noise}')
+    print(f'noise_tau={noise}: continue with --config.noise_tau={noise}')
   report_roundtrip(fits)
   print('parity with diffusers: not measured')
   variables = trees.unflatten(autoencoder_rae.load(fits) | leaves)

@@ -31,9 +31,9 @@ def define(values: flags.FlagValues) -> None:
   keys = dict(flag_values=values)
   cli.define_tokenizer(values)
   text = (
-    'pixels of a side of the square that is shown, tokenized in tiles of the '
-    'size that the tokenizer was made for, of which it is a multiple; by '
-    f'default the least of {LEAST} or more'
+    'side of the square shown, in pixels: a multiple of the size that the '
+    'tokenizer was made for, in whose tiles it is tokenized; default: the '
+    f'smallest multiple of at least {LEAST}'
   )
   flags.DEFINE_integer('size', None, text, lower_bound=1, **keys)
   text = 'the address to listen on; 0.0.0.0 lets other machines in'
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> None:
     )
   except OSError:
     raise UserError(
-      f'--host={values.host} --port={values.port} is in use or cannot be '
-      'listened on; name another port'
+      f'cannot listen on --host={values.host} --port={values.port}: the port '
+      'may be in use; name another'
     ) from None
   print(f'http://{values.host}:{values.port}; Ctrl-C stops it', flush=True)
   blocks.block_thread()
@@ -276,7 +276,7 @@ def page(model: Model, title: str) -> Any:
 
   def edited(state, brush, event: gr.SelectData):
     if state is None or state['code'] is None:
-      return warned('Click on a token first: its code is what is edited.')
+      return warned('Click on a token first: you paint with its code.')
     indices = model.edited(state['indices'], *event.index, brush, state['code'])
     return views(state | dict(indices=indices))
 
@@ -323,9 +323,7 @@ def page(model: Model, title: str) -> Any:
       )
     caption = gr.Markdown(elem_id='caption')
     with gr.Row():
-      brush = gr.Slider(
-        1, 16, 4, step=1, label='tokens a side that a click paints'
-      )
+      brush = gr.Slider(1, 16, 4, step=1, label='brush size, tokens per side')
       restore = gr.Button("The image's own tokens again")
     outputs = [state, slider, tokens, difference, figures, recon]
     upload.change(opened, upload, outputs)

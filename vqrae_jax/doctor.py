@@ -3,11 +3,11 @@
 The health of a tokenizer's codebook on images: how many codes are used, which
 are copies of others, whether tokens and codes have similar norms, how near
 tokens are to another index, and how many indices move under bf16, with the
-batch size and with the number of devices. Findings are in plain language, each
-with the config key that cures it; a finding is not an error.
+batch size and with the number of devices. Each finding names the config key
+that fixes it; a finding is not an error.
 
 Images are cut into tiles of the size that the tokenizer was made for; smaller
-images are enlarged to it.
+images are enlarged to that size.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('out', None, text, **keys)
   flags.DEFINE_string('json', None, 'the file for the figures, F.json', **keys)
   flags.DEFINE_string('png', None, 'the file for the picture, F.png', **keys)
-  text = 'so many images, evenly spaced in the listing; all if left out'
+  text = 'number of images, evenly spaced in the listing; default: all'
   flags.DEFINE_integer('images', None, text, lower_bound=1, **keys)
   text = 'tiles at once'
   flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)
@@ -132,7 +132,7 @@ def examine(
   source = open_source(data)
   count = len(source)
   if images and images > count:
-    raise UserError(f'--images={images}, and "{data}" holds {count}')
+    raise UserError(f'--images={images}, but "{data}" holds only {count}')
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   if not tokenizer.codebook_size:
     raise UserError(
@@ -340,15 +340,15 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
   if f.get('codes_not_finite'):
     return [
       (
-        f'{f["codes_not_finite"]} of {k} codes are NaN or infinite, and tokens '
-        'get an index all the same: go back to a checkpoint before that, and '
-        'train on with clipped gradients or a lower rate',
+        f'{f["codes_not_finite"]} of {k} codes are NaN or infinite, yet tokens '
+        'still get an index: go back to an earlier checkpoint and continue '
+        'with clipped gradients or a lower learning rate',
         ['optim.clip=1.0', 'schedules=… dict(lr=…)'],
       )
     ]
   if f['tokens_not_finite']:
     share = _percent(f['tokens_not_finite'] / n)
-    what = f'{share} of tokens are NaN or infinite, and get some index'
+    what = f'{share} of tokens are NaN or infinite; their indices mean nothing'
     return [(what, ['model.dtype="float32"', 'optim.clip=1.0'])]
   found = []
   lengths = f.get('code_norm') and _lengths(f)
@@ -358,18 +358,17 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
   if f['unused'] > f['unused_if_even'] + _UNUSED:
     few, even = '', _percent(f['unused_if_even'])
     if n < _TOKENS * k:
-      few = f' (of {n:,} tokens; even use would leave {even})'
+      few = f' (on {n:,} tokens; even use would leave {even} unused)'
     what = f'{_percent(f["unused"])} of codes are never used{few}'
     found.append((what, cures))
   elif f['perplexity'] < _UNEVEN * min(k, n):
     what = (
-      f'codes are used unevenly: a perplexity of {f["perplexity"]:.0f}, of {k} '
-      'codes'
+      f'codes are used unevenly: perplexity {f["perplexity"]:.0f} of {k} codes'
     )
     found.append((what, cures))
   elif n < _TOKENS * k:
     what = (
-      f'{n:,} tokens are too few to judge the use of {k:,} codes: take at '
+      f'{n:,} tokens are too few to judge the usage of {k:,} codes: use at '
       f'least {_TOKENS * k:,}'
     )
     found.append((what, ['--data=… (more images)']))
@@ -385,8 +384,8 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     )
   if f.get('near_duplicates', 0) > _COPIES * k:
     what = (
-      f'{_percent(f["near_duplicates"] / k)} of codes are copies of another: '
-      f'nearer to it than a tenth of the distance from tokens to their codes'
+      f'{_percent(f["near_duplicates"] / k)} of codes are near-duplicates: '
+      'closer to another code than a tenth of the distance from tokens to codes'
     )
     cures = keys.loss(orthogonal=0.01) or keys.unless(update='ema')
     cures += keys.fewer(k, k - f['near_duplicates'])
@@ -395,7 +394,7 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
   if k > 1 and error is not None and error >= 1:
     what = (
       'tokens are farther from their codes than from their own mean: the '
-      'codes lie elsewhere'
+      'codes are not where the tokens are'
     )
     cures = keys.unless(data_init=True, basis_init='tokens')
     found.append((what, cures or keys.use(k, f['used'])))
@@ -410,7 +409,7 @@ def _lengths(f: dict) -> str:
   ):
     if long > _LENGTHS * short:
       times = f'{long / short:.0f} times' if short else 'infinitely'
-      return f'{names[0]} are {times} as long as {names[1]}'
+      return f'norms of {names[0]} are {times} those of {names[1]}'
   return ''
 
 
@@ -427,7 +426,7 @@ def _narrow_channels(f: dict) -> str:
   i = narrow[0]
   return (
     f'{len(narrow)} of {len(levels)} channels use few of their levels (channel '
-    f'{i} as many as {effective[i]:.1f} of {len(levels[i])})'
+    f'{i} effectively uses {effective[i]:.1f} of {len(levels[i])})'
   )
 
 
@@ -446,7 +445,7 @@ def _unstable(f: dict) -> list[tuple[str, list[str]]]:
     if dtype in f['moved'] and f['moved'][dtype] > _MOVED[dtype]:
       continue  # it goes with the dtype
     text = (
-      f'{_percent(share)} of indices move with the {_CHANGES[kind]} in {dtype}'
+      f'{_percent(share)} of {dtype} indices change with the {_CHANGES[kind]}'
     )
     one = 'a fixed batch size' if kind == 'batch size' else 'the same devices'
     cure = canonical if dtype == 'bfloat16' else f'{one} when tokenizing'

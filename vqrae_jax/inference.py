@@ -101,7 +101,7 @@ def _apply(tokenizer, variables, x, method, precision):
   choose({p: p for p in PRECISIONS}, precision, 'precision')
   _check_variables(tokenizer, variables, method)
   if not hasattr(x, 'ndim'):
-    raise UserError(f'an array is needed here, not a {type(x).__name__}')
+    raise UserError(f'expected an array, got a {type(x).__name__}')
   for leaf in (x, *jax.tree.leaves(variables)):
     if AxisType.Explicit in (jax.typeof(leaf).sharding.mesh.axis_types or ()):
       raise UserError(

@@ -133,11 +133,11 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string('data', None, text, **keys)
   flags.DEFINE_string('out', None, 'the file to write, F.npz', **keys)
   text = (
-    "of each position's channels, not of channels over all positions; so too "
-    'where the config has model.latents.norm="position"'
+    'statistics per position and channel, not per channel; always so if the '
+    'config has model.latents.norm="position"'
   )
   flags.DEFINE_bool('position', False, text, **keys)
-  text = 'so many images, evenly spaced in the listing; all if left out'
+  text = 'number of images, evenly spaced in the listing; default: all'
   flags.DEFINE_integer('images', None, text, lower_bound=1, **keys)
   text = 'images at once on each host'
   flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)
@@ -220,7 +220,7 @@ def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
   wanted = values.images or count
   if wanted > count:
     held = values.data or section.source
-    raise UserError(f'--images={wanted}, and "{held}" holds {count}')
+    raise UserError(f'--images={wanted}, but "{held}" holds only {count}')
   # Evenly spaced, for listings go class by class.
   chosen = [i * count // wanted for i in range(wanted)]
   mine = chosen[jax.process_index() :: jax.process_count()]
@@ -241,8 +241,8 @@ def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
   def check(skipped, seen):
     if skipped > section.max_skipped * seen or skipped == seen:
       raise UserError(
-        f'{skipped} of {seen} images cannot be read; data.max_skipped='
-        f'{section.max_skipped:g} of them may be, and never all'
+        f'{skipped} of {seen} images cannot be read; data.max_skipped allows a '
+        f'share of {section.max_skipped:g}, and never all of them'
       )
 
   def skip(index, error):

@@ -89,7 +89,7 @@ class Schedule:
     if any(factor is not None and factor < 0 for factor in self.layers or ()):
       raise UserError(f'layers={self.layers} must be 0 or more, None if frozen')
     if self.layers and not any(self.layers):
-      raise UserError(f'layers={self.layers} moves no block; None freezes all')
+      raise UserError(f'layers={self.layers} trains no block; freeze with None')
 
 
 def decays(name: str, leaf: Any) -> bool:
@@ -350,7 +350,7 @@ def make_optimizer(
     if schedule.layers is not None and len(schedule.layers) != depth:
       raise UserError(
         f'a schedule with {len(schedule.layers)} layers claims "{name}", which '
-        f'stacks {depth}'
+        f'stacks {depth} layers; the two must be equal'
       )
     rows.append((name, distinct.index(schedule), decays(name, leaf)))
   return Optimizer(

@@ -1,12 +1,11 @@
 """python -m vqrae_jax.preflight --config=F.py [--topology=v5e:8x8 | --mesh=8]
 
-Compiles a run's train step and `encode_to_indices` for devices that need not be
-there (a TPU topology by its name, so many CPU devices, or those of this
-machine) and reports what they take. Nothing runs, and no weights are opened.
+Compiles a run's train step and `encode_to_indices` for devices that you need
+not have (a TPU topology by its name, a number of CPU devices, or those of this
+machine) and reports what they need. Nothing runs, and no weights are opened.
 
 Memory is the compiler's own analysis; `programs.py` says what the other
-figures are. There is no such compiler for GPUs: those have to be in this
-machine.
+figures are. For GPUs there is no such compiler: they must be in this machine.
 """
 
 import contextlib
@@ -89,7 +88,7 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
   """
   name, count = values.topology, values.mesh
   if name and count:
-    raise UserError(f'--topology={name} and --mesh={count}: give one of them')
+    raise UserError(f'give either --topology={name} or --mesh={count}')
   if not (name or count):
     return jax.devices()
   jax.config.update('jax_platforms', 'cpu')
@@ -107,7 +106,7 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
     return topologies.get_topology_desc(name, 'tpu').devices
   except jax.errors.JaxRuntimeError as e:
     raise UserError(
-      f'--topology={name}: {e}; v5e:8x8 and v5p:4x4x4 are right'
+      f'--topology={name}: {e}; examples: v5e:8x8, v5p:4x4x4'
     ) from None
   except RuntimeError:
     raise UserError(
@@ -177,8 +176,8 @@ def _data(run: config_lib.RunConfig) -> tuple[int, str]:
       return STAND_IN, f'not named yet; {STAND_IN} images stand in for it'
     if not examples:
       raise UserError(
-        f'{e}; where there is no data, --config.data.examples says how many '
-        'images an epoch has'
+        f'{e}; without the data, set --config.data.examples to the number of '
+        'images in an epoch'
       ) from None
     return examples, f'{examples:.0f} images; not found here: {e}'
 
@@ -451,8 +450,8 @@ def text_of(report: Mapping[str, Any]) -> str:
     ('data', report['data']),
     (
       'batch',
-      f'{batch["size"]}: {batch["device"]} a device, {batch["microbatch"]} at '
-      f'once (accumulate={batch["accumulate"]})',
+      f'{batch["size"]}: {batch["device"]} per device, {batch["microbatch"]} '
+      f'at once (accumulate={batch["accumulate"]})',
     ),
   ]
   rows += [
@@ -481,14 +480,14 @@ def _program_lines(program: Mapping[str, Any], dtype: str) -> list[str]:
       'memory of a device, MiB', [(k, _mib(n)) for k, n in memory.items()]
     ),
     *_section(
-      'largest temporaries: MiB each, how many, shape, operation',
+      'largest temporaries: MiB each, count, shape, operation',
       [
         (_mib(b['bytes']), f'{b["count"]} ×', b['shape'], b['name'][:90])
         for b in program['buffers']
       ],
     ),
     *_section(
-      'collectives of a device: MiB in all, how many, kind',
+      'collectives per device: MiB in total, count, kind',
       [
         (_mib(sums['bytes']), f'{sums["count"]} ×', kind)
         for kind, sums in program['collectives'].items()
@@ -507,7 +506,7 @@ def _program_lines(program: Mapping[str, Any], dtype: str) -> list[str]:
     lines += _section(title, rows[:10] if dtype != 'float32' else [])
   rows = [(_mib(leaf['bytes']), leaf['name']) for leaf in held['largest']]
   if rows:
-    title = f'{held["leaves"]} replicated leaves, MiB of a device: '
+    title = f'{held["leaves"]} replicated leaves, MiB per device: '
     lines += _section(title + _mib(held['bytes']), rows)
   return lines
 

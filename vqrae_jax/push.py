@@ -1,8 +1,8 @@
 """python -m vqrae_jax.push --tokenizer=DIR --repo=ORG/NAME [--run=DIR]
 
-A tokenizer to the Hugging Face hub, in one commit: config.json,
-model.safetensors and a model card, README.md, which the command replaces
-each time (what was there stays in the repository's history).
+Uploads a tokenizer to the Hugging Face hub in one commit: config.json,
+model.safetensors and a model card, README.md, which each push replaces (the old
+one stays in the repository's history).
 `load_tokenizer("hf:ORG/NAME")` and every --tokenizer open it.
 
 With --run, the workdir that the tokenizer came from, the card has the run's
@@ -116,7 +116,7 @@ def upload(folder: pathlib.Path, text: str, repo: str, private: bool) -> str:
   except Exception as e:
     cure = 'is there a network, and a hub at HF_ENDPOINT?'
     if getattr(e, 'response', None) is not None:
-      cure = 'log in with "hf auth login" as one who may write, or set HF_TOKEN'
+      cure = 'log in with "hf auth login" or HF_TOKEN, with write access'
     raise UserError(
       f'Could not push to hf:{repo} ({type(e).__name__}: {printable(e, 160)}); '
       f'{cure}'
@@ -156,7 +156,7 @@ def card(
     'native size': f'{h}x{w} px',
     'tokens of such an image': list(tokenizer.index_shape(h, w)),
     'codes (K)': tokenizer.codebook_size or 'none: latents are continuous',
-    'pixels a token, per side': tokenizer.patch_size,
+    'pixels per token, per side': tokenizer.patch_size,
     'latent channels': tokenizer.latent_dim,
     'quantizer': f'`{json.dumps(quantizer)}`',
     'parameters': f'{parameters:,}',
@@ -180,10 +180,10 @@ recon = vqrae_jax.decode_from_indices(tokenizer, variables, indices)
     ),
   }
   if run is None:
-    sections['Training'] = 'Not recorded: it was pushed without its run.'
+    sections['Training'] = 'Not recorded: it was pushed without --run.'
     sections['Licence'] = (
-      'Where the encoder comes from is not recorded. If its weights are '
-      'published ones, their licence applies.'
+      'The source of the encoder is not recorded. If it was initialized from '
+      'published weights, their licence applies.'
     )
   else:
     config, figures = run

@@ -1,7 +1,7 @@
 """python -m vqrae_jax.reconstruct_images --tokenizer=DIR --images=X --out=DIR
 
-Images through tokens and back: a PNG each, a side-by-side page, and the PSNR
-of each. An image's remainder modulo the patch (or the tile) is cropped.
+Encodes images to tokens and decodes them: one PNG and PSNR per image, and a
+side-by-side page. Images are cropped to a multiple of the patch (or the tile).
 """
 
 import pathlib

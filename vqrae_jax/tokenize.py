@@ -370,11 +370,11 @@ class Worker:
     if same < _AGREE:
       raise UserError(
         f'only {same:.1%} of the indices of {len(originals)} images in '
-        f'{self._job.out} equal those that the images give now'
+        f'{self._job.out} match those that the images encode to now'
       )
     return (
-      f'verified {len(originals)} images: {same:.2%} of their indices are '
-      f'encoded alike again, decoded at {sums.results()["psnr"]:.2f} dB'
+      f'verified {len(originals)} images: {same:.2%} of their indices match '
+      f'when encoded again; PSNR {sums.results()["psnr"]:.2f} dB'
     )
 
 
@@ -397,15 +397,15 @@ def _check_flags(job: Job, form: Any) -> None:
     if not form.sequences:
       kinds = [n for n, f in FORMATS.items() if f.sequences]
       raise UserError(
-        f'--{name} is for ids of language models, and --format={job.format} '
-        f'holds indices as they are; formats of ids are {", ".join(kinds)}'
+        f'--{name} is for language-model ids, but --format={job.format} '
+        f'stores plain indices; formats with ids: {", ".join(kinds)}'
       )
     if value < 0:
       raise UserError(f'--{name}={value} must be an id, 0 or above')
   if job.format == 'megatron' and job.eod is None:
     raise UserError(
       '--format=megatron needs --eod, the id that ends a document: its readers '
-      'find the bounds of documents by it; --offset=1 --eod=0 is one way'
+      'split documents at that id; for example --offset=1 --eod=0'
     )
 
 
@@ -472,7 +472,7 @@ def define(values: flags.FlagValues) -> None:
   text = 'worker I of N, counted from 0, which takes shards I, I + N, …'
   flags.DEFINE_string('shards', '0/1', text, values)
   text = (
-    'when all shards are finished, read, decode and encode again some images'
+    'when all shards are finished, encode some images again and compare indices'
   )
   flags.DEFINE_bool('verify', False, text, values)
   cli.define_hosts(values)
@@ -509,7 +509,7 @@ def main(argv: list[str]) -> None:
       written, skipped = worker.write(number, bar.update)
       images, lost = images + written, lost + skipped
   skipped = f' ({lost} skipped)' * bool(lost)
-  before = f', {len(done)} were finished' * bool(done)
+  before = f', {len(done)} already finished' * bool(done)
   print(
     f'{values.out}: wrote {len(numbers) - len(done)} shards of {images} images'
     f'{skipped}{before}'
@@ -536,22 +536,22 @@ def define_job(values: flags.FlagValues) -> None:
   text = f'the files to write: {", ".join(FORMATS)}'
   flags.DEFINE_string('format', 'array_record', text, **keys)
   text = (
-    'pixels of a side; the size that the tokenizer was made for if left out'
+    'side of a crop in pixels; default: the size the tokenizer was made for'
   )
   flags.DEFINE_integer('size', None, text, lower_bound=1, **keys)
   text = 'crops of an image: 1 (the centre) or 5 (corners and centre)'
   flags.DEFINE_integer('crops', 1, text, **keys)
   flags.DEFINE_bool('flip', False, 'the mirror image of each crop too', **keys)
   text = (
-    'the shorter side before cropping; the size, or 1.1 times that for 5 '
-    'crops, if left out'
+    'the shorter side before cropping, in pixels; default: --size, or 1.1 '
+    'times that for 5 crops'
   )
   flags.DEFINE_integer('resize', None, text, lower_bound=1, **keys)
-  text = 'the id of index 0; 1 if left out, so that 0 is free for padding'
+  text = 'the id of index 0; default: 1, which leaves 0 for padding'
   flags.DEFINE_integer('offset', None, text, **keys)
   flags.DEFINE_integer('bos', None, 'an id before each sequence', **keys)
   flags.DEFINE_integer('eod', None, 'an id after each sequence', **keys)
-  text = 'images of a shard, of data that is no tars or ArrayRecord files'
+  text = 'images per shard, for data other than tars or ArrayRecord files'
   flags.DEFINE_integer('shard_images', 10_000, text, lower_bound=1, **keys)
   text = 'views at once on each host'
   flags.DEFINE_integer('batch_size', 32, text, lower_bound=1, **keys)

@@ -5,7 +5,7 @@
 
 It reads the class, then the tokens in raster order, and predicts each from
 those before it, as LlamaGen does (arXiv 2406.06525) on a plain ViT's blocks.
-Sampling keeps keys and values. OUT gets samples.png (a row a class),
+Sampling caches keys and values. OUT gets samples.png (one row per class),
 samples.npy (their indices) and losses.json. `docs/generation.md` has figures.
 Left out: rotary positions, dropout, EMA weights, checkpoints, several devices.
 """
@@ -165,23 +165,23 @@ def main(argv: list[str]) -> None:
   """Parses flags, trains, samples."""
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokens', None, 'a dump, of tokenize', **keys)
+  flags.DEFINE_string('tokens', None, 'a dump written by tokenize', **keys)
   flags.DEFINE_string('tokenizer', None, 'the tokenizer of the dump', **keys)
   flags.DEFINE_string('out', None, 'the folder to write', **keys)
   for name, default, text in (
     ('steps', 2000, 'training steps'),
-    ('batch_size', 32, 'images of a step'),
+    ('batch_size', 32, 'images per step'),
     ('width', 128, 'channels, a multiple of 64'),
     ('depth', 4, 'blocks'),
   ):
     flags.DEFINE_integer(name, default, text, lower_bound=1, **keys)
-  flags.DEFINE_integer('seed', 0, 'of weights and samples', **keys)
+  flags.DEFINE_integer('seed', 0, 'seed of weights and samples', **keys)
   flags.DEFINE_float('lr', 1e-3, 'the learning rate', **keys)
-  text = 'scale of guidance: 1 for none, 0 leaves the class out'
+  text = 'guidance scale: 1 for no guidance, 0 ignores the class'
   flags.DEFINE_float('guidance', 2.0, text, **keys)
   text = 'divides the logits'
   flags.DEFINE_float('temperature', 1.0, text, lower_bound=1e-3, **keys)
-  text = 'the probability that the likeliest codes must come to: 1 for all'
+  text = 'nucleus sampling: probability mass of the codes kept; 1 keeps all'
   flags.DEFINE_float('top_p', 0.95, text, 1e-3, 1, **keys)
   example = (
     'python -m examples.ar.train --tokens=DUMP --tokenizer=DIR --out=OUT'

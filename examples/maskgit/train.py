@@ -4,11 +4,11 @@
     python -m examples.maskgit.train --tokens=DUMP --tokenizer=DIR --out=OUT
 
 A transformer without a causal mask predicts the tokens that are masked from
-those that are not and the class. Sampling starts with all of them masked and
-keeps, step by step, those it is surest of. OUT gets samples.png (a row a
-class), samples.npy (their indices) and losses.json. `docs/generation.md` has
-figures. Left out: label smoothing, dropout, EMA weights, checkpoints, several
-devices.
+those that are not and from the class. Sampling starts with all of them masked
+and keeps the most confident ones at each step. OUT gets samples.png (one row
+per class), samples.npy (their indices) and losses.json. `docs/generation.md`
+has figures. Left out: label smoothing, dropout, EMA weights, checkpoints,
+several devices.
 """
 
 import json
@@ -166,22 +166,22 @@ def main(argv: list[str]) -> None:
   """Parses flags, trains, samples."""
   values = flags.FlagValues()
   keys = dict(flag_values=values)
-  flags.DEFINE_string('tokens', None, 'a dump, of tokenize', **keys)
+  flags.DEFINE_string('tokens', None, 'a dump written by tokenize', **keys)
   flags.DEFINE_string('tokenizer', None, 'the tokenizer of the dump', **keys)
   flags.DEFINE_string('out', None, 'the folder to write', **keys)
   for name, default, text in (
     ('steps', 2000, 'training steps'),
-    ('batch_size', 32, 'images of a step'),
+    ('batch_size', 32, 'images per step'),
     ('width', 128, 'channels, a multiple of 64'),
     ('depth', 4, 'blocks'),
     ('sample_steps', 12, 'steps of sampling'),
   ):
     flags.DEFINE_integer(name, default, text, lower_bound=1, **keys)
-  flags.DEFINE_integer('seed', 0, 'of weights, masks and samples', **keys)
+  flags.DEFINE_integer('seed', 0, 'seed of weights, masks and samples', **keys)
   flags.DEFINE_float('lr', 1e-3, 'the learning rate', **keys)
-  text = 'scale of guidance: 1 for none, 0 leaves the class out'
+  text = 'guidance scale: 1 for no guidance, 0 ignores the class'
   flags.DEFINE_float('guidance', 2.0, text, **keys)
-  text = "of the Gumbel noise on a token's log-probability; falls to 0"
+  text = "scale of the Gumbel noise on tokens' log-probabilities; falls to 0"
   flags.DEFINE_float('temperature', 4.5, text, **keys)
   example = (
     'python -m examples.maskgit.train --tokens=DUMP --tokenizer=DIR --out=OUT'

@@ -130,10 +130,10 @@ def _matches(data: str, path: str, pattern: str) -> list[str]:
   found = glob.glob(pattern, recursive=True)
   if not found and pattern == path:
     raise UserError(
-      f'data "{data}" is no folder, file, glob or "bundled:photos"'
+      f'data "{data}" is not a folder, file, glob or "bundled:photos"'
     )
   if not found:
-    raise UserError(f'data "{data}": there is no {pattern}')
+    raise UserError(f'data "{data}": nothing matches {pattern}')
   return found
 
 

@@ -157,6 +157,6 @@ def open_source(
     kept &= matches[: len(include)].any(0)
   if not kept.any():
     raise UserError(
-      f'data "{data}" holds no image that is included and not excluded'
+      f'data "{data}" holds no image that include and exclude leave'
     )
   return source.select(kept)

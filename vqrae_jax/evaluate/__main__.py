@@ -6,13 +6,13 @@ the latents predict them before and after quantization. The shorter side of each
 image is resized to --size and the centre is cropped; rFID is the distance to
 the same crops, or to a file of statistics.
 
-`metrics.json` holds the figures and the protocol that they depend on; beside it
-lies a page of the best, the median and the worst reconstructions.
+`metrics.json` holds the figures and the protocol that they depend on; the page
+beside it shows the best, the median and the worst reconstructions.
 
-Images go through in batches of a fixed size, the last of which is padded with
-zeros: no figure depends on the number of devices or hosts, beyond rounding.
-Each host saves its part beside --out, on a disk that all hosts share, and
-continues from there if it was stopped.
+Images are processed in batches of a fixed size, the last one padded with zeros:
+apart from rounding, no figure depends on the number of devices or hosts. Each
+host saves its part beside --out, on a disk that all hosts share, and continues
+from there if it was stopped.
 """
 
 import json
@@ -47,20 +47,19 @@ def define(values: flags.FlagValues) -> None:
   text = 'the file to write, F.json; F.png is written beside it'
   flags.DEFINE_string('out', None, text, **keys)
   text = (
-    'pixels of a side, a multiple of the patch; the size that the tokenizer '
-    'was made for by default'
+    'side of the images in pixels, a multiple of the patch; default: the size '
+    'that the tokenizer was made for'
   )
   flags.DEFINE_integer('size', None, text, lower_bound=1, **keys)
-  text = 'so many images, evenly spaced in the listing; all if left out'
+  text = 'number of images, evenly spaced in the listing; default: all'
   flags.DEFINE_integer('images', None, text, lower_bound=1, **keys)
   text = (
-    'the figures that need a network of their own, of lpips and rfid; "" for '
-    'none of them'
+    'the metrics to compute that need a network: lpips, rfid; "" for neither'
   )
   flags.DEFINE_list('metrics', [*METRICS], text, **keys)
   text = (
-    'an .npz of the mean ("mu") and covariance ("sigma") of Inception features '
-    'that rFID is the distance to, in place of the same images'
+    'an .npz with the mean ("mu") and covariance ("sigma") of Inception '
+    'features, the reference of rFID in place of the same images'
   )
   flags.DEFINE_string('fid_stats', None, text, **keys)
   text = (
@@ -148,7 +147,7 @@ def evaluate(
     reference = fid.load_statistics(fid_stats, inception.WIDTH)
   source = open_source(data)
   if images and images > len(source):
-    raise UserError(f'--images={images}, and "{data}" holds {len(source)}')
+    raise UserError(f'--images={images}, but "{data}" holds only {len(source)}')
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   sides = (size, size) if size else tokenizer.native_size
   latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*sides), '--size')
@@ -188,9 +187,9 @@ def evaluate(
   print(_table(report))
   if 'rfid' in figures and part.sums.images < ENOUGH:
     print(
-      f'\nwarning: rFID of {part.sums.images} images: below {ENOUGH:,} the '
-      'covariance of their features is rank-deficient; compare it only with '
-      'figures of the same images'
+      f'\nwarning: rFID on {part.sums.images} images: with fewer than '
+      f'{ENOUGH:,}, the covariance of the features is rank-deficient; compare '
+      'it only with an rFID of the same images'
     )
   print(f'\nwrote {out} and {out.with_suffix(".png")}')
   return report
@@ -338,8 +337,8 @@ _TABLE = (
   ('rfid', 'rFID', '{:.3f}'),
   ('usage', 'codebook usage', '{:.1%}'),
   ('perplexity', 'perplexity', '{:,.1f}'),
-  ('effective_bits', 'effective bits a token', '{:.2f}'),
-  ('bits_per_image', 'bits an image', '{:,.0f}'),
+  ('effective_bits', 'effective bits per token', '{:.2f}'),
+  ('bits_per_image', 'bits per image', '{:,.0f}'),
   ('knn', 'k-NN accuracy of latents', '{:.1%}'),
   ('knn_quantized', '  after quantization', '{:.1%}'),
   ('linear', 'linear probe of latents', '{:.1%}'),

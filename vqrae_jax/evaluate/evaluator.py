@@ -59,7 +59,7 @@ def check_tiles(source: EncodedImages, tile: int) -> None:
   for _, image in pipeline.each_image(source):
     if isinstance(image, ImageDecodeError):
       raise UserError(
-        f'a held-out image: {image}; replace it, or leave it out by '
+        f'{image}; it is a held-out image: replace it, or leave it out with '
         'eval.exclude'
       )
 

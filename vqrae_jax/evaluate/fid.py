@@ -64,7 +64,7 @@ def load_statistics(
       mean, covariance = (np.asarray(file[n], float) for n in ('mu', 'sigma'))
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
     raise UserError(
-      f'{path} is no statistics file, an .npz with "mu" and "sigma": {e}'
+      f'{path} is not an .npz of statistics ("mu" and "sigma"): {e}'
     ) from None
   if mean.shape != (width,) or covariance.shape != (width, width):
     raise UserError(

@@ -200,8 +200,8 @@ def _read_config(path: Path) -> dict:
   config = read_json(path / CONFIG)
   if converted.KEY in config:
     raise UserError(
-      f'{path} is an encoder alone; load_encoder opens it, and init.encoder '
-      'starts a run from it'
+      f'{path} is an encoder, not a tokenizer; open it with load_encoder, or '
+      'start a run from it with init.encoder'
     )
   for key in ('format_version', 'model', 'fingerprint'):
     if key not in config:

@@ -40,12 +40,12 @@ def define(values: flags.FlagValues) -> None:
   """The command's flags."""
   keys = dict(flag_values=values)
   cli.define_tokenizer(values)
-  text = "in its place, a run's workdir: its newest checkpoint that verifies"
+  text = 'instead of --tokenizer: a run, whose newest intact checkpoint is used'
   flags.DEFINE_string('run', None, text, **keys)
   flags.DEFINE_string('out', None, 'the folder of the bundle, new', **keys)
   text = (
-    'of images: native, H, HxW, or any (multiples of the patch; with learned '
-    'positions or unlike patches there is none)'
+    'image size: native, H, HxW, or any (all multiples of the patch; not with '
+    'learned positions or with different patches)'
   )
   flags.DEFINE_string('size', 'native', text, **keys)
   text = '"default", or "canonical": f32 and the highest precision'

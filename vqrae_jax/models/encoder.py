@@ -192,8 +192,8 @@ def check_encoder(module: EncoderModule, where: str) -> None:
     shape = (2, gh, gw, module.latent_dim)
     if getattr(out, 'shape', None) != shape or out.dtype != module.dtype:
       raise UserError(
-        f'{where}: {type(module).__name__} makes {_shown(out)} of images '
-        f'{list(images.shape)}, and should make {module.dtype}{list(shape)}'
+        f'{where}: {type(module).__name__} returns {_shown(out)} for images '
+        f'{list(images.shape)}; it must return {module.dtype}{list(shape)}'
       )
     if others := variables.keys() - {'params'}:
       raise UserError(

@@ -297,8 +297,8 @@ def _decoder_spec(
   if name == 'symmetric':
     if not isinstance(encoder, EncoderSpec):
       raise UserError(
-        'model.decoder.name="symmetric" has the sizes of the encoder, and '
-        f'{type(encoder).__name__} is no ViT of ours; name one of '
+        'model.decoder.name="symmetric" takes the sizes of the encoder, but '
+        f'{type(encoder).__name__} is not a ViT of this package; name one of '
         f'{", ".join(DECODERS)}'
       )
     sizes = ('width', 'depth', 'num_heads', 'mlp_dim', 'patch_size', 'grid')
@@ -326,8 +326,8 @@ def _features_spec(
   layers = _layers(encoder)
   if spec.shallow and len(layers or ()) < 2:
     raise UserError(
-      'model.feature_decoder.shallow predicts the first of encoder.layers, and '
-      f'there are no two: encoder.layers={layers}'
+      'model.feature_decoder.shallow predicts the first of encoder.layers and '
+      f'needs two or more: encoder.layers={layers}'
     )
   return spec
 
@@ -389,8 +389,9 @@ def build_tokenizer(
   fuse = encoder.fuse if isinstance(encoder, EncoderSpec) else ''
   if latents.norm != 'none' and fuse == 'attention':
     raise UserError(
-      f'model.latents.norm="{latents.norm}" measures latents before training, '
-      'and encoder.fuse="attention" trains them; use norm="none"'
+      f'model.latents.norm="{latents.norm}" needs statistics from before '
+      'training, but encoder.fuse="attention" trains the latents; use '
+      'norm="none"'
     )
   return Tokenizer(
     encoder_spec=encoder,

@@ -264,13 +264,13 @@ def load(
   tree = {}
   for part, (name, table) in PARTS[term].items():
     path = found[name]
-    hint = f'bring the published one with: {hub.command(name)}'
+    hint = f'download the published one with: {hub.command(name)}'
     leaves = Pretrained(open_weights(path), table, target[part], hint).load()
     tree[part] = trees.unflatten(leaves)
     if part == 'heads' and any((w < 0).any() for w in leaves.values()):
       raise UserError(
-        f'{path} holds negative weights; the heads of LPIPS are not negative, '
-        'or a distance would be'
+        f'{path} has negative weights, which are invalid for LPIPS heads; use '
+        'the published file'
       )
   return tree
 

@@ -479,14 +479,14 @@ def check_counterpart(tokenizer: Tokenizer) -> None:
   if isinstance(q, quantizers.FSQ) and q.bound == 'tanh':
     raise UserError(
       'quantizer.bound="tanh": the FSQ of the PyTorch project clips and would '
-      'give other indices; train with bound="clip" and odd levels to go there'
+      'give other indices; train with bound="clip" and odd levels to convert'
     )
   resized = spec.patch_size != tokenizer.patch_size
   if resized and spec.resize != TORCH_BICUBIC:
     raise UserError(
       f'encoder.resize="{spec.resize}": the PyTorch project resizes images '
-      'otherwise, which gives other indices; train with '
-      f'encoder.resize="{TORCH_BICUBIC}" to go there'
+      'differently, which gives other indices; train with '
+      f'encoder.resize="{TORCH_BICUBIC}" to convert'
     )
   if tokenizer.features_spec is not None:
     raise UserError('model.feature_decoder: the PyTorch project has none')

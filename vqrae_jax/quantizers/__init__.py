@@ -89,8 +89,8 @@ def _nested(
   section, key = fields.get('quantizer'), f'{where}.quantizer'
   if not isinstance(section, Mapping):
     raise UserError(
-      f'{key}={section!r} must be a section, dict(name=…), of what chooses '
-      f'each code: {", ".join(outer.allowed)}'
+      f'{key}={section!r} must be a section, dict(name=…), that names the '
+      f'quantizer of each code: {", ".join(outer.allowed)}'
     )
   fields = {k: v for k, v in section.items() if k != 'name'}
   table = {name: QUANTIZERS[name] for name in outer.allowed}

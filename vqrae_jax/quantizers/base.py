@@ -439,8 +439,8 @@ def check_quantizer(quantizer: Quantizer, where: str) -> None:
     gives = 'nothing' if leaf is None else f'{leaf.dtype}{list(leaf.shape)}'
     if gives != f'{dtype}{list(shape)}':
       raise UserError(
-        f'{where}: {kind} gives {gives} as {name} of latents {list(z.shape)}, '
-        f'and should give {dtype}{list(shape)}'
+        f'{where}: {kind} returns {gives} as {name} for latents '
+        f'{list(z.shape)}; it must return {dtype}{list(shape)}'
       )
 
 

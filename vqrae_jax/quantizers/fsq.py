@@ -169,8 +169,8 @@ class FSQ(base.Quantizer):
       )
     if self.adapter_in == self.projection == 'mlp':
       raise UserError(
-        'quantizer.adapter_in="mlp" and quantizer.projection="mlp" are two '
-        'maps into code space: set quantizer.projection=True'
+        'quantizer.adapter_in="mlp" and quantizer.projection="mlp" both map '
+        'into code space; set quantizer.projection=True'
       )
     if self.preserve_symmetry and not cosmos:
       raise UserError(

@@ -74,9 +74,8 @@ class MultiScale(nested.Nested):
     fit = [n for n in range(self.phis + 1) if len(set(self._phis(n))) == n]
     if self.phis != fit[-1]:
       raise UserError(
-        f'quantizer.phis={self.phis}: some are nearest to none of the '
-        f'{len(self.scales)} scales and would not be trained; set it to '
-        f'{fit[-1]}'
+        f'quantizer.phis={self.phis}: some would not be nearest to any of the '
+        f'{len(self.scales)} scales, so never trained; set it to {fit[-1]}'
       )
 
   @property

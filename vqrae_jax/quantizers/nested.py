@@ -202,8 +202,8 @@ def check_residual(quantizer: base.Quantizer) -> None:
     have = value_of(quantizer, field, right)
     if have != right:
       raise UserError(
-        f'quantizer.quantizer.{field}={have!r}: a stage compares what is left '
-        f'of a token as it is, and its code is subtracted; set it to {right!r}'
+        f'quantizer.quantizer.{field}={have!r}: a stage compares the residual '
+        f'of a token unchanged and subtracts its code; set it to {right!r}'
       )
 
 
@@ -217,7 +217,7 @@ def check_shared_start(quantizer: base.Quantizer) -> None:
     if value_of(quantizer, field, None) == 'kmeans++':
       raise UserError(
         f'quantizer.quantizer.{field}="kmeans++" reads the tokens of one '
-        f'stage, but here all share a table; leave {field} out'
+        f'stage, but here all stages share a table; leave {field} out'
       )
 
 

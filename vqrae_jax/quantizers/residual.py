@@ -71,8 +71,8 @@ class Residual(nested.Nested):
       have = nested.value_of(self.quantizer, field, right)
       if have != right:
         raise UserError(
-          f'quantizer.quantizer.{field}={have!r}: stages of FSQ round what is '
-          f'left of a bounded latent; set it to {right!r}'
+          f'quantizer.quantizer.{field}={have!r}: stages of FSQ round the '
+          f'residual of a bounded latent; set it to {right!r}'
         )
     if not isinstance(self.quantizer, FSQ | LFQ):
       return

@@ -287,7 +287,7 @@ class Dump:
       done = len(os.listdir(self.folder / FINISHED))
       raise UserError(
         f'{folder} is not finished: {done} of {config["shard_count"]} shards '
-        'are; the same command writes the others'
+        'are; run the same tokenize command to write the others'
       )
     self.info = read_json(self.folder / DATASET)
     self.layout = _layout(self.info)

@@ -370,8 +370,8 @@ def _write_webdataset(folder, layout, shard, tokens):
     n for n, times in collections.Counter(names).items() if times > 1
   ]:
     raise UserError(
-      f'several images would be {twice[0]}, by names up to their first dot; '
-      'rename them, or take another --format'
+      f'several images would become {twice[0]}: names are cut at the first '
+      'dot; rename them, or choose another --format'
     )
   dtype = np.min_scalar_type(layout.codebook_size - 1)
 

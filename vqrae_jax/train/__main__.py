@@ -45,8 +45,8 @@ def define(values: flags.FlagValues) -> None:
   """The command's flags but --config."""
   text = "the run's folder; runs/CONFIG or runs/CONFIG-ARGS if left out"
   flags.DEFINE_string('workdir', None, text, values)
-  flags.DEFINE_bool('dry_run', False, 'one step, nothing written', values)
-  text = 'FIRST:LAST, steps of a jax.profiler trace in workdir/profile'
+  flags.DEFINE_bool('dry_run', False, 'run one step and write nothing', values)
+  text = 'FIRST:LAST, steps to trace with jax.profiler, to workdir/profile'
   flags.DEFINE_string('profile', None, text, values)
   cli.define_hosts(values)
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     raise UserError('flag --workdir is empty; name a folder, or leave it out')
   profile = _steps(values.profile)
   if values.dry_run and profile:
-    raise UserError('--dry_run has one step and no --profile')
+    raise UserError('--dry_run runs one step; leave --profile out')
   cli.join_hosts(values)
   from vqrae_jax.train import compile_cache, loop, reporting
 

@@ -310,7 +310,7 @@ class Checkpoints:
     found = _manifest(folder) or {}
     version, of = found.get('vqrae_jax'), found.get('step')
     if version != MANIFEST_VERSION or of != step:
-      return f'its manifest is of step {of} in version {version} of the form'
+      return f'its manifest names step {of} and format version {version}'
     return None
 
   def restore(

@@ -604,9 +604,9 @@ class RunConfig:
     wanted = distill is not None and distill.target == 'teacher'
     if wanted and not self.teacher:
       raise UserError(
-        'losses.distill has the target "teacher", and there is none: set '
-        'teacher="init" (the encoder that this run starts with), to a '
-        'published encoder, or losses.distill.target="self"'
+        'losses.distill has the target "teacher", but there is none: set '
+        'teacher="init" (the encoder that this run starts with) or to a '
+        'published encoder, or set losses.distill.target="self"'
       )
     if self.teacher and not wanted:
       raise UserError(
@@ -734,7 +734,7 @@ def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
     latents.check_grid(norm, tokenizer.grid(tile, tile), 'eval.tile')
     if 'lpips' in spec.eval.metrics and tile < MIN_SIDE:
       raise UserError(
-        f'eval.metrics: "lpips" needs {MIN_SIDE} pixels a side, and '
+        f'eval.metrics: "lpips" needs tiles of at least {MIN_SIDE} px, but '
         f'eval.tile={tile}'
       )
 

@@ -356,7 +356,7 @@ def encoder_from(
     raise UserError(f'{key}={word}: that run has no tokenizer/ yet; finish it')
   if not isinstance(tokenizer.encoder_spec, EncoderSpec):
     raise UserError(
-      f'{key}={word} is no tokenizer, and a published encoder does not fit '
+      f'{key}={word} is not a tokenizer, and a published encoder does not fit '
       f'model.encoder, {type(tokenizer.encoder_spec).__name__} of another '
       "package; name a tokenizer's directory"
     )
@@ -382,8 +382,8 @@ def decoder_from(tokenizer: Tokenizer, word: str) -> InitialWeights:
   source = parse_source(word)
   if source.kind != 'rae':
     raise UserError(
-      f'init.decoder={word}: a decoder comes from "rae:FILE", a published RAE '
-      'decoder; a full tokenizer from init_from'
+      f'init.decoder={word} must be "rae:FILE", a published RAE decoder; to '
+      'load a full tokenizer, set init_from'
     )
   fit = rae.fit_decoder(
     open_weights(source.value), tokenizer.decoder_spec, tokenizer.latent_dim
@@ -484,7 +484,7 @@ def of_run(
     manifest = kept.latest()
   except UserError:  # each fault is in the log; its advice is for that run
     raise UserError(
-      f'{where}: no checkpoint of that run verifies; if it has finished, use '
+      f'{where}: no checkpoint of that run is intact; if it has finished, use '
       f'{workdir}/tokenizer'
     ) from None
   if manifest is None:
@@ -563,7 +563,8 @@ def _kept_frozen(
     loaded = _weights_of_parts(tokenizer, config, parts).leaves
   except UserError as e:
     raise UserError(
-      f'{where}: its frozen parts are not in its checkpoints: {e}'
+      f'{where}: its frozen parts are not in its checkpoints and cannot be '
+      f'loaded: {e}'
     ) from None
   random = sorted(missing - loaded.keys())
 

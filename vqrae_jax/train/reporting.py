@@ -49,11 +49,11 @@ _TABLE = (
   ('codes_used', 'codes used', 'd'),
   ('usage', 'codebook usage', '.1%'),
   ('perplexity', 'perplexity of the codes', '.1f'),
-  ('effective_bits', 'effective bits a token', '.2f'),
+  ('effective_bits', 'effective bits per token', '.2f'),
   ('bits_per_image', 'bits per image, nominal', '.0f'),
   ('train_seconds', 'training, s', '.0f'),
   ('images_per_second', 'images/s', '.0f'),
-  ('data_wait', 'share of it waiting for data', '.1%'),
+  ('data_wait', 'time waiting for data', '.1%'),
 )
 
 

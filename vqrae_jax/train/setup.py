@@ -294,8 +294,8 @@ def open_data(
   evaluator.check_tiles(held_out, tile)
   if shared := held_out.shared_with(source):
     logging.warning(
-      '%d of the %d images of eval are trained on too: leave them out by '
-      'data.exclude, or choose others by eval.include',
+      '%d of the %d held-out images are trained on too: leave them out with '
+      'data.exclude, or choose others with eval.include',
       shared, len(held_out),
     )  # fmt: skip
   return source, held_out
@@ -403,7 +403,7 @@ def _temperature(
     return config.temperature or config_lib.Temperature()
   if config.temperature is not None:
     raise UserError(
-      'temperature is that of model.quantizer.name="gumbel", and the quantizer '
+      'temperature is that of model.quantizer.name="gumbel", but the quantizer '
       f'is "{quantizers.name_of(tokenizer.quantizer)}"; remove it'
     )
   return None
@@ -459,8 +459,8 @@ def _plan_gan(
   if loss_start < start:
     raise UserError(
       f'losses.gan starts at step {loss_start} of {total}, before '
-      f'discriminator.start={spec.start!r}, at a random discriminator; start '
-      'the loss then or later, or the discriminator earlier'
+      f'discriminator.start={spec.start!r}, with an untrained discriminator; '
+      'start the loss later, or the discriminator earlier'
     )
   module = discriminators.build(
     {'name': spec.name, **spec.fields},

@@ -87,7 +87,7 @@ def _scalar(name: str, value: Any) -> jax.Array:
   shape, dtype = jnp.shape(value), jnp.result_type(value)
   if shape or dtype != jnp.float32:
     raise UserError(
-      f'losses.{name} gives {dtype}{list(shape)} and should give one value, '
+      f'losses.{name} returns {dtype}{list(shape)}; it must return a scalar, '
       'float32[]'
     )
   return jnp.asarray(value)

@@ -187,8 +187,8 @@ def _safetensors_handle(path: pathlib.Path, file: Any, key: str) -> LazyArray:
   dtype = _DTYPES.get(part.get_dtype())
   if dtype is None:
     raise UserError(
-      f'{path}: "{key}" is of type {part.get_dtype()}, which is not read; '
-      f'there are: {", ".join(_DTYPES)}'
+      f'{path}: "{key}" has the unsupported type {part.get_dtype()}; '
+      f'supported: {", ".join(_DTYPES)}'
     )
 
   def read() -> np.ndarray:

@@ -208,8 +208,8 @@ def download(
     # An answer shorter than the size that its server names is an error there.
     if want is None and sizes[-1] is None:
       raise UserError(
-        f'{url}: no SHA-256 is known for it and its server names no size, so '
-        f'it may be cut; download it by hand to {path}'
+        f'{url}: no SHA-256 is known and the server states no size, so it may '
+        f'arrive truncated; download it by hand to {path}'
       )
 
   try:
@@ -229,7 +229,7 @@ def download(
   except ValueError:  # pooch's, which names two hashes in five lines
     raise UserError(
       f'{url} does not have the SHA-256 {want}: it is another file, or was '
-      'changed on its way; nothing is kept'
+      'damaged in transit; the download is discarded'
     ) from None
   have = digest(path)
   _record(path, have, known=want is not None)
