@@ -45,7 +45,7 @@ _PARTS = {
 
 
 def _check_variables(tokenizer: Any, variables: Any, method: str) -> None:
-  """Every leaf that `method` reads, in its shape."""
+  """Checks that every leaf that `method` reads is there, in its shape."""
   if not isinstance(tokenizer, Tokenizer) or not isinstance(variables, Mapping):
     raise UserError(
       'the arguments are (tokenizer, variables, array); got '
@@ -140,8 +140,9 @@ def encode_to_indices(
     the last axes are `tokenizer.index_shape(h, w)`: also [gh gw q] or [n].
 
   Raises:
-    UserError: a wrong shape, size or type; values at hand outside [-.01, 1.01]
-      or NaN; variables of another tokenizer; a continuous tokenizer.
+    UserError: a wrong shape, size or type; concrete values that are NaN or
+      outside [-.01, 1.01]; another tokenizer's variables; a continuous
+      tokenizer.
   """
   return _apply(tokenizer, variables, images, 'encode_to_indices', precision)
 
@@ -158,16 +159,16 @@ def decode_from_indices(
   Args:
     tokenizer: from `build_tokenizer` or `load_tokenizer`.
     variables: its variables; those of the quantizer and decoder suffice.
-    indices: integers [b gh gw] in [0, K), K = `tokenizer.codebook_size`; of
-      the shape that `encode_to_indices` gives. -1 leaves a stage of a residual
-      quantizer, or of a multi-scale one, out.
+    indices: integers [b gh gw] in [0, K), K = `tokenizer.codebook_size`, in
+      the shape that `encode_to_indices` returns. With a residual or a
+      multi-scale quantizer, -1 skips a stage.
     precision: "default" or "canonical".
 
   Returns:
     f32[b h w 3], clipped to [0, 1].
 
   Raises:
-    UserError: no integers, another shape, or values at hand outside [0, K).
+    UserError: not integers, another shape, or concrete values outside [0, K).
   """
   images = _apply(
     tokenizer, variables, indices, 'decode_from_indices', precision
@@ -200,8 +201,9 @@ def reconstruct(
     tokenizer: from `build_tokenizer` or `load_tokenizer`.
     variables: all of its variables.
     images: f[b h w 3] in [0, 1] or uint8.
-    losses: also give {name: f32[]} of the losses that need no network of
-      their own (l1, l2, and the quantizer's), unweighted. Static under jit.
+    losses: whether to also return {name: f32[]}, unweighted, of the losses
+      that need no network of their own (l1, l2 and the quantizer's). Static
+      under jit.
     precision: "default" or "canonical".
 
   Returns:

@@ -1,16 +1,16 @@
 """Optimisation: AdamW, and a schedule for every leaf by the regex of its name.
 
-A row is (regex, schedule); the first that matches a leaf's whole name claims
-it, and every leaf must be claimed. A schedule of None freezes its leaves:
-they are left out of the trainable tree at init, so no optimizer state,
-EMA tree or checkpoint holds a copy. A schedule with `layers` gives a vector
-[L] over the stacked blocks: a factor each, None for a slice that must not
-move by one bit.
+A row is (regex, schedule). The first row that matches a leaf's full name claims
+it, and every leaf must be claimed. A schedule of None freezes its leaves: they
+are left out of the trainable tree at init, so no optimizer state, EMA tree or
+checkpoint holds a copy. A schedule with `layers` has a vector [L] over the
+stacked blocks: a factor for each, or None for a block that must stay bitwise
+unchanged.
 
 Numbers (rates, schedules' lengths, clip, decay) are traced arguments of the
-update, so that changing one compiles nothing; what changes the program or the
+update, so that changing one does not recompile. What changes the program or the
 state (None masks, decay forms, b1, b2, whether there is a clip or a decay) is
-the static `Optimizer`.
+in the static `Optimizer`.
 """
 
 import collections
@@ -36,10 +36,10 @@ Numbers = Mapping[str, Any]
 def steps_of(
   duration: int | float | str, steps_per_epoch: float, where: str
 ) -> int:
-  """Steps of 300, "300 steps" or "1.5 epochs".
+  """The number of steps in 300, "300 steps" or "1.5 epochs".
 
   Raises:
-    UserError: another form.
+    UserError: the value has another form.
   """
   value, _, unit = str(duration).strip().partition(' ')
   unit = unit.strip() or 'steps'
@@ -104,11 +104,11 @@ class AdamWConfig:
 
   Attributes:
     b1: decay of the average of gradients. In [0, 1).
-    b2: decay of the average of their squares. In [0, 1).
-    eps: added to the root of the second. Above 0.
-    weight_decay: of matrices, not of biases and scales. At least 0.
-    clip: the largest global norm of the gradients; None: no bound. Above 0, or
-      None.
+    b2: decay of the average of squared gradients. In [0, 1).
+    eps: added to the root of the average of squares. Above 0.
+    weight_decay: for matrices, not for biases and scales. At least 0.
+    clip: the maximum global norm of the gradients; None: no clipping. Above 0,
+      or None.
   """
 
   b1: float = 0.9
@@ -158,26 +158,26 @@ def loss_weight(numbers: Numbers, step: Any) -> jax.Array:
 
 
 def _per_block(values: Any, leaf: Any) -> jax.Array:
-  """[depth] against a leaf [depth, …]."""
+  """Values [depth], reshaped to broadcast with a leaf [depth, …]."""
   return jnp.asarray(values).reshape((-1,) + (1,) * (leaf.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """What is static about AdamW over {leaf name: leaf}; hashable.
+  """The static part of AdamW over {leaf name: leaf}; hashable.
 
-  Its numbers are an argument: eps, clip and weight_decay (where they exist)
-  and "schedules", a list of `learning_rate`'s numbers, with "layers", a factor
-  for each block, where the schedule has them.
+  Its numbers are an argument: eps, clip and weight_decay (if there are any)
+  and "schedules", a list of the numbers of `learning_rate`, with "layers", a
+  factor for each block, if the schedule has them.
 
   Attributes:
     b1, b2: AdamW's.
-    clip: whether the global gradient norm is bounded.
+    clip: whether the global gradient norm is clipped.
     weight_decay: whether there is any.
-    schedules: of each schedule its decay, and which blocks move (None: the
-      schedule is one number for the leaf).
-    leaves: (leaf name, index of its schedule, whether weight decay acts).
-    updates: in one step; all of a step are at its rate.
+    schedules: for each schedule its decay, and which blocks are trained (None:
+      the schedule is one number for the leaf).
+    leaves: (leaf name, index of its schedule, whether weight decay applies).
+    updates: how many one step makes, all at that step's rate.
   """
 
   b1: float
@@ -195,12 +195,12 @@ class Optimizer:
   def update(
     self, numbers: Numbers, grads: Any, state: Any, params: Any, norm: Any
   ) -> tuple[dict[str, jax.Array], Any]:
-    """(what `optax.apply_updates` adds to the parameters, the next state);
-    `norm` is that of `grads`."""
+    """(the updates for `optax.apply_updates`, the next state); `norm` is the
+    norm of `grads`."""
     return self._chain(numbers, norm).update(grads, state, params)
 
   def norm(self, grads: Mapping[str, Any]) -> jax.Array:
-    """f32[], of the gradients of what moves; what `clip` bounds."""
+    """f32[], the norm of the unfrozen gradients, which `clip` bounds."""
     leaves = self.mask_frozen_layers(grads).values()
     # As products: squares would be written out, a copy of all gradients.
     squares = [jnp.vdot(g, g, precision='highest') for g in leaves]
@@ -209,8 +209,8 @@ class Optimizer:
   def last_update_norm(
     self, numbers: Numbers, params: Mapping[str, Any], state: Any
   ) -> jax.Array:
-    """f32[], the norm of the update that led to `params` and `state`, read off
-    the moments; 0 before the first."""
+    """f32[], the norm of the update that led to `params` and `state`, computed
+    from the moments; 0 before the first update."""
     adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
     updates = state[-1]['schedule_count']
     rates = self.rates(numbers, (updates - 1) // self.updates)
@@ -232,8 +232,8 @@ class Optimizer:
     return jnp.where(updates > 0, norm, 0.0)
 
   def mask_frozen_layers(self, grads: Mapping[str, Any]) -> dict[str, Any]:
-    """Gradients with zero in blocks that a schedule freezes, so that the norm
-    that is clipped, and the one that is logged, are of what moves."""
+    """Gradients with zeros in blocks that a schedule freezes, so that the
+    clipped and the logged norm cover only what is trained."""
 
     def masked(name, index):
       moves, g = self.schedules[index][1], grads[name]
@@ -266,7 +266,7 @@ class Optimizer:
     return optax.chain(*chain)
 
   def _scale_by_rate(self, numbers: Numbers) -> optax.GradientTransformation:
-    """Minus the rate times the update; its state counts the updates."""
+    """Multiplies updates by minus the rate; its state counts the updates."""
 
     def init(params):
       del params
@@ -311,9 +311,9 @@ def make_optimizer(
     leaves: {leaf name: array or shape}.
     total_steps: the schedules' length, for the decays.
     steps_per_epoch: for warm-ups in epochs.
-    updates: in one step; all of a step are at its rate.
+    updates: how many one step makes, all at that step's rate.
     key: the schedules' key in the config, for the error of a warm-up.
-    epoch: what an epoch is, for the same.
+    epoch: what an epoch is, for the same error.
 
   Raises:
     UserError: a warm-up that leaves no step, or `layers` of another depth than

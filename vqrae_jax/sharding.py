@@ -1,9 +1,9 @@
-"""Where arrays lie: one mesh, one table of rules by leaf name.
+"""Sharding of arrays: one mesh, one table of rules by leaf name.
 
-The mesh has the axes ("data", "fsdp", "model"). A batch lies over data and
-fsdp; parameters lie over fsdp and model as `PARAM_RULES` say, by the end of
+The mesh has the axes ("data", "fsdp", "model"). A batch is sharded over data
+and fsdp; parameters over fsdp and model as `PARAM_RULES` say, by the end of
 their names, so that optimizer state and averages inherit their parameter's
-placement. The words "dp", "fsdp" and "fsdp+tp" only choose the mesh's shape:
+sharding. The layouts "dp", "fsdp" and "fsdp+tp" only choose the mesh's shape:
 an axis of one device shards nothing.
 
 Modules name activations ("batch", "tokens", "embed") and never a mesh axis.
@@ -51,7 +51,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'(\w*norm\w*/(scale|bias)|scale[12]|bias|counts)', ()),
   (r'usage', (None, None, 'fsdp')),
   (r'(step|count|rng|schedule_count)', ()),
-  # Of another package, whose names are its own; no leaf of ours comes here.
+  # Leaves of other packages, with names of their own; none of ours match here.
   (r'(encoder|quantizer)/.*', ('fsdp', None)),
 )
 
@@ -83,8 +83,8 @@ def make_mesh(
     )
   shapes = (n, 1, 1), (1, n, 1), (1, n // tensor, tensor)
   shape = choose(dict(zip(LAYOUTS, shapes, strict=True)), layout, 'mesh layout')
-  # `jax.make_mesh` splits an axis of the TPU's own torus on v5e only: on others
-  # there would be no place for 2 devices beside each other.
+  # `jax.make_mesh` splits an axis of the TPU's physical torus on v5e only; on
+  # others 2 devices could not be neighbours.
   devices = mesh_utils.create_device_mesh(
     shape, devices, allow_split_physical_axes=True
   )
@@ -94,10 +94,10 @@ def make_mesh(
 def compile_afresh_on_cpu() -> None:
   """Leaves JAX's compilation cache alone where it would abort the process.
 
-  A CPU program for many devices that was read back from the cache has lost the
-  order of its collectives: two devices can each wait in another one, and XLA
-  ends the process after 40 s (jaxlib 0.10.2; TPU and GPU are not concerned).
-  For a process's start, before it compiles anything.
+  A CPU program for many devices that is read back from the cache has lost the
+  order of its collectives: two devices can wait in different ones, and XLA
+  ends the process after 40 s (jaxlib 0.10.2; TPU and GPU are not affected).
+  Call at the start of a process, before it compiles anything.
   """
   if jax.default_backend() == 'cpu' and jax.device_count() > 1:
     jax.config.update('jax_enable_compilation_cache', False)
@@ -162,7 +162,7 @@ def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The first axis over data and fsdp."""
+  """The sharding of a batch: its first axis over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
@@ -180,14 +180,14 @@ def host_leaves(
 ) -> Iterator[np.ndarray | None]:
   """The leaves as numpy, in the tree's order; every process must iterate.
 
-  Leaves that lie over several processes are gathered one at a time: no device
-  ever holds more of them than one.
+  Leaves that are sharded over several processes are gathered one at a time, so
+  no device ever holds more than one of them in full.
 
   Args:
     tree: arrays on any devices.
-    mesh: of the run.
-    everywhere: on every process; else only process 0 keeps them, others get
-      None.
+    mesh: the run's.
+    everywhere: whether every process keeps them; else only process 0 does, and
+      the others get None.
   """
   gather = jax.jit(
     lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec())
@@ -196,7 +196,7 @@ def host_leaves(
   for leaf in jax.tree.leaves(tree):
     if jax.process_count() > 1:
       leaf = gather(leaf)
-    # A copy, and nothing else: on CPU `asarray` would keep the gathered leaf.
+    # Must be a copy: on CPU `asarray` would keep the gathered leaf alive.
     leaf = np.array(leaf) if keeps else None
     yield leaf
 

@@ -1,4 +1,4 @@
-"""What a network looks like, as frozen and hashable dataclasses.
+"""Specifications of networks, as frozen and hashable dataclasses.
 
 A spec holds numbers and strings, never arrays, modules or functions, so it may
 be a static argument of `jax.jit` and be written to JSON as it is. `scan`,
@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from vqrae_jax.errors import UserError, did_you_mean
 
 RUN_OPTIONS = ('scan', 'remat', 'dtype')
-# Added after format 1. At these values they are left out of `config.json`, so
-# that older tokenizers keep their fingerprints. A value is the default of every
-# class with such a field.
+# Fields added after format 1. At these values they are omitted from
+# `config.json`, so that older tokenizers keep their fingerprints. Each value is
+# the default in every class with such a field.
 LATER_FIELDS = {
   'num_registers': 0,
   'embed_norm': False,
@@ -87,7 +87,7 @@ class RunOptions:
 
   @property
   def precision(self) -> str | None:
-    """Of products: the highest in f32."""
+    """The precision of matrix products, which is the highest in f32."""
     return 'highest' if self.dtype == 'float32' else None
 
 
@@ -128,8 +128,8 @@ class ViTSpec:
       with "rope2d"; of 4 with "sincos2d"). At least 1 channel.
     depth: how many blocks. At least 1.
     mlp_dim: hidden width of a block's MLP. At least 1 channel.
-    num_heads: of the attention. At least 1.
-    patch_size: a patch's side. At least 1 pixel.
+    num_heads: attention heads. At least 1.
+    patch_size: the side of a patch. At least 1 pixel.
     grid: the native grid of patches (rows, columns); others are reached by
       interpolating positions. Each at least 1 patch.
     norm: LayerNorm or RMSNorm. One of "layer", "rms".
@@ -140,23 +140,23 @@ class ViTSpec:
       alone have none (DINOv3). One of True, False, "qv".
     qk_norm: whether queries and keys are normalised over the full width
       (InternViT).
-    layer_scale: the initial factor of what a block adds, which is trained
+    layer_scale: the initial value of the trained factor on what a block adds
       (arXiv 2103.17239); None for no factor. Any number, or None.
     posemb: positions: a trained table, fixed sines and cosines, or the
       rotation of queries and keys by coordinates that any grid has, with no
       table (DINOv3). One of "learned", "sincos2d", "rope2d".
-    num_prefix_tokens: before the patches (cls, registers); they are not part of
-      the output. At least 0 tokens.
+    num_prefix_tokens: tokens before the patches (cls, registers), which are not
+      part of the output. At least 0 tokens.
     prefix_has_posemb: whether prefix tokens other than registers have
       positions.
-    num_registers: the last of the prefix tokens, which have no position; at
-      most `num_prefix_tokens`. At least 0 tokens.
+    num_registers: how many of the prefix tokens, the last ones, are registers,
+      which have no position; at most `num_prefix_tokens`. At least 0 tokens.
     embed_norm: whether tokens are normalised before the blocks, and patches
       embedded without a bias (CLIP).
     scan: whether blocks run as a loop over one block, except on a GPU without
       `remat`; set by `model.scan`.
-    remat: whether a block's gradient computes the block again from its input;
-      "dots" keeps the outputs of its dense layers and computes the rest again.
+    remat: whether a block's gradient recomputes the block from its input;
+      "dots" keeps the outputs of its dense layers and recomputes the rest.
       Set by `model.remat`. One of True, False, "dots".
     dtype: what it computes in, set by `model.dtype`. One of "float32",
       "bfloat16".
@@ -224,8 +224,8 @@ class ViTSpec:
 class EncoderSpec:
   """A vision encoder: its ViT and how its family treats pixels and positions.
 
-  With `layers` the latents are made of the outputs of several blocks, and the
-  blocks above the last one listed are left out.
+  With `layers` the latents are computed from the outputs of several blocks, and
+  the blocks above the last one listed are omitted.
 
   Attributes:
     vit: its transformer.
@@ -235,16 +235,16 @@ class EncoderSpec:
       `layers`. Each one of "affine", "plain", "none".
     final_norm: False where the family publishes no final norm: "affine" is
       then the identity.
-    resize: how images are brought to the encoder's size: as PIL does, or with
+    resize: how images are resized to the encoder's size: as PIL does, or with
       "torch_bicubic" as RAE does, without antialias. One of "bicubic",
       "bilinear", "torch_bicubic".
-    posemb_resize: how learned positions are brought to another grid. One of
+    posemb_resize: how learned positions are resampled to another grid. One of
       "bicubic", "bilinear".
     posemb_antialias: whether that resizing is antialiased.
-    layers: the blocks, counted from 0 and in rising order, whose outputs the
-      latents are made of; None: the last one's. Each at least 0, or None.
-    fuse: what is made of several outputs: their mean, all of their channels
-      side by side, or a trained cross-attention from the last of them to the
+    layers: the blocks, counted from 0 and in ascending order, whose outputs
+      become the latents; None: only the last block. Each at least 0, or None.
+    fuse: how several outputs are combined: their mean, their channels
+      concatenated, or a trained cross-attention from the last of them to the
       others. One of "mean", "concat", "attention".
     add_final_mean: whether the mean over tokens of the last output is added to
       the mean of outputs.
@@ -323,12 +323,12 @@ class EncoderSpec:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-  """A ViT decoder: each token gives `patch_size` pixels a side.
+  """A ViT decoder: each token becomes a square of `patch_size` pixels a side.
 
   Attributes:
     vit: its transformer.
     pixel_norm: pixels are its output times std, plus mean; the encoder's if
-      left out.
+      omitted.
   """
 
   vit: ViTSpec
@@ -337,14 +337,14 @@ class DecoderSpec:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureDecoderSpec:
-  """A ViT between quantizer and decoder that predicts the encoder's outputs:
-  of the last block read ("deep"), from which the decoder makes pixels.
+  """A ViT between quantizer and decoder that predicts the encoder's output of
+  the last block read ("deep"), which the decoder turns into pixels.
 
   Attributes:
-    vit: its transformer, whose `patch_size` has no effect; fields that it
-      leaves out are the decoder's.
-    shallow: whether the output of the first of `encoder.layers` is predicted
-      too.
+    vit: its transformer, whose `patch_size` has no effect; omitted fields are
+      the decoder's.
+    shallow: whether it also predicts the output of the first of
+      `encoder.layers`.
   """
 
   vit: ViTSpec
@@ -356,8 +356,8 @@ class LatentsSpec:
   """How latents are normalised before they are quantised.
 
   Attributes:
-    norm: by a mean and a std of each channel, on any grid, or of each
-      position's channels. One of "none", "channel", "position".
+    norm: by a mean and a std per channel, for any grid, or per channel and
+      position. One of "none", "channel", "position".
     grid: with "position", the grid of tokens (rows, columns) that the
       statistics are of, else None. Each at least 1 token, or None.
   """
@@ -383,8 +383,8 @@ class PostQuantSpec:
 
   Attributes:
     kernel: its side, an odd number. At least 1 token.
-    space: whether it is before the projection out or after it. One of "code",
-      "latent".
+    space: whether it comes before the projection to latents or after it. One of
+      "code", "latent".
   """
 
   kernel: int = 1
@@ -419,7 +419,7 @@ def _accepts(kind: Any, value: Any) -> bool:
   if kind in (int, float):
     if isinstance(value, bool) or not isinstance(value, int | kind):
       return False
-    # NaN is below nothing.
+    # Comparisons with NaN are False.
     return abs(value) < (INT_BOUND if isinstance(value, int) else math.inf)
   kind = typing.get_origin(kind) or kind
   return isinstance(value, kind or type(None))
@@ -443,8 +443,8 @@ def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
 
 
 def missing_keys(cls: type, section: Mapping, where: str) -> list[str]:
-  """The dotted names of all keys that `section` must have and has not,
-  nested sections included."""
+  """The dotted names of all required keys that `section` lacks, including
+  those of nested sections."""
   found = []
   for name, (kind, required) in _fields(cls).items():
     inner, value = _nested(kind), section.get(name, {} if required else None)
@@ -463,8 +463,8 @@ def check_missing(names: Sequence[str]) -> None:
 
 
 def _at(message: str, where: str) -> str:
-  """A spec's own error with its place in the config, which a spec cannot know:
-  "optim.b1=…" or "b1=…" of "discriminator.optim"."""
+  """A spec's error message with its place in the config, which a spec cannot
+  know: "optim.b1=…", or "b1=…" in "discriminator.optim"."""
   where = where.removeprefix('config.')
   parent, dot, section = where.rpartition('.')
   if where == 'config' or message.startswith(where):

@@ -26,10 +26,10 @@ class QuantizerOutput:
     losses: {name: f32[]}, unweighted.
     stats: {"counts": i32[q k], ...}, what `update_codebook` and the usage
       window need; {} if the quantizer is continuous.
-    tokens: f32[b q c], in training halfway from a token, an image and code one
-      drawn at random, to its code, if `update_codebook` wants them; else None.
-      With several scales q is 1.
-    quantized: in training z_q again, with a gradient that ends at the codes
+    tokens: f32[b q c]: in training, if `update_codebook` needs them, points
+      halfway between a token and its code, one drawn at random for each image
+      and code; else None. With several scales q is 1.
+    quantized: in training z_q again, with a gradient that stops at the codes
       instead of passing straight through to the latents; else None.
   """
 
@@ -51,13 +51,13 @@ class TokenizerOutput:
     latents: f[b gh gw d], the encoder's continuous features, before they are
       normalized.
     quantizer: the quantizer's output; its `z_q` is in the space of `latents`,
-      its `codes` are of the normalized ones.
+      its `codes` belong to the normalized ones.
     features: f[b n d], the decoder's tokens before its head, cls included.
     losses: {name: f32[]} unweighted, if requested; else None.
-    layers: f[b gh gw t d], the outputs of the blocks `encoder.layers`, of which
-      the latents are made; None where the last is read alone.
-    predictions: by the feature decoder, of the last and the first of them:
-      {"deep", "shallow": f[b gh gw d]}; None without one.
+    layers: f[b gh gw t d], the outputs of the blocks `encoder.layers`, from
+      which the latents are computed; None if only the last block is read.
+    predictions: the feature decoder's, of the last and the first of `layers`:
+      {"deep", "shallow": f[b gh gw d]}; None without a feature decoder.
   """
 
   images: Float[Array, 'b h w 3']
@@ -70,7 +70,7 @@ class TokenizerOutput:
 
   @property
   def encoded(self) -> Array:
-    """What the encoder alone gives: `layers`, or the latents."""
+    """The encoder's own output, `layers` or the latents."""
     return self.latents if self.layers is None else self.layers
 
 
@@ -98,7 +98,7 @@ class LatentInputs:
 
   Attributes:
     out: one forward pass.
-    teacher: what the teacher gives in place of `out.encoded`, or None.
+    teacher: the teacher's counterpart of `out.encoded`, or None.
   """
 
   out: TokenizerOutput
@@ -125,7 +125,7 @@ class TrainState:
     discriminator: its state, or None.
     ema: moving average of `tokenizer.params`, or None.
     usage: i32[w q k], code counts of the last w steps (a ring by step).
-    rng: the run's key; each step folds its number in, none splits it.
+    rng: the run's key, never split; each step folds in its number.
   """
 
   step: Int[Array, '']

@@ -1,13 +1,13 @@
 """One encoded image, bytes in memory, to uint8 RGB [h w 3].
 
-The header is read first: an image above `MAX_PIXELS` is refused before its
-pixels take memory. Every mode that has a meaning becomes RGB: grey, palette,
-CMYK and 16 bits are converted, alpha is laid over white, of an animation the
-first frame is taken, and EXIF's orientation is undone. Whatever cannot be
-decoded is `ImageDecodeError`, with a reason of one line.
+The header is read first: an image above `MAX_PIXELS` is rejected before its
+pixels take memory. All supported modes become RGB: grey, palette, CMYK and
+16-bit images are converted, alpha is composited over white, the first frame of
+an animation is taken, and EXIF orientation is applied. Whatever cannot be
+decoded raises `ImageDecodeError`, with a one-line reason.
 
-Formats are found by content and not by name, and only `FORMATS` are tried: the
-rest of Pillow's readers never see a file.
+Formats are detected by content, not by name, and only `FORMATS` are tried:
+Pillow's other readers never see a file.
 """
 
 import bisect
@@ -83,9 +83,9 @@ def decode(
   Args:
     data: all of it.
     where: which, for errors.
-    decoder: of `DECODERS`. simplejpeg decodes at once at a fraction of the
-      size, where both sides stay at least `side` pixels; elsewhere every pixel
-      is as by Pillow, if both carry the same libjpeg-turbo.
+    decoder: one of `DECODERS`. simplejpeg decodes directly at a fraction of the
+      size if both sides stay at least `side` pixels; otherwise every pixel is
+      as from Pillow, if both include the same libjpeg-turbo.
 
   Raises:
     ImageDecodeError: with `where` in the message.
@@ -107,7 +107,7 @@ def is_encoded(data: bytes) -> bool:
 
 
 def refuse_if_ours(error: OSError) -> None:
-  """Raises again what is the process's trouble and no image's."""
+  """Re-raises errors caused by the process, not by the image."""
   if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
     raise error
 

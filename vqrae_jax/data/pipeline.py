@@ -45,8 +45,8 @@ class Augment:
     resize: the shorter side before cropping, in pixels; a pair draws it log-
       uniformly between the two; None keeps the image's own size (one
       smaller than `size` is always brought up to it).
-    crop: "random", "center", or "squash": all of the image brought to
-      `size`, whatever its aspect ratio, and `resize` has no part.
+    crop: "random", "center", or "squash": the full image is resized to `size`,
+      whatever its aspect ratio, and `resize` is not used.
     flip: mirror half of the images left to right.
   """
 
@@ -57,8 +57,8 @@ class Augment:
 
   @property
   def ample(self) -> int:
-    """A shorter side with twice the pixels of any that is resized to; of an
-    image that keeps its own size, more than any has."""
+    """Twice the largest shorter side that is resized to; if images keep their
+    own size, more than any image has."""
     if self.resize is None:
       return MAX_PIXELS
     return 2 * max(np.max(self.resize).item(), *self.size)

@@ -1,10 +1,10 @@
 """python -m vqrae_jax.evaluate --tokenizer=DIR --data=DATA --out=metrics.json
 
-The figures of a tokenizer on images: PSNR, SSIM, LPIPS and rFID of
-reconstructions, the use of the codebook, and, if images have labels, how well
-the latents predict them before and after quantization. The shorter side of each
-image is resized to --size and the centre is cropped; rFID is the distance to
-the same crops, or to a file of statistics.
+Measures a tokenizer on images: PSNR, SSIM, LPIPS and rFID of reconstructions,
+codebook usage, and, if images have labels, how well the latents predict them
+before and after quantization. The shorter side of each image is resized to
+--size and the centre is cropped; rFID is the distance to the same crops, or to
+a statistics file.
 
 `metrics.json` holds the figures and the protocol that they depend on; the page
 beside it shows the best, the median and the worst reconstructions.
@@ -112,16 +112,16 @@ def evaluate(
   Args:
     tokenizer_dir: what `load_tokenizer` opens.
     data: what `open_source` opens.
-    out: a file that is not there yet; process 0 writes it.
-    size: pixels of a side; None for the tokenizer's own.
+    out: a file that does not exist yet; process 0 writes it.
+    size: the side of an image in pixels; None for the tokenizer's own.
     images: how many, evenly spaced; None for all.
-    metrics: of "lpips" and "rfid".
+    metrics: any of "lpips" and "rfid".
     fid_stats: rFID's reference; None for the originals.
-    weights: "NAME=FILE" each, in place of a published file.
-    trusted: that of `load_tokenizer`.
+    weights: "NAME=FILE" each, to replace a published file.
+    trusted: as in `load_tokenizer`.
 
   Returns:
-    What `out` holds, on process 0; elsewhere {}.
+    The content of `out` on process 0; {} elsewhere.
 
   Raises:
     UserError: an unknown metric, a file of weights that is not here (with the
@@ -154,7 +154,7 @@ def evaluate(
   chosen = visualize.spread(len(source), images or len(source))
   card = _protocol(tokenizer, variables, data, sides, files, fid_stats)
   run = part_lib.Run(tokenizer, variables, source, chosen, sides, _load(files))
-  # What a part must agree in to be gone on from.
+  # What must match for a part to be continued.
   identity = card | dict(images=len(chosen), hosts=jax.process_count())
   parts = out.with_name(f'{out.name}.parts')
   part = part_lib.measure(run, parts, identity)

@@ -1,11 +1,11 @@
-"""How the codes of a tokenizer are used: figures over a set of images.
+"""How a tokenizer's codes are used: codebook metrics over a set of images.
 
-A token's margin is the distance to its second best code less that to its own:
-how far it is from another index. It is given in units of the mean distance of
-tokens to their codes. All figures are of what the quantizer compares: tokens
-and codes projected, and scaled where it scales them.
+A token's margin is the distance to its second-best code minus the distance to
+its own: how far it is from a different index. Margins are in units of the mean
+distance of tokens to their codes. All metrics describe what the quantizer
+compares: projected tokens and codes, scaled if it scales them.
 
-Searches go by chunks: nothing holds [tokens, K] or [K, K]. On the host lie the
+Searches run in chunks: no array is [tokens, K] or [K, K]. The host keeps the
 index, norm, distance and margin of every token, and `SAMPLE` tokens in full.
 """
 
@@ -33,7 +33,8 @@ PICKED = 256  # tokens of a batch that may be among them
 ALONE = 4  # images of a batch that are tokenized alone too
 # Edges of the histogram of margins, in mean distances.
 EDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)
-# Codes nearer to each other than this share of tokens' mean distance to theirs.
+# Codes nearer to each other than this share of the mean distance from tokens to
+# their codes.
 NEAR = 0.1
 
 
@@ -119,13 +120,13 @@ class Stage:
   searches: int = 1
 
   def column(self, name: str) -> np.ndarray | None:
-    """All tokens' of one of `rows`."""
+    """One of `rows`, for all tokens."""
     parts = self.rows.get(name)
     return None if parts is None else np.concatenate(parts)
 
 
 def merged(stages: list[Stage]) -> Stage:
-  """Those that share a table, as one."""
+  """Stages that share a table, merged into one."""
   first, rng = stages[0], np.random.default_rng(0)
   sample = np.concatenate([s.sample for s in stages])
   sample = sample[rng.permutation(len(sample))[:SAMPLE]]
@@ -141,11 +142,11 @@ def gather(
   devices: Sequence[Any],
   progress: Callable[[int], Any] = lambda n: None,
 ) -> list[Stage]:
-  """Runs a tokenizer over images; a `Stage` a search.
+  """Runs a tokenizer over images; returns a `Stage` for each search.
 
-  Indices are those of f32 with the highest precision ("canonical"). They are
-  compared with those in bf16, of images alone (`ALONE` of a batch), and of
-  batches that lie over all of `devices`, if there are several.
+  Indices are computed in f32 with the highest precision ("canonical"). They are
+  compared with the indices in bf16, of single images (`ALONE` of a batch), and
+  of batches sharded over all of `devices`, if there are several.
 
   Args:
     tokenizer, variables: what is examined.
@@ -250,7 +251,7 @@ def figures(
     codes=k,
     used=len(codes),
     usage=len(codes) / k,
-    # Of as many tokens that fall on all codes alike.
+    # For as many tokens, spread uniformly over all codes.
     unused=1 - len(codes) / k,
     unused_if_even=math.exp(n * math.log1p(-1 / k)) if k > 1 else 0.0,
     perplexity=math.exp(entropy),

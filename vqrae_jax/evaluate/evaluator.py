@@ -1,11 +1,11 @@
 """Evaluation on images cut into a fixed grid of tiles.
 
-Every tile passes through indices: images -> tokens -> images, the path that a
-user takes. Each counts alone; pictures of large images blend their tiles
-(`reconstruct_tiled`). Tiles come in batches from the loader, figures are sums
-over all of them, and of the tiles only the indices are kept. The baseline
+Every tile passes through indices, images -> tokens -> images, as for a user.
+Each tile is measured separately; pictures of large images blend their tiles
+(`reconstruct_tiled`). Tiles come in batches from the loader, metrics are
+summed over all of them, and only the tiles' indices are kept. The baseline
 replaces each block of the tokenizer's patch by its mean colour; shuffled codes
-show that what the tokens say matters.
+show that the content of the tokens matters.
 """
 
 import dataclasses
@@ -36,15 +36,16 @@ def block_mean(tiles: np.ndarray, block: int) -> np.ndarray:
 
 @functools.cache
 def _jitted(fn: Callable) -> Callable:
-  """One jit a function: a shape compiles once, however many images come."""
+  """One jit per function: each shape compiles once for any number of images."""
   return jax.jit(fn, static_argnums=0)
 
 
 def check_tiles(source: EncodedImages, tile: int) -> None:
-  """Every image holds a tile and can be decoded: sizes are read first.
+  """Checks that every image is large enough for a tile and can be decoded;
+  sizes are read first.
 
   Raises:
-    UserError: with how many do not and the first of them.
+    UserError: with the number of images that fail and the first of them.
   """
   sizes = [source.size(i) for i in range(len(source))]
   small = [i for i, size in enumerate(sizes) if min(size) < tile]
@@ -90,7 +91,7 @@ class Measured:
   """A batch of images through a tokenizer.
 
   Attributes:
-    owners: the image that each row is of, n of them.
+    owners: for each of the n rows, the image that it belongs to.
     sums: over the batch.
     psnr: f64[n], of each image.
     indices: i32[n …], or None.
@@ -110,7 +111,7 @@ def _read(tokenizer, variables, images):
   out = inference.reconstruct(tokenizer, variables, images)
   means = [x.mean((1, 2)) for x in (out.latents, out.quantizer.z_q)]
   latents = jnp.stack(means, 1).astype(jnp.float32)
-  # What is left of the decoder has no use, and is not computed.
+  # If indices are returned, the decoder's output is unused and not computed.
   return (
     out.quantizer.indices if tokenizer.codebook_size else out.images,
     latents,
@@ -131,12 +132,12 @@ def measure(
     tokenizer, variables: what is measured.
     batches: those of `pipeline.eval_batches`, of sides that are multiples of
       the decoder's patch.
-    place: lays a batch where the variables lie.
-    read: brings results to where they are compared.
-    networks: those of LPIPS and rFID (`metrics.image_rows`), where wanted.
+    place: moves a batch to the variables' devices.
+    read: moves results to where they are compared.
+    networks: those of LPIPS and rFID (`metrics.image_rows`), if requested.
 
   Yields:
-    What a batch gives, without the rows that pad it.
+    The results of a batch, without padding rows.
   """
 
   def run(fn, rows):
@@ -173,8 +174,8 @@ def evaluate_tiles(
 ) -> dict[str, float]:
   """The figures of a tokenizer on images it has not seen.
 
-  A discrete tokenizer reads the images twice: codes are shuffled over all
-  tiles, so that their figure needs every index first.
+  With a discrete tokenizer the images are read twice: codes are shuffled over
+  all tiles, which needs every index first.
 
   Args:
     tokenizer, variables: what is measured.
@@ -267,9 +268,9 @@ def decode_tiles(
 ) -> np.ndarray:
   """The latents of many tiles as one image.
 
-  They are decoded in windows of a tile's size, each half a tile from the next.
-  Where windows overlap the mean counts, weighted by how far inside of each a
-  pixel lies, so that no tile ends in an edge.
+  They are decoded in windows of a tile's size, half a tile apart. Overlapping
+  windows are averaged, weighted by a pixel's distance from the window's border,
+  so that tiles have no visible edges.
 
   Args:
     tokenizer, variables: the tokenizer.

@@ -62,12 +62,12 @@ class Sums:
     11 pixels or more); with their networks lpips and rfid; with counts
     codes_used, usage, perplexity and effective_bits over the set.
 
-    Of several codes a token usage and perplexity are means, codes_used and
-    effective_bits (of a token) sums.
+    With several codes per token, usage and perplexity are means over them,
+    codes_used and effective_bits (per token) are sums.
 
     Args:
-      reference: (mean, covariance) of features that rfid is the distance to;
-        None for those of the originals.
+      reference: (mean, covariance) of the features that rfid is the distance
+        to; None for those of the originals.
     """
     mse = max(self.squared / max(self.pixels, 1), 1e-10)
     n = max(self.images, 1)
@@ -143,7 +143,7 @@ def image_rows(
 
 
 def sums_of(rows: dict[str, np.ndarray], pixels: int) -> Sums:
-  """What `image_rows` gave of images of `pixels` values each, as sums."""
+  """The sums of `image_rows`' output for images of `pixels` values each."""
   total = {n: np.asarray(x, np.float64).sum(0) for n, x in rows.items()}
   n = len(rows['psnr'])
   sums = Sums(

@@ -1,8 +1,8 @@
-"""One host's part of an evaluation, kept on disk as it goes on.
+"""One host's part of an evaluation, saved to disk as it progresses.
 
-A part is sums and what each image gave; those of all hosts merge to the
-evaluation. It is written every minute, so that a stopped host goes on from
-there, and hosts share nothing but the folder of parts.
+A part holds sums and per-image results; the parts of all hosts merge into the
+evaluation. It is written every minute, so that a stopped host can continue from
+it, and hosts share only the folder of parts.
 """
 
 import contextlib
@@ -56,14 +56,14 @@ class Run:
 
 @dataclasses.dataclass
 class Part:
-  """What one host has measured of its share of n images, or all have of all.
+  """What one host has measured of its share of n images, or all hosts of all.
 
   Attributes:
-    done: so many images are read.
-    sums: of the images measured.
-    skipped: {name: reason} of those that cannot be read.
+    done: how many images have been read.
+    sums: over the measured images.
+    skipped: {name: reason} of images that cannot be read.
     measured: bool[n].
-    psnr: f64[n], of each that is measured.
+    psnr: f64[n], of each measured image.
     latents: f32[n 2 d], see `evaluator.Measured`; d is 0 without labels.
   """
 
@@ -145,7 +145,7 @@ def measure(run: Run, parts: pathlib.Path, identity: dict) -> Part:
   Args:
     run: what is measured; host p of P takes every P-th image from p on.
     parts: the folder of parts.
-    identity: what a part must agree in to be gone on from, as JSON values.
+    identity: what must match for a part to be continued, as JSON values.
   """
   process, source = jax.process_index(), run.source
   file, mine = _file(parts, process), run.chosen[process :: jax.process_count()]

@@ -1,8 +1,8 @@
-"""What latents know of labels: k nearest neighbours and a linear probe.
+"""How well latents predict labels: k nearest neighbours and a linear probe.
 
 Both train on every other image of each class and are measured on the rest, so
-they need no second set; figures of one set compare tokenizers, and are no
-ImageNet accuracies. Latents are means over an image's tokens.
+they need no second set. The results compare tokenizers on the same set; they
+are not ImageNet accuracies. Latents are means over an image's tokens.
 """
 
 import functools

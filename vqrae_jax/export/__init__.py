@@ -1,4 +1,4 @@
-"""A tokenizer on disk: a directory that opens the same anywhere.
+"""A tokenizer on disk: a directory that loads identically on any machine.
 
   config.json         format version, the full model config, the fingerprint
   model.safetensors   "params/…" and "codebook/…", little-endian, as trained
@@ -9,9 +9,9 @@ computes; SimVQ's basis and map are stored too, for later training. Statistics
 of latents are "codebook/latents/mean" and "…/std".
 
 The fingerprint is the SHA-256 of the canonical JSON of the model config and,
-for each leaf in order of its name, the name, the shape and the values as
-little-endian f32. Equal tokenizers have equal fingerprints, whatever their run
-options; `load_tokenizer` verifies it.
+for each leaf, sorted by name, its name, shape and values as little-endian f32.
+Equal tokenizers have equal fingerprints, whatever their run options;
+`load_tokenizer` verifies the fingerprint.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def fingerprint(
   leaves: Mapping[str, Any],
   read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> str:
-  """64 hex digits; the recipe is in this file's docstring.
+  """64 hex digits, computed as the module's docstring says.
 
   Args:
     model: the full model config; {} for a tree of weights alone.
@@ -72,7 +72,8 @@ def fingerprint(
 
 
 def fingerprint_of(tokenizer: Tokenizer, variables: Any) -> str:
-  """That of a tokenizer as `load_tokenizer` gives it, its code table baked."""
+  """The fingerprint of a tokenizer whose code table is baked, as
+  `load_tokenizer` returns it."""
   model = json.loads(canonical_json(describe(tokenizer)))
   return fingerprint(model, trees.flatten(variables))
 
@@ -94,10 +95,10 @@ def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
 
 
 def check_target(path: Path) -> None:
-  """Checks that nothing, or a tokenizer, is at `path`.
+  """Checks that `path` is absent or holds a tokenizer.
 
   Raises:
-    UserError: something else is there, which a tokenizer would replace.
+    UserError: `path` holds something else, which a tokenizer would overwrite.
   """
   if not (path.exists() or (not is_url(path) and path.is_symlink())):
     return
@@ -112,9 +113,10 @@ def check_target(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A new folder beside `path` to fill; in the end it takes `path`'s place.
+  """Yields a new folder beside `path` to fill, and then moves it to `path`.
 
-  What was there before stays until then, and for good if filling fails.
+  The previous contents of `path` stay until then, and are kept if filling
+  fails.
   """
   # A unique name: two writers never share a folder, and no link is followed.
   temporary = path.with_name(f'.{uuid.uuid4().hex}.writing')
@@ -224,16 +226,16 @@ def load_tokenizer(
   trusted: Collection[str] = (),
   **options: Any,
 ) -> tuple[Tokenizer, dict]:
-  """Opens a tokenizer.
+  """Loads a tokenizer.
 
   Args:
     source: the directory, or gs://…, that training or `save_tokenizer` wrote;
-      or "hf:ORG/NAME[@REV]", a repository of the hub that `vqrae_jax.push`
-      made, whose two files are taken from the hub's cache if it is out of reach
-      or `HF_HUB_OFFLINE=1`.
-    trusted: packages whose code it may import, where the encoder or the
-      quantizer is a class of another package ("package.module:Class"): to
-      import code runs it.
+      or "hf:ORG/NAME[@REV]", a Hub repository made by `vqrae_jax.push`. Its
+      two files are read from the Hub's cache if the Hub cannot be reached or
+      `HF_HUB_OFFLINE=1`.
+    trusted: packages that may be imported for an encoder or quantizer that is
+      a class of another package ("package.module:Class"). Importing code runs
+      it.
     **options: run options: dtype, scan, remat.
 
   Returns:

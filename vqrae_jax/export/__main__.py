@@ -1,9 +1,9 @@
 """python -m vqrae_jax.export --tokenizer=DIR --out=DIR
 
-A tokenizer, or the newest checkpoint of a run (--run), as a bundle: encode and
-decode as `jax.export` programs of any batch for CPU, TPU and CUDA, with the
-variables, a version card, and a loader that needs neither this package nor
-Flax (`bundle.py` describes the folder).
+Exports a tokenizer, or the latest checkpoint of a run (--run), as a bundle:
+encode and decode as `jax.export` programs for any batch size on CPU, TPU and
+CUDA, with the variables, a version card, and a loader that needs neither this
+package nor Flax (`bundle.py` describes the folder).
 """
 
 import re

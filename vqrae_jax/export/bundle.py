@@ -6,18 +6,18 @@
   bundle.json     the version card: shapes, ranges, versions, SHA-256
   load.py         opens the folder, in ten lines
 
-Programs are StableHLO as `jax.export` serialises it. The variables are an
-argument: in the programs they would be held twice, and could not be sharded.
-They are numpy's file, which a loader without this package reads in one line;
-zip's checksums guard it, and it holds no pickle.
+Programs are StableHLO, serialised by `jax.export`. The variables are an
+argument: inside the programs they would be stored twice and could not be
+sharded. They are in numpy's format, which a loader without this package reads
+in one line; zip checksums protect the file, and it contains no pickle.
 
-The batch is any number from 1. Height and width are the tokenizer's own, or any
-multiples of its patch where no weights of a resampling depend on them.
+The batch size is any number from 1. Height and width are the tokenizer's own,
+or any multiples of its patch if no resampling weights depend on them.
 
-Programs are traced as a CPU runs them: the fused attention of the device that
-makes a bundle would be a kernel of that device. JAX opens programs of its
-releases of the last six months, later ones as it can; tokenizers on disk have
-no such limit, and a new bundle is made from them.
+Programs are traced as for a CPU, since the fused attention of the device that
+makes a bundle would be a kernel for that device only. JAX opens programs of
+its releases of the last six months, later ones as it can; tokenizers on disk
+have no such limit, and a new bundle can be made from them.
 """
 
 import json
@@ -47,11 +47,11 @@ PLATFORMS = ('cpu', 'tpu', 'cuda', 'rocm')
 
 
 def check_any_size(tokenizer: Tokenizer) -> None:
-  """One program can take images of any size.
+  """Checks that one program can take images of any size.
 
   Raises:
-    UserError: with what is of one size, or resampled by weights that the host
-      computes for a size.
+    UserError: names what has a fixed size, or is resampled with weights that
+      the host computes for one size.
   """
   encoder = tokenizer.encoder_spec
   fault = ''
@@ -143,7 +143,7 @@ def save_bundle(
   (decoded,) = decode.out_avals
 
   def described(x, low, high):
-    # A symbol as it is written, "b" or "16*gh".
+    # A symbolic dimension as written, "b" or "16*gh".
     shape = [n if isinstance(n, int) else str(n) for n in x.shape]
     return dict(dtype=str(x.dtype), shape=shape, range=[low, high])
 
@@ -179,9 +179,9 @@ def save_bundle(
 def load_bundle(
   path: str | os.PathLike,
 ) -> tuple[Callable[[Any], jax.Array], Callable[[Any], jax.Array], dict]:
-  """Opens a bundle, its files compared with their hashes.
+  """Opens a bundle and verifies the hashes of its files.
 
-  `load.py`, which lies in the bundle, opens it without this package.
+  The bundle's own `load.py` opens it without this package.
 
   Args:
     path: the folder.

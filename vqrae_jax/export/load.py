@@ -1,4 +1,4 @@
-"""Opens the bundle that it lies in. Needs jax, numpy and flatbuffers.
+"""Opens the bundle that contains it. Needs jax, numpy and flatbuffers.
 
   encode, decode = load()
   indices = encode(images)  # uint8 [b h w 3]

@@ -1,12 +1,12 @@
 """The loss tables: a config's `losses` section names their keys.
 
 An image term maps `LossInputs` to f32[]; its gradient is taken at the
-reconstruction. A frozen term is an image term whose network's arrays the
-inputs carry (`pretrained/networks.py` loads them). A latent term maps
-`LatentInputs` to f32[]; the forward carries it and the one pullback brings its
-gradient. The name "gan" is the discriminator's (`adversarial.py`). Each loss
-takes images in [0, 1], keeps one name from config to plot, and is logged
-unweighted.
+reconstruction. A frozen term is an image term that uses a frozen network, whose
+arrays are in the inputs (`pretrained/networks.py` loads them). A latent term
+maps `LatentInputs` to f32[]; it is part of the forward pass and gets its
+gradient from the single pullback. The name "gan" is reserved for the
+discriminator (`adversarial.py`). Each loss takes images in [0, 1], has one name
+from config to plot, and is logged unweighted.
 """
 
 from vqrae_jax.losses.latent import (

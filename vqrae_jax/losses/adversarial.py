@@ -1,9 +1,9 @@
-"""Adversarial losses on logits, LeCam, R1, and the weight that adapts.
+"""Adversarial losses on logits, LeCam, R1, and the adaptive weight.
 
-Logits are f32 of any shape, high for real. The discriminator's own losses are
-hinge (arXiv 1705.02894), non-saturating (1406.2661) and vanilla, which is half
-of it; the decoder's go with them. Nothing here knows a network: a caller
-brings logits, or a function that gives them.
+Logits are f32 of any shape, high for real. The discriminator's losses are hinge
+(arXiv 1705.02894), non-saturating (1406.2661) and vanilla, which is half of the
+latter; each has its decoder loss. Nothing here depends on a network: the caller
+passes logits, or a function that computes them.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,10 +96,10 @@ def r1_penalty(
 
 
 def to_8_bits(images: Float[Array, 'b h w 3']) -> Float[Array, 'b h w 3']:
-  """Clipped to [0, 1] and rounded to a multiple of 1/255, as real images are.
+  """Clips to [0, 1] and rounds to multiples of 1/255, as in real images.
 
-  For reconstructions that the discriminator learns on: rounding would tell it
-  real images from unrounded reconstructions. No gradient passes.
+  For the reconstructions that the discriminator is trained on: otherwise it
+  could tell real images by their rounding. No gradient passes.
   """
   return jnp.round(jnp.clip(images, 0.0, 1.0) * 255) / 255
 
@@ -113,19 +113,19 @@ def head_gradient(
 ) -> Float[Array, 'e p']:
   """The gradient of a loss at the kernel of the decoder's head.
 
-  The head is linear and followed by fixed steps only, so its gradient is one
+  The head is linear and only fixed operations follow it, so its gradient is one
   product of its inputs with the loss's gradient at the image. Computed in f32
-  at the highest precision, whatever the decoder computes in.
+  at the highest precision, whatever dtype the decoder computes in.
 
   Args:
-    cotangent: of the loss, at the unclipped reconstruction.
+    cotangent: the loss's gradient at the unclipped reconstruction.
     features: the head's inputs, prefix tokens first.
     std: of the decoder's pixel norm.
-    patch: pixels of a patch's side.
-    prefix: prefix tokens, which decode to no pixels.
+    patch: the side of a patch in pixels.
+    prefix: how many prefix tokens there are, which decode to no pixels.
 
   Returns:
-    f32[e patch*patch*3]; those of microbatches add.
+    f32[e patch*patch*3]; the gradients of microbatches add up.
   """
   g = cotangent.astype(jnp.float32) * jnp.asarray(std, jnp.float32)
   g = image_ops.patchify(g, patch)
@@ -144,7 +144,7 @@ def adaptive_weight(
   """clip(norm_rec / (norm_gan + eps), low, high) (arXiv 2012.09841).
 
   Args:
-    norm_rec, norm_gan: norms of `head_gradient` over the global batch, of the
-      weighted reconstruction losses and of the adversarial one.
+    norm_rec, norm_gan: norms over the global batch of `head_gradient` for the
+      weighted reconstruction losses and for the adversarial loss.
   """
   return jnp.clip(norm_rec / (norm_gan + eps), low, high)

@@ -1,9 +1,9 @@
 """Losses on latents, read from one forward pass.
 
-The quantizer computes its own, where codes and latents are at hand in f32
-(`quantizers/base.py`); here they get their names. beta weighs `commit`
-(latents to codes), one weighs `codebook` (codes to latents), as in
-arXiv 1711.00937. `distill` keeps the latents of an encoder in training.
+The quantizer computes its own losses, where codes and latents are available in
+f32 (`quantizers/base.py`); here they get their names. In arXiv 1711.00937
+`commit` (latents to codes) has weight beta and `codebook` (codes to latents)
+weight one. `distill` keeps the latents of an encoder in training from drifting.
 """
 
 import jax
@@ -26,13 +26,14 @@ def codebook(x: LatentInputs) -> Float[Array, '']:
 
 
 def entropy(x: LatentInputs) -> Float[Array, '']:
-  """Mean entropy of a token's softmax over codes, less gamma times the entropy
-  of the tokens' mean, nats (arXiv 2310.05737): sure of a code, all in use."""
+  """Mean entropy of a token's softmax over codes, minus gamma times the entropy
+  of the tokens' mean, in nats (arXiv 2310.05737): favours confident choices and
+  the use of all codes."""
   return x.out.quantizer.losses['entropy']
 
 
 def diversity(x: LatentInputs) -> Float[Array, '']:
-  """Less the entropy of the mean of tokens' softmax over codes, nats."""
+  """Negative entropy of the tokens' mean softmax over codes, in nats."""
   return x.out.quantizer.losses['diversity']
 
 
@@ -42,7 +43,7 @@ def orthogonal(x: LatentInputs) -> Float[Array, '']:
 
 
 def kl(x: LatentInputs) -> Float[Array, '']:
-  """Divergence of tokens' softmax over codes from uniform, nats (Gumbel)."""
+  """KL divergence of tokens' softmax over codes from uniform, nats (Gumbel)."""
   return x.out.quantizer.losses['kl']
 
 
@@ -71,21 +72,21 @@ def distill(x: LatentInputs) -> Float[Array, '']:
 
 
 def deep_features(x: LatentInputs) -> Float[Array, '']:
-  """How far the feature decoder's prediction of the last block that is read,
-  or of the latents, is from it: `feature_loss`."""
+  """`feature_loss` of the feature decoder's prediction of the last block that
+  is read, or of the latents."""
   return feature_loss(x, 'deep', -1)
 
 
 def shallow_features(x: LatentInputs) -> Float[Array, '']:
-  """How far the feature decoder's prediction of the first of `encoder.layers`
-  is from it: `feature_loss`."""
+  """`feature_loss` of the feature decoder's prediction of the first of
+  `encoder.layers`."""
   return feature_loss(x, 'shallow', 0)
 
 
 def feature_loss(x: LatentInputs, name: str, layer: int) -> Float[Array, '']:
-  """How far the feature decoder's prediction is from the encoder's output,
-  which gets no gradient (IDEAL, arXiv 2606.11096): 1 - cosine and squared
-  distance, each a mean over tokens, the distance over channels too; f32."""
+  """Distance of the feature decoder's prediction from the encoder's output,
+  which gets no gradient (IDEAL, arXiv 2606.11096): 1 - cosine plus the squared
+  distance, both averaged over tokens, the latter also over channels; f32."""
   target = x.out.encoded
   target = target[..., layer, :] if target.ndim == 5 else target
   target = jax.lax.stop_gradient(target.astype(jnp.float32))

@@ -1,10 +1,11 @@
-"""Losses that compare what networks see in two images.
+"""Losses that compare two images by a network's features or logits.
 
 LPIPS (arXiv 1801.03924, version 0.1 on VGG16) and the distance of a
 ConvNeXt-S's logits (arXiv 2201.03545), as in TA-TiTok (arXiv 2501.07730).
-There a mix "lpips-convnext_s-1.0-0.1" is a mean, (lpips + 0.1 convnext) / 1.1;
-so its weight of 1.1 is `losses=dict(lpips=1.0, convnext=0.1)` here, and 1.1
-times the sum `dict(lpips=1.1, convnext=0.11)`.
+There the mix "lpips-convnext_s-1.0-0.1" is a mean,
+(lpips + 0.1 convnext) / 1.1, so with its weight of 1.1 it is
+`losses=dict(lpips=1.0, convnext=0.1)` here; 1.1 times the sum would be
+`dict(lpips=1.1, convnext=0.11)`.
 
 The networks' arrays come with the inputs (`pretrained/networks.py` makes them);
 they and the targets get no gradient. Networks run as the inputs say, by default
@@ -24,7 +25,7 @@ from vqrae_jax.specs import RunOptions
 from vqrae_jax.types import LossInputs, Tree
 
 HIGHEST = jax.lax.Precision.HIGHEST
-# What LPIPS takes from images in [-1, 1] before VGG16 sees them.
+# LPIPS's normalization of images in [-1, 1] before VGG16.
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIDE = 224

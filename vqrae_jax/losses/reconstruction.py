@@ -14,10 +14,10 @@ from vqrae_jax.types import LossInputs, Tree
 
 
 def checked(x: LossInputs, term: str) -> LossInputs:
-  """`x` in f32, if both sides are images that an image loss takes.
+  """`x` in f32, after checking that both sides are images for an image loss.
 
   Raises:
-    UserError: not floating point; not both [b h w 3]; or values at hand
+    UserError: not floating point; not both [b h w 3]; or concrete values
       outside [-0.01, 1.01].
   """
   for name in ('targets', 'reconstruction'):

@@ -1,11 +1,11 @@
 """A vision encoder: images in [0, 1] to a grid of continuous latents.
 
-Every family is this module with another spec (`encoders/`). It does not resize
-images to the model's size (the tokenizer does, by its size rule), pool or
-project. With `spec.layers` it gives the outputs of several blocks, which
-`Fusion` makes latents of: means over blocks after RAEv2 (arXiv 2605.18324),
-cross-attention after IDEAL (2606.11096). `EncoderModule` is what an encoder of
-another package subclasses.
+Every family is this module with a different spec (`encoders/`). It does not
+resize images to the model's size (the tokenizer does, by its size rule), pool
+or project. With `spec.layers` it returns the outputs of several blocks, which
+`Fusion` turns into latents: means over blocks as in RAEv2 (arXiv 2605.18324),
+cross-attention as in IDEAL (2606.11096). Encoders of other packages subclass
+`EncoderModule`.
 """
 
 import dataclasses
@@ -33,10 +33,11 @@ FUSION_HEADS = 8  # of the cross-attention, as IDEAL has it
 
 
 class Encoder(nn.Module):
-  """f[b h w 3] in [0, 1] -> f[b h//p w//p d], or f[b h//p w//p t d] of the t
-  blocks `spec.layers`.
+  """f[b h w 3] in [0, 1] -> f[b h//p w//p d], or f[b h//p w//p t d] for the t
+  blocks in `spec.layers`.
 
-  A remainder of h or w modulo the patch p is cropped at the bottom and right.
+  If h or w is not a multiple of the patch p, the remainder is cropped at the
+  bottom and right.
   Prefix tokens are dropped from the output.
   """
 
@@ -83,12 +84,12 @@ class Encoder(nn.Module):
 
 
 class Fusion(nn.Module):
-  """Outputs of blocks f[b gh gw t d] -> latents f[b gh gw c]; "attention"
-  alone has leaves.
+  """Outputs of blocks f[b gh gw t d] -> latents f[b gh gw c]; only "attention"
+  has parameters.
 
   "attention": x = deep + MHA(q=norm(deep), k=v=norm(the others)), then
-  x + mlp(norm(x)), whose hidden channels are twice as many; IDEAL's dropout is
-  left out.
+  x + mlp(norm(x)), with twice as many hidden channels; IDEAL's dropout is
+  omitted.
   """
 
   spec: EncoderSpec
@@ -129,29 +130,29 @@ class Fusion(nn.Module):
 class EncoderModule(nn.Module):
   """An encoder of another package: encoder=dict(name="package.module:Class").
 
-  All that a tokenizer asks of a subclass:
+  A tokenizer requires of a subclass:
 
-  - `patch_size`, pixels of a token's side, and `latent_dim`, channels of the
-    latents: each a field or a property.
-  - `__call__(images)`: f32[b h w 3] in [0, 1], h and w any multiples of the
-    patch, a single one among them -> f[b h/patch w/patch latent_dim] in
+  - `patch_size`, the side of a token in pixels, and `latent_dim`, the channels
+    of the latents: each a field or a property.
+  - `__call__(images)`: f32[b h w 3] in [0, 1], where h and w are any multiples
+    of the patch (including one patch) -> f[b h/patch w/patch latent_dim] in
     `dtype`. It normalises pixels itself. Its only variables are "params".
 
   Its dataclass fields are the keys of the config's section and are recorded in
-  `config.json`: numbers, strings, booleans, None and tuples of them, each with
-  its type and a default. A field that is added later to a published encoder
-  needs a new class, unless it changes nothing at its default.
+  `config.json`. They may be numbers, strings, booleans, None and tuples of
+  them, each with a type and a default. To add a field to a published encoder,
+  make a new class, unless the field changes nothing at its default.
 
   Attributes:
     pixel_norm: mean and std of pixels; the decoder's too, unless it has its
       own.
     resize: how the tokenizer brings images to the encoder's size
       (`EncoderSpec`).
-    dtype: what it computes in, as `model.dtype` says; with `scan` and `remat`
-      no part of `config.json`. A module follows those that mean something to
+    dtype: what it computes in, set by `model.dtype`. `dtype`, `scan` and
+      `remat` are not part of `config.json`; a module uses those that apply to
       it.
-    scan: whether equal blocks are a loop over one.
-    remat: whether a gradient computes blocks again.
+    scan: whether equal blocks run as a loop over one block.
+    remat: whether the gradient recomputes blocks.
   """
 
   pixel_norm: PixelNorm = PixelNorm()
@@ -168,14 +169,15 @@ class EncoderModule(nn.Module):
 
 
 def check_encoder(module: EncoderModule, where: str) -> None:
-  """A module of another package does what `EncoderModule` says; shapes only.
+  """Checks that another package's module does what `EncoderModule` requires;
+  shapes only.
 
   Raises:
-    UserError: what it lacks, or gives instead.
+    UserError: names what is missing, or what it returns instead.
   """
   fields = {f.name for f in dataclasses.fields(module)}
   for name in ('patch_size', 'latent_dim'):
-    # `getattr` of what a linen module lacks would call its `setup`.
+    # `getattr` of an absent attribute would call a linen module's `setup`.
     has = name in fields or hasattr(type(module), name)
     value = getattr(module, name) if has else None
     if type(value) is not int or value < 1:

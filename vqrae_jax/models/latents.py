@@ -1,13 +1,13 @@
 """Latents normalized to mean 0 and variance 1 before quantization.
 
 As in RAE (arXiv 2510.11690): (z - mean) / sqrt(var + 1e-5), directly after the
-encoder, with statistics of each channel, or of each channel at each position;
-the inverse is before the decoder. Mean and std are data, not parameters: they
-are in the linen collection "codebook", and no step changes them.
+encoder, with statistics per channel, or per channel and position; the inverse
+is applied before the decoder. Mean and std are data, not parameters: they are
+in the linen collection "codebook", and no training step changes them.
 
-A file of statistics has the arrays "mean" and "var": ours are [d] or
-[gh gw d] (`python -m vqrae_jax.latent_stats`), RAE's have the channel first,
-[d gh gw]. The model's shape determines which.
+A statistics file has the arrays "mean" and "var". Ours are [d] or [gh gw d]
+(`python -m vqrae_jax.latent_stats`); RAE's have the channel first, [d gh gw].
+The model's shape determines the layout.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ def stats_shape(spec: LatentsSpec, d: int) -> tuple[int, ...]:
 
 
 class LatentNorm(nn.Module):
-  """Normalizes latents f[b gh gw d], and inverts it for the decoder; with the
-  norm "none" the identity, without leaves.
+  """Normalizes latents f[b gh gw d] and denormalizes them for the decoder;
+  with the norm "none", the identity, without variables.
 
   Both compute in f32; the leaves are codebook/latents/{mean,std}, f32[d] or
   f32[gh gw d].
@@ -54,7 +54,7 @@ class LatentNorm(nn.Module):
     """f[b gh gw d] -> f32, (z - mean) / std: as the quantizer reads them.
 
     Raises:
-      UserError: statistics by position, of another grid.
+      UserError: the statistics are per position, for another grid.
     """
     if self.spec.norm == 'none':
       return latents
@@ -81,10 +81,10 @@ class LatentNorm(nn.Module):
 
 
 def check_grid(spec: LatentsSpec, grid: tuple[int, ...], what: str) -> None:
-  """`what` must have the grid of statistics by position.
+  """Checks that `what` has the grid of the per-position statistics.
 
   Raises:
-    UserError: it has another.
+    UserError: it has another grid.
   """
   if spec.grid and tuple(grid) != spec.grid:
     (gh, gw), (h, w) = spec.grid, grid
@@ -122,7 +122,7 @@ def read_statistics(source: weights.WeightFile) -> dict[str, np.ndarray]:
 
 
 def _channels_last(x: np.ndarray, want: tuple[int, ...], name: str):
-  """x in the shape `want`, from that or from RAE's layout."""
+  """x in the shape `want`; x has that shape or RAE's layout."""
   shape = x.shape[1:] if x.ndim == 4 and x.shape[0] == 1 else x.shape
   x = x.reshape(shape)
   first = (want[-1], *want[:-1])
@@ -144,12 +144,12 @@ def _channels_last(x: np.ndarray, want: tuple[int, ...], name: str):
 def leaves_of(
   path: str, spec: LatentsSpec, latent_dim: int
 ) -> Mapping[str, np.ndarray]:
-  """{"codebook/latents/mean" and "…/std": f32} from a file of statistics.
+  """{"codebook/latents/mean" and "…/std": f32} from a statistics file.
 
   Args:
-    path: `.npz` (of `latent_stats`, or of `convert`), or RAE's own `.pt`.
-      Arrays of the model's shape are used directly; [d gh gw] and
-      [1 d gh gw] are RAE's, and transposed.
+    path: `.npz` (from `latent_stats` or `convert`), or RAE's own `.pt`.
+      Arrays in the model's shape are used directly; RAE's, [d gh gw] or
+      [1 d gh gw], are transposed.
     spec: the model's section, with a norm.
     latent_dim: d.
 

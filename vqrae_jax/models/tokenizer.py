@@ -3,13 +3,14 @@
 Latents may be normalized before the quantizer and denormalized after it:
 `encode` and the decoder use the encoder's own latents (`models/latents.py`).
 
-h and w are multiples of the decoder's patch p_d; the encoder, with its patch
-p_e, sees the image resized to (h/p_d) p_e x (w/p_d) p_e, so that both have
-the grid (h/p_d, w/p_d); the output is h x w. Any aspect ratio goes.
+The size rule: h and w are multiples of the decoder's patch p_d. The encoder,
+with its patch p_e, sees the image resized to (h/p_d) p_e x (w/p_d) p_e, so
+that both have the grid (h/p_d, w/p_d). The output is h x w. Any aspect ratio
+works.
 
 Training, `reconstruct` and `decode_from_indices` share one path from codes to
-pixels. At inference it follows an optimization barrier, so that what compilers
-fuse before the barrier cannot change what follows it.
+pixels. At inference an optimization barrier precedes it, so that fusions
+before the barrier cannot change the values after it.
 """
 
 import dataclasses
@@ -49,12 +50,12 @@ from vqrae_jax.specs import (
 )
 from vqrae_jax.types import TokenizerOutput
 
-# The state of an EMA codebook's average: no part of a tokenizer.
+# The state of an EMA codebook's average: not part of a tokenizer.
 TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
 
 def is_training_only(name: str) -> bool:
-  """Whether a leaf of that name is, in a quantizer or one that is nested."""
+  """Whether a leaf of that name is, in a quantizer or in a nested one."""
   return name.replace(f'{PARTS}/', '') in TRAINING_ONLY
 
 
@@ -83,13 +84,13 @@ class Tokenizer(nn.Module):
 
   @property
   def patch_size(self) -> int:
-    """Pixels of a token, per side. h and w are multiples of it."""
+    """The side of a token in pixels. h and w are multiples of it."""
     return self.decoder_spec.vit.patch_size
 
   @property
   def native_size(self) -> tuple[int, int]:
-    """(h, w) of the images that it is made for, in pixels. For these neither
-    positions of the decoder nor statistics by position are resampled."""
+    """The native image size (h, w) in pixels, at which neither the decoder's
+    positions nor per-position statistics are resampled."""
     gh, gw = self.latents_spec.grid or self.decoder_spec.vit.grid
     return gh * self.patch_size, gw * self.patch_size
 
@@ -100,7 +101,7 @@ class Tokenizer(nn.Module):
 
   @property
   def layers(self) -> tuple[int, ...] | None:
-    """The encoder's blocks that are read, if not the last alone."""
+    """The encoder's blocks that are read, or None for the last one only."""
     return _layers(self.encoder_spec)
 
   @property
@@ -112,7 +113,7 @@ class Tokenizer(nn.Module):
     """(gh, gw), the grid of tokens of an h x w image.
 
     Raises:
-      UserError: h or w is no multiple of the decoder's patch.
+      UserError: h or w is not a multiple of the decoder's patch.
     """
     p = self.patch_size
     if h % p or w % p or h < 1 or w < 1:
@@ -124,8 +125,8 @@ class Tokenizer(nn.Module):
     return h // p, w // p
 
   def index_shape(self, h: int, w: int) -> tuple[int, ...]:
-    """The shape of one h x w image's indices: (gh, gw), (gh, gw, q) with q
-    codes a token, or (n,) with several scales."""
+    """The shape of the indices of one h x w image: (gh, gw), (gh, gw, q) with
+    q codes per token, or (n,) with several scales."""
     return self.quantizer.index_shape(self.grid(h, w))
 
   def encode(self, images: ArrayLike) -> Array:
@@ -133,7 +134,7 @@ class Tokenizer(nn.Module):
     return self.fuse(self.read(images))
 
   def read(self, images: ArrayLike) -> Array:
-    """What the encoder alone gives: the latents, or with `encoder.layers` the
+    """The encoder's own output: the latents, or with `encoder.layers` the
     blocks' outputs f[b gh gw t d]."""
     images = image_ops.to_unit(images)
     grid = self.grid(*images.shape[1:3])
@@ -205,12 +206,13 @@ class Tokenizer(nn.Module):
     Args:
       images: f[b h w 3] in [0, 1], or uint8.
       train: gradients pass straight through the quantizer.
-      random: what a stochastic quantizer draws with, keys for each image
-        (`quantizers/base.py`).
-      losses: the quantizer's regularisers to compute too, among other names.
-      noise: f32[b gh gw d], added to the quantizer's input, not to the
-        returned latents.
-      encoded: `read(images)`, where it is at hand.
+      random: the keys, one for each image, that a stochastic quantizer draws
+        with (`quantizers/base.py`).
+      losses: names of losses; those that are regularisers of the quantizer
+        are computed too.
+      noise: f32[b gh gw d], added to the latents before they are normalized,
+        but not to the returned latents.
+      encoded: `read(images)`, if already computed.
     """
     if encoded is None:
       encoded = self.read(images)
@@ -340,29 +342,30 @@ def build_tokenizer(
   Args:
     model_config: a mapping (ConfigDict or dict) with
 
-      - encoder: dict(name=…) of the encoder table and, or, its spec's fields;
-        or dict(name="package.module:Class"), an `EncoderModule`, and its
-        fields.
-      - quantizer: dict(name=…) of `quantizers.QUANTIZERS`, or
+      - encoder: dict(name=…), a name of the encoder table, and/or fields of
+        its spec; or dict(name="package.module:Class"), an `EncoderModule`,
+        and its fields.
+      - quantizer: dict(name=…), a name of `quantizers.QUANTIZERS` or
         "package.module:Class", a `quantizers.Quantizer`; and its fields.
-      - decoder: dict(name=…), "B", "L", "XL" or "symmetric", and, or, its
+      - decoder: dict(name=…), "B", "L", "XL" or "symmetric", and/or its
         fields.
       - latents: dict(norm=…), "none" (if absent), "channel" or "position",
         the last with grid=(rows, columns).
       - feature_decoder: dict(vit=dict(…), shallow=False), or absent: a
-        `FeatureDecoderSpec`; what `vit` leaves out is the decoder's.
+        `FeatureDecoderSpec`; fields missing from `vit` are the decoder's.
       - dtype: what all networks compute in, f32 by default. One of "float32",
         "bfloat16".
-      - scan: whether blocks are a loop over one, by default; False unrolls it.
-      - remat: whether a block's gradient computes the block again, which saves
-        memory and costs time; "dots" keeps what dense layers give, less of
-        both. False by default. One of True, False, "dots".
+      - scan: whether blocks run as a loop over one block, the default; False
+        unrolls it.
+      - remat: whether the gradient recomputes blocks, which saves memory and
+        costs time; "dots" keeps the outputs of dense layers, which saves and
+        costs less. False by default. One of True, False, "dots".
 
-    trusted: the packages that such a name may import; None: any, for a config
-      is the caller's own.
+    trusted: the packages that such a name may import; None allows any, since
+      a config is the caller's own.
 
   Returns:
-    A linen module. `init(key, images)` makes its variables, the collections
+    A linen module. `init(key, images)` makes its variables: the collections
     "params" and, if the quantizer has tables or latents are normalized,
     "codebook".
 
@@ -410,16 +413,17 @@ def build_tokenizer(
 
 
 def describe(tokenizer: Tokenizer) -> dict:
-  """`build_tokenizer`'s inverse: the full model config, run options left out.
+  """The inverse of `build_tokenizer`: the full model config without the run
+  options.
 
-  The result is plain JSON values; `build_tokenizer(describe(t))` computes
-  what t computes.
+  The result is plain JSON; `build_tokenizer(describe(t))` computes the same
+  as t.
   """
 
   def old_fields(fields, kind='', cls=None):
     def later(name, value):
       keys = {name, f'{kind}.{name}'} & LATER_FIELDS.keys()
-      # Of ours it is the default; of another package's it need not be.
+      # For our encoders it is the default; for others it need not be.
       default = cls is None or value == getattr(cls, name)
       return default and any(value == LATER_FIELDS[key] for key in keys)
 
@@ -461,7 +465,7 @@ def describe(tokenizer: Tokenizer) -> dict:
     'quantizer': quantizer_fields(tokenizer.quantizer),
     'decoder': spec_fields(tokenizer.decoder_spec),
   }
-  # Younger than format 1, like LATER_FIELDS, but a section.
+  # Added after format 1, like LATER_FIELDS, but a section.
   if tokenizer.latents_spec != LatentsSpec():
     model['latents'] = dataclasses.asdict(tokenizer.latents_spec)
   if tokenizer.features_spec is not None:
@@ -470,7 +474,7 @@ def describe(tokenizer: Tokenizer) -> dict:
 
 
 def packages_of(tokenizer: Tokenizer) -> tuple[str, ...]:
-  """The packages whose code a tokenizer is made of, ours left out."""
+  """The packages, other than ours, whose code a tokenizer uses."""
   model = describe(tokenizer)
   names = (model[part].get('name') for part in ('encoder', 'quantizer'))
   return tuple({plugins.package_of(n) for n in names if plugins.is_name(n)})

@@ -71,7 +71,7 @@ class Head(nn.Module):
   def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b n']:
     def layer(x, kernel, name):
       y = SpectralConv(x.shape[-1], kernel, self.dtype, name=name)(x)
-      # Over tokens, in f32; its variance is two-pass.
+      # Normalizes over tokens, in f32, with a two-pass variance.
       y = nn.InstanceNorm(
         epsilon=1e-6,
         dtype=self.dtype,

@@ -1,8 +1,8 @@
 """Codes and indices: lookup, gradients, entropies, digits, usage.
 
-All arithmetic is f32 and every product asks for the highest precision: a dot
-in f32 is TF32 on GPU and bf16 passes on TPU unless it is asked, and either
-picks other codes. Nothing materializes [tokens, K] beyond a chunk.
+All arithmetic is f32 and every product requests the highest precision: by
+default an f32 dot is TF32 on GPU and bf16 passes on TPU, and either chooses
+different codes. No array is [tokens, K] beyond a chunk.
 """
 
 import functools
@@ -168,8 +168,8 @@ def in_order(stacked: Array, n: Any) -> Array:
 def entropies(
   scores: Callable[[Array], Array], size: int, tokens: Float[Array, 'n c']
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
-  """Of softmax(scores), in nats: (the mean of tokens' entropies, the entropy
-  of tokens' mean).
+  """(mean of the tokens' entropies, entropy of the tokens' mean) of
+  softmax(scores), in nats.
 
   Args:
     scores: f32[m c] -> f32[m k], row by row.

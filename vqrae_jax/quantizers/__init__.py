@@ -1,8 +1,8 @@
 """The quantizers that a config may name, and how one is built.
 
-One file each, one idea, one arXiv number; or a class of another package, by
-"package.module:Class". The tokenizer cannot tell them apart: `base.Quantizer`
-is the protocol.
+Each has its own file, one idea and one arXiv number; or it is a class of
+another package, given as "package.module:Class". To the tokenizer they are all
+alike: `base.Quantizer` is the protocol.
 """
 
 from collections.abc import Collection, Mapping
@@ -38,7 +38,7 @@ QUANTIZERS = {
   'grouped': Grouped,
   'multiscale': MultiScale,
 }
-# Fields that a nested quantizer has from the one around it.
+# Fields that a nested quantizer inherits from the outer one.
 OUTER = ('latent_dim', 'dtype', 'projection', 'post_quant')
 
 
@@ -51,10 +51,10 @@ def build(
   """The quantizer that `section` names, for latents of `latent_dim`.
 
   Args:
-    section: dict(name=…, **its fields), a name of `QUANTIZERS` or that of a
-      class of another package.
+    section: dict(name=…, **its fields); the name is one of `QUANTIZERS` or
+      names a class of another package.
     latent_dim: the encoder's width.
-    dtype: of its map from codes to latents.
+    dtype: of the map from codes to latents.
     trusted: packages that may be imported for it; None: any.
 
   Raises:
@@ -109,7 +109,7 @@ def _nested(
 
 
 def name_of(quantizer: Quantizer) -> str:
-  """A class's name: in the table, or where another package defines it."""
+  """A quantizer's name: in the table, or "package.module:Class"."""
   cls = type(quantizer)
   return next(
     (n for n, c in QUANTIZERS.items() if cls is c), plugins.name_of(cls)

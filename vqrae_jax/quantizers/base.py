@@ -1,4 +1,4 @@
-"""What every quantizer shares, and the continuous one, which quantizes nothing.
+"""The base of every quantizer, and the continuous one, which does not quantize.
 
 The order is: project in, to f32, assign, look up, post_quant, project out. A
 subclass writes `_assign` (latents to surrogate and indices) and `_lookup`
@@ -33,12 +33,12 @@ EXACT = 2**24  # integers that f32 tells apart
 
 
 class Search(NamedTuple):
-  """What codes are chosen by, for the figures of a codebook.
+  """The tokens and the table that codes are chosen from, for codebook metrics.
 
   Attributes:
     tokens: f32[... c], as they are compared.
-    table: f32[k c], the nearest of whose rows is chosen, or None.
-    indices: i32[...], the choice.
+    table: f32[k c], whose nearest row is chosen, or None.
+    indices: i32[...], the chosen rows.
   """
 
   tokens: Array
@@ -48,15 +48,15 @@ class Search(NamedTuple):
 
 class Quantized(NamedTuple):
   """Tokens in code space and their codes: `QuantizerOutput` before codes are
-  latents again.
+  mapped back to latents.
 
   Attributes:
-    surrogate: f32[... c], what the codes' gradient passes to.
+    surrogate: f32[... c], which receives the codes' gradient.
     indices: i32[...].
     codes: f32[... c], looked up.
     losses: {name: f32[]}.
     stats: as in `QuantizerOutput`.
-    tokens: f32[b q c] as there, or None.
+    tokens: f32[b q c], as in `QuantizerOutput`, or None.
   """
 
   surrogate: Array
@@ -71,11 +71,11 @@ class Quantizer(nn.Module):
   """Latents f[... d] to codes and back.
 
   Attributes:
-    latent_dim: d, the width of the encoder's latents, from which it follows. At
+    latent_dim: d, the width of the encoder's latents, set by the encoder. At
       least 1 channel.
-    projection: whether there are learned linear maps between latents and
-      codes, in and out; with "mlp" the map in is an MLP, the map out linear.
-      Without them codes are as wide as the latents. One of True, False, "mlp".
+    projection: whether there are learned linear maps from latents to codes and
+      back; with "mlp" the map to codes is an MLP, the map back linear. Without
+      them codes are as wide as the latents. One of True, False, "mlp".
     post_quant: a convolution between codes and latents, or None.
     dtype: of `codes_to_latents`, set by `model.dtype`; assignment is always
       f32. One of "float32", "bfloat16".
@@ -132,8 +132,8 @@ class Quantizer(nn.Module):
 
   @property
   def loss_names(self) -> tuple[str, ...]:
-    """The losses that a config may weigh: a call returns those of `LOSSES`
-    always, the others (regularisers) where they are asked for."""
+    """The losses that a config may weight. A call always returns those in
+    `LOSSES`, and the others (regularisers) on request."""
     return ()
 
   @property
@@ -177,7 +177,7 @@ class Quantizer(nn.Module):
     return codes
 
   def _regulariser(self, name: str, z: Array, surrogate: Array) -> Array:
-    """f32[], a loss of `loss_names` that is none of `LOSSES`.
+    """f32[], a loss in `loss_names` that is not in `LOSSES`.
 
     Args:
       name: the loss's.
@@ -192,8 +192,8 @@ class Quantizer(nn.Module):
 
   @property
   def search_names(self) -> tuple[tuple[str, str], ...]:
-    """(name, its table's name) of each of `latents_to_searches`; searches of
-    one table share its name."""
+    """(name, table name) of each search in `latents_to_searches`; searches in
+    the same table share its name."""
     return (('', ''),)
 
   def _searches(self, z: Array) -> list[Search]:
@@ -211,8 +211,8 @@ class Quantizer(nn.Module):
     return {'counts': counts[None]}
 
   def _tokens(self, z: Array, codes: Array, random: Any) -> Array | None:
-    """f32[b c], what `update_codebook` may make of a token of each sample of
-    f32[b ... c] and its code; or None."""
+    """f32[b c] for `update_codebook`, computed from one token of each sample
+    of f32[b ... c] and its code; or None."""
     return None
 
   def init_codebook(self, codebook: dict, z: Array, rng: Array) -> dict:
@@ -220,8 +220,8 @@ class Quantizer(nn.Module):
     return codebook
 
   def update_codebook(self, codebook: dict, stats: dict) -> dict:
-    """The codebook after one optimizer step's summed stats, its "tokens"
-    f32[n q c] among them if the call gives any; pure."""
+    """The codebook updated by one optimizer step's summed stats, which include
+    "tokens" f32[n q c] if the call returns any; pure."""
     return codebook
 
   def baked_codebook(self) -> dict[str, Any]:
@@ -229,8 +229,8 @@ class Quantizer(nn.Module):
     return {}
 
   def training_codebook(self, tables: dict) -> dict:
-    """The codebook of training from a tokenizer's tables on disk: without
-    what is baked from weights."""
+    """The training codebook from a tokenizer's tables on disk, without the
+    tables that are baked from weights."""
     return {n: x for n, x in tables.items() if n != 'codes'}
 
   # -- what the base computes ----------------------------------------------
@@ -293,13 +293,13 @@ class Quantizer(nn.Module):
 
     Args:
       latents: any leading shape; a post_quant kernel above 1 needs [b gh gw].
-      train: gradients pass straight through, and stats hold what the codebook's
-        update needs; else the looked-up codes are used as they are.
-      random: what a quantizer that `draws` draws with in training (`rngs` is
-        an argument of linen's `apply`): "samples", a key for each entry of the
-        first axis, and "temperature", f32[], of a Gumbel quantizer. Without it
-        nothing is drawn.
-      losses: the regularisers to compute too, among other names.
+      train: whether gradients pass straight through and stats hold what the
+        codebook's update needs; else the looked-up codes are used unchanged.
+      random: what a quantizer that `draws` uses to draw in training (`rngs` is
+        already an argument of linen's `apply`): "samples", a key for each entry
+        of the first axis, and "temperature", f32[], for a Gumbel quantizer.
+        Without it nothing is drawn.
+      losses: names of losses; those that are regularisers are computed too.
 
     Returns:
       A `QuantizerOutput`; `codes` equal `indices_to_codes(indices)` bitwise.
@@ -325,7 +325,7 @@ class Quantizer(nn.Module):
   def _quantize(
     self, z: Array, train: bool, random: Any, losses: Sequence[str]
   ) -> Quantized:
-    """The call in code space, of f32[... c]; its other arguments."""
+    """The call in code space, on f32[... c]; other arguments as there."""
     surrogate, indices = self._assign(z, train, random)
     codes = self._lookup(indices)
     values = self._losses(surrogate, indices, codes)
@@ -340,7 +340,7 @@ class Quantizer(nn.Module):
   def _regularisers(
     self, losses: Sequence[str], z: Array, surrogate: Array
   ) -> dict[str, Array]:
-    """{name: f32[]} of those that are asked for."""
+    """{name: f32[]} of the regularisers in `losses`."""
     return {
       name: self._regulariser(name, z, surrogate)
       for name in self.loss_names
@@ -352,7 +352,7 @@ class Quantizer(nn.Module):
     return self._assign(self.to_code_space(latents), False, None)[1]
 
   def latents_to_searches(self, latents: Array) -> list[Search]:
-    """f[... d] -> what each code is chosen by, named by `search_names`."""
+    """f[... d] -> the search of each code, named by `search_names`."""
     return self._searches(self.to_code_space(latents))
 
   def indices_to_codes(self, indices: Array) -> Array:
@@ -390,12 +390,13 @@ class MLP(nn.Module):
 
 
 def check_quantizer(quantizer: Quantizer, where: str) -> None:
-  """A class of another package gives what `Quantizer` says; shapes only.
+  """Checks that another package's class returns what `Quantizer` specifies;
+  shapes only.
 
-  Values are for its own tests: the round trip is bitwise.
+  Values are left to that class's own tests: the round trip is bitwise.
 
   Raises:
-    UserError: with what it gives instead.
+    UserError: names what it returns instead.
   """
   q, kind = quantizer, type(quantizer).__name__
   if q.index_axes[:2] != ('gh', 'gw'):
@@ -445,8 +446,8 @@ def check_quantizer(quantizer: Quantizer, where: str) -> None:
 
 
 def check_size(given: str, size: int) -> None:
-  """Raises a UserError, which starts with the fields `given`, unless an i32
-  index can count `size` codes."""
+  """Raises a UserError unless an i32 index can count `size` codes; its message
+  starts with the fields `given`."""
   if size >= 2**31:
     raise UserError(
       f'{given} make too many codes; an i32 index holds fewer than 2147483648: '
@@ -457,8 +458,9 @@ def check_size(given: str, size: int) -> None:
 def init_codes_from_data(z: Array, num_codes: int, rng: Array) -> Array:
   """Codes f32[num_codes c] at tokens f32[n c] of a batch, drawn by `rng`.
 
-  All differ while there are enough tokens. With fewer they repeat, moved by a
-  hundredth of the tokens' standard deviation so that no two codes tie.
+  If there are enough tokens, all codes are different tokens. With fewer, tokens
+  repeat, perturbed by a hundredth of their standard deviation so that no two
+  codes tie.
   """
   n, k = z.shape[0], num_codes
   order_key, noise_key = jax.random.split(rng)
@@ -475,8 +477,8 @@ SEEDED_FROM = 4  # tokens a code, at most, that `spread_codes` looks at
 def spread_codes(z: Array, num_codes: int, rng: Array) -> Array:
   """Codes f32[num_codes c] at tokens f32[n c] by k-means++ (Arthur and
   Vassilvitskii, SODA 2007): each is drawn in proportion to its squared distance
-  from the nearest code so far. Where no token is left at a distance, codes
-  repeat, moved as in `init_codes_from_data`.
+  from the nearest code so far. Once every token coincides with a code, codes
+  repeat, perturbed as in `init_codes_from_data`.
   """
   order_key, first_key, draw_key, noise_key = jax.random.split(rng, 4)
   order = jax.random.permutation(order_key, len(z))
@@ -525,15 +527,16 @@ class TableQuantizer(Quantizer):
 class Nearest(TableQuantizer):
   """The nearest row of the table.
 
-  Losses that spread its use: "entropy" (arXiv 2310.05737), mean entropy of a
-  token's softmax over codes less gamma times the entropy of the tokens' mean;
-  "diversity", the second alone; "orthogonal" (arXiv 2112.00384), of rows that
-  a gradient moves. The softmax is of -distance^2 / temperature.
+  Losses that spread usage over the codes: "entropy" (arXiv 2310.05737), the
+  mean entropy of a token's softmax over codes minus gamma times the entropy of
+  the mean softmax; "diversity", the second term alone; "orthogonal" (arXiv
+  2112.00384), for tables trained by gradients. The softmax is of
+  -distance^2 / temperature.
 
   Attributes:
     rotation: whether gradients pass to a token through the rotation and scaling
       that takes it to its code (arXiv 2410.06424), instead of unchanged.
-    entropy_gamma: of the loss "entropy": the weight of the entropy of the
+    entropy_gamma: in the loss "entropy", the weight of the entropy of the
       tokens' mean. At least 0.
     entropy_temperature: of the softmax over codes, in units of squared
       distances. Above 0.
@@ -577,7 +580,7 @@ class Continuous(Quantizer):
   continuous tokenizer.
 
   Attributes:
-    code_dim: a linear bottleneck's width with `projection`; None for the
+    code_dim: with `projection`, the width of a linear bottleneck; None for the
       latents' width. At least 1 channel, or None.
   """
 

@@ -9,15 +9,16 @@ L, bounded = tanh(z + atanh(off/half)) half - off, code = round(bounded) /
 "centered": h = (L-1)/2, bounded = tanh(z) h, digit = clip(round(bounded + h)),
 code = digit - h; the last digit is least significant.
 
-`preserve_symmetry` (arXiv 2411.19842), with "cosmos": the bound of "centered",
-which has as many steps above 0 as below, as code = (digit - h) / h in [-1, 1];
-the first digit stays least significant. `noise_dropout` goes with it: in
-training each value is moved, with that probability, by a uniform number in
-[-1/2, 1/2) and clipped to [-1, 1] before the decoder reads it, so that a
-decoder does not depend on the codes' exact values.
+`preserve_symmetry` (arXiv 2411.19842), with "cosmos", uses the bound of
+"centered", which has as many steps above 0 as below, with
+code = (digit - h) / h in [-1, 1]; the first digit stays least significant.
+`noise_dropout` requires it: in training each value is, with that probability,
+shifted by a uniform number in [-1/2, 1/2) and clipped to [-1, 1] before the
+decoder reads it, so that the decoder does not depend on the codes' exact
+values.
 
-No codebook is learned, so nothing collapses and there is no codebook loss; a
-commitment loss exists for "centered" only.
+No codebook is learned, so it cannot collapse and there is no codebook loss;
+only "centered" has a commitment loss.
 
 bound="clip", with "centered", rounds the projected latents without a tanh, in
 units of levels, and clips, as the PyTorch project does. That project trained
@@ -53,7 +54,7 @@ def _norm(dtype: str, name: str) -> nn.Module:
 
 
 class MLPProjection(nn.Module):
-  """f32[... d] -> f32[... c]: norm, three layers, tanh, a gain a channel."""
+  """f32[... d] -> f32[... c]: norm, three layers, tanh, a per-channel gain."""
 
   features: int
 
@@ -95,21 +96,21 @@ class FSQ(base.Quantizer):
   """Rounds len(levels) bounded channels; K is the product of the levels.
 
   Attributes:
-    levels: values per channel: [8, 8, 8, 5, 5, 5] is 64,000 codes, of fewer
-      than 2^31. Each at least 2.
-    convention: bound, values and order of the codes, which differ in what is
-      published. One of "centered", "cosmos".
+    levels: values per channel: [8, 8, 8, 5, 5, 5] gives 64,000 codes; there
+      must be fewer than 2^31. Each at least 2.
+    convention: bound, values and order of the codes; publications differ in
+      these. One of "centered", "cosmos".
     epsilon: by how much "cosmos" widens the bound, so that the outer values
       can be reached; below 1 / (the largest level - 1). Above 0.
-    bound: a tanh, or "clip" for latents that are bounded elsewhere or not. One
-      of "tanh", "clip".
+    bound: a tanh, or "clip" for latents that are bounded elsewhere or not at
+      all. One of "tanh", "clip".
     adapter_in: the projection in; "mlp" bounds and so needs "clip". One of
       "linear", "mlp".
     adapter_out: the projection out; "fourier" passes no useful gradient. One
       of "linear", "fourier".
     preserve_symmetry: whether codes are symmetric around 0, with "cosmos".
-    noise_dropout: with `preserve_symmetry`, the share of values that training
-      moves. In [0, 1].
+    noise_dropout: with `preserve_symmetry`, the share of values that are
+      shifted in training. In [0, 1].
   """
 
   training_fields = ('noise_dropout',)
@@ -196,8 +197,8 @@ class FSQ(base.Quantizer):
     if self.adapter_out == 'fourier':
       return FourierOut(self.latent_dim, self.dtype)
     if self.projection == 'mlp':
-      # Where latents start loud, the map in learns first to make the codes of
-      # all tokens equal, and takes thousands of steps to spread them again.
+      # If latents start large, the input projection first learns to make the
+      # codes of all tokens equal, and needs thousands of steps to spread them.
       square = np.mean((np.square(self.levels) - 1) / 12 / self._grid[1] ** 2)
       init = nn.initializers.variance_scaling(
         START_RMS**2 / square, 'fan_in', 'truncated_normal'
@@ -291,7 +292,7 @@ class FSQ(base.Quantizer):
     return jax.vmap(moved)(random['samples'], codes)
 
   def digits(self, indices: Array) -> Array:
-    """i32[...] -> i32[... c], the level of each channel, of `levels`."""
+    """i32[...] -> i32[... c], each channel's level, in [0, levels)."""
     return code_ops.index_to_digits(indices, self._strides, self.levels)
 
   def _lookup(self, indices):

@@ -1,8 +1,8 @@
 """Grouped quantization (arXiv 2502.20321): the channels of a code are split
-into groups, and each is quantized alone; a product of codebooks.
+into groups, each quantized separately; a product of codebooks.
 
-With g groups of K codes a token has K^g values: this is also how it has more
-than the 2^31 that one i32 index counts. A group's quantizer may be residual.
+With g groups of K codes a token can take K^g values, which may exceed the 2^31
+that one i32 index can count. A group's quantizer may be residual.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from vqrae_jax.quantizers import base, nested
 
 
 class Grouped(nested.Nested):
-  """`groups` codes a token, side by side.
+  """`groups` codes per token, side by side.
 
   Indices are i32[... q], the groups in the order of their channels (all of a
   residual group's stages, then the next group's). Losses are means over groups.
 
   Attributes:
-    groups: g, into how many the channels are split. At least 1.
+    groups: g, how many groups the channels are split into. At least 1.
     shared: whether one table serves all groups and learns from all of them.
   """
 
@@ -96,7 +96,7 @@ class Grouped(nested.Nested):
     return jnp.concatenate(indices, -1)
 
   def _parts(self, z: Array, random: Any) -> list[tuple]:
-    """[(i, its channels of f32[... c], what it draws with)]."""
+    """[(i, channels of f32[... c], `random`)] for each part i."""
     return [
       (i, x, nested.random_of_part(random, i))
       for i, x in enumerate(jnp.split(z, self.groups, -1))
@@ -141,8 +141,8 @@ class Grouped(nested.Nested):
     return self._each(self.part.init_codebook, codebook, tokens, keys)
 
   def codes_to_indices(self, codes):
-    """f32[... c] -> i32[... q]; not of residual groups, whose codes are
-    sums."""
+    """f32[... c] -> i32[... q]; not available for residual groups, whose codes
+    are sums."""
     found = [
       self._call(i, 'codes_to_indices', x)
       for i, x in enumerate(jnp.split(codes, self.groups, -1))

@@ -1,13 +1,13 @@
 """Gumbel-softmax (arXiv 1611.01144): a code drawn from learned logits.
 
-Logits are a linear map of a token, one a code. In training the code is the
-argmax of logits and Gumbel noise, a sample of their softmax; its gradient to
-the logits is that of softmax((logits + noise) / temperature) times the table,
-and its row of the table gets the gradient of the code. At inference it is the
-logits' argmax.
+Logits are a linear map of a token, one per code. In training the code is the
+argmax of logits plus Gumbel noise, a sample from their softmax. The logits get
+the gradient of softmax((logits + noise) / temperature) times the table, and the
+code's row of the table gets the gradient of the code. At inference the code is
+the argmax of the logits.
 
-The temperature is an argument of the call: a run's `temperature` section has
-its schedule. The noise is drawn for each token from its sample's key.
+The temperature is an argument of the call; a run's `temperature` section sets
+its schedule. The noise of each token is drawn from its sample's key.
 """
 
 import math
@@ -31,8 +31,8 @@ def _token_keys(keys: Array, tokens: int) -> Array:
 class Gumbel(base.TableQuantizer):
   """One of `num_codes` rows of a learned table, by logits.
 
-  The loss "kl" is the divergence of a token's softmax from uniform codes,
-  log K less its entropy, a mean over tokens.
+  The loss "kl" is the divergence of a token's softmax from the uniform
+  distribution over codes: log K minus its entropy, averaged over tokens.
 
   Attributes:
     num_codes: K, the size of the codebook. At least 1 code.
@@ -100,7 +100,7 @@ class Gumbel(base.TableQuantizer):
       for x in code_ops.by_chunk(sample, k, tokens, *drawn)
     )
     indices = indices.reshape(shape)
-    # The base takes its gradient and not its value.
+    # The base uses only its gradient, not its value.
     return soft.reshape(z.shape) + self._lookup(indices), indices
 
   def _regulariser(self, name, z, surrogate):

@@ -1,15 +1,16 @@
 """Lookup-free quantization (arXiv 2310.05737), and BSQ (arXiv 2406.07548).
 
-A code is the signs of its channels, so that no table is searched or stored: a
-channel above 0 is the bit 1, the last channel's is least significant. LFQ's
-codes are +-1; BSQ ("bsq") puts tokens and codes on the unit sphere, where the
-codes are +-1/sqrt(bits).
+A code is the signs of its channels, so no table is searched or stored: a
+channel above 0 is a 1 bit, and the last channel is the least significant bit.
+LFQ's codes are +-1; BSQ ("bsq") puts tokens and codes on the unit sphere, where
+the codes are +-1/sqrt(bits).
 
-The entropy loss makes tokens sure of their code and lets all codes be used: the
-mean entropy of a token's softmax over codes, less gamma times the entropy of
-the tokens' mean. A token's softmax is a product over bits, and so its entropy
-is exactly the sum of the bits'. That of the mean is a sum only if the bits are
-independent; `entropy_bits` says how many are taken together.
+The entropy loss makes each token's choice confident and encourages the use of
+all codes: it is the mean entropy of a token's softmax over codes, minus gamma
+times the entropy of the tokens' mean softmax. A token's softmax is a product
+over bits, so its entropy is exactly the sum of the bits' entropies. The entropy
+of the mean is such a sum only if the bits are independent; `entropy_bits` says
+how many are treated jointly.
 """
 
 from typing import ClassVar
@@ -37,11 +38,11 @@ class LFQ(base.Quantizer):
 
   Attributes:
     bits: channels of a code. In [1, 30].
-    entropy_bits: how many bits' joint entropy is computed, of 2^entropy_bits
-      codes for every token, a divisor of `bits`; the groups' entropies are
-      added up. None: all of them up to 12, beyond that and for BSQ one. At
-      least 1, or None.
-    entropy_gamma: of the loss "entropy": the weight of the entropy of the
+    entropy_bits: how many bits are grouped to compute a joint entropy, over
+      2^entropy_bits codes for every token; a divisor of `bits`. The groups'
+      entropies are summed. None: all bits up to 12 of them; one above 12, and
+      for BSQ. At least 1, or None.
+    entropy_gamma: in the loss "entropy", the weight of the entropy of the
       tokens' mean. At least 0.
     entropy_temperature: of the softmax over codes, whose scores are
       -distance^2 / temperature. Above 0.
@@ -83,12 +84,12 @@ class LFQ(base.Quantizer):
 
   @property
   def _size(self):
-    """A code's channels are plus or minus this."""
+    """The absolute value of a code's channels."""
     return np.float32(self.bits**-0.5 if self.spherical else 1)
 
   @property
   def levels(self) -> tuple[int, ...]:
-    """Of each channel, as FSQ's."""
+    """The levels of each channel, as FSQ's."""
     return (2,) * self.bits
 
   def digits(self, indices: Array) -> Array:

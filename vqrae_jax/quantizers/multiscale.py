@@ -1,12 +1,12 @@
 """Multi-scale residual quantization (arXiv 2404.02905): a grid of latents as
 maps of indices from coarse to fine.
 
-At each scale what is left of the grid is shrunk to the scale by averages over
-areas, quantized with the one table, enlarged again (bicubic, as torch without
+At each scale the residual of the grid is downsampled to the scale by area
+averaging, quantized with one shared table, upsampled (bicubic, as torch without
 antialias), smoothed by a convolution phi,
   h -> (1 - ratio) h + ratio conv3x3(h),
 and subtracted. The code of the grid is the sum over scales. Scales share a few
-phi, by their place between the first and the last scale.
+phi, assigned by their position between the first and the last scale.
 """
 
 import functools
@@ -27,15 +27,15 @@ from vqrae_jax.quantizers import base, nested
 
 
 class MultiScale(nested.Nested):
-  """A grid of tokens as n indices, the sum of the areas of its scales.
+  """A grid of tokens as n indices; n is the sum of the areas of its scales.
 
   Latents are [... gh gw d] with the grid of the last scale; indices are
-  i32[... n], each scale's rows one after another, coarse scales first. An index
-  of -1 adds nothing: a prefix of the scales decodes too. Losses are means over
-  scales, of the sum so far against the latents.
+  i32[... n], each scale in row order, coarse scales first. An index of -1 adds
+  nothing, so a prefix of the scales can be decoded too. Losses compare the
+  partial sum with the latents, averaged over scales.
 
-  The sum does not tell which codes it is of: `codes_to_indices` takes those of
-  `indices_to_stage_codes`, f32[... n c].
+  The codes cannot be recovered from their sum: `codes_to_indices` takes the
+  output of `indices_to_stage_codes`, f32[... n c].
 
   Attributes:
     scales: sides of square maps, or (rows, columns), coarse to fine; the last
@@ -119,8 +119,8 @@ class MultiScale(nested.Nested):
         phi(jnp.zeros((1, 1, 1, self.code_width)))
 
   def _phis(self, count: int) -> list[int]:
-    """Which of so many phi each scale has: the one whose place in (0, 1) is
-    nearest to the scale's, as in the paper's code, whose places differ for
+    """Which of `count` phi each scale has: the one whose position in (0, 1) is
+    nearest to the scale's, as in the paper's code, whose positions differ for
     four."""
     if not count:
       return []
@@ -175,8 +175,8 @@ class MultiScale(nested.Nested):
     ]
 
   def _stages(self, z: Array, train: bool) -> Iterator[tuple]:
-    """(each scale's tokens, their indices and codes, what it adds to the grid)
-    of f32[... gh gw c]."""
+    """For f32[... gh gw c], yields each scale's tokens, their indices and
+    codes, and what the scale adds to the grid."""
     self._check_grid(z.shape[-3:-1])
     rest = z
     for scale in range(len(self.scales)):
@@ -242,7 +242,7 @@ class MultiScale(nested.Nested):
     )
 
   def init_codebook(self, codebook, z, rng):
-    """The codes at tokens of all scales, phi taken as the identity."""
+    """Codes placed at tokens of all scales, taking phi as the identity."""
     grid = self.sizes[-1]
 
     def take(rest, scale):

@@ -1,8 +1,8 @@
-"""Several codes a token: what residual, grouped and multi-scale quantizers
+"""Several codes per token: what residual, grouped and multi-scale quantizers
 share. (Each has a file of its own, with its papers.)
 
-Each code is chosen by a quantizer of another file, the field `quantizer`. Its
-variables are stacked along a first axis, one slice a table, under the name
+Each code is chosen by a quantizer from another file, the field `quantizer`. Its
+variables are stacked along a first axis, one slice per table, under the name
 "parts"; its methods are applied to a slice.
 """
 
@@ -21,14 +21,14 @@ from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.quantizers import base
 
 PARTS = 'parts'
-# What a nested quantizer must have, of the fields it has; and a stage's.
+# Values required of a nested quantizer's fields, if it has them; and a stage's.
 _ALONE = {'rotation': False, 'noise_dropout': 0.0}
 _SUBTRACTED = {'distance': 'l2', 'normalize': False, 'token_map': False}
 
 
 def value_of(module: base.Quantizer, name: str, default: Any) -> Any:
-  """A field's value, or `default` if it has none of that name. (`getattr` of
-  what a linen module lacks calls its `setup`.)"""
+  """A field's value, or `default` if there is no such field. (`getattr` of an
+  absent attribute calls a linen module's `setup`.)"""
   names = {f.name for f in dataclasses.fields(module)}
   return getattr(module, name) if name in names else default
 
@@ -37,9 +37,9 @@ class Nested(base.Quantizer):
   """A quantizer whose codes are chosen by others.
 
   Attributes:
-    quantizer: the section, dict(name=…), of what chooses one code. It lies in
-      code space: `projection`, `post_quant` and `dtype` are those of the outer
-      one.
+    quantizer: the section, dict(name=…), of the quantizer that chooses one
+      code. It works in code space: `projection`, `post_quant` and `dtype` are
+      those of the outer one.
   """
 
   # Names of the quantizers that may be nested.
@@ -65,7 +65,7 @@ class Nested(base.Quantizer):
 
   @property
   def codes_per_part(self) -> int:
-    """Indices that a part gives for a token."""
+    """How many indices a part has per token."""
     return self.quantizer.codes_per_token
 
   @property
@@ -80,7 +80,7 @@ class Nested(base.Quantizer):
 
   @property
   def part(self) -> base.Quantizer:
-    """What chooses one code, without variables."""
+    """The quantizer that chooses one code, without variables."""
     part = self.quantizer.clone(
       parent=None, name=None, latent_dim=self.part_dim
     )
@@ -133,8 +133,8 @@ class Nested(base.Quantizer):
     return self.part.apply(variables, *args, method=method)
 
   def update_codebook(self, codebook, stats):
-    """Each table by the stats of its parts; one that is shared by their sum,
-    and by the tokens of all, sample after sample."""
+    """Updates each table with the stats of its part; a shared table with their
+    sum, and with the tokens of all parts, sample after sample."""
     if PARTS not in codebook:
       return codebook
     shape = self.tables, -1, self.codes_per_part
@@ -149,8 +149,8 @@ class Nested(base.Quantizer):
     return self._each(self.part.update_codebook, codebook, stats)
 
   def _each(self, fn: Callable, codebook: dict, *trees: Any) -> dict:
-    """fn(its codebook, its slices of `trees`) for every table; `codebook`
-    itself where fn changes none."""
+    """fn(codebook, slices of `trees`) for every table; returns `codebook`
+    itself if fn changes nothing."""
     old = _slices(codebook[PARTS], self.tables)
     more = [_slices(tree, self.tables) for tree in trees]
     new = [fn(*args) for args in zip(old, *more, strict=True)]
@@ -169,7 +169,7 @@ class Nested(base.Quantizer):
 
 
 def random_of_part(random: Any, i: int) -> Any:
-  """What part i draws with, apart from the others."""
+  """`random` for part i, independent of the other parts."""
   fold = jax.vmap(jax.random.fold_in, (0, None))
   return jax.tree.map(lambda keys: fold(keys, i), random)
 
@@ -180,7 +180,7 @@ def mean_of(losses: Sequence[dict[str, Array]]) -> dict[str, Array]:
 
 
 def joined(trees: Sequence[Any], axis: int = 0) -> Any:
-  """The parts' statistics, or tokens, side by side; None of None."""
+  """The parts' statistics or tokens, concatenated; None if they are None."""
   return jax.tree.map(lambda *x: jnp.concatenate(x, axis), *trees)
 
 
@@ -193,10 +193,10 @@ def _slices(tree: Any, count: int) -> list:
 
 
 def check_residual(quantizer: base.Quantizer) -> None:
-  """A code can be subtracted from the token that it is nearest to.
+  """Checks that a code can be subtracted from the token that it quantizes.
 
   Raises:
-    UserError: the quantizer compares tokens by angle, or scaled, or mapped.
+    UserError: the quantizer compares tokens by angle, scaled, or mapped.
   """
   for field, right in _SUBTRACTED.items():
     have = value_of(quantizer, field, right)
@@ -208,10 +208,10 @@ def check_residual(quantizer: base.Quantizer) -> None:
 
 
 def check_shared_start(quantizer: base.Quantizer) -> None:
-  """One table of all stages starts at random tokens of each.
+  """Checks that a table shared by all stages starts at random tokens of each.
 
   Raises:
-    UserError: another start.
+    UserError: it is initialized otherwise.
   """
   for field in ('data_init', 'basis_init'):
     if value_of(quantizer, field, None) == 'kmeans++':
@@ -222,7 +222,7 @@ def check_shared_start(quantizer: base.Quantizer) -> None:
 
 
 def check_stage_codes(codes: Array, count: int, width: int) -> None:
-  """f32[... count c]; raises a UserError for another shape."""
+  """Raises a UserError unless `codes` are f32[... count c]."""
   if codes.shape[-2:] != (count, width):
     raise UserError(
       f'codes_to_indices takes the codes of {count} stages one by one, '
@@ -239,18 +239,18 @@ def rows_of_all_stages(
   leave: Callable[[Array, int, Array], Array],
   rng: Array,
 ) -> Array:
-  """f32[num_codes c]: rows for one table that all stages share.
+  """f32[num_codes c]: initial rows for one table that all stages share.
 
-  A share of them lies at the tokens of each stage, what the shares before it
-  leave: else a table at the first stage's tokens would be too coarse for all
-  others.
+  Each stage gets a share of the rows, placed at its tokens: the residual after
+  the shares before it. A table at the first stage's tokens alone would be too
+  coarse for all other stages.
 
   Args:
     rest: what the first stage quantizes.
-    counts: tokens of each stage; shares are in proportion.
-    num_codes: of the table.
+    counts: how many tokens each stage has; shares are in proportion.
+    num_codes: rows of the table.
     take: (rest, stage) -> the stage's tokens f32[n c].
-    leave: (rest, stage, its codes f32[n c]) -> what is left.
+    leave: (rest, stage, its codes f32[n c]) -> the residual.
     rng: draws the tokens.
   """
   ends = np.cumsum(counts) / np.sum(counts) * num_codes

@@ -1,21 +1,21 @@
-"""Residual quantization (arXiv 2107.03312, 2203.01941): stage after stage, each
-quantizes what those before it leave; a token's code is the sum of its stages'.
+"""Residual quantization (arXiv 2107.03312, 2203.01941): each stage quantizes
+the residual of the stages before it; a token's code is the sum over stages.
 
-One quantizer chooses the codes of each stage: "vq", "simvq" (l2, tokens as they
-are), "fsq" or "lfq". Rounding needs a finer grid at each stage: FSQ's stage i
-has steps of L^-i, after latents are bounded softly to the L/2 that its L levels
-cover (arXiv 2107.03312's scheme with FSQ as its quantizer). The index of a
-token is then a number in base L, a digit a stage. The codes of LFQ's stage i
-are +-2^-i, of latents that have no bound; the softmax of its entropy is of
-tokens and codes in units of the stage's step.
+One quantizer chooses the codes of each stage: "vq", "simvq" (l2, unscaled
+tokens), "fsq" or "lfq". Rounding needs a finer grid at each stage: FSQ's stage
+i has steps of L^-i, after latents are softly bounded to the L/2 that its L
+levels cover (arXiv 2107.03312's scheme with FSQ as its quantizer). The index of
+a token is then a number in base L, one digit per stage. The codes of LFQ's
+stage i are +-2^-i, and latents are not bounded; the softmax of its entropy is
+taken over tokens and codes in units of the stage's step.
 
 Dropout (arXiv 2107.03312; with a probability as in 2306.06546): a sample keeps
 its first n stages, n uniform in 1 … stages. The others have the index -1 and
-add nothing, so that fewer stages decode too.
+add nothing, so that fewer stages can be decoded too.
 
-The value that gradients pass through is the (bounded) latent, once. Where each
-stage has a straight-through of its own, as in vector-quantize-pytorch, the
-gradient is too large by the number of stages.
+Gradients pass through the (bounded) latent once. If each stage had its own
+straight-through estimator, as in vector-quantize-pytorch, the gradient would be
+too large by a factor of the number of stages.
 """
 
 import functools
@@ -35,15 +35,15 @@ from vqrae_jax.quantizers.lfq import LFQ
 
 
 class Residual(nested.Nested):
-  """`stages` codes a token, whose sum approximates it.
+  """`stages` codes per token, whose sum approximates the token.
 
   Indices are i32[... stages], -1 where a stage is dropped. Losses are means
-  over stages, with zeros for those that are dropped.
+  over stages, with zeros for dropped ones.
 
-  The sum does not tell which codes it is of: `codes_to_indices` takes the codes
-  of `indices_to_stage_codes`, one by one. That inverts every index in [0, K) if
-  the rows of a table differ; a dropped stage, a code of zeros, does not come
-  back.
+  The codes cannot be recovered from their sum: `codes_to_indices` takes the
+  separate codes from `indices_to_stage_codes`. It recovers every index in
+  [0, K) if the rows of a table differ, but not a dropped stage, whose code is
+  zeros.
 
   Attributes:
     stages: q, how many codes a token has. At least 1.
@@ -128,12 +128,12 @@ class Residual(nested.Nested):
     """i32[...] -> f32[... c]: what stage i adds; zeros where it is dropped."""
     codes = self._call(i, '_lookup', jnp.maximum(indices, 0)) * self._step(i)
     codes = jnp.where(indices[..., None] < 0, 0, codes)
-    # Rounded before they are added, whatever reads them.
+    # Rounded before they are added, in every program that uses them.
     return jax.lax.optimization_barrier(codes)
 
   def _stages(self, z: Array, train: bool) -> Iterator[tuple]:
-    """(i, what stage i quantizes, its indices, its codes) of bounded f32[...
-    c]; none of them dropped."""
+    """For bounded f32[... c], yields (i, stage i's input, its indices, its
+    codes); no stage is dropped."""
     rest = z
     for i in range(self.stages):
       scaled = rest / self._step(i)
@@ -151,8 +151,8 @@ class Residual(nested.Nested):
     return z, jnp.stack(found, -1)
 
   def _quantize(self, z, train, random, losses):
-    """What is dropped counts in no statistic, and as a hit in the losses; a
-    regulariser and `tokens` see what its stage would have quantized."""
+    """Dropped stages count in no statistic and have zero loss; regularisers
+    and `tokens` see what the stage would have quantized."""
     z = self._bounded(z)
     kept, found = self._kept(train, random), []
     for i, rest, indices, codes in self._stages(z, train):
@@ -181,8 +181,8 @@ class Residual(nested.Nested):
     )
 
   def _kept(self, train: bool, random: Any) -> Array | None:
-    """i32[b]: how many stages each sample keeps; its key decides alone. None
-    if none loses any."""
+    """i32[b], how many stages each sample keeps, determined by its key alone;
+    None if no stage is dropped."""
     if not (train and random and self.dropout):
       return None
 
@@ -207,7 +207,7 @@ class Residual(nested.Nested):
       )
 
   def init_codebook(self, codebook, z, rng):
-    """Each stage's codes at what the stages before it leave of the tokens."""
+    """Places each stage's codes at the residual of the stages before it."""
     if nested.PARTS not in codebook:
       return codebook
     part = self.part
@@ -228,7 +228,7 @@ class Residual(nested.Nested):
       new = part.init_codebook(old, rest, key)
       if new is old:
         return old
-      # What is no table (a map of codes) is as at the start of a run.
+      # Variables other than tables (a map of codes) keep their initial values.
       variables = {**part.init(key, rest[:1]), 'codebook': new}
       indices = part.apply(variables, rest, False, None, method='_assign')[1]
       rest = rest - part.apply(variables, indices, method='_lookup')

@@ -39,15 +39,16 @@ class SimVQ(base.Nearest):
     distance: how tokens and codes are compared. One of "l2", "cosine".
     normalize: whether tokens are scaled to an RMS of one with "l2" ("cosine"
       always does).
-    basis_init: the basis: tokens of a run's first batch, under a map that
-      starts as the identity, the same of tokens far from one another, or random
-      rows under a random map, as in the papers. One of "tokens", "kmeans++",
+    basis_init: the basis: tokens of a run's first batch with a map that starts
+      as the identity; the same with tokens far from one another; or random rows
+      with a random map, as in the papers. One of "tokens", "kmeans++",
       "normal".
     basis_std: of the normal basis; 1 gives codes an RMS near one. Above 0.
-    code_scale: with "cosine", the codes that the decoder reads: of an RMS of
-      one, of a norm of one, or the table's rows. One of "rms", "unit", "none".
-    token_map: whether a learned map of tokens, code_dim wide, comes before they
-      are compared.
+    code_scale: with "cosine", how the codes that the decoder reads are scaled:
+      to an RMS of one, to a norm of one, or not (the table's rows). One of
+      "rms", "unit", "none".
+    token_map: whether tokens pass through a learned map, code_dim wide, before
+      they are compared.
   """
 
   choices = (
@@ -107,7 +108,7 @@ class SimVQ(base.Nearest):
     table = jnp.matmul(basis, self.kernel, precision=HIGHEST) + self.bias
     if self.distance == 'cosine':
       table = self._scaled(table)
-    # The rows are the same to the last bit whatever reads them.
+    # The rows are bitwise the same in every program that reads them.
     return jax.lax.optimization_barrier(table)
 
   def _scaled(self, x):

@@ -9,25 +9,27 @@ With the usual initialization (N = 0, random codes) the average destroys its own
 codebook at the first step: a code without tokens is divided by almost zero and
 reaches a norm of 1e6. Here the codes start at tokens of the first batch. A code
 moves only when it wins a token, and the encoder or the projection may move away
-from it: a code whose average count N has fallen below a share of the mean
-moves to halfway between a token of the batch and its code, at most `REVIVED` of
-them a step. There it takes a share of that code's tokens. At the token itself,
-as in Jukebox (2005.00341), it takes next to none where channels are many:
-tokens lie further from one another than from their mean (docs/quantizers.md).
+from it. So a code whose average count N has fallen below a share of the mean
+is revived: it moves to halfway between a token of the batch and that token's
+code, where it wins a share of that code's tokens. At most `REVIVED` codes move
+per step. At the token itself, as in Jukebox (2005.00341), it would win almost
+none when there are many channels: tokens are further from one another than from
+their mean (docs/quantizers.md).
 
-An encoder from scratch leaves nearly all codes within a few dozen steps. A new
-code's N is therefore only that least count and one token's part of an average:
-it is idle again unless it wins a token as soon as a code of the least count
-does. With N = 1 for a start, 230 steps passed before the first was revived, and
-a ViT on CIFAR-10 used 14 of 1024 codes by then (2026-11).
+An encoder trained from scratch abandons nearly all codes within a few dozen
+steps. So a revived code starts with an N of only that least count plus one
+token's part of an average: it is idle again unless it wins a token as soon as a
+code of the least count does. When codes started with N = 1, it took 230 steps
+until the first was revived, and a ViT on CIFAR-10 used 14 of 1024 codes by then
+(2026-11).
 
 distance="cosine" (arXiv 2110.04627): tokens and codes are unit vectors, and the
 average is scaled to norm one. With `projection` and a small `code_dim` these
 are the l2-normalised codebooks of low dimension that many tokenizers use.
 
 affine=True (arXiv 2305.08842): a code is mean + std * signal, with the running
-mean and standard deviation of the tokens' channels. Both updates move signals,
-in units of those; all codes, idle ones too, follow tokens that drift.
+mean and standard deviation of the tokens' channels. Both updates move the
+signals, in these units; all codes, including idle ones, follow drifting tokens.
 """
 
 import jax
@@ -61,8 +63,8 @@ class VQ(base.Nearest):
       vectors. One of "l2", "cosine".
     revive_below: with "ema", the average count below which a code is revived,
       as a share of the mean (tokens of a step / num_codes); 0 for never. With
-      decay .99, a code at the mean that wins no more tokens falls to .1 of it
-      within 230 steps. In [0, 1).
+      decay .99, a code with the mean count that stops winning tokens falls to
+      .1 of it within 230 steps. In [0, 1).
     affine: whether codes follow the tokens' mean and variance, averages of
       `decay` that start at the first batch.
   """
@@ -150,7 +152,7 @@ class VQ(base.Nearest):
     if self.has_variable('codebook', 'codes'):  # baked
       return self.get_variable('codebook', 'codes')
     codes = self._to_codes(self._compared(self.codes), self._map())
-    # The rows are the same to the last bit whatever reads them.
+    # The rows are bitwise the same in every program that reads them.
     return jax.lax.optimization_barrier(codes)
 
   def _map(self) -> dict[str, Array]:
@@ -161,7 +163,7 @@ class VQ(base.Nearest):
     """f32[... c] in units of the tokens' mean and variance `at` -> codes."""
     if not self.affine:
       return signals
-    # Apart from the sum, as the one rounding of both would be another value.
+    # Separate from the sum: fused, the two would round once, to another value.
     scaled = jax.lax.optimization_barrier(signals * _std(at))
     return scaled + at['token_mean']
 
@@ -195,8 +197,8 @@ class VQ(base.Nearest):
     return jax.vmap(drawn)(random['samples'], flat)
 
   def init_codebook(self, codebook, z, rng):
-    """Codes at tokens of the batch; the affine map at their mean and variance,
-    and codes that do not start at tokens are seen through it."""
+    """Codes start at tokens of the batch, the affine map at their mean and
+    variance; codes that do not start at tokens are mapped by it."""
     z, at = self._compared(z), {}
     if self.affine:
       at = {'token_mean': z.mean(0), 'token_var': z.var(0)}
@@ -214,12 +216,12 @@ class VQ(base.Nearest):
     return self._fresh_average(codes, at, count)
 
   def _least(self, tokens):
-    """The average count below which a code is idle, of `tokens` a step."""
+    """The average count below which a code is idle, at `tokens` per step."""
     return self.revive_below * tokens / self.num_codes
 
   def _fresh_average(self, codes, at, count=1.0):
     counts = jnp.full(self.num_codes, count, jnp.float32)
-    # No buffer may be twice: both are donated to the step.
+    # They must not share a buffer: both are donated to the step.
     sums = count * self._to_signals(codes, at)
     return {'codes': codes, 'counts': counts, 'sums': sums, **at}
 

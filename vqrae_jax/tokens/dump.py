@@ -1,18 +1,18 @@
-"""A dump of tokens on disk: many shards, each written whole or not at all.
+"""A dump of tokens on disk: many shards, each written in full or not at all.
 
   config.json            what the dump was started with
-  codebook.npy           f32[K c], or [q K c] of several codes a token, [1 K c]
-                         where they share a table; not of over 2^20 codes
+  codebook.npy           f32[K c]; with several codes per token [q K c], or
+                         [1 K c] if they share a table; absent above 2^20 codes
   shards/                what a trainer reads (`formats.py`), and nothing else
   finished/00012.json    shard 12: SHA-256, keys, labels, boxes, skipped images
   dataset.json           totals and shards, once all of them are finished
   README.md              the card: how a trainer reads it
 
 A shard is written in a folder of its own, `.00012.*.writing`, whose files are
-then moved into `shards/`; `finished/00012.json` comes last, and a shard without
-it is written again. So workers exchange nothing: each writes its shards, and
-whoever finds all of them finished writes the last two files, whose bytes are
-the same for everyone.
+then moved into `shards/`. `finished/00012.json` is written last, and a shard
+without it is written again. So workers need not communicate: each writes its
+shards, and any worker that finds all of them finished writes the last two
+files, whose bytes are the same whoever writes them.
 """
 
 import contextlib
@@ -50,16 +50,16 @@ def _layout(config: Mapping) -> Layout:
 
 
 class Writer:
-  """Writes shards of one dump into a folder, which others may do too."""
+  """Writes shards of one dump into a folder, alongside other writers."""
 
   def __init__(self, folder: pathlib.Path, config: Mapping[str, Any]):
-    """Starts the dump, or joins one that was started alike.
+    """Starts the dump, or joins one that was started with the same config.
 
     Args:
       folder: made if absent.
-      config: of config.json: fingerprint, format, shard_count, the fields of
-        `Layout`, "data" and "versions", and whatever else must be alike for
-        all workers.
+      config: the contents of config.json: fingerprint, format, shard_count,
+        the fields of `Layout`, "data" and "versions", and whatever else must
+        be the same for all workers.
 
     Raises:
       UserError: the folder holds something else.
@@ -75,7 +75,7 @@ class Writer:
         raise UserError(f'--out={folder} holds no dump; name an empty folder')
       with atomic_write(path) as file:
         file.write(_json(self._config))
-    # Also what was written just now, for another may have started it too.
+    # Also when just written: another worker may have started the dump too.
     before, now = read_json(path), json.loads(_json(self._config))
     if 'shard_count' not in before:
       raise UserError(f'--out={folder} holds no dump; name an empty folder')
@@ -91,7 +91,7 @@ class Writer:
 
   @property
   def finished(self) -> set[int]:
-    """Numbers of the shards that are."""
+    """Numbers of the finished shards."""
     names = os.listdir(self.folder / FINISHED)
     return {int(n[:-5]) for n in names if n.endswith('.json')}
 
@@ -102,23 +102,23 @@ class Writer:
     source: str,
     skipped: Sequence[tuple[str, str]] = (),
   ) -> None:
-    """Writes a shard whole, in the place of whatever a killed worker left.
+    """Writes a complete shard, replacing what a killed worker left of it.
 
     Args:
       shard: its images.
       tokens: i32[n v *index_shape].
       source: what its images are, for dataset.json.
-      skipped: (key, reason) of images of it that could not be read.
+      skipped: (key, reason) of its images that could not be read.
 
     Raises:
       UserError: an index that the format cannot hold, or an image without the
-        label that it needs.
+        label that the format needs.
     """
     self._check(shard, tokens)
     try:
       self._write(shard, tokens, source, skipped)
     except FileNotFoundError:
-      # Another worker has written the same, and swept what was left.
+      # Another worker has written the same shard and removed what was left.
       if shard.number not in self.finished:
         raise
 
@@ -179,8 +179,8 @@ class Writer:
         np.save(file, table)
 
   def finish(self) -> dict | None:
-    """Writes dataset.json and the card and removes what killed workers left,
-    if all shards are finished; the dataset, or None."""
+    """If all shards are finished, writes dataset.json and the card, removes
+    what killed workers left, and returns the dataset; else None."""
     numbers = range(self._config['shard_count'])
     if not self.finished.issuperset(numbers):
       return None
@@ -226,7 +226,7 @@ def _short(value: Any) -> str:
 
 
 def _digest(folder: pathlib.Path, paths: Sequence[str]) -> str:
-  """The SHA-256 of a shard's files, one after another."""
+  """The SHA-256 of a shard's files, concatenated."""
   digest = hashlib.sha256()
   for path in paths:
     with open(folder / path, 'rb') as file:
@@ -254,11 +254,11 @@ def _finished(folder: pathlib.Path, number: int) -> dict:
 
 
 class Dump:
-  """The rows of a finished dump, at random: a source for grain.
+  """Random access to the rows of a finished dump: a source for grain.
 
-  Row i is view i % v of image i // v. A shard is read, and compared with its
-  SHA-256, when the first of its rows is; its indices then stay in memory, at 2
-  bytes each of up to 65,536 codes.
+  Row i is view i % v of image i // v. A shard is read, and verified against its
+  SHA-256, when one of its rows is first read. Its indices then stay in memory,
+  at 2 bytes each for up to 65,536 codes.
 
   Attributes:
     info: dataset.json.
@@ -300,13 +300,13 @@ class Dump:
     return self.info['rows']
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """{"tokens": i32[*index_shape], "label": int, -1 for none, "key": str,
-    "view": int} of a row.
+    """One row, {"tokens": i32[*index_shape], "label": int, -1 for none,
+    "key": str, "view": int}.
 
     Raises:
       UserError: its shard is damaged.
       IndexError: there is no such row.
-      TypeError: the index is no whole number.
+      TypeError: the index is not an integer.
     """
     index = operator.index(index)
     if not -len(self) <= index < len(self):
@@ -328,7 +328,7 @@ class Dump:
     )
 
   def place(self, image: int) -> tuple[int, int]:
-    """(shard, which of its images) an image of the dump is."""
+    """(shard, index in the shard) of an image of the dump."""
     number = int(np.searchsorted(self._starts, image, 'right')) - 1
     return number, image - int(self._starts[number])
 
@@ -345,7 +345,8 @@ class Dump:
     row = _finished(self.folder, number)
     fields = {field.name for field in dataclasses.fields(Shard)}
     shard = Shard(**{k: v for k, v in row.items() if k in fields})
-    # Not kept: grain sends a source to its processes, and no function goes.
+    # Not kept: grain pickles a source for its processes, and functions cannot
+    # be pickled.
     form, folder = FORMATS[self.info['format']], self.folder / SHARDS
     try:
       found = _digest(folder, form.paths(self.layout, shard))
@@ -363,7 +364,7 @@ class Dump:
     return shard, form.read(folder, self.layout, shard)
 
   def codebook(self) -> np.ndarray:
-    """f32[K c], or [q K c] of several codes a token, q = 1 where they share a
+    """f32[K c]; with several codes per token [q K c], q = 1 if they share a
     table."""
     return np.load(self.folder / CODEBOOK)
 
@@ -374,12 +375,12 @@ def open_dump(
   """Opens a finished dump.
 
   Args:
-    folder: that of `tokenize --out`.
-    fingerprint: of the tokenizer that the tokens must be of: "fingerprint" in
-      its config.json. None takes any.
+    folder: what `tokenize --out` wrote.
+    fingerprint: of the tokenizer that must have made the tokens: "fingerprint"
+      in its config.json. None accepts any.
 
   Raises:
-    UserError: no dump, not finished, or of another tokenizer.
+    UserError: not a dump, an unfinished one, or one of another tokenizer.
   """
   return Dump(folder, fingerprint)
 

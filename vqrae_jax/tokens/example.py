@@ -1,7 +1,7 @@
 """tf.train.Example without tensorflow: features of bytes and of integers.
 
 The messages are those of tensorflow/core/example/{example,feature}.proto, read
-and written by protobuf. Features of floats are unknown here, and skipped.
+and written by protobuf. Float features are not supported, and are skipped.
 """
 
 import functools
@@ -28,7 +28,7 @@ _MESSAGES = """
 
 @functools.cache
 def _example_class() -> type:
-  # Imported here, not above: it is needed for such records only.
+  # Imported here because only such records need it.
   from google.protobuf import (
     descriptor_pb2,
     descriptor_pool,
@@ -46,7 +46,7 @@ def decode(record: bytes) -> dict[str, list[bytes] | list[int]]:
   """{feature: its values} of a serialized Example.
 
   Raises:
-    ValueError: the record is no Example.
+    ValueError: the record is not an Example.
   """
   from google.protobuf.message import DecodeError
 

@@ -1,9 +1,9 @@
 """Files of tokens as trainers read them: a row of `FORMATS` each.
 
-A format writes the images of one shard and gives their indices back. Language
-models read sequences of ids, [bos] index + offset … [eod], where several codes
-a token or several scales are flattened in C order; image models have embeddings
-of codes of their own and read the indices as they are.
+A format writes the images of one shard and reads their indices back. Language
+models read sequences of ids, [bos] index + offset … [eod], with several codes
+per token or several scales flattened in C order. Image models have their own
+code embeddings and read the indices unchanged.
 
 What only some trainers read (keys, crop boxes) is not here: `dump.py` keeps it
 for every format.
@@ -32,15 +32,15 @@ FEATURE = 'tokens'  # the int64 feature of a tf.train.Example
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """What the indices of a dump are, and the ids of a sequence of them.
+  """The shape and range of a dump's indices, and how they map to ids.
 
   Attributes:
-    codebook_size: K; indices lie in [0, K), or are -1 where a quantizer left a
-      code out.
+    codebook_size: K; indices lie in [0, K), or are -1 where a quantizer omitted
+      a code.
     index_shape: of one view: (gh, gw), (gh, gw, q) or (n,).
-    image_size: (h, w) in pixels that a view was encoded at.
-    crops: views of an image that are not mirrored.
-    flip: each is followed, after all of them, by its mirror image.
+    image_size: (h, w) in pixels at which a view was encoded.
+    crops: how many unmirrored views an image has.
+    flip: whether the mirror image of each follows, after all of them.
     offset: the id of index 0.
     bos, eod: ids before and after each sequence, if any.
   """
@@ -55,7 +55,7 @@ class Layout:
   eod: int | None = None
 
   def __post_init__(self):
-    # As JSON gives them back.
+    # JSON returns tuples as lists.
     for name in ('index_shape', 'image_size'):
       object.__setattr__(self, name, tuple(getattr(self, name)))
     last = self.offset + self.codebook_size - 1
@@ -74,7 +74,7 @@ class Layout:
 
   @property
   def views(self) -> int:
-    """Rows that an image gives."""
+    """How many rows an image has."""
     return self.crops * (1 + self.flip)
 
   @property
@@ -85,12 +85,12 @@ class Layout:
 
   @property
   def pad(self) -> int:
-    """An id that no sequence has: 0 if it is free, else the first above all."""
+    """An id that no sequence has, 0 if unused, else one above the largest."""
     taken_0 = not self.offset or 0 in (self.bos, self.eod)
     return self.vocabulary if taken_0 else 0
 
   def rows(self, tokens: np.ndarray) -> np.ndarray:
-    """[n v *index_shape] -> [n*v, codes of a view], in C order."""
+    """[n v *index_shape] -> [n*v, codes per view], in C order."""
     return tokens.reshape(-1, math.prod(self.index_shape))
 
   def from_rows(self, rows: np.ndarray) -> np.ndarray:
@@ -99,7 +99,7 @@ class Layout:
     return np.asarray(rows, np.int32).reshape(shape)
 
   def ids(self, tokens: np.ndarray) -> np.ndarray:
-    """i32[n v *index_shape] in [0, K) -> i32[n*v, ids of a sequence]."""
+    """i32[n v *index_shape] in [0, K) -> i32[n*v, ids per sequence]."""
     rows = self.rows(tokens) + self.offset
     ends = [
       np.full((len(rows), int(end is not None)), end or 0)
@@ -124,11 +124,11 @@ class Shard:
     number: of the shard in the dump, which names its files.
     keys: n, the path of each image in its folder or tar, or its record.
     labels: n, each an int or None.
-    positions: n, which of the shard's images each is, counted from 0 with those
-      that were skipped.
+    positions: n, the position of each image in the shard, counted from 0,
+      skipped images included.
     boxes: n, for each crop [top, left, bottom, right] in pixels of the upright
-      image, which may be fractions.
-    first: the number of images in all shards before; None if not counted.
+      image, which may be fractional.
+    first: the number of images in all earlier shards; None if not counted.
   """
 
   number: int
@@ -146,26 +146,27 @@ class Shard:
     return f'{self.number:05}.{ending}'
 
   def each_view(self, values: Sequence, views: int) -> list:
-    """A value an image -> the same for each of its views."""
+    """One value per image -> the same value for each of its views."""
     return [value for value in values for _ in range(views)]
 
 
 class Format(NamedTuple):
-  """How a shard lies on disk.
+  """How a shard is stored on disk.
 
   Attributes:
-    about: what it is, and whose.
+    about: what it is, and which project's.
     paths: (layout, shard) -> the shard's files, relative, in sorted order.
     write: (folder, layout, shard, i32[n v *index_shape]) writes them.
     read: (folder, layout, shard) -> i32[n v *index_shape].
     dtype: (layout) -> the type of a stored index or id.
-    card: how the trainer is pointed at it; {pad}, {vocabulary}, {eod} and
+    card: how to point the trainer at it; {pad}, {vocabulary}, {eod} and
       {shape} are filled in.
-    sequences: holds ids of a language model, so offset, bos and eod count.
-    labelled: every image needs a label.
-    numbered: names files by the number of an image in all data.
-    left_out: can hold -1.
-    module: that it needs, of this package's extra of the format's name.
+    sequences: whether it holds ids for a language model, so that offset, bos
+      and eod apply.
+    labelled: whether every image needs a label.
+    numbered: whether files are named by an image's number in all of the data.
+    left_out: whether it can hold -1.
+    module: the module that it needs, from the extra named like the format.
   """
 
   about: str
@@ -186,7 +187,7 @@ def _one_file(ending: str) -> Callable[[Layout, Shard], list[str]]:
 
 
 # ----------------------------------------------------------------------------
-# ArrayRecord of tf.train.Example, a group a record so that access is random.
+# ArrayRecord of tf.train.Example, one record per group for random access.
 
 
 def _write_array_record(folder, layout, shard, tokens):
@@ -241,7 +242,7 @@ def _read_megatron(folder, layout, shard):
 
 
 # ----------------------------------------------------------------------------
-# JSON lines, a view each.
+# JSON lines, one view per line.
 
 
 def _write_jsonl(folder, layout, shard, tokens):
@@ -259,8 +260,8 @@ def _read_jsonl(folder, layout, shard):
 
 
 # ----------------------------------------------------------------------------
-# LlamaGen's tree: a file of codes int64 [1 v n] and one of the label int64 [1]
-# an image, numbered through all shards.
+# LlamaGen's tree: for each image a file of codes int64 [1 v n] and one of its
+# label int64 [1], numbered across all shards.
 
 
 def _llamagen_names(layout, shard):
@@ -294,7 +295,7 @@ def _read_llamagen(folder, layout, shard):
 
 
 # ----------------------------------------------------------------------------
-# Parquet, a row a view.
+# Parquet, one row per view.
 
 
 def _write_parquet(folder, layout, shard, tokens):
@@ -333,7 +334,7 @@ def _read_parquet(folder, layout, shard):
 
 
 # ----------------------------------------------------------------------------
-# HDF5 by the names of IDEAL's extraction, a row a view.
+# HDF5 with the names of IDEAL's extraction, one row per view.
 
 
 def _write_hdf5(folder, layout, shard, tokens):
@@ -480,10 +481,10 @@ FORMATS = {
 
 
 def find_format(name: str) -> Format:
-  """A row of `FORMATS`.
+  """The row of `FORMATS` of that name.
 
   Raises:
-    UserError: there is none, or its package is not installed.
+    UserError: there is no such format, or its package is not installed.
   """
   form = choose(FORMATS, name, '--format')
   if form.module and importlib.util.find_spec(form.module) is None:

@@ -1,1 +1,1 @@
-"""Training: one step that moves a state of nothing but arrays, in a loop."""
+"""Training: a step that updates a state made only of arrays, in a loop."""

@@ -1,6 +1,6 @@
 """python -m vqrae_jax.train --config=configs/quickstart.py
 
-Trains a tokenizer as a config says, in a workdir of its own. The same command
+Trains the tokenizer of a config, in a workdir of its own. The same command
 in the same workdir resumes from the latest checkpoint.
 
 On SIGTERM and Ctrl-C it saves before it exits. The run is in `loop.py`; this

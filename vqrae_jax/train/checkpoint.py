@@ -4,15 +4,15 @@
   checkpoints/00001000/state/                  every leaf, none of Frozen
   checkpoints/00001000/sha256.0-of-1.json      what process 0 of 1 hashed
 
-`ocp.CheckpointManager` names the steps, copies the arrays, writes behind the
-next steps and commits a step at once. It has no checksums: a flipped bit
+`ocp.CheckpointManager` names the steps, copies the arrays, writes in the
+background and commits a step atomically. It has no checksums: a flipped bit
 restores silently and an empty folder passes for a step (orbax-checkpoint
-0.12.8, 2026-11). So a step counts only when every process has hashed the
-files that it wrote, after the commit, and only while the files agree with
-that. Removing old steps is ours too: Orbax does so before the new one is
-hashed, and takes every folder with a number for a step.
+0.12.8, 2026-11). So a step is valid only once every process has hashed the
+files that it wrote, after the commit, and only while the files match their
+hashes. We also remove old steps ourselves: Orbax does so before the new step is
+hashed, and treats every folder with a number as a step.
 
-On many hosts the folder is one that all of them see.
+With many hosts, all of them must see the same folder.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ from vqrae_jax.train.config import differences
 
 @dataclasses.dataclass
 class Position:
-  """How far a run is, and what it met on the way.
+  """How far a run has progressed, and what it skipped.
 
   Attributes:
     step: completed steps; the next sample is step x batch_size.
     skipped: unreadable images met so far, over all hosts.
     nonfinite: skipped steps so far (`step.py`).
-    nonfinite_in_a_row: those of them since the last that counted.
+    nonfinite_in_a_row: steps skipped since the last one that was not.
   """
 
   step: int = 0
@@ -68,10 +68,10 @@ class Position:
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-  """A checkpoint's run is the one that the config describes.
+  """Checks that a checkpoint is of the run that the config describes.
 
   Raises:
-    UserError: with the first key that differs.
+    UserError: names the first key that differs.
   """
   for key, (old, new) in differences(before, now).items():
     raise UserError(
@@ -133,7 +133,7 @@ _ORBAX = os.path.dirname(ocp.__file__)
 def as_leaves(tree: Any) -> dict[str, Any]:
   """{leaf name: array or shape} as they are stored: keys as their data.
 
-  Arrays of no element are left out, which Orbax cannot store.
+  Empty arrays are left out, since Orbax cannot store them.
   """
 
   def data(leaf):
@@ -205,7 +205,7 @@ _OPTIONS = ocp.CheckpointManagerOptions(
   step_format_fixed_length=8,
   save_root_metadata=False,
   lightweight_initialize=True,
-  # Folders made by a thread of its own wait 5 minutes for one that failed.
+  # Created asynchronously, a folder that fails is waited for 5 minutes.
   async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
 )
 
@@ -244,7 +244,7 @@ class Checkpoints:
     return self._folder / f'{step:08d}'
 
   def _folders(self) -> list[int]:
-    """Steps that there are folders of, whosever they are; oldest first."""
+    """Steps that have a folder, whoever made it; oldest first."""
     if not self._folder.is_dir():
       return []
     found = (p for p in self._folder.iterdir() if _STEP.fullmatch(p.name))
@@ -256,12 +256,13 @@ class Checkpoints:
     return [step for step in self._folders() if _sums(self._path(step))]
 
   def latest(self) -> dict[str, Any] | None:
-    """The manifest of the newest step that verifies; None without any.
+    """The manifest of the newest step that verifies; None if there are no
+    steps.
 
-    Every process must call: each reads a share of the files.
+    Every process must call this: each reads a share of the files.
 
     Raises:
-      UserError: there are steps, and none of them verifies.
+      UserError: there are steps, but none of them verifies.
     """
     newest = np.full(1000, -1)
     found = self._folders()[: -len(newest) - 1 : -1]
@@ -362,7 +363,7 @@ class Checkpoints:
         path.rmtree()
 
   def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-    """Saves a state; returns when it is copied, not when it is written.
+    """Saves a state; returns once it is copied, before it is written.
 
     Args:
       step: completed steps.
@@ -418,7 +419,7 @@ class Checkpoints:
     )
 
   def wait(self) -> None:
-    """Returns when what was saved lies on disk.
+    """Returns once everything saved is on disk.
 
     Raises:
       UserError: it could not be written.
@@ -431,7 +432,7 @@ class Checkpoints:
       raise self._unwritten(e) from e
 
   def close(self) -> None:
-    """Waits, and lets Orbax go."""
+    """Waits, and closes Orbax."""
     try:
       self.wait()
     finally:

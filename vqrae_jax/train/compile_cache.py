@@ -1,9 +1,10 @@
 """Compiled programs kept on disk: the next start of a run reads them.
 
 JAX's persistent compilation cache, in `$VQRAE_JAX_CACHE/compile_cache` or the
-run's own `compile_cache/`, which may be in a bucket. Its keys hold the program,
-the devices (of a CPU its features), XLA's flags and version; what cannot be
-read is compiled again. A user's own `JAX_COMPILATION_CACHE_DIR` stays.
+run's own `compile_cache/`, which may be in a bucket. Its keys cover the
+program, the devices (for a CPU, its features), XLA's flags and its version;
+unreadable entries are compiled again. A `JAX_COMPILATION_CACHE_DIR` that the
+user has set is respected.
 """
 
 import os
@@ -27,7 +28,7 @@ def _note(event: str, seconds: float, **_) -> None:
 
 
 def keep_in(workdir: Path | None) -> None:
-  """For a process's start, before it compiles anything.
+  """Sets up the cache. Call at process start, before anything is compiled.
 
   Args:
     workdir: the run's; None keeps programs in `$VQRAE_JAX_CACHE` alone.
@@ -42,8 +43,8 @@ def keep_in(workdir: Path | None) -> None:
   jax.config.update(
     'jax_compilation_cache_dir', os.fspath(folder / 'compile_cache')
   )
-  # XLA's own files beside them are of GPUs and on disks; their path is in the
-  # keys, so that a run that was moved would find nothing (jax 0.10.2).
+  # XLA's own cache files are for GPUs and local disks only; their path is in
+  # the keys, so a run that was moved would find nothing (jax 0.10.2).
   if jax.default_backend() != 'gpu' or is_url(folder):
     jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
   name, seconds = _SHORTEST
@@ -52,7 +53,7 @@ def keep_in(workdir: Path | None) -> None:
 
 
 def log_saved() -> None:
-  """A line of what was read in place of being compiled, if anything was."""
+  """Logs what was read from the cache instead of compiled, if anything."""
   if _saved:
     logging.info(
       '%d compiled programs were read from %s: %.0f s of compiling saved',

@@ -46,7 +46,7 @@ DISTILL_TARGETS = ('teacher', 'self')
 NETWORKS = ('published', 'random')
 INIT_PARTS = ('encoder', 'decoder', 'latents')  # from files of their own
 INIT = 'init'  # the teacher is the encoder that the run starts with
-# What recipes write where a user is to name something.
+# What recipes write where the user must fill in a name.
 PLACEHOLDERS = {
   'init_from': ('RUN', 'runs/NAME, the workdir of a finished run'),
   'init.encoder': ('RUN', 'runs/NAME, the workdir of a finished run'),
@@ -66,8 +66,8 @@ class LossTerm:
   """A loss's weight, and when it is applied.
 
   Attributes:
-    weight: of the loss, from the ramp's end on; a loss that is given as a
-      number is its weight alone. Above 0.
+    weight: of the loss, from the ramp's end on; a loss given as a plain number
+      has that weight and the other defaults. Above 0.
     start: the step or epoch from which it is applied. At least 0 `unit`.
     unit: of `start` and `ramp`. One of "steps", "epochs".
     ramp: how long the weight rises, linearly, from zero. At least 0 `unit`.
@@ -85,7 +85,7 @@ class LossTerm:
     self.steps(1)  # an epoch's length does not matter to the checks
 
   def steps(self, steps_per_epoch: float) -> tuple[int, int]:
-    """(the first step at which it is applied, how many its weight rises)."""
+    """(the first step at which it is applied, the ramp's length in steps)."""
     start, ramp = (
       steps_of(f'{value} {self.unit}', steps_per_epoch, name)
       for name, value in (('start', self.start), ('ramp', self.ramp))
@@ -125,11 +125,11 @@ class GanTerm(LossTerm):
 
 @dataclasses.dataclass(frozen=True)
 class OtherTerm(LossTerm):
-  """A loss of another package, under a name of the config's choice.
+  """A loss from another package, under a name that the config chooses.
 
   Attributes:
-    fn: "package.module:function", which gives f32[] and has no weights.
-    on: what it is given: a `LossInputs` of images or a `LatentInputs`
+    fn: "package.module:function", which returns f32[] and has no weights.
+    on: its argument: a `LossInputs` of images or a `LatentInputs`
       (`types.py`). One of "images", "latents".
   """
 
@@ -160,17 +160,17 @@ class DiscriminatorSpec:
   without one builds none.
 
   Attributes:
-    name: the network: a GAN of patches, or heads on a frozen DINO ViT-S/8. One
-      of "patch", "dino".
+    name: the network: a PatchGAN, or heads on a frozen DINO ViT-S/8. One of
+      "patch", "dino".
     fields: of that network.
-    loss: the adversarial loss of both networks. One of "hinge",
+    loss: the adversarial loss, for discriminator and decoder. One of "hinge",
       "non_saturating", "vanilla".
     schedule: its learning rate, from its start to the run's end.
     optim: its own AdamW.
     start: "6 epochs", "2000 steps" or a number of steps; before it the
       discriminator is not updated. At least 0 steps.
-    updates: its updates in one step. At least 1.
-    augment: whether it sees images augmented at random (DiffAug).
+    updates: how many updates it makes per step. At least 1.
+    augment: whether its images are randomly augmented (DiffAug).
     cutout: with `augment`, the share of each side that is cut out; 0 for none.
       In [0, 1).
     lecam: weight of LeCam's regulariser; 0 for none. At least 0.
@@ -215,12 +215,13 @@ class DataSpec:
       "bundled:photos" (`data.sources.open_source`).
     image_size: the side of a training image, or (h, w); or a list of those, one
       of which is drawn for each step from seed and step. At least 1 pixel.
-    include: globs of images' names (a file's without folder and ending, a tar
-      sample's key), of which an image must match one; () for all images.
-    exclude: globs of images' names; what matches one is left out.
-    resize: the shorter side before cropping; a pair draws it log-uniformly
-      between the two; None keeps the image's own size (one smaller than
-      `image_size` is always brought up to it). At least 1 pixel, or None.
+    include: globs of image names (a file name without folder and ending, a tar
+      sample's key); an image must match one of them; () for all images.
+    exclude: globs of image names; images that match one are left out.
+    resize: the shorter side before cropping; for a pair it is drawn
+      log-uniformly between the two; None keeps the image's own size (images
+      smaller than `image_size` are always enlarged to it). At least 1 pixel, or
+      None.
     crop: where the crop lies; "squash" resizes the full image to `image_size`,
       whatever its aspect ratio, and `resize` must be None. One of
       "random", "center", "squash".
@@ -230,10 +231,10 @@ class DataSpec:
       as needed is decoded directly at a smaller size, with slightly different
       pixels.
       One of "pil", "simplejpeg".
-    examples: the length of an epoch, if it is not that of the source. At least
+    examples: the length of an epoch, if it differs from the source's. At least
       1 image, or None.
-    max_skipped: the share of images that may be unreadable and are then
-      replaced; more stop the run. In [0, 1].
+    max_skipped: the share of images that may be unreadable; these are replaced
+      by others, and a larger share stops the run. In [0, 1].
   """
 
   source: str
@@ -277,7 +278,7 @@ class DataSpec:
 
   @property
   def sizes(self) -> tuple[tuple[int, int], ...]:
-    """(h, w) of a training image, all that there are."""
+    """(h, w) of a training image, for all sizes."""
     s = self.image_size
     if not isinstance(s, tuple):
       return ((s, s),)
@@ -291,8 +292,8 @@ class NetworksSpec:
 
   Attributes:
     dtype: what they compute in. One of "float32", "bfloat16", None.
-    remat: whether their gradient computes again what it needs from the
-      forward pass, which saves memory and costs time.
+    remat: whether their gradient recomputes what it needs from the forward
+      pass, which saves memory and costs time.
   """
 
   dtype: str | None = None
@@ -318,8 +319,8 @@ class MeshSpec:
   Attributes:
     layout: what is divided among devices: the batch alone, parameters too, or
       each block's width as well. One of "dp", "fsdp", "fsdp+tp".
-    tensor: the devices that share a block's width, of "fsdp+tp"; it divides
-      the number of devices. At least 1 device.
+    tensor: with "fsdp+tp", how many devices share a block's width; it must
+      divide the number of devices. At least 1 device.
   """
 
   layout: str = 'dp'
@@ -342,8 +343,8 @@ class LogSpec:
     usage_window: steps over which usage and perplexity are counted. At least
       1.
     tensorboard: whether event files are written.
-    wandb: the Weights & Biases project that scalars and pictures go to as
-      well; None: none.
+    wandb: a Weights & Biases project that scalars and pictures are also sent
+      to; None: none.
   """
 
   every: int = 50
@@ -363,8 +364,8 @@ class CheckpointSpec:
 
   Attributes:
     every: steps between them; the last step always has one. 0: no checkpoints,
-      and a run that is started again starts over. At least 0.
-    keep: how many of the newest stay. At least 1.
+      and a restarted run starts over. At least 0.
+    keep: how many of the newest are kept. At least 1.
   """
 
   every: int = 1000
@@ -406,15 +407,15 @@ class EvalSpec:
   Attributes:
     source: a DATA source; None or "": no evaluation, and the grids of
       reconstructions are of training images.
-    tile: pixels of a tile's side; None for the shorter one of
+    tile: the side of a tile in pixels; None for the shorter side of
       `data.image_size`. At least 1, or None.
-    include: globs of images' names (a file's without folder and ending, a tar
-      sample's key), of which an image must match one; () for all images.
-    exclude: globs of images' names; what matches one is left out.
+    include: globs of image names (a file name without folder and ending, a tar
+      sample's key); an image must match one of them; () for all images.
+    exclude: globs of image names; images that match one are left out.
     batch_size: tiles at once. At least 1.
-    every: steps between evaluations of the averaged weights; 0: only at the
-      end, on the exported tokenizer. At least 0.
-    metrics: in addition to PSNR, SSIM and the use of codes; `init.networks`
+    every: steps between evaluations of the EMA weights; 0: only at the end, on
+      the exported tokenizer. At least 0.
+    metrics: in addition to PSNR, SSIM and codebook usage; `init.networks`
       selects their networks. Each one of "lpips", "rfid".
   """
 
@@ -443,9 +444,9 @@ class Temperature:
   """The temperature of a Gumbel quantizer in training.
 
   Attributes:
-    start: at the first step. Above 0.
-    end: after `duration`. Above 0.
-    decay: from one to the other. One of "cosine", "linear", "constant".
+    start: the value at the first step. Above 0.
+    end: the value after `duration`. Above 0.
+    decay: from `start` to `end`. One of "cosine", "linear", "constant".
     duration: "10 epochs", "2000 steps" or a number of steps; None: the run's.
       At least 0 steps, or None.
   """
@@ -479,15 +480,15 @@ class RunConfig:
       matches a parameter's name gives its learning rate; None freezes it.
     duration: "30 epochs", "2000 steps" or a number of steps. Above 0 steps.
     batch_size: B, images of one optimizer step over all hosts. At least 1.
-    accumulate: microbatches that a step's batch is computed in, one after
-      another; the result is that of the full batch. At least 1.
+    accumulate: how many microbatches a step's batch is split into, computed
+      sequentially; the result equals the full batch's. At least 1.
     seed: of the initial weights, the order of images, crops, and every other
       random draw of training. At least 0.
     optim: AdamW of the tokenizer.
     ema: decay of the weights' moving average; 0 for none. In [0, 1).
-    noise_tau: noise on latents in training, U[0, tau) x N(0, 1), one U a
-      sample, before they are normalised and quantised; .8 for RAE, 0 for
-      discrete tokens. At least 0.
+    noise_tau: noise added to latents in training before they are normalised
+      and quantised, U[0, tau) x N(0, 1) with one U per sample; .8 for RAE, 0
+      for discrete tokens. At least 0.
     temperature: of a Gumbel quantizer; None for the section's defaults.
     init_from: a run's workdir or a tokenizer's directory whose weights the
       run starts with; optimizer and step count are re-initialized.
@@ -496,12 +497,12 @@ class RunConfig:
       run starts with (from `init_from` or `init.encoder`), or a
       published encoder as in `init.encoder`.
     networks: how the networks of losses are run.
-    discriminator: of losses.gan, if there is one; its dtype and remat are the
-      model's unless its fields set them.
+    discriminator: the discriminator of losses.gan, if there is one; its dtype
+      and remat are the model's unless its fields set them.
     mesh: how the run is laid out over devices.
     log: what is written, and how often.
     checkpoint: what the run resumes from.
-    eval: the images that are held out; None: no evaluation.
+    eval: the held-out images; None: no evaluation.
     max_nonfinite: how many consecutive steps may be skipped because a loss or
       a gradient is not finite; one more stops the run. At least 0.
   """
@@ -533,7 +534,7 @@ class RunConfig:
     _empty_as_none(self, 'init_from', 'teacher')
     at_least(1, '', self, 'accumulate', 'batch_size')
     at_least(0, '', self, 'max_nonfinite', 'noise_tau', 'seed')
-    # Of an epoch as long as any: a small part of one is above 0 too.
+    # For an epoch of any length: a small fraction of one is above 0 too.
     if not steps_of(self.duration, 1e9, 'duration'):
       raise UserError(f'duration={self.duration!r} must be above 0')
     if not 0 <= self.ema < 1:
@@ -690,8 +691,8 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
 
 
 def check_placeholders(spec: RunConfig) -> None:
-  """Nothing is left to be filled in. Any other name is checked where it is
-  opened, for a resumed run may no longer need it.
+  """Checks that no placeholder is left. Other names are checked when they are
+  opened, since a resumed run may no longer need them.
 
   Raises:
     UserError: a recipe's placeholder is still there.
@@ -705,12 +706,12 @@ def check_placeholders(spec: RunConfig) -> None:
 def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
   """Model, data and `init.latents` agree; opens no file.
 
-  Statistics go with `model.latents` or not at all; a run that starts from
-  another tokenizer (`init_from`) has them from there.
+  Statistics require a norm in `model.latents` and the reverse; a run that
+  starts from another tokenizer (`init_from`) takes them from there.
 
   Raises:
-    UserError: a norm without statistics, statistics without a norm, or a
-      grid of tokens that they are not of.
+    UserError: a norm without statistics, statistics without a norm, or
+      statistics for another grid of tokens.
   """
   given, norm = spec.init.latents, tokenizer.latents_spec
   if norm.norm == 'none' and given is not None:

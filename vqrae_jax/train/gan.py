@@ -1,16 +1,16 @@
 """The discriminator: its losses, its update, its metrics, and its alarms.
 
 The decoder's side is a cotangent at the reconstruction, scaled by the adaptive
-weight where the two gradients meet the head's kernel
-(`losses/adversarial.py`). The discriminator learns on the same reconstruction,
-rounded to 8 bits, after the tokenizer's gradient is taken. Its power iteration
-moves once an update and LeCam's averages once a step, however many
-microbatches there are; the updates of one step see the same images, augmented
-alike.
+weight, which compares the two gradients at the head's kernel
+(`losses/adversarial.py`). The discriminator is trained on the same
+reconstruction, rounded to 8 bits, after the tokenizer's gradient is taken. Its
+power iteration advances once per update and LeCam's averages once per step,
+however many microbatches there are; all updates of one step see the same images
+with the same augmentation.
 
-What starts with the run, in one microbatch, is in no `cond` or `scan`: in those
-gradients of convolutions are twelve times as slow on CPUs (51 and 650 ms for a
-small PatchGAN, jax 0.10.2).
+With one microbatch, losses that start at step 0 are in no `cond` or `scan`,
+inside which the gradients of convolutions are twelve times slower on CPUs (51
+against 650 ms for a small PatchGAN, jax 0.10.2).
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def over_microbatches(fn: Callable, batch: tuple) -> tuple[Any, Any, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Gan:
-  """What is static about adversarial training; hashable.
+  """The static part of adversarial training; hashable.
 
   Its numbers are in the step's hparams: losses.gan (weight, start, ramp) and
   discriminator (start, lecam, r1, optimizer).
@@ -79,9 +79,9 @@ class Gan:
     loss: "hinge", "non_saturating" or "vanilla".
     adaptive: whether the generator's loss has the adaptive weight.
     generator_waits: whether the generator's loss starts after step 0.
-    waits: whether the discriminator learns from a later step than 0.
-    augment: whether it sees images augmented at random (DiffAug).
-    cutout: the share of each side that is cut out then; 0 for none.
+    waits: whether the discriminator's training starts after step 0.
+    augment: whether its images are randomly augmented (DiffAug).
+    cutout: with `augment`, the share of each side that is cut out; 0 for none.
     lecam, r1: whether it has these regularisers.
   """
 
@@ -173,7 +173,7 @@ class Gan:
     )
 
   def adaptive_weight(self, *head_grads: jax.Array) -> jax.Array:
-    """f32[], what the adversarial cotangent is scaled by.
+    """f32[], the scale of the adversarial cotangent.
 
     Args:
       head_grads: `head_grads` of the whole batch.
@@ -282,10 +282,10 @@ class Gan:
 def active_metrics(
   step: int, metrics: Mapping[str, float], hparams: optim.Numbers
 ) -> dict[str, float]:
-  """A step's metrics without those of what has not started by then.
+  """A step's metrics without those of losses that have not started.
 
   Args:
-    step: completed steps, this one too.
+    step: completed steps, including this one.
     metrics: of the step.
     hparams: numbers on the host.
   """
@@ -306,19 +306,19 @@ IDLE = 0.1  # of the codes that the window can reach
 
 
 class Alarms:
-  """Warns when training goes wrong, while it goes wrong.
+  """Warns while training is going wrong.
 
-  A discriminator that separates everything teaches nothing more; its logits
-  may diverge; the decoder's adversarial gradient may all but vanish, so that
-  the adaptive weight is at its bound; most codes may go unused. Each is judged
-  by means over the steps between two rows of the log and is said once, until
-  it has stopped.
+  It detects a discriminator that separates everything and so teaches nothing
+  more; diverging logits; an adversarial gradient of the decoder so small that
+  the adaptive weight is at its bound; and a codebook that is mostly unused.
+  Each is judged by means over the steps between two log rows, and is reported
+  once until it has ended.
 
   Args:
     gan: the step's; None without a discriminator.
     hparams: numbers on the host.
     warmup: steps that fill the usage window: usage is judged after them.
-    reachable: the highest usage that so many tokens can have, in (0, 1].
+    reachable: the highest usage possible with that many tokens, in (0, 1].
   """
 
   def __init__(

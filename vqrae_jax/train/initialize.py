@@ -1,17 +1,18 @@
 """Stage 3 of a run: its first state, from weights or from a checkpoint.
 
-`initialize(setup)` gives the state at step 0: random weights from the seed,
-with the parts that a config names in their place. `init_from` is a tokenizer's
-directory or another run's workdir: of a run, the EMA weights and the live
-codebook of its latest checkpoint, with the leaves that it kept frozen made
-again as that run made them and compared with their hash. `init` names an
-encoder, a decoder or statistics of latents. No tokenizer is loaded in part:
-both sides have the same model and the same leaves, or it is an error that names
-the difference. The optimizer state, the EMA weights, the discriminator and the
-step count are re-initialized, and the log lists what was left out.
+`initialize(setup)` returns the state at step 0: random weights from the seed,
+replaced where the config names other weights. `init_from` is a tokenizer's
+directory or another run's workdir. From a run it takes the EMA weights and the
+live codebook of the latest checkpoint; leaves that the run kept frozen are
+made again as that run made them and compared with their hash. `init` names an
+encoder, a decoder or latent statistics. A tokenizer is never loaded in part: if
+the two models or their leaves differ, an error names the difference. The
+optimizer state, the EMA weights, the discriminator and the step count are
+re-initialized, and the log lists what was not loaded.
 
-`restore(setup, checkpoints, manifest)` gives the state of a checkpoint. Frozen
-trees are in no checkpoint: they are loaded again and compared with their hash.
+`restore(setup, checkpoints, manifest)` returns the state of a checkpoint.
+Frozen trees are in no checkpoint: they are loaded again and compared with their
+hash.
 """
 
 import dataclasses
@@ -252,7 +253,7 @@ def hash_frozen(
 def check_frozen(
   hashes: Mapping[str, str], recorded: Mapping[str, Any], where: str
 ) -> None:
-  """The frozen trees at hand are those that a checkpoint was made with.
+  """Checks that the frozen trees are those that a checkpoint was made with.
 
   Args:
     hashes: from `hash_frozen`.
@@ -423,13 +424,13 @@ def _weights_of_parts(
 def _check_model(
   have: Tokenizer, want: Tokenizer, where: str, part: str = ''
 ) -> None:
-  """Both compute the same: equal shapes do not say so.
+  """Checks that both compute the same, which equal shapes do not guarantee.
 
-  What only training reads, of the quantizer, may differ. `part` is where the
-  keys that are compared begin.
+  The quantizer's training-only fields may differ. `part` is where the keys
+  that are compared begin.
 
   Raises:
-    UserError: with the first key that differs.
+    UserError: names the first key that differs.
   """
   ignored = {f'quantizer.{n}' for n in want.quantizer.training_fields}
   different = config_lib.differences(describe(have), describe(want))

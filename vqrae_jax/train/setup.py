@@ -1,8 +1,8 @@
 """Stage 2 of a run: from its config to everything static, checked.
 
 `setup(config)` opens the data, builds the modules, the optimizers and the mesh,
-and looks at shapes only: whatever can be seen to be wrong is an error here, not
-after days of training. The weights come in the next stage (`initialize.py`).
+and looks at shapes only. Whatever can be checked now is an error here, not
+after days of training. Weights are loaded in the next stage (`initialize.py`).
 """
 
 import dataclasses

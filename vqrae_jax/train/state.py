@@ -32,7 +32,7 @@ from vqrae_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-  """What is static about a train step: it changes the program or the state.
+  """The static part of a train step: what changes the program or the state.
 
   Hashable, so that equal specs share one compiled step; the numbers that a
   user tunes are the step's traced `hparams`.
@@ -48,7 +48,7 @@ class StepSpec:
     ema: whether there are EMA weights.
     noise: whether noise is added to the latents.
     temperature: the decay of the Gumbel temperature, or None.
-    teacher: whether a frozen encoder is distilled from.
+    teacher: whether latents are distilled from a frozen encoder.
     networks_run: how the losses' networks are run.
     usage_window: steps over which codes are counted.
     updates_codebook: whether the `codebook` collection follows its updates.
@@ -96,7 +96,7 @@ class StepSpec:
 
   @property
   def latent_losses(self) -> dict[str, Callable[[LatentInputs], jax.Array]]:
-    """The losses that the forward carries."""
+    """The losses that are part of the forward pass."""
     return self._terms('latents', LATENT_TERMS)
 
 

@@ -1,13 +1,14 @@
-"""One train step: one forward, cotangents at the image, one pullback.
+"""One train step: one forward pass, cotangents at the image, one pullback.
 
-The forward gives the reconstruction and the latent losses. Image losses are
-differentiated where they act, at the reconstruction; their weighted sum and
-the latent losses' weights go back through the tokenizer once. Frozen leaves
-are no argument of the pullback, so they cost no backward.
+The forward pass returns the reconstruction and the latent losses. Image losses
+are differentiated at the reconstruction, where they act; the cotangent of their
+weighted sum and the latent losses' weights are pulled back through the
+tokenizer once. Frozen leaves are not an argument of the pullback, so they cost
+no backward pass.
 
-The codebook moves once, from the step's sums, after the parameters. A step
-with a non-finite loss or gradient norm is skipped: all of the state but its
-counter stays as it was, bit for bit.
+The codebook is updated once, from the step's sums, after the parameters. A step
+with a non-finite loss or gradient norm is skipped: the state stays bitwise
+unchanged except for the step counter.
 """
 
 import functools
@@ -196,11 +197,11 @@ def accumulated(
   """`loss_gradients` of a batch, computed in `spec.accumulate` microbatches.
 
   Microbatch m holds samples m, m + A, …: each device keeps the rows it has.
-  All are equally large, so that means of gradients and losses are those of the
-  whole batch; stats are sums. With an adaptive adversarial loss a sweep of
-  forwards comes first, whose weight is that of the whole batch. It keeps each
-  image's cotangents, and what a frozen encoder gives, so that the second
-  pass repeats neither the losses nor that encoder.
+  All have the same size, so that the means of gradients and losses equal those
+  of the full batch; stats are sums. With an adaptive adversarial loss, forward
+  passes over all microbatches come first, to compute the full batch's adaptive
+  weight. They keep each image's cotangents and the output of a frozen encoder,
+  so that the second pass repeats neither the losses nor that encoder.
 
   Returns:
     The result of the batch, `fakes` [A b h w 3] if there is a discriminator;
@@ -286,7 +287,7 @@ def train_step(
   metrics['nonfinite'] = 1.0 - finite.astype(jnp.float32)
   if 'counts' in stats:
     row = state.step % spec.usage_window
-    # Of the window one row is chosen: it is not copied.
+    # Updates one row of the window in place, without a copy.
     usage = usage.at[row].set(jnp.where(finite, stats['counts'], usage[row]))
     window = usage.sum(0)
     metrics['usage'] = code_ops.usage(window).mean()
@@ -398,7 +399,7 @@ def _reached(program: Any) -> list[bool]:
 def check_reach(
   spec: StepSpec, state: Any, frozen: Any, hparams: Any, images: Any
 ) -> None:
-  """Every trainable leaf must have a gradient from some loss.
+  """Checks that every trainable leaf gets a gradient from some loss.
 
   Args:
     spec: the run's.

@@ -1,9 +1,9 @@
 """A weight file as a model's leaves, and a model's leaves as a weight file.
 
-`Pretrained` holds the keys of a file to a table and a model, both ways, before
-a value is read; it then reads leaves, one at a time on the host. `export` runs
-the same table backwards. Values pass unchanged but for the cast to the model's
-type; a NaN or an infinity is an error.
+`Pretrained` checks the keys of a file against a table and a model, both ways,
+before any value is read; it then reads leaves, one at a time on the host.
+`export` runs the same table backwards. Values are unchanged except for the cast
+to the model's type; a NaN or an infinity is an error.
 """
 
 import dataclasses

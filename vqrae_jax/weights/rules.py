@@ -6,8 +6,8 @@ r"""The rows of a weight table: what each published key becomes.
   ignore(r'head\..*', 'the pooling head: latents are taken before it')
   computed('pos_embed', positions, 'fixed sin-cos, computed here')
 
-A table is total: every source key is matched by one row, every destination
-leaf, every layer of it, is filled by one (`load.py` holds it to that). Rows are
+A table is total: every source key is matched by one row, and every layer of
+every destination leaf is filled by one (`load.py` enforces this). Rows are
 data; they read nothing.
 """
 
@@ -150,7 +150,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Ignore:
-  """Source keys that the regex matches in full are not ours, and why."""
+  """Source keys, matched in full by the regex, that are not used, and why."""
 
   pattern: str
   why: str
@@ -158,7 +158,7 @@ class Ignore:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-  """A source array that is computed here: where it is there it must equal
+  """A source array that is computed here: if the file has it, it must equal
   `value()` to 1e-5."""
 
   source: str
