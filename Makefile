@@ -41,8 +41,8 @@ $(VENV)/.made:
 	@$(BIN)/python -m pip install -qq --upgrade pip
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: $(VENV)/.made pyproject.toml setup.py \
-  constraints.txt
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: $(VENV)/.made \
+  pyproject.toml setup.py constraints.txt
 	@echo "installing vqrae_jax[cpu,$*] into $(VENV)"
 	@$(BIN)/python -m pip install -qq -c constraints.txt $(EDITABLE) '.[cpu,$*]'
 	@$(if $(filter test,$*),$(PEERS) || echo "no lpips or no torch-fidelity: a test skips")

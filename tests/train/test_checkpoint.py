@@ -247,6 +247,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 
 def test_a_url_without_its_library_is_one_line():
-  # Not gs://, of which another test registers a stand-in.
+  # Not gs://: etils keeps the stand-in that another test registers for the
+  # rest of the process, also where fsspec's registry is put back.
   with pytest.raises(UserError, match='s3://.*s3fs'):
     initialize.reachable('s3://bucket/run', '--workdir')
