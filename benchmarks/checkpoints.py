@@ -1,4 +1,4 @@
-"""python benchmarks/checkpoints.py [--a=OLD] [--b=NEW] [--gib=1] [--pairs=8]
+"""python -m benchmarks.checkpoints [--a=OLD] [--b=NEW] [--gib=1] [--pairs=8]
 
 What a checkpoint costs in source trees, save by save in turns, so that other
 load on the machine meets both alike: seconds that `save` holds the loop, then

@@ -1,4 +1,4 @@
-"""python benchmarks/compare_checkouts.py --a=OLD --b=NEW [--pairs=12]
+"""python -m benchmarks.compare_checkouts --a=OLD --b=NEW [--pairs=12]
 
 Train step and encode of two source trees: compiled FLOPs and temporaries, and
 CPU time over interleaved pairs of calls, so that other load on the machine

@@ -1,4 +1,4 @@
-"""python benchmarks/count_lines.py [FOLDER …]
+"""python -m benchmarks.count_lines [FOLDER …]
 
 Lines of code by `tokenize`: docstrings, comments and blank lines are left out.
 Without folders: the package, its tests, configs and benchmarks.

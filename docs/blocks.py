@@ -4,26 +4,27 @@
 
 Each ```bash block is run by `bash -e` and each ```python block executed, with
 one namespace a page, in order, in a folder of the page's own that holds
-`runs/quickstart` (60 steps of it), `images/train` and `images/val`. A comment
-on the line before a block changes this:
+`runs/quickstart` (60 steps of it), `images/train`, `images/val` and a link to
+`benchmarks`. A comment on the line before a block changes this:
 
     <!-- file: NAME -->            it is also written to NAME
-    <!-- parsed only: WHY -->      of each command of ours, flags and the config
-                                   are read, and nothing runs
-    <!-- not run: WHY -->          skipped, by that name
+    <!-- parsed only: WHY -->      nothing runs; `read_only` reads every line
 
 Blocks of the pages that `generate.py` makes are parsed only; it reads their
 configs itself. `<!--- invisible-code-block: python … -->` runs what a page does
 not show.
 """
 
+import argparse
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from unittest import mock
 
 import pytest
@@ -36,6 +37,7 @@ from docs import generate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
+EXTRAS = re.compile(r'(?:\.|vqrae_jax)\[([\w,]+)\]')
 run_python = PythonEvaluator()
 BIN = pathlib.Path(sys.executable).parent
 SHELL = {
@@ -53,28 +55,18 @@ def comment(example, name: str) -> str | None:
   return found and ' '.join(found[1].split())
 
 
-def commands(text: str):
-  """(name, argv) of each command of this package in a shell's lines."""
-  for line in text.replace('\\\n', ' ').splitlines():
-    words = shlex.split(line, comments=True)
-    if words[:2] == ['python', '-m'] and words[2].startswith('vqrae_jax.'):
-      yield words[2].removeprefix('vqrae_jax.'), words[3:]
-    elif words[:1] == ['vqrae']:
-      yield words[1], words[2:]
-
-
 class Parsed(Exception):
   """The flags of a command are read, and it need not go on."""
 
 
-def parse_only(name: str, argv: list[str], config: bool) -> None:
+def parse_only(module: str, argv: list[str], config: bool) -> None:
   """Reads a command's flags, and with `config` the config if it has one."""
   from ml_collections import ConfigDict
 
   from vqrae_jax import cli
   from vqrae_jax.train.config import read_config
 
-  parse = cli.parse
+  parse, parse_args = cli.parse, argparse.ArgumentParser.parse_args
 
   def then_stop(values, *args):
     parse(values, *args)
@@ -84,20 +76,46 @@ def parse_only(name: str, argv: list[str], config: bool) -> None:
       read_config(values.config)
     raise Parsed
 
+  def args_then_stop(*args, **kwargs):
+    parse_args(*args, **kwargs)
+    raise Parsed
+
   with (
     mock.patch.object(cli, 'parse', then_stop),
     mock.patch.object(cli, 'run', lambda main: main(sys.argv[1:])),
-    mock.patch.object(sys, 'argv', [sys.executable, name, *argv]),
+    mock.patch.object(argparse.ArgumentParser, 'parse_args', args_then_stop),
+    mock.patch.object(sys, 'argv', [module, *argv]),
     pytest.raises(Parsed),
   ):
-    cli.vqrae()
+    runpy.run_module(module, run_name='__main__', alter_sys=False)
+
+
+def read_only(text: str, config: bool) -> None:
+  """Reads a shell's lines and runs none: flags and configs of our modules, the
+  extras that pip installs, the repository's address, make's targets."""
+  about = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  for line in re.split(r'\n|&&', text.replace('\\\n', ' ')):
+    match shlex.split(line, comments=True):
+      case ['python', '-m', module, *argv]:
+        parse_only(module, argv, config)
+      case ['vqrae', *argv]:
+        parse_only('vqrae_jax', argv, config)
+      case ['pip', 'install', *_]:
+        extras = {e for found in EXTRAS.findall(line) for e in found.split(',')}
+        assert extras <= about['optional-dependencies'].keys(), line
+      case ['git', 'clone', address]:
+        assert address == about['urls']['Repository']
+      case ['make', target]:
+        subprocess.run(['make', '-n', target], check=True, cwd=ROOT)
+      case [] | ['cd' | 'export', _]:
+        pass
+      case _:
+        pytest.fail(f'no reader of this line: {line}')
 
 
 def evaluate(example) -> None:
   """Runs a block as its comment says."""
   text, folder = example.parsed, example.namespace['folder']
-  if why := comment(example, 'not run'):
-    pytest.skip(why)
   if name := comment(example, 'file'):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
@@ -105,11 +123,7 @@ def evaluate(example) -> None:
     return run_python(example)
   made = pathlib.Path(example.path).name in generate.PAGES
   if made or comment(example, 'parsed only'):
-    found = [*commands(text)]
-    assert found, 'no command of ours to read'
-    for name, argv in found:
-      parse_only(name, argv, config=not made)
-    return
+    return read_only(text, config=not made)
   done = subprocess.run(
     ['bash', '-euo', 'pipefail', '-c', text],
     cwd=folder, env=SHELL, text=True, timeout=600,
@@ -148,6 +162,7 @@ def folder(quickstart, tmp_path_factory):
   """A page's own copy of it, where its blocks run and Python looks first."""
   page = tmp_path_factory.mktemp('page') / 'work'
   shutil.copytree(quickstart, page)
+  (page / 'benchmarks').symlink_to(ROOT / 'benchmarks')
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(page)
     patch.chdir(page)
