@@ -1,10 +1,11 @@
 """What the command lines share: flags, the config, errors and exit codes.
 
 Flags belong to one call, not to the process, so tests may call a `main` many
-times. A `UserError`, an error of a file or disk, or a URL that needs a package
-is one line on stderr and exit code 2; a run that was stopped and saved itself
-exits with 143, as the shell reports SIGTERM, one that lost another host with 75
-(`hosts.py`). Any other error keeps its traceback.
+times. A `UserError`, a path that does not exist or may not be used, or a URL
+that needs a package is one line on stderr and exit code 2; another error of the
+system (a full disk) is one line and exit code 1. A run that was stopped and
+saved itself exits with 143, as the shell reports SIGTERM, one that lost another
+host with 75 (`hosts.py`). Any other error keeps its traceback.
 """
 
 import contextlib
@@ -119,8 +120,8 @@ def new_folder(path: str) -> pathlib.Path:
 def versions() -> dict[str, str]:
   """{name: version} of what files and figures depend on."""
   found = {'python': platform.python_version(), 'vqrae_jax': __version__}
-  for name in ('jax', 'jaxlib', 'flax', 'numpy', 'pillow'):
-    # A build of one's own may have no metadata.
+  for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'numpy', 'pillow'):
+    # libtpu may not be there; a build of one's own may have no metadata.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
   return found

@@ -21,7 +21,7 @@ from vqrae_jax.errors import UserError
 
 LOST = (
   'error: a host of this run is gone or does not answer, and the others cannot '
-  'continue without it; the same command on all hosts resumes'
+  'continue without it; start the same command again on all hosts'
 )
 # How collectives and the coordination service say so.
 _SAYS_SO = re.compile('Gloo|NCCL|UNAVAILABLE|heartbeat|coordination service')

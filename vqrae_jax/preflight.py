@@ -11,7 +11,6 @@ figures are. For GPUs there is no such compiler: they must be in this machine.
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from vqrae_jax import __version__, cli, inference, programs, sharding
+from vqrae_jax import cli, inference, programs, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
 from vqrae_jax.models.tokenizer import variable_shapes
@@ -145,8 +144,13 @@ def preflight(config: Any, devices: list[Any], search: bool = False) -> dict:
       break
     plan = _accumulating(plan, 2 * parts)
   encode = _encode(plan) if step['fits'] else None
+  device = mesh.devices.flat[0]
+  versions = cli.versions() | {'date': datetime.date.today().isoformat()}
+  if device.platform == 'tpu':  # where libtpu may be no package
+    theirs = device.client.platform_version.splitlines()[-1]
+    versions.setdefault('libtpu', theirs)
   return {
-    'versions': _versions(mesh.devices.flat[0]),
+    'versions': versions,
     'devices': _devices(mesh),
     'hosts': len({d.process_index for d in mesh.devices.flat}),
     'mesh': dict(mesh.shape),
@@ -184,17 +188,6 @@ def _data(run: config_lib.RunConfig) -> tuple[int, str]:
 
 def _devices(mesh: jax.sharding.Mesh) -> str:
   return f'{mesh.size} × {mesh.devices.flat[0].device_kind}'
-
-
-def _versions(device: Any) -> dict[str, str]:
-  found = {}
-  if device.platform == 'tpu':  # where libtpu is no package
-    found['libtpu'] = device.client.platform_version.splitlines()[-1]
-  for name in ('jax', 'jaxlib', 'flax', *found):
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[name] = importlib.metadata.version(name)
-  date = datetime.date.today().isoformat()
-  return {'vqrae_jax': __version__, **found, 'date': date}
 
 
 def _accumulating(plan: setup_lib.Plan, parts: int) -> setup_lib.Plan:
@@ -439,12 +432,14 @@ def verdict(report: Mapping[str, Any]) -> str:
 def text_of(report: Mapping[str, Any]) -> str:
   """The report for a terminal."""
   batch, tried = report['batch'], report['tried']
+  names = 'vqrae_jax', 'jax', 'libtpu', 'date'
+  versions = {n: v for n, v in report['versions'].items() if n in names}
 
   def words(pairs, between):
     return ', '.join(f'{k}{between}{v}' for k, v in pairs.items())
 
   rows = [
-    ('versions', words(report['versions'], ' ')),
+    ('versions', words(versions, ' ')),
     ('devices', f'{report["devices"]} of {report["hosts"]} host(s)'),
     ('mesh', words(report['mesh'], '=')),
     ('data', report['data']),

@@ -240,7 +240,7 @@ cli.run(main)
 def test_a_full_disk_is_one_line(tmp_path):
   process = runs.python(FULL_DISK, 1, tmp_path / 'x')
   info, error = process.communicate(timeout=900)[1].splitlines()
-  assert process.returncode == 2
+  assert process.returncode == 1  # a scheduler may start it again
   assert 'checkpoint 1 is written' in info
   assert error.startswith('error: a checkpoint could not be written')
   assert 'too large' in error

@@ -17,6 +17,7 @@ With many hosts, all of them must see the same folder.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging as std_logging
@@ -371,16 +372,17 @@ class Checkpoints:
       extra: plain JSON, kept in the manifest.
 
     Raises:
-      UserError: this save or the one before cannot be written.
+      UserError: something is where it is to be written.
+      OSError: this save or the one before cannot be written.
     """
     self.wait()
     leaves, path = as_leaves(state), self._path(step)
     table = {n: [list(x.shape), str(x.dtype)] for n, x in leaves.items()}
     manifest = {'vqrae_jax': MANIFEST_VERSION, 'step': step, **extra}
     arrays = ocp.args.PyTreeSave(trees.unflatten(leaves))
+    if path.exists():
+      raise UserError(f'{path} is in the way of a checkpoint; move it')
     try:
-      if path.exists():
-        raise FileExistsError(f'{path} is in the way; move it')
       if self._manager is None:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
@@ -412,17 +414,17 @@ class Checkpoints:
       for old in self.steps()[: -self._keep]:
         self._path(old).rmtree()
 
-  def _unwritten(self, failure: Exception) -> UserError:
+  def _unwritten(self, failure: Exception) -> OSError:
+    """Not a `UserError`: the same command may succeed on another day."""
     words = str(failure).split('\n')[0] or type(failure).__name__
-    return UserError(
-      f'a checkpoint could not be written to {self._folder}: {words}'
-    )
+    text = f'a checkpoint could not be written to {self._folder}: {words}'
+    return OSError(getattr(failure, 'errno', None) or errno.EIO, text)
 
   def wait(self) -> None:
     """Returns once everything saved is on disk.
 
     Raises:
-      UserError: it could not be written.
+      OSError: it could not be written.
     """
     writing, self._writing = self._writing, None
     try:

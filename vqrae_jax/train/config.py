@@ -363,8 +363,8 @@ class CheckpointSpec:
   """Checkpoints in workdir/checkpoints.
 
   Attributes:
-    every: steps between them; the last step always has one. 0: no checkpoints,
-      and a restarted run starts over. At least 0.
+    every: steps between them; the last step has one too. 0: no checkpoints at
+      all, and a restarted run starts over. At least 0.
     keep: how many of the newest are kept. At least 1.
   """
 
@@ -534,7 +534,7 @@ class RunConfig:
     _empty_as_none(self, 'init_from', 'teacher')
     at_least(1, '', self, 'accumulate', 'batch_size')
     at_least(0, '', self, 'max_nonfinite', 'noise_tau', 'seed')
-    # For an epoch of any length: a small fraction of one is above 0 too.
+    # Of long epochs: rounding must not make a fraction of one 0 steps here.
     if not steps_of(self.duration, 1e9, 'duration'):
       raise UserError(f'duration={self.duration!r} must be above 0')
     if not 0 <= self.ema < 1:

@@ -367,7 +367,8 @@ class Alarms:
       if max(abs(real), abs(fake)) > DIVERGED:
         found['logits'] = (
           f"the discriminator's logits diverge (real {real:.3g}, fake "
-          f'{fake:.3g}); add discriminator.lecam or r1, or lower its rate'
+          f'{fake:.3g}); add discriminator.lecam or r1, or lower '
+          'discriminator.schedule.lr'
         )
     weights = [r['adaptive_weight'] for r in rows if 'adaptive_weight' in r]
     if weights and np.median(weights) >= 0.99 * adversarial.MAX_WEIGHT:

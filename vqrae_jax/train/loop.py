@@ -246,6 +246,7 @@ def dry_run(config: Any) -> dict[str, float]:
       started.state, started.frozen, hparams, batch
     )
     metrics = _floats(metrics | setup.update_norms()(state, hparams))
+  logging.info('%s', setup.describe())
   if words := nonfinite(1, metrics):
     raise NonFinite(f'{words}; {REMEDY}')
   return metrics
@@ -433,13 +434,14 @@ class _Loop:
     setup, position = self.setup, self.position
     samples = position.step * setup.config.batch_size
     share = setup.config.data.max_skipped
-    if position.skipped <= share * max(samples, len(setup.source)):
+    most = int(share * max(samples, len(setup.source)))
+    if position.skipped <= most:
       return
     here = reversed(setup.batches.unreadable.items())
     name, reason = next(here, ('another host', 'see its log'))
     raise UserError(
-      f'{position.skipped} unreadable images were drawn for {samples} samples, '
-      f'more than data.max_skipped={share}; the last was {name}: {reason}; '
+      f'{position.skipped} unreadable images were drawn for {samples} samples; '
+      f'data.max_skipped={share} allows {most}; the last was {name}: {reason}; '
       f'{self.workdir}/unreadable.jsonl names them: repair or remove them, or '
       'raise data.max_skipped'
     )
