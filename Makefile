@@ -114,8 +114,8 @@ docs: $(VENV)/.docs
 	$(BIN)/codespell
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 	$(BIN)/proselint check $(PROSE)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -rs -p docs.blocks \
-	  README.md docs
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	  -rs -p docs.blocks README.md docs
 
 linkcheck: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck

@@ -42,9 +42,8 @@ run_python = PythonEvaluator()
 BIN = pathlib.Path(sys.executable).parent
 SHELL = {
   **os.environ,
-  'JAX_PLATFORMS': 'cpu',
   'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}',
-  'PYTHONPATH': '',  # as installed
+  'PYTHONPATH': '',  # the package is installed
 }
 
 

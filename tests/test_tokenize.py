@@ -242,7 +242,7 @@ def test_workers_share_and_skip(tmp_path, capsys):
       run(tmp_path, flags, data='tars')
   for keys, words in (
     (dict(tokenizer='residual', data='tars'), 'fingerprint|index_shape'),
-    (dict(data='tars/{0,1}.tar'), 'listing|shard_count'),
+    (dict(data='tars/{0,1}.tar'), 'other files|shard_count'),
     (dict(data='folder'), 'kind|classes'),
   ):
     with pytest.raises(UserError, match=f'--out=.*({words})'):
