@@ -1,12 +1,12 @@
 """DINOv2 (arXiv 2304.07193), without and with registers (2309.16588).
 
 LayerNorm eps 1e-6, exact gelu (giant: SwiGLU), LayerScale, a cls token,
-pixels by ImageNet's mean and std. Positions are learned for 518 pixels, a
-grid of 37 x 37, and resampled bicubic: with antialias where there are
-registers, without where there are none. The cls token has a position, the
-four registers have none. No mask token, no heads.
+pixels normalized by ImageNet's mean and std. Positions are learned for 518
+pixels, a grid of 37 x 37, and resampled bicubic, with antialias only in the
+models with registers. The cls token has a position, the four registers have
+none. No mask token, no heads.
 
-The first half of a published SwiGLU's `weights_in` is the gate.
+In published files the first half of SwiGLU's `weights_in` is the gate.
 """
 
 from collections.abc import Mapping
