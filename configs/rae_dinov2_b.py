@@ -24,6 +24,7 @@ def get_config(arguments=None):
     resize=384,
     flip=False,
   )
+  # The default, set here so that a flag can change it.
   config.model.encoder.resize = 'bicubic'
   config.noise_tau = 0.8
   common.rae(config)

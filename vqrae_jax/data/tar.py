@@ -49,7 +49,7 @@ def _stamp(status: os.stat_result) -> Stamp:
 
 
 def walk(path: str) -> Iterator[Member]:
-  """The regular members of a tar, sparse ones excepted, by headers alone.
+  """The regular members of a tar, except sparse ones, by headers alone.
 
   Raises:
     _Damaged: after yielding the members before the damage.

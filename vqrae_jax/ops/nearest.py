@@ -432,8 +432,9 @@ def shortlist(
 
 
 def on_cuda(codes: Codes, margins: bool) -> Callable:
-  """`direct`, by six bf16 products for wide codes (H200, 2026-11-27: 1.5 to 1.8
-  times as fast; narrow ones would take up to six times as long)."""
+  """`direct`, by six bf16 products for wide codes: on an H200 1.3 to 1.8 times
+  as fast; narrow ones would take up to four times as long
+  (docs/quantizers.md)."""
   wide = codes.rows.shape[1] >= 512
   precision = SIX_BF16 if wide else HIGHEST
   return direct(codes, precision=precision, margins=margins)
