@@ -9,8 +9,8 @@ tokens.
 The training is VQRAE's for InternViT (`common.vqrae`, 2511.23386): batch 768,
 45,000 steps; `:stage=2` trains the encoder too, for 60,000 (after `:decoder=D`
 `:decoder=D,stage=2` with `--config.init_from=runs/internvit_6b-decoder=D`).
-`:decoder=symmetric` mirrors the encoder as the paper does (5.5 billion
-parameters more to train); XL is this recipe's choice, B and L are smaller.
+`:decoder=symmetric` mirrors the encoder as the paper does (a decoder of 5.5
+billion parameters); XL is this recipe's choice, B and L are smaller.
 
 Parameters are sharded over all devices ("fsdp") and the backward pass
 recomputes blocks (`remat`): the frozen encoder alone takes 22 GB in f32.

@@ -55,7 +55,7 @@ _AROUND = {
 
 
 def key_format(shapes: Shapes, where: str) -> KeyFormat:
-  """The format of a file's keys.
+  """The first format that matches a file's keys.
 
   Args:
     shapes: {the file's key: shape}.

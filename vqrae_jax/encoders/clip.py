@@ -67,7 +67,7 @@ ROWS = dict(zip(HUBS, _REPOSITORIES.values(), strict=True))
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The hub's names, of the vision tower alone or beside the text tower."""
+  """The table of the hub's keys, with or without those of the text tower."""
   rows = (
     *naming.convolution('embeddings.patch_embedding'),
     Rule('embeddings.class_embedding', 'embed/prefix', 'token'),

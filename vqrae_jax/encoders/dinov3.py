@@ -75,7 +75,7 @@ _LINEARS |= {
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The hub's names."""
+  """The table of the hub's keys."""
   layer = 'layer.{i}.'
   rows = (
     *naming.convolution('embeddings.patch_embeddings'),
@@ -119,7 +119,7 @@ def fields(config: Mapping[str, Any]) -> dict:
       raise UserError(f'{key}={c[key]!r} must be {want!r}')
   if c['use_gated_mlp']:
     act = choose({'silu': 'swiglu'}, str(c['hidden_act']), 'hidden_act')
-    c['hidden_act'] = 'gelu'  # of no effect
+    c['hidden_act'] = 'gelu'  # has no effect
   vit = naming.vit_fields(c) | naming.patch_grid(c, 224, 16)
   if c['use_gated_mlp']:
     vit['act'] = act

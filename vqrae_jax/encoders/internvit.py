@@ -2,10 +2,10 @@
 
 Exact gelu, LayerScale, a cls token with a position, pixels normalized by
 ImageNet's mean and std, positions resampled bicubic without antialias, no final
-norm. The 300M has LayerNorm and biases on q, k and v; the 6B has RMSNorm,
-normalizes queries and keys over its full width, and has no such biases. The
-first 6B releases have 48 blocks; later ones drop the last three. No pixel
-shuffle, no projector into a language model.
+norm (an "-hf" config without mean pooling has one). The 300M has LayerNorm and
+biases on q, k and v; the 6B has RMSNorm, normalizes queries and keys over its
+full width, and has no such biases. The first 6B releases have 48 blocks; later
+ones drop the last three. No pixel shuffle, no projector into a language model.
 
 Files have the authors' own keys, with q, k and v in one array, or those of the
 hub's "-hf" models.

@@ -65,7 +65,7 @@ def to_unit(images: ArrayLike) -> Float[Array, '... h w 3']:
   """uint8 images / 255, float images unchanged, as f32; no range is checked.
 
   Raises:
-    UserError: any other integer type, or not three channels last.
+    UserError: any other integer type, or a last axis that is not 3 channels.
   """
   if images.ndim < 3 or images.shape[-1] != 3:
     grey = images.shape[-1:] == (1,)

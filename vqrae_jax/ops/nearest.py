@@ -238,7 +238,7 @@ def _round(z: Array, rows: Array, margins: bool, ring: str | None) -> Found:
 
 def _largest(x: Array) -> Array:
   """f32[]: the largest absolute value of rows that are finite."""
-  # Two reductions of x as it is: nothing of its size is made.
+  # Two reductions of x itself: no array of its size is made.
   rows = jnp.maximum(x.max(-1, initial=0), -x.min(-1, initial=0))
   return jnp.max(rows, initial=0, where=jnp.isfinite(rows))
 
@@ -269,7 +269,7 @@ def _chunks(searcher, margins, z, scale, center, codes) -> Found:
   chunk = max(code_ops.SCORES_PER_CHUNK // len(codes.rows), 1)
   if isinstance(n, int) and n <= chunk:
     return search(z * scale - center)
-  if not isinstance(n, int):  # few tokens take as long as a chunk
+  if not isinstance(n, int):  # few tokens take as long as a full chunk
     chunk = min(chunk, SYMBOLIC)
   m = -(-n // chunk)
   if isinstance(n, int):

@@ -100,13 +100,12 @@ def check_same(target: Any, source: Any, what: str) -> None:
   """Checks that both trees have the same leaf names and shapes.
 
   Args:
-    target: the wanted tree, of arrays or ShapeDtypeStructs.
-    source: the tree at hand.
+    target: the expected tree, of arrays or ShapeDtypeStructs.
+    source: the tree to check.
     what: where `source` comes from, for the error.
 
   Raises:
-    UserError: both sides of each leaf that is missing, unknown or of another
-      shape.
+    UserError: lists leaves that are missing, unknown or of another shape.
   """
   want, have = flatten(target), flatten(source)
   report = [f'missing {n} {want[n].shape}' for n in want.keys() - have.keys()]

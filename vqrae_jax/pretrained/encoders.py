@@ -262,7 +262,7 @@ def load_encoder(
     row: as in `find_encoder`.
     mesh: each leaf is loaded onto its shards; None: the default device.
     param_dtype: the type of the parameters, "float32" or "bfloat16".
-    **options: how to run it: dtype, scan, remat.
+    **options: how to run it, `dtype`, `scan` and `remat` of its `ViTSpec`.
 
   Returns:
     (encoder, variables).

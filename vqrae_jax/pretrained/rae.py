@@ -28,7 +28,7 @@ _TRAINED = dict(norm='layer', norm_eps=1e-12, act='gelu')
 
 
 def _fixed_positions(spec: DecoderSpec) -> np.ndarray:
-  """f32[1 1+gh*gw d]: a zero row for the cls token, then the grid's."""
+  """f32[1 prefix+gh*gw d]: zero rows for prefix tokens, then the grid's."""
   s = spec.vit
   table = posemb.sincos2d(s.width, s.grid, s.grid)
   return np.pad(table, ((s.num_prefix_tokens, 0), (0, 0)))[None]
@@ -149,7 +149,7 @@ def fit_decoder(
 
 
 def export_rae_decoder(leaves: dict, spec: DecoderSpec) -> dict:
-  """{RAE's key: array}: the bitwise inverse of `fit_decoder`.
+  """{RAE's key: array}: the inverse of `fit_decoder`, bitwise.
 
   Args:
     leaves: {leaf name under params/decoder: array}, or the tree.

@@ -384,7 +384,7 @@ def split(source: WeightFile) -> dict[str, WeightFile]:
   """The file's arrays by the part of the tokenizer that they belong to.
 
   Raises:
-    UserError: no encoder or no decoder in it.
+    UserError: the file has no encoder or no decoder.
   """
   parts: dict[str, dict] = {p: {} for p in _OURS}
   for key in source:
