@@ -66,8 +66,8 @@ class LazyArray:
 class WeightFile(dict[str, LazyArray]):
   """{key: LazyArray} of one file or one set of shards.
 
-  `name` is the file's, for errors; `note` says what was chosen in it and what
-  was left out, for logs.
+  `name` is the file's, for errors; `note` says, for logs, which section was
+  chosen and what was left out.
   """
 
   def __init__(

@@ -132,7 +132,7 @@ def _claim(
 def _match(
   source: WeightFile, table: Table, target: Mapping[str, Any], hint: str
 ) -> tuple[Expected, dict[str, str], dict[str, str]]:
-  """(what is expected, the file's key of each, {the file's key: why ignored}).
+  """(what is expected, {key: the file's key}, {the file's key: why ignored}).
 
   Raises:
     UserError: lists what is missing, unknown or of another shape.
@@ -328,11 +328,12 @@ def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
     leaves: all leaves of the model, as a tree or {leaf name: array}.
 
   Returns:
-    What the file would hold, `computed` arrays included. Views of `leaves`
-    where the layout allows: copy before changing them.
+    All arrays of the file, `computed` ones included. They are views of `leaves`
+    where the layout allows it: copy before changing them.
 
   Raises:
     UserError: the table has no key for a leaf.
+    ValueError: a fault of the table, as in `expand`.
   """
   flat = {n: np.asarray(v) for n, v in trees.flatten(leaves).items()}
   expected = expand(table, flat)

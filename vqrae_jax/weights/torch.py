@@ -56,7 +56,7 @@ _DTYPES = {
 
 
 class _Refused(Exception):
-  """The pickle holds what no weight file needs; the message says what."""
+  """The pickle has what no weight file needs; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -288,7 +288,7 @@ def _open_zip(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
         raise EOFError(f'"{name}" ends early')
     return found
 
-  order = b'little'  # before PyTorch 2.1 always, and not written
+  order = b'little'  # always, and not written, before PyTorch 2.1
   if f'{top}/byteorder' in members:
     order = read(f'{top}/byteorder', 16).strip()
   if order not in (b'little', b'big'):
