@@ -1,1 +1,1 @@
-"""Runs, one file each; a config's docstring is its launch line."""
+"""Configs of runs, one per file; each docstring starts with its launch line."""

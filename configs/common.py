@@ -1,8 +1,8 @@
-"""What configs share: all keys, the parts of a model, and the trainings.
+"""What configs share: all keys, model parts, and trainings.
 
 Keys are documented in `vqrae_jax/train/config.py`. `recipe` is a tokenizer on a
-published encoder; `original`, `rae` and `vqrae` add one source's training each,
-and cite it. The original specification is that of the PyTorch project
+published encoder; `original`, `rae` and `vqrae` each add the training of one
+source and cite it. The original specification is that of the PyTorch project
 hugoycj/RAE, a fork of bytetriper/RAE.
 """
 
@@ -85,8 +85,8 @@ def small_model(
 
 
 def encoder_frozen(**schedule) -> tuple:
-  """Schedule rows: the encoder keeps every bit, all else follows `schedule`
-  (lr, end_lr, warmup)."""
+  """Schedule rows: the encoder is frozen, all else follows `schedule` (lr,
+  end_lr, warmup)."""
   return ((r'encoder/.*', None), (r'.*', schedule))
 
 
@@ -101,14 +101,14 @@ def recipe(
   remat: bool = True,
   layout: str = 'fsdp',
 ) -> ml_collections.ConfigDict:
-  """A tokenizer on a published encoder, a row of the table; its training is
-  still to be added.
+  """A tokenizer on a published encoder, a row of the table; its training is not
+  yet set.
 
-  The latents are the encoder's last norm without its affine part, as RAE's
-  (arXiv 2510.11690). The weights are downloaded at the start
-  (`--config.init.encoder=` for random ones); those of the losses' networks by
-  `fetch_weights` before. Training images are crops of `pixels` from images whose
-  shorter side is `resize`, 32 pixels more by default.
+  Latents pass the encoder's final norm without its affine part, as in RAE
+  (arXiv 2510.11690). The encoder's weights are downloaded at the start
+  (`--config.init.encoder=` for random ones), those of the losses' networks
+  beforehand, by `fetch_weights`. Training images are crops of `pixels` from
+  images resized to a shorter side of `resize`, by default 32 pixels more.
   """
   config = base()
   config.model = dict(
@@ -122,7 +122,7 @@ def recipe(
   config.data.update(
     image_size=pixels, resize=resize or pixels + 32, crop='random', flip=flip
   )
-  config.networks.remat = False  # 30 MiB an image; VGG16's forward is saved
+  config.networks.remat = False  # 30 MiB more an image, one VGG16 forward less
   config.mesh.layout = layout
   return config
 
@@ -168,13 +168,13 @@ def original(config, **terms: float) -> dict:
 
 
 def original_second(config) -> dict:
-  """The second stage of the original specification, encoder open. Returns the
-  schedule.
+  """The original specification's second stage, which trains the encoder too.
+  Returns the schedule.
 
   - The specification: L2, reduced LPIPS, distillation of the continuous latents
     into the quantised ones (`distill`, target "self"), no GAN, 1e-5, 10 epochs.
-    Here its gradient ends at the codes (`vqrae_jax/losses/` says why), and
-    nothing holds the encoder itself: the paper's teacher does,
+    Here its gradient stops at the codes (`vqrae_jax/losses/` says why), so it
+    does not constrain the encoder; the paper's teacher does:
     `--config.losses.distill.target=teacher --config.teacher=init`.
   - The PyTorch project's second-stage config: LPIPS .5, distill 2.0, codebook
     1, commitment .25, cosine to a tenth, 1000 steps of warm-up, AdamW (.9, .95)
@@ -193,14 +193,14 @@ def original_second(config) -> dict:
 
 def rae(config, **terms: float) -> None:
   """The training of RAE's decoders (arXiv 2510.11690, its trainer's code),
-  which the PyTorch project's first-stage configs keep; encoder frozen.
+  as in the PyTorch project's first-stage configs; encoder frozen.
 
   - L1, 1.0 LPIPS from the start, GAN of weight .75, adaptive, on the decoder
     from epoch 8; DINO discriminator from epoch 6, 2e-4 to 2e-5 after an epoch
     of warm-up;
   - AdamW (.9, .95), no decay, 2e-4 to 2e-5 after an epoch of warm-up, batch
     512, 16 epochs, EMA .9978; clip 1 is the PyTorch project's (VQ DINOv2-B XL);
-  - data, as the recipes have it: crops of 256 from 384 (1.5 times), no flips.
+  - data, set by each recipe: crops of 256 from 384 (1.5 times), no flips.
   """
   rate = dict(lr=2e-4, end_lr=2e-5, warmup='1 epochs')
   config.losses = dict(l1=1.0, lpips=1.0, gan=GAN, **terms)
@@ -216,19 +216,19 @@ def vqrae(config, stage: int, *, batch: int, steps: tuple[int, int]) -> None:
   """The training of VQRAE (arXiv 2511.23386, its table of training settings).
 
   First stage:
-  - VQRAE: L2, perceptual term, the quantizer's terms with .25 of commitment, no
-    GAN; AdamW (.9, .999), decay 1e-4, clip 1, 4e-4 to 1e-4 after 2000 steps of
-    warm-up, crop and flip, the encoder frozen;
-  - TA-TiTok (2501.07730): the perceptual term, the mean of LPIPS and .1
-    ConvNeXt-S with a weight of 1.1, so 1.0 and .1; EMA .999 is TiTok's
-    (2406.07550).
+  - VQRAE: L2, perceptual term, the quantizer's losses with a commitment of .25,
+    no GAN; AdamW (.9, .999), decay 1e-4, clip 1, 4e-4 to 1e-4 after 2000 steps
+    of warm-up, crop and flip, the encoder frozen;
+  - TA-TiTok (2501.07730): the perceptual term, 1.0 LPIPS and .1 ConvNeXt-S
+    (there the weighted mean of the two, with a weight of 1.1); EMA .999 is
+    TiTok's (2406.07550).
 
-  The second opens the encoder:
-  - VQRAE: the same terms, a GAN of weight .1 from step 50,000, 1.0 times the
-    squared distance to the encoder that it starts with ("teacher"); decoder
+  The second stage trains the encoder too:
+  - VQRAE: the same terms, a GAN of weight .1 from step 50,000, distillation of
+    weight 1.0, the squared distance to the initial encoder ("teacher"); decoder
     1e-4 to 1e-5, encoder 1e-5 throughout, discriminator 4e-5;
-  - TiTok: that weight is fixed, the discriminator PatchGAN with hinge and LeCam
-    .001.
+  - TiTok: the GAN's weight is fixed; the discriminator is PatchGAN with hinge
+    and LeCam .001.
   """
   config.losses = dict(
     l2=1.0, lpips=1.0, convnext=0.1, codebook=1.0, commit=0.25
@@ -270,9 +270,9 @@ def dino_discriminator(start: str) -> ml_collections.ConfigDict:
   """RAE's discriminator (arXiv 2510.11690, its trainer's code), from `start` on.
 
   Heads on a frozen DINO ViT-S/8, kernels of 9 with spectral norm, hinge, the
-  decoder's loss -mean D(fake); DiffAug on every image, nothing cut out; AdamW
+  decoder's loss -mean D(fake); DiffAug on every image, without cutout; AdamW
   (.9, .95) without decay, 2e-4 to 2e-5 after an epoch of warm-up; one update a
-  step. Gradients clipped at 1 are ours.
+  step. Clipping gradients at 1 is this package's choice.
   """
   rate = dict(lr=2e-4, end_lr=2e-5, warmup='1 epochs')
   fields = dict(schedule=rate, augment=True, cutout=0.0)
@@ -295,9 +295,13 @@ def paper_discriminator() -> ml_collections.ConfigDict:
 
 
 def layerwise(decay: float, depth: int, last: int | None = None) -> tuple:
-  """`Schedule.layers` of `depth` stacked blocks: 1 for the last block, `decay`
-  in (0, 1] times less for each below it. Only the `last` blocks move, by default
-  all; those below have None, which keeps every bit."""
+  """`Schedule.layers` of `depth` stacked blocks: 1 for the last block, and for
+  each below it `decay`, in (0, 1], times that of the one above. Only the `last`
+  blocks are trained, by default all; those below have None, which freezes them.
+
+  Raises:
+    ValueError: `decay` or `last` is out of range.
+  """
   last = depth if last is None else last
   if not 0 < decay <= 1:
     raise ValueError(f'layerwise decay={decay} must lie in (0, 1]')
@@ -307,10 +311,10 @@ def layerwise(decay: float, depth: int, last: int | None = None) -> tuple:
 
 
 def encoder_open(*, depth: int, last: int, decay: float, **schedule) -> tuple:
-  """Schedule rows: of the encoder the last `last` of `depth` blocks move, each
-  `decay` times slower than the one above it, and all else by `schedule`.
-  What lies before the first block (patches, positions) is one step slower
-  still, and frozen unless all blocks move."""
+  """Schedule rows: the last `last` of the encoder's `depth` blocks are trained,
+  each at `decay` times the rate of the one above it, all else by `schedule`.
+  The layers before the first block (patches, positions) have `decay` times its
+  rate, and are frozen unless all blocks are trained."""
   if last == depth and decay == 1:
     return ((r'.*', schedule),)
   blocks = schedule | dict(layers=layerwise(decay, depth, last))
@@ -323,8 +327,12 @@ def encoder_open(*, depth: int, last: int, decay: float, **schedule) -> tuple:
 
 
 def arguments(text: str | None, **defaults):
-  """ "steps=60,lr=1e-3" over the defaults, each of its default's type; of a
-  tuple, the choices, the first is the default. Others are a ValueError."""
+  """Parses "steps=60,lr=1e-3" over the defaults, each as its default's type.
+  A default that is a tuple lists the choices, the first being the default.
+
+  Raises:
+    ValueError: an unknown argument, or a value of another type or choice.
+  """
   values = {k: v[0] if type(v) is tuple else v for k, v in defaults.items()}
   known = ', '.join(f'{k}={v}' for k, v in values.items())
   known = f'is not one of: {known}' if known else 'is unknown: there are none'

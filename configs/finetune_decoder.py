@@ -1,11 +1,10 @@
 """python -m vqrae_jax.train --config=configs/finetune_decoder.py --config.init_from=TOKENIZER --config.data.source=FOLDER
 
 A finished tokenizer's decoder, fine-tuned with LPIPS and a GAN; TOKENIZER is a
-tokenizer's directory or a run's workdir. It changes no index: encoder and
-quantizer, including the code table, are frozen to the last bit, and an index is
-a function of these alone.
-Stored tokens stay valid, and images from a model that
-was trained on them improve without touching that model.
+tokenizer's directory or a run's workdir. No index changes: the encoder and the
+quantizer with its codebook are frozen, and an index depends on these alone.
+Stored tokens stay valid, and images from a model that was trained on them
+improve without a change to that model.
 
 The model is that of `simvq_siglip_l.py`. `:recipe=NAME` takes another recipe's,
 with its data and layout; further arguments are that recipe's, as in

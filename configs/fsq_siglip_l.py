@@ -1,7 +1,7 @@
 """python -m vqrae_jax.train --config=configs/fsq_siglip_l.py --config.data.source=FOLDER
 
 FSQ (arXiv 2309.15505) on SigLIP-L/16: levels 8, 8, 8 (512 codes) between learned
-projections, values (L-1)/2 to either side in steps of one ("centered", the
+projections, values from -(L-1)/2 to (L-1)/2 in steps of one ("centered", the
 convention of the original specification), no post_quant. The 384-pixel weights
 at 224 pixels, so 14 x 14 tokens; a ViT-L decoder.
 

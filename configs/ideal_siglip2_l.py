@@ -1,9 +1,9 @@
 """python -m vqrae_jax.train --config=configs/ideal_siglip2_l.py --config.data.source=FOLDER
 
-IDEAL (arXiv 2606.11096, its code): 16,384 codes of 64 channels, unit vectors on
-both sides, of two depths of SigLIP2-L/16 (2502.14786); 384 pixels, 24 x 24
-tokens. A feature decoder predicts both depths from the codes, and pixels come
-from its prediction of the deep one.
+IDEAL (arXiv 2606.11096, its code): 16,384 codes of 64 channels for features of
+two depths of SigLIP2-L/16 (2502.14786), tokens and codes scaled to unit norm;
+384 pixels, 24 x 24 tokens. A feature decoder predicts both depths from the
+codes; the decoder turns its prediction of the deep one into pixels.
 
 - Encoder: blocks 7 and 23, counted from 0; the shallow one through a norm without
   parameters, the deep one through the published norm. Fused by cross-attention
@@ -18,7 +18,7 @@ from its prediction of the deep one.
 - 50 epochs, batch 256, AdamW (.9, .95) with decay .05 and clip 1, 1e-4 with a
   cosine, bf16, EMA.
 
-Not IDEAL's: a ViT-L decoder in place of its CNN (VQGAN's); no dropout (.1 there)
+Changes: a ViT-L decoder in place of its CNN (VQGAN's); no dropout (.1 there)
 in the fusion; no consistency term (4 there) of the discriminator; the
 discriminator's rate, RAE's; 2000 steps of warm-up; EMA's decay, .999; crops from
 images of 416 to 384 pixels. IDEAL is evaluated at 256 pixels by resizing.

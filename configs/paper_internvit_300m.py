@@ -3,12 +3,12 @@ python -m vqrae_jax.train --config=configs/paper_internvit_300m.py:stage=2 --con
 
 VQRAE-InternViT (arXiv 2511.23386): SimVQ with 16,384 codes of 1536 channels by
 squared L2 to the mapped basis on InternViT-300M (2412.05271; 24 blocks of 1024),
-a decoder that mirrors the encoder. The encoder sees 224 pixels in patches of 14,
-the decoder's are of 16: 256 pixels from 16 x 16 tokens. That the weights are
-those of V2.5 is a choice of this recipe's.
+a decoder that mirrors the encoder. The encoder reads 224 pixels in patches of
+14; the decoder has patches of 16: 256 pixels from 16 x 16 tokens. The V2.5
+weights are this recipe's choice.
 
-The training is `common.vqrae`'s: batch 768, 45,000 steps; `:stage=2` opens the
-encoder for 60,000.
+The training is `common.vqrae`'s: batch 768, 45,000 steps; `:stage=2` trains the
+encoder too, for 60,000.
 """
 
 from configs import common

@@ -1,13 +1,13 @@
 """python -m vqrae_jax.train --config=configs/quickstart.py
 
 A small tokenizer from scratch on eight images, on two CPU cores, in minutes:
-64-pixel crops, patch 8, FSQ with 64,000 codes, l2. Three other images are what
-it is measured on. Arguments: `:steps=4000`, `:lr=1e-3`.
+64-pixel crops, patch 8, FSQ with 64,000 codes, L2. It is evaluated on three
+other images. Arguments: `:steps=4000`, `:lr=1e-3`.
 
-What made a short run work, by trial (docs/results.md): many small steps (batch
-8) of a small model (two blocks of 128 channels a side), a second moment that
-forgets the first large gradients (b2 = .95), images scaled down at random, so
-that crops hold detail.
+What makes so short a run work, found by trial (docs/results.md): many small
+steps (batch 8) of a small model (two blocks of 128 channels in encoder and
+decoder), a second moment that forgets the first large gradients (b2 = .95), and
+images scaled down at random, so that crops contain detail.
 """
 
 from configs import common

@@ -4,12 +4,11 @@ A small tokenizer from scratch, in minutes on two CPU cores: two ViTs of two
 blocks of 128 channels, patch 4, 10 bits a token, L2 alone. Arguments:
 `:quantizer=vq` (EMA, 1024 codes), "simvq" (1024), "fsq" (8 x 5 x 5 x 5 levels,
 9.97 bits) or "none" (continuous); `:pixels=32` (64 tokens an image) or 64 (256);
-`:steps=1000`. Compared by `benchmarks/scratch.py`; the tokens of VQ on CIFAR-10
-are what `examples/maskgit` and `examples/ar` generate.
+`:steps=1000`. `benchmarks/scratch.py` compares them; `examples/maskgit` and
+`examples/ar` generate the tokens of VQ on CIFAR-10.
 
 Rates and the weights of the quantizers' losses are those of
-`benchmarks/cifar.py`: `commit` is .02, because L2 is measured on pixels in [0,
-1].
+`benchmarks/cifar.py`: `commit` is .02 because L2 is of pixels in [0, 1].
 """
 
 from configs import common

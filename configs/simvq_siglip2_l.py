@@ -12,7 +12,7 @@ SimVQ on SigLIP2-L/16 at its native 256 pixels: 16,384 codes of 1536 channels,
 
 `:preset=paper`, VQRAE (arXiv 2511.23386): squared L2 to the mapped basis, a
 decoder that mirrors the encoder, `common.vqrae` at batch 1024 for 100,000 steps
-and, with `,stage=2`, 70,000; `paper_siglip2_so400m.py` has the paper's tower.
+and, with `,stage=2`, 70,000; `paper_siglip2_so400m.py` has the paper's encoder.
 """
 
 from configs import common

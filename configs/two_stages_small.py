@@ -1,14 +1,15 @@
 """python -m vqrae_jax.train --config=configs/two_stages_small.py --config.data.source=FOLDER
 
-Both stages of a tokenizer at a size that two CPU cores train in minutes: 32-
-pixel crops, patch 4, two blocks a side, SimVQ with 1024 codes, as many as the
-first batch has tokens. The encoder is that of a continuous autoencoder:
+Both stages of a tokenizer at a size that two CPU cores train in minutes: crops
+of 32 pixels, patch 4, two blocks in encoder and decoder, SimVQ with 1024 codes,
+as many as a batch has tokens. The encoder is that of a continuous autoencoder:
 
-    …:stage=0                                continuous, everything open
+    …:stage=0                                continuous, everything trained
     …:stage=1 --config.init.encoder=runs/A   frozen encoder, SimVQ, LPIPS, GAN
-    …:stage=2 --config.init_from=runs/B      open, with distillation
+    …:stage=2 --config.init_from=runs/B      encoder trained, with distillation
 
-A and B are the workdirs before, A `runs/two_stages_small-stage=0` by default.
+A and B are the workdirs of stages 0 and 1; that of stage 0 is
+`runs/two_stages_small-stage=0` unless `--workdir` is given.
 Arguments: `:steps=1000`, `:lpips=False`, `:gan=False`, `:distill=teacher`
 ("self", "none"), `:frozen=True` (stage 2, the encoder frozen), compared by
 `benchmarks/two_stages.py`. Images with a name in `HELD_OUT` (ImageNet's names)
@@ -18,8 +19,8 @@ are used only for evaluation; for other sets give
 Weights: L2 1; LPIPS .1, a tenth of the large recipes', since VGG16's features
 are random here (`init.networks`; "published" takes the published file); GAN .3
 of the adaptive weight, since at .75 the small discriminator loses within 100
-steps; SimVQ's 1 as in arXiv 2411.02038, but .01 for the tokens' side instead of
-.25, under which they draw together; distillation 1 as in 2511.23386.
+steps; SimVQ's codebook loss 1 as in arXiv 2411.02038, but its commitment .01
+instead of .25, at which tokens draw together; distillation 1 as in 2511.23386.
 """
 
 from configs import common

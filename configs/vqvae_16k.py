@@ -1,7 +1,7 @@
 """python -m vqrae_jax.train --config=configs/vqvae_16k.py --config.data.source=FOLDER
 
-Plain VQ (arXiv 1711.00937) with a moving average on SigLIP-L/16: 16,384 codes
-as wide as the latents (1024); decay .99, epsilon 1e-5 and commitment .25 are the
+Plain VQ (arXiv 1711.00937) with an EMA codebook on SigLIP-L/16: 16,384 codes as
+wide as the latents (1024); decay .99, epsilon 1e-5 and commitment .25 are the
 original specification's. Encoder, decoder and data are those of
 `simvq_siglip_l.py` and `fsq_siglip_l.py`: the three differ in their quantizer.
 

@@ -1,10 +1,10 @@
-"""One encoded image, bytes in memory, to uint8 RGB [h w 3].
+"""Decodes an image from bytes in memory to uint8 RGB [h w 3].
 
 The header is read first: an image above `MAX_PIXELS` is rejected before its
-pixels take memory. All supported modes become RGB: grey, palette, CMYK and
-16-bit images are converted, alpha is composited over white, the first frame of
-an animation is taken, and EXIF orientation is applied. Whatever cannot be
-decoded raises `ImageDecodeError`, with a one-line reason.
+pixels take memory. Grey, palette, CMYK and 16-bit images become RGB, alpha is
+composited over white, the first frame of an animation is taken, and EXIF
+orientation is applied. Whatever cannot be decoded, as 32-bit modes, raises
+`ImageDecodeError`, with a one-line reason.
 
 Formats are detected by content, not by name, and only `FORMATS` are tried:
 Pillow's other readers never see a file.
@@ -36,12 +36,12 @@ from vqrae_jax.errors import UserError
 DECODERS = ('pil', 'simplejpeg')  # of JPEG; Pillow reads all else
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF')
 MAX_PIXELS = 100_000_000
-# What the most pixels that are decoded could take, uncompressed.
+# More than `MAX_PIXELS` take uncompressed.
 _MAX_BYTES = 1 << 30
 _TOO_MANY = f'are above the {MAX_PIXELS:,} that are decoded'
 
-# Pillow warns at 89 million pixels and stops at 179; the cap here is ours. It
-# warns of damaged EXIF at each read, though the pixels can be decoded.
+# Pillow warns at 89 million pixels and raises at 179 million; `MAX_PIXELS` lies
+# between. It also warns of damaged EXIF whenever it reads decodable pixels.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
 
@@ -61,40 +61,46 @@ class ImageDecodeError(UserError):
   """An image that cannot be opened or decoded.
 
   Attributes:
-    where: which, as the message names it.
-    reason: why, without the name.
+    where: the image's name in the message.
+    reason: the message without that name.
   """
 
   def __init__(self, where: str, reason: object):
-    # One line, whatever a library had to say.
+    # One line, whatever the library's message.
     self.where, self.reason = where, ' '.join(str(reason).split())[:200]
     super().__init__(f'cannot read the image {where}: {self.reason}')
 
 
 class NoImageError(UserError):
-  """A file that can be opened and holds no image that can be read."""
+  """Files that hold no image that can be read."""
 
 
 def decode(
   data: bytes, where: str, decoder: str = 'pil', side: int = MAX_PIXELS
 ) -> Image.Image:
-  """The bytes of a file as RGB, upright.
+  """Decodes a file's bytes to RGB, upright.
 
   Args:
-    data: all of it.
-    where: which, for errors.
-    decoder: one of `DECODERS`. simplejpeg decodes directly at a fraction of the
-      size if both sides stay at least `side` pixels; otherwise every pixel is
-      as from Pillow, if both include the same libjpeg-turbo.
+    data: all bytes of the file.
+    where: the image's name, for errors.
+    decoder: one of `DECODERS`. simplejpeg decodes a JPEG at a fraction of its
+      size if both sides stay at least `side` pixels; at full size its pixels
+      equal Pillow's, if both include the same libjpeg-turbo.
+    side: for simplejpeg.
 
   Raises:
-    ImageDecodeError: with `where` in the message.
+    ImageDecodeError: not an image, damaged, too large, or of a mode without a
+      known range.
   """
   return _attempt(data, where, functools.partial(_pixels, data, decoder, side))
 
 
 def size(data: bytes, where: str) -> tuple[int, int]:
-  """(h, w) of what `decode` would give, from the header alone."""
+  """(h, w) of the upright image at full size, from the header alone.
+
+  Raises:
+    ImageDecodeError: as `decode`.
+  """
   return _attempt(data, where, _upright_size)
 
 
@@ -107,21 +113,21 @@ def is_encoded(data: bytes) -> bool:
 
 
 def refuse_if_ours(error: OSError) -> None:
-  """Re-raises errors caused by the process, not by the image."""
+  """Re-raises an error of the process: no file handle or memory left."""
   if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
     raise error
 
 
 def read_bytes(file: io.RawIOBase, start: int, size: int, where: str) -> bytes:
-  """`size` bytes of an open file, in one read if the file system gives them.
+  """`size` bytes of an open file from `start`, in one read if possible.
 
   Raises:
-    ImageDecodeError: more than any image has, or the file ends before.
+    ImageDecodeError: more than 1 GiB, or the file ends early.
   """
   if size > _MAX_BYTES:
     raise ImageDecodeError(where, f'{size:,} bytes are too many')
   parts = []
-  # Some file systems give less than asked.
+  # Some file systems return less than requested.
   while size and (part := os.pread(file.fileno(), size, start)):
     parts.append(part)
     start, size = start + len(part), size - len(part)
@@ -158,13 +164,13 @@ def _attempt(data, where, read):
 def _orientation(image: Image.Image) -> int:
   try:
     return image.getexif().get(_ORIENTATION, 1)
-  except Exception:  # Damaged EXIF damages no pixels.
+  except Exception:  # Damaged EXIF: the pixels are still decoded.
     return 1
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
   w, h = image.size
-  # Pillow turns a TIFF itself, and gives its size turned.
+  # Pillow rotates a TIFF itself and reports the rotated size.
   turned = image.format != 'TIFF' and _orientation(image) in (5, 6, 7, 8)
   return (w, h) if turned else (h, w)
 
@@ -174,7 +180,7 @@ def _loaded(data, decoder: str, side: int, image: Image.Image) -> Image.Image:
   if decoder == 'simplejpeg' and jpeg:
     import simplejpeg
 
-    # What it takes for damaged, Pillow may read, or says why not.
+    # If it fails, Pillow may succeed or gives the reason.
     with contextlib.suppress(ValueError):
       return Image.fromarray(
         simplejpeg.decode_jpeg(
@@ -191,7 +197,7 @@ def _loaded(data, decoder: str, side: int, image: Image.Image) -> Image.Image:
 
 def _pixels(data, decoder: str, side: int, image: Image.Image) -> Image.Image:
   loaded = _loaded(data, decoder, side, image)
-  # After loading, for a TIFF is upright by then and says so.
+  # After loading: by then a TIFF is upright and has no orientation.
   turn = _UPRIGHT.get(_orientation(image))
   image = _to_rgb(loaded if turn is None else loaded.transpose(turn))
   if not all(image.size):
@@ -211,17 +217,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = image.convert('RGBA')
     page = Image.new('RGBA', image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(page, image)
-  # Converting copies also what is RGB already.
+  # `convert` would copy an image that is RGB already.
   return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 class EncodedImages:
   """Random access to uint8 [h w 3]; safe to read from many threads.
 
-  What all sources of encoded bytes share: decoding, sizes, names, labels and
-  the choice of some rows. A source adds `_bytes(row)`, which gives an encoded
-  image or raises `ImageDecodeError` or OSError, `_name(row)`, `_title(row)`,
-  `_key(row)` and `_label(row)`.
+  The base class of sources of encoded bytes: decoding, sizes, names, labels and
+  selection. A subclass adds `_bytes(row)`, which returns an encoded image or
+  raises `ImageDecodeError` or OSError, `_name(row)`, `_title(row)`, `_key(row)`
+  and `_label(row)`.
 
   Attributes:
     classes: the names of labels 0, 1, …; None where labels have no names.
@@ -234,14 +240,14 @@ class EncodedImages:
   _decoding: tuple = ('pil',)  # arguments of `decode`
 
   def __init__(self, listing: Listing, counts: Sequence[int]):
-    """`counts`: how many images each file (or all together) holds."""
+    """`counts`: the number of images in each file, or one total."""
     self._listing = listing
     self._starts = list(itertools.accumulate(counts, initial=0))
     self._rows = np.arange(self._starts[-1])
 
   @property
   def paths(self) -> list[pathlib.Path]:
-    """All files of the source, in order, chosen or not."""
+    """All files of the source, in order, selected or not."""
     return self._listing.paths
 
   def _place(self, row: int) -> tuple[int, int]:
@@ -266,7 +272,7 @@ class EncodedImages:
 
   @property
   def names(self) -> list[str]:
-    """Short names, for tables and pictures."""
+    """Short names, for tables, pictures and `open_source`'s globs."""
     return [self._title(row) for row in self._rows.tolist()]
 
   def label(self, index: int) -> int | None:
@@ -282,16 +288,17 @@ class EncodedImages:
     return np.asarray(self.picture(index))
 
   def picture(self, index: int) -> Image.Image:
-    """The same as PIL has it, which cuts it without a copy.
+    """The same as a PIL image, which crops without a copy.
 
     Raises:
       ImageDecodeError: it cannot be opened or decoded.
       UserError: the source has changed since it was opened.
+      OSError: the process has no file handle or memory left.
     """
     return self._read(index, lambda *args: decode(*args, *self._decoding))
 
   def size(self, index: int) -> tuple[int, int]:
-    """(h, w) from the header; a quarter turn by EXIF counts."""
+    """(h, w) from the header, upright; raises as `picture` does."""
     return self._read(index, size)
 
   def _read(self, index, read):
@@ -309,7 +316,7 @@ class EncodedImages:
     return sum(other._where(row) in places for row in other._rows.tolist())
 
   def decoded_by(self, decoder: str, side: int) -> 'EncodedImages':
-    """The same source, read as `decode` does with these.
+    """The same source, decoded with these arguments of `decode`.
 
     Raises:
       UserError: the decoder is not installed.
@@ -324,7 +331,7 @@ class EncodedImages:
     return chosen
 
   def select(self, kept: np.ndarray) -> 'EncodedImages':
-    """The same source with only the images of a bool [n]."""
+    """The same source with the images where `kept`, bool [n], is True."""
     chosen = copy.copy(self)
     chosen._rows = self._rows[kept]
     return chosen

@@ -1,7 +1,7 @@
 """Which files `DATA` names, and of which kind; nothing is opened.
 
-A folder is searched in depth at every start. Each real folder is listed once;
-links to folders are followed, so loops end. Globs and braces are expanded
+A folder is searched recursively at every start. Links to folders are followed,
+and each real folder is listed once, so loops end. Globs and braces are expanded
 here. All files that `DATA` names must be of one kind.
 """
 
@@ -19,7 +19,7 @@ from absl import logging
 from vqrae_jax.errors import UserError
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
-# Kind: what a message calls it, the endings of its files.
+# Kind: its name in messages, the endings of its files.
 KINDS = {
   'image': ('image files', EXTENSIONS),
   'tar': ('.tar shards', ('.tar',)),
@@ -55,8 +55,8 @@ class Listing:
 
 
 def kind_of(name: str) -> str | None:
-  """The kind of a file by the end of its name."""
-  # macOS leaves ._x.jpg beside x.jpg: no image.
+  """The kind of a file by the end of its name; None if it is none of them."""
+  # macOS writes ._x.jpg beside x.jpg; it is not an image.
   if name.startswith('._'):
     return None
   low = name.lower()
@@ -64,16 +64,16 @@ def kind_of(name: str) -> str | None:
 
 
 def files_below(root: str) -> Iterator[str]:
-  """Paths relative to a folder of all files in it, unsorted.
+  """Paths of all files below a folder, relative to it, unsorted.
 
-  A file that cannot be looked at, such as a link to itself, is skipped with a
-  warning; broken links are skipped.
+  A file whose status cannot be read, such as a link to itself, is skipped with
+  a warning; broken links are skipped.
 
   Raises:
     UserError: a folder cannot be listed.
   """
-  # Links wait until all real folders are listed: a folder goes by its own
-  # path, and by the first link's only if no other leads to it.
+  # Links wait until all real folders are listed: a folder is named by its own
+  # path, or, if only links lead to it, by the first link's.
   seen, waiting, links = set(), [''], []
   while waiting or links:
     folder = waiting.pop() if waiting else heapq.heappop(links)[1]
@@ -106,7 +106,8 @@ def list_data(data: str) -> Listing:
   """The files that a folder, a file, a glob or a brace pattern names.
 
   Raises:
-    UserError: nothing there, nothing of a known kind, or of several kinds.
+    UserError: a URL, nothing there, no file of a known kind, files of several
+      kinds, compressed tars, or a folder that cannot be listed.
   """
   if '://' in data:
     raise UserError(
@@ -138,7 +139,11 @@ def _matches(data: str, path: str, pattern: str) -> list[str]:
 
 
 def braces(pattern: str) -> Iterator[str]:
-  """x-{000..002}.tar and x-{a,b}.tar as a shell expands them."""
+  """Expands x-{000..002}.tar and x-{a,b}.tar as a shell does.
+
+  Raises:
+    UserError: a range of over a million numbers.
+  """
   match = re.search(r'\{([^{}]*)\}', pattern)
   parts = match and _expanded(match[1])
   if not parts:
@@ -186,20 +191,20 @@ def _of_one_kind(data: str, root: pathlib.Path, names: list[str]) -> Listing:
       f'.array_record to read; it holds {", ".join(held) or "no file"}'
     )
   ((kind, names),) = found.items()
-  # In the order of pathlib, part by part; by bytes, as names may be any.
+  # In pathlib's order, part by part; as bytes, since names may not be UTF-8.
   names.sort(key=lambda n: os.fsencode(n).replace(b'/', b'\0'))
   return Listing(root, names, kind)
 
 
 def images_at(paths: Iterable[pathlib.Path]) -> Listing:
-  """Given image files, in their own order, of no class."""
+  """The given image files, in their order, without classes."""
   return Listing(*_below([os.path.abspath(p) for p in paths]), 'image', False)
 
 
 def _below(files: Iterable[str]) -> tuple[pathlib.Path, list[str]]:
-  """(the folder that holds all, what they are called below it)."""
+  """(the folder that holds all, their paths below it)."""
   files = list(files)
-  # By characters, so that "./a//b" is cut where it stands as written.
+  # By characters, so that paths such as "./a//b" keep their spelling.
   root = os.path.dirname(os.path.commonprefix(files))  # noqa: RUF071
   cut = len(root) + (root not in ('', '/'))
   return pathlib.Path(root), [file[cut:] for file in files]

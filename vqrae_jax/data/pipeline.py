@@ -2,9 +2,10 @@
 
 Global sample i of a run is a pure function of the seed and i: which image (a
 new permutation each epoch), which crop, whether flipped, and which images
-stand in for one that cannot be read. Step s reads samples [s B, (s+1) B), and
-host p of P takes rows [p B/P, (p+1) B/P) of them. So the position is the step,
-and nothing else needs saving. `eval_batches` takes every image once, in order.
+replace one that cannot be read; with several sizes, the size is a function of
+the seed and the step. Step s reads samples [s B, (s+1) B), and host p of P
+takes rows [p B/P, (p+1) B/P) of them. So the step is the only position to save.
+`eval_batches` takes every image once, in order.
 
 Images stay uint8 here; the device scales them to [0, 1].
 """
@@ -28,12 +29,12 @@ from vqrae_jax.errors import UserError
 
 CROPS = ('random', 'center', 'squash')
 Images = EncodedImages | Sequence[np.ndarray]  # each uint8 [h w 3]
-# So many unreadable draws in a row are no accident.
+# This many unreadable draws in a row are no coincidence.
 MAX_DRAWS = 16
-# Batches that are read while one is used: the next, and one for threads that
-# find none of its images left.
+# Batches read ahead: the next one, and one more for threads that find no image
+# left to read in it.
 _AHEAD = 2
-_SIZES = 105  # apart from other draws of a seed and a number
+_SIZES = 105  # keeps these draws apart from others of the same seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Augment:
   """How an image of a source becomes a training image.
 
   Attributes:
-    size: (h, w) of the image, in pixels.
+    size: (h, w) of the training image, in pixels.
     resize: the shorter side before cropping, in pixels; a pair draws it log-
       uniformly between the two; None keeps the image's own size (one
       smaller than `size` is always brought up to it).
@@ -57,8 +58,8 @@ class Augment:
 
   @property
   def ample(self) -> int:
-    """Twice the largest shorter side that is resized to; if images keep their
-    own size, more than any image has."""
+    """Pixels a side that a decoder must keep: twice the largest shorter side
+    after resizing; if images keep their own size, more than any has."""
     if self.resize is None:
       return MAX_PIXELS
     return 2 * max(np.max(self.resize).item(), *self.size)
@@ -69,8 +70,8 @@ def augment_image(
 ) -> np.ndarray:
   """RGB, uint8 [h w 3] -> uint8 [*augment.size 3], by the draws of `rng`.
 
-  Bicubic (PIL), in one pass: only the part that the crop keeps is resized, so
-  that a huge image costs no more than a small one.
+  Bicubic (PIL). Only the part that the crop keeps is resized; where six pixels
+  or more become one, it is first reduced by a whole factor.
   """
   if isinstance(image, np.ndarray):
     image = Image.fromarray(image)
@@ -95,8 +96,8 @@ def augment_image(
 def resized(
   h: int, w: int, side: int, size: tuple[int, int]
 ) -> tuple[int, int]:
-  """(h, w) of all of an image whose shorter side becomes `side`, or what a
-  window of `size` needs."""
+  """(h, w) of an image resized to a shorter side of `side`, or of more if a
+  window of `size` needs it."""
   fit = max(size[0] * min(h, w) / h, size[1] * min(h, w) / w)
   side = max(side, math.ceil(fit))
   rh, rw = (max(side, round(n * side / min(h, w))) for n in (h, w))
@@ -109,13 +110,13 @@ def window(
   corner: tuple[int, int],
   size: tuple[int, int],
 ) -> tuple[Image.Image, tuple[float, float, float, float]]:
-  """A window of an image resized to `full`, and where it lies in the image:
-  (left, top, right, bottom) in its pixels, which may be fractions.
+  """A window of an image resized to `full`, and its box in the given image:
+  (left, top, right, bottom) in pixels, which may be fractions.
 
   Args:
     image: RGB.
-    full: (h, w) of all of the image at its new size.
-    corner: (top, left) of the window in that.
+    full: (h, w) of the resized image.
+    corner: (top, left) of the window in the resized image.
     size: (h, w) of the window.
   """
   (w, h), (rh, rw), (top, left), (ch, cw) = image.size, full, corner, size
@@ -123,7 +124,7 @@ def window(
   box = tuple(map(min, box, (w, h, w, h)))
   if (rh, rw) == (h, w):
     return image.crop((left, top, left + cw, top + ch)), box
-  # Shrinks by whole factors first where three pixels or more become one.
+  # First reduced by a whole factor where six pixels or more become one.
   return image.resize((cw, ch), Image.BICUBIC, box=box, reducing_gap=3), box
 
 
@@ -143,7 +144,7 @@ def _global_order(n: int, seed: int) -> grain.MapDataset:
     return order.map_with_index(lambda i, photo: (i, int(photo)))
 
   # grain's shuffle takes 1.6 ms a sample for 8 images, .02 for 1000
-  # (grain 0.2.18, 2026-11): a small epoch's permutation is drawn at once.
+  # (grain 0.2.18, 2026-11): a small epoch's permutation is drawn in one call.
   @functools.lru_cache(maxsize=4)
   def permutation(epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -153,7 +154,7 @@ def _global_order(n: int, seed: int) -> grain.MapDataset:
 
 
 def reading_threads() -> int:
-  """Threads that decode: one a core that this process may use, 2 to 16."""
+  """The number of decoding threads: the cores this process may use, 2 to 16."""
   if hasattr(os, 'sched_getaffinity'):
     cores = len(os.sched_getaffinity(0))
   else:
@@ -162,7 +163,7 @@ def reading_threads() -> int:
 
 
 class TrainBatches:
-  """Endless global order over a source; iterate one host's share of it."""
+  """One host's share of the endless sequence of training batches."""
 
   def __init__(
     self,
@@ -177,8 +178,8 @@ class TrainBatches:
   ):
     """Args:
     source: the images.
-    augment: how each becomes an image.
-    sizes: of which each step has one in place of `augment.size`.
+    augment: how each becomes a training image.
+    sizes: (h, w) of which each step draws one in place of `augment.size`.
     batch_size: B, over all hosts: a multiple of P.
     seed: of the order and of the crops.
     process_index, process_count: p and P.
@@ -192,8 +193,8 @@ class TrainBatches:
     self._unreadable: dict[str, str] = {}
     self._lock = threading.Lock()
     order = _global_order(len(source), seed)
-    # The draws of sample i are those of grain's `random_map`: of a Philox whose
-    # last counter is i. Its own call costs as much as a crop of 32 pixels.
+    # The draws of sample i are those of grain's `random_map`, from a Philox of
+    # last counter i. The call itself would cost as much as a crop of 32 pixels.
     state = order.random_map(lambda _, rng: rng.bit_generator.state)[0]
     self._key = state['state']['key']
     self._batches = order.batch(local)
@@ -223,7 +224,7 @@ class TrainBatches:
   def unreadable(self) -> dict[str, str]:
     """{name: reason} of the images that this host could not read so far.
 
-    A copy; `iterate` reads ahead, so it may know of steps to come.
+    A copy; `iterate` reads ahead, so images of later steps may be in it.
     """
     with self._lock:
       return dict(self._unreadable)
@@ -234,8 +235,8 @@ class TrainBatches:
     Returns:
       images: uint8 [b h w 3].
       index: int64 [b], the number of the sample in the run.
-      photo: int64 [b], the index in the source.
-      skipped: int32 [b], how many unreadable ones were drawn before that.
+      photo: int64 [b], the index of its image in the source.
+      skipped: int32 [b], how many unreadable images were drawn before it.
 
     Raises:
       UserError: `MAX_DRAWS` unreadable draws in a row.
@@ -246,7 +247,7 @@ class TrainBatches:
     return batch
 
   def _empty(self, step: int) -> tuple[dict, Callable[[int], None]]:
-    """(this host's batch of a step, unread; what reads a row of it)."""
+    """(this host's batch of a step, not yet read; a function to read a row)."""
     index, photo = self._batches[step * self._stride + self._first]
     augment = self._augments[0]
     if (several := len(self._augments)) > 1:
@@ -297,7 +298,7 @@ class TrainBatches:
 def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """[h w …] -> [n *size …]: an image cut into a grid from its top left.
 
-  What is left over at the right and the bottom is dropped.
+  The remainder at the right and the bottom is dropped.
   """
   h, w = (n // s for n, s in zip(image.shape[:2], size, strict=True))
   image = image[: h * size[0], : w * size[1]]
@@ -306,7 +307,7 @@ def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def join_tiles(tiles: np.ndarray, columns: int) -> np.ndarray:
-  """[n th tw …] -> [h w …], the inverse of `tiles`: so many columns of them."""
+  """[n th tw …] -> [h w …], the inverse of `tiles`, `columns` tiles wide."""
   n, th, tw, *rest = tiles.shape
   rows = tiles.reshape(n // columns, columns, th, tw, *rest).swapaxes(1, 2)
   return rows.reshape(n // columns * th, columns * tw, *rest)
@@ -319,7 +320,7 @@ def each_image(
 ) -> Iterator[tuple[int, np.ndarray | ImageDecodeError]]:
   """(index, cut(image)) of every image in order, read ahead by threads.
 
-  An image that cannot be read gives its error instead.
+  An image that cannot be read yields its error instead.
   """
   indices = range(len(source)) if indices is None else indices
 
@@ -329,7 +330,7 @@ def each_image(
     except ImageDecodeError as e:
       return int(indices[i]), e
 
-  # An image a thread, and two that wait.
+  # One image per thread, and two waiting.
   threads = reading_threads()
   ahead = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=threads + 2
@@ -345,20 +346,23 @@ def eval_batches(
   indices: Sequence[int] | None = None,
   unreadable: Callable[[int, ImageDecodeError], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
-  """Batches of all images once, in order; no more than a few are held.
+  """Batches of all images once, in order; only a few images are in memory.
 
   Args:
     source: the images.
-    cut: uint8 [h w 3] -> uint8 [n *size 3], the rows that an image gives.
+    cut: uint8 [h w 3] -> uint8 [n *size 3], the rows of one image.
     batch_size: rows of a batch.
     indices: which images; all if None.
     unreadable: called for each image that cannot be read; None raises.
 
   Yields:
-    (uint8 [batch_size *size 3], the image that each row is of): zeros pad the
-    last batch, whose rows are more than its images.
+    (uint8 [batch_size *size 3], the index of each row's image). The last batch
+    is padded with zeros; its list of indices is shorter.
+
+  Raises:
+    ImageDecodeError: an image cannot be read and `unreadable` is None.
   """
-  waiting: list = []  # rows; under a batch of them, but for those of one image
+  waiting: list = []  # rows: less than a batch, plus those of one image
   owners: list[int] = []
   for index, rows in each_image(source, cut, indices):
     if isinstance(rows, ImageDecodeError):

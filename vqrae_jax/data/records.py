@@ -19,17 +19,17 @@ from vqrae_jax.data.decode import (
 from vqrae_jax.data.listing import Listing
 from vqrae_jax.tokens import example
 
-# As TFDS, the TFRecord convention and webdataset call an encoded image.
+# Features of an encoded image in TFDS, the TFRecord convention and webdataset.
 KEYS = ('image', 'image/encoded', 'jpg', 'jpeg', 'png', 'webp')
-# As TFDS and the TFRecord convention (which counts from 1) call a label.
+# Features of a label in TFDS and the TFRecord convention (which counts from 1).
 LABELS = ('label', 'image/class/label')
 
 
 def _first_values(record: bytes, kind: type) -> dict:
-  """{feature: its first value} of an Example's features of bytes or of ints.
+  """{feature: its first value} of an Example's features of type `kind`.
 
   Raises:
-    ValueError: no Example.
+    ValueError: not an Example.
   """
   try:
     features = example.decode(record)
@@ -42,10 +42,10 @@ def _first_values(record: bytes, kind: type) -> dict:
 
 
 def image_bytes(record: bytes) -> bytes:
-  """The first value of the first feature of `KEYS` that there is.
+  """The first value of the first of `KEYS` that is not empty.
 
   Raises:
-    ValueError: no Example, or none of `KEYS` in it.
+    ValueError: not an Example, or none of `KEYS` in it.
   """
   features = _first_values(record, bytes)
   for key in KEYS:
@@ -59,10 +59,10 @@ def image_bytes(record: bytes) -> bytes:
 
 
 def label_of(record: bytes) -> int | None:
-  """The first value of the first feature of `LABELS` that there is.
+  """The first value of the first of `LABELS` that the record has, or None.
 
   Raises:
-    ValueError: no Example.
+    ValueError: not an Example.
   """
   features = _first_values(record, int)
   return next((features[key] for key in LABELS if key in features), None)
@@ -78,7 +78,7 @@ class Records(EncodedImages):
     """Opens every file to count its records.
 
     Raises:
-      NoImageError: a file that is no ArrayRecord, or no record in any.
+      NoImageError: a file that is not an ArrayRecord, or no record in any.
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
       self._sources = list(pool.map(_source, listing.paths))
@@ -127,13 +127,13 @@ def _is_example(data: bytes) -> bool:
 
 
 def _source(path: pathlib.Path):
-  # Opened here, not at import: it is needed for such files only.
+  # Imported here: only such files need it.
   from array_record.python import array_record_data_source
 
   try:
     return array_record_data_source.ArrayRecordDataSource([str(path)])
   except RuntimeError as e:
-    why = ' '.join(str(e).split()) or 'it is truncated or no ArrayRecord'
+    why = ' '.join(str(e).split()) or 'it is truncated or not an ArrayRecord'
     raise NoImageError(
       f'cannot read the ArrayRecord file {path}: {why}'
     ) from None

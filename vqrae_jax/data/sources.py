@@ -25,9 +25,9 @@ from vqrae_jax.errors import UserError, did_you_mean
 class ImageFiles(EncodedImages):
   """A list of image files, decoded on access.
 
-  `name(i)` is the path below the folder; `names` are the file's stems. The
+  `name(i)` is the path below the folder; `names` are the files' stems. The
   classes are the sub-folders directly below the folder, in sorted order, if
-  there are two of them at least and no image lies beside them.
+  there are at least two and no image lies beside them.
   """
 
   def __init__(self, listing: Listing, keep: bool = False):
@@ -40,7 +40,7 @@ class ImageFiles(EncodedImages):
       self._numbers = {name: i for i, name in enumerate(folders)}
 
   def _bytes(self, row: int) -> bytes:
-    # At once: at each read another thread may take the interpreter.
+    # In one read: after each, another thread may take the interpreter.
     with open(where := self._where(row), 'rb', buffering=0) as file:
       return read_bytes(file, 0, os.fstat(file.fileno()).st_size, where)
 
@@ -71,7 +71,7 @@ def _folder(name: str) -> str:
   return first if slash else ''
 
 
-# Wheel, folder inside it, its images in colour.
+# Package, folder inside it, its colour images.
 _BUNDLED = (
   (
     'skimage',
@@ -99,10 +99,10 @@ def _bundled() -> list[pathlib.Path]:
 
 
 def list_source(data: str) -> Listing:
-  """The files that `data` of `open_source` names; none is opened.
+  """The files that `data`, as in `open_source`, names; none is opened.
 
   Raises:
-    UserError: nothing there, or several kinds of files.
+    UserError: nothing there, or files of several kinds.
   """
   if data == 'bundled:photos':
     return images_at(_bundled())
@@ -112,7 +112,7 @@ def list_source(data: str) -> Listing:
 
 
 def open_listing(listing: Listing) -> EncodedImages:
-  """The images in some files.
+  """The images in the files of a listing.
 
   Raises:
     UserError: a file that cannot be opened, or no image in any.
@@ -126,15 +126,15 @@ def open_source(
   """The images that `data` names.
 
   Args:
-    data: "bundled:photos", a folder (searched in depth), a file, a glob, or a
-      brace pattern as shells write it, "train-{000..010}.tar".
-    include: if given, only names (file stems, keys of a tar's samples) that
-      match one of these globs.
-    exclude: no names that match one of these globs.
+    data: "bundled:photos", a folder (searched recursively), a file, a glob, or
+      a shell's brace pattern, "train-{000..010}.tar".
+    include: globs, one of which an image's short name (`EncodedImages.names`)
+      must match; () for all images.
+    exclude: globs, none of which the short name may match.
 
   Raises:
-    UserError: nothing there, nothing left, several kinds of files, or a glob
-      that matches nothing.
+    UserError: nothing there, no image left, files of several kinds, a file that
+      cannot be opened, or a glob that matches nothing.
   """
   found = list_source(data)
   if data.startswith('bundled:'):

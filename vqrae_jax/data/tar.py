@@ -1,12 +1,13 @@
 """Images in tar shards, read at random by an index of offsets.
 
-A shard's headers are read once and their index is kept between runs; then an
-image is one `pread` of its own bytes. Members that are no images (.json, .txt,
-.pkl) are never read, but for the few digits of a label.
+A shard's headers are read once and their index is cached between runs; after
+that an image is one `pread` of its own bytes. Of other members (.json, .txt,
+.pkl) only the digits of a label are read.
 
-A sample is a run of members of one key, the name up to the first dot of its
-last part (the webdataset layout); its image is the member whose extension is
-that of an image, its label the integer in its .cls, as text.
+A sample is a sequence of members with one key, the name up to the first dot of
+its last part (the webdataset layout). Its image is the member whose extension
+is that of an image; without one, every member that ends in such an extension is
+an image. Its label is the integer in its .cls member, as text.
 """
 
 import concurrent.futures
@@ -27,30 +28,31 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
 from vqrae_jax.paths import cache_folder
 
-# A file changed again within its clock's tick has the same stamp: the index of
-# a younger one is not kept. Two seconds is the coarsest clock (FAT's).
+# A file that changes again within a tick of the file system's clock keeps its
+# stamp, so the index of a younger file is not cached. The coarsest clock (FAT)
+# ticks every two seconds.
 _SETTLED_NS = 2_000_000_000
-_DIGITS = 18  # every number of so many fits an int64
+_DIGITS = 18  # every number of this many fits an int64
 
 Member = tuple[str, int, int]  # name, offset and size of its data
-Sample = tuple[str, int, int, int | None]  # its image's, and its label
+Sample = tuple[str, int, int, int | None]  # its image's member, its label
 Stamp = list[int]
 
 
 class _Damaged(Exception):
-  """The tar cannot be read on from here."""
+  """The tar cannot be read any further."""
 
 
 def _stamp(status: os.stat_result) -> Stamp:
-  """What changes when a file does."""
+  """Size and times of a file, which change with it."""
   return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def walk(path: str) -> Iterator[Member]:
-  """The regular members of a tar, by headers alone.
+  """The regular members of a tar, except sparse ones, by headers alone.
 
   Raises:
-    _Damaged: after the members before the damage.
+    _Damaged: after yielding the members before the damage.
     OSError: the file cannot be read.
   """
   end, offset = os.path.getsize(path), 0
@@ -65,26 +67,26 @@ def walk(path: str) -> Iterator[Member]:
           raise _Damaged(f'it ends inside a member at byte {end:,}')
         if member.isreg() and not member.issparse():
           yield member.name, member.offset_data, member.size
-      # tarfile takes any block that is no header for the end.
+      # tarfile treats any block that is not a header as the end.
       file.fileobj.seek(file.offset)
       if file.fileobj.read(tarfile.BLOCKSIZE).strip(b'\0'):
         raise _Damaged(f'no header of a tar at byte {file.offset:,}')
   except (OSError, _Damaged):
     raise
-  # Damaged headers raise more than tarfile's own errors: sizes that no memory
-  # holds, numbers that are none, chains of headers without end.
+  # Damaged headers raise more than tarfile's own errors: sizes beyond any
+  # memory, invalid numbers, endless chains of headers.
   except Exception as e:
     raise _Damaged(str(e) or type(e).__name__) from None
 
 
 def images_in(path: str) -> tuple[list[Sample], str]:
-  """(one image a sample, why reading ended early or '')."""
+  """(the images, one or more per sample, why reading ended early or '')."""
   images, damage = [], ''
   sample, exact, loose, label = None, [], [], None
 
   def found():
-    # A sample's own image, not 1.mask.png beside 1.jpg; where all have two
-    # dots (a folder of photo.1.jpg, photo.2.jpg), each is an image.
+    # A sample's own image, not 1.mask.png beside 1.jpg; if all have two dots (a
+    # folder of photo.1.jpg, photo.2.jpg), each is an image.
     return [(*member, label) for member in exact[:1] or loose]
 
   with open(path, 'rb', buffering=0) as file:
@@ -116,8 +118,8 @@ def _number(text: bytes) -> int | None:
 
 
 # ----------------------------------------------------------------------------
-# Indices are kept as checksummed JSON. An entry that is missing, damaged or of
-# another stamp is made again; a folder that cannot be written costs time only.
+# Indices are cached as checksummed JSON. An entry that is missing or damaged or
+# has another stamp is rebuilt; a folder that cannot be written costs time only.
 
 
 def _entry(path: str) -> pathlib.Path:
@@ -148,7 +150,7 @@ def _save(path: str, stamp: Stamp, images: list[Sample]) -> None:
     with atomic_write(entry) as file:
       file.write(data)
   except OSError as e:
-    logging.warning('the index of %s is not kept: %s', path, e.strerror)
+    logging.warning('the index of %s is not cached: %s', path, e.strerror)
 
 
 def _index(path: pathlib.Path) -> tuple[list[Sample], Stamp, str]:
@@ -163,7 +165,7 @@ def _index(path: pathlib.Path) -> tuple[list[Sample], Stamp, str]:
         _save(key, stamp, images)
   except OSError as e:
     raise UserError(f'cannot read the tar {path}: {e.strerror}') from None
-  if damage:  # It is read, and warned of, at every start.
+  if damage:  # Not cached: each start reads it and warns again.
     logging.warning(
       'the tar %s is damaged: %s; its %d images before that are used',
       path, damage, len(images),
@@ -174,7 +176,8 @@ def _index(path: pathlib.Path) -> tuple[list[Sample], Stamp, str]:
 class TarShards(EncodedImages):
   """The images of many tars, shard after shard.
 
-  `name(i)` is "shard.tar:member"; `names` are the samples' keys.
+  `name(i)` is "shard.tar:member"; `names` are the samples' keys without
+  their folder.
   """
 
   def __init__(self, listing: Listing):
@@ -184,7 +187,7 @@ class TarShards(EncodedImages):
       NoImageError: no image in any.
       UserError: a shard that cannot be opened.
     """
-    # Threads help where shards lie across a network.
+    # Threads help if the shards are on a network file system.
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
       found = list(pool.map(_index, listing.paths))
     images, self._stamps, damage = zip(*found, strict=True)

@@ -25,7 +25,7 @@ from vqrae_jax.errors import UserError
 
 _FAMILIES = (siglip, dinov2, dinov3, mae, internvit, clip)
 ENCODERS = {name: row for f in _FAMILIES for name, row in f.ROWS.items()}
-# CLIP first: SigLIP and InternViT each have some of its keys.
+# CLIP first: its files also match the signatures of SigLIP and InternViT.
 KEY_FORMATS = tuple(
   key_format
   for family in (clip, *_FAMILIES[:-1], converted)
@@ -44,7 +44,7 @@ _READERS = {
   'internvl_vision': internvit.fields,
   'clip_vision_model': clip.fields,
 }
-# A model around an encoder -> the model_type of its "vision_config".
+# model_type of a model with an encoder in it -> that of its "vision_config".
 _AROUND = {
   'siglip': 'siglip_vision_model',
   'siglip2': 'siglip2_vision_model',
@@ -55,7 +55,7 @@ _AROUND = {
 
 
 def key_format(shapes: Shapes, where: str) -> KeyFormat:
-  """The format of a file's keys.
+  """The first format that matches a file's keys.
 
   Args:
     shapes: {the file's key: shape}.
@@ -78,7 +78,8 @@ def fields_of(config: Mapping[str, Any], where: str) -> dict:
   """An `EncoderSpec`'s fields from a published `config.json`.
 
   Raises:
-    UserError: an unsupported model_type, or a value of the wrong type.
+    UserError: an unsupported model_type, or a value that is unsupported or of
+      the wrong type.
   """
   # diffusers' models have a "_class_name" in its place.
   kind = str(config.get('model_type') or config.get('_class_name'))
@@ -152,7 +153,7 @@ PUBLISHED = {name: _published(name) for name in ENCODERS}
 
 
 def row_of(hub: str) -> str | None:
-  """The row that a hub id names, in any capitals, if there is one."""
+  """The row that a hub id names, case ignored; None if there is none."""
   return next(
     (n for n, p in PUBLISHED.items() if p.hub.lower() == hub.lower()), None
   )

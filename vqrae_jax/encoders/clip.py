@@ -1,17 +1,17 @@
 """CLIP vision encoders of OpenAI (arXiv 2103.00020) and LAION (2212.07143).
 
 LayerNorm eps 1e-5, quick gelu (OpenAI) or exact gelu (LAION), a cls token,
-learned positions, the cls token's too, resampled bicubic without antialias, a
-norm before the blocks (the files call it "pre_layrnorm") and so patches without
-a bias. Pixels by the mean and std of OpenAI's data, or to [-1, 1] in LAION's L.
-No text tower, no projection into the space of both.
+learned positions, also for the cls token, resampled bicubic without antialias,
+a norm before the blocks ("pre_layrnorm" in the files) and so no bias in the
+patch embedding. Pixels are normalized by the mean and std of OpenAI's data, in
+LAION's L to [-1, 1]. No text tower, no projection into the joint space.
 
-CLIP applies its final norm (`post_layernorm`) to the cls token alone, which is
-all it was trained on, and transformers' `last_hidden_state` is before it. Here
-`output_norm="affine"` is that norm on every patch, as `output_norm` means for
-all families: it is how CLIP's patches are read as dense features (MaskCLIP,
-2112.01071), and brings latents to a scale that a quantizer can count on.
-`"none"` gives transformers' `last_hidden_state`.
+CLIP applies its final norm (`post_layernorm`) to the cls token only, the one
+token that it was trained on; transformers' `last_hidden_state` is before it.
+Here `output_norm="affine"` applies that norm to every patch, as in all other
+families: this is how CLIP's patches are used as dense features (MaskCLIP,
+2112.01071), and it gives latents a known scale. `"none"` gives transformers'
+`last_hidden_state`.
 """
 
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ ROWS = dict(zip(HUBS, _REPOSITORIES.values(), strict=True))
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The hub's names, of the vision tower alone or beside the text tower."""
+  """The table of the hub's keys, with or without those of the text tower."""
   rows = (
     *naming.convolution('embeddings.patch_embedding'),
     Rule('embeddings.class_embedding', 'embed/prefix', 'token'),
@@ -79,9 +79,9 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.norm('pre_layrnorm', 'embed/norm'),
     *naming.blocks('encoder.layers.{i}.', naming.HF_CLIP, naming.HF_CLIP_NORMS),
     *naming.final_norm(spec, 'post_layernorm'),
-    ignore(r'(visual|text)_projection\..*', "CLIP's space of both towers"),
+    ignore(r'(visual|text)_projection\..*', "CLIP's joint embedding space"),
     ignore(r'text_model\..*|logit_scale', 'the text tower'),
-    ignore(r'embeddings\.position_ids', 'a list of numbers, 0, 1, 2, …'),
+    ignore(r'embeddings\.position_ids', 'the numbers 0, 1, 2, …'),
   )
   return Table(rows)
 

@@ -39,7 +39,7 @@ _FIELDS = {
   *(f.name for f in dataclasses.fields(EncoderSpec)),
   *(f'vit.{f.name}' for f in dataclasses.fields(ViTSpec)),
 } - _LEFT_OUT
-# May be missing: files of before they existed have their defaults.
+# May be missing: older files have their defaults.
 _LATER = {*LATER_FIELDS, *(f'vit.{name}' for name in LATER_FIELDS)}
 
 
@@ -54,14 +54,15 @@ def describe(spec: EncoderSpec) -> dict[str, Any]:
 
 
 def fields(config: Mapping[str, Any], folder: str) -> dict:
-  """A spec's fields from our `config.json`; every one must be there.
+  """A spec's fields from our `config.json`, all but `LATER_FIELDS` required.
 
   Args:
     config: the file's content, with a "format_version".
-    folder: where it is, for the errors.
+    folder: its folder, for the errors.
 
   Raises:
-    UserError: a tokenizer's, another version's, or a damaged one.
+    UserError: the config of a tokenizer or of another format version, or a
+      damaged one.
   """
   if KEY not in config:
     raise UserError(f'{folder} is a tokenizer; load_tokenizer opens it')

@@ -1,12 +1,12 @@
 """DINOv2 (arXiv 2304.07193), without and with registers (2309.16588).
 
 LayerNorm eps 1e-6, exact gelu (giant: SwiGLU), LayerScale, a cls token,
-pixels by ImageNet's mean and std. Positions are learned for 518 pixels, a
-grid of 37 x 37, and resampled bicubic: with antialias where there are
-registers, without where there are none. The cls token has a position, the
-four registers have none. No mask token, no heads.
+pixels normalized by ImageNet's mean and std. Positions are learned for 518
+pixels, a grid of 37 x 37, and resampled bicubic, with antialias only in the
+models with registers. The cls token has a position, the four registers have
+none. No mask token, no heads.
 
-The first half of a published SwiGLU's `weights_in` is the gate.
+In published files the first half of SwiGLU's `weights_in` is the gate.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ ROWS = {f'dinov2-{size}': _row(size, 0) for size in _SIZES} | {
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The hub's names."""
+  """The table of the hub's keys."""
   layer = 'encoder.layer.{i}.'
   linears, gated = naming.fc_layers('mlp.'), []
   if spec.vit.act == 'swiglu':
@@ -82,7 +82,7 @@ def fields(config: Mapping[str, Any]) -> dict:
   c |= config
   c['intermediate_size'] = int(c['hidden_size'] * c['mlp_ratio'])
   if c['use_swiglu_ffn']:
-    c['hidden_act'] = 'gelu'  # of no effect
+    c['hidden_act'] = 'gelu'  # has no effect
     two_thirds = int(c['intermediate_size'] * 2 / 3)
     c['intermediate_size'] = (two_thirds + 7) // 8 * 8
   vit = naming.vit_fields(c) | naming.patch_grid(c, 224, 14)

@@ -1,13 +1,13 @@
 """DINOv3 ViT encoders (arXiv 2508.10104), patch 16.
 
 LayerNorm eps 1e-5, exact gelu (S+, H+, 7B: SwiGLU), LayerScale, a cls token and
-four registers. No table of positions: queries and keys of patches are rotated
-in coordinates that run from -1 to 1 on any grid (`ops/posemb.py`). Keys have no
-bias, and the 7B has none on queries and values either. Images are resized
-bilinear; pixels by ImageNet's mean and std, or by those of the satellite images
-that the "sat493m" weights are of. No mask token, no heads, no ConvNeXts.
-transformers' processor resizes floats; a tokenizer here rounds to 8 bits, as
-Pillow does and as for all families.
+four registers. No position table: queries and keys of patches are rotated by
+coordinates that run from -1 to 1 on any grid (`ops/posemb.py`). Keys have no
+bias; in the 7B queries and values have none either. Images are resized
+bilinear; pixels are normalized by ImageNet's mean and std, those of "sat493m"
+weights by the mean and std of their satellite images. No mask token, no heads,
+no ConvNeXts. transformers' processor resizes floats; here resizing rounds to 8
+bits, as Pillow does, for all families.
 
 The numbers are those of the authors' repository (facebookresearch/dinov3 at
 6876159, 2026-07-15) and agree with transformers' classes. The published
@@ -75,7 +75,7 @@ _LINEARS |= {
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The hub's names."""
+  """The table of the hub's keys."""
   layer = 'layer.{i}.'
   rows = (
     *naming.convolution('embeddings.patch_embeddings'),
@@ -106,7 +106,7 @@ def fields(config: Mapping[str, Any]) -> dict:
   """An `EncoderSpec`'s fields from a `config.json`.
 
   Raises:
-    UserError: a variation that no published model has.
+    UserError: a value that no published model has.
   """
   c = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6)
   c |= dict(intermediate_size=1536, layer_norm_eps=1e-5, layerscale_value=1.0)
@@ -119,7 +119,7 @@ def fields(config: Mapping[str, Any]) -> dict:
       raise UserError(f'{key}={c[key]!r} must be {want!r}')
   if c['use_gated_mlp']:
     act = choose({'silu': 'swiglu'}, str(c['hidden_act']), 'hidden_act')
-    c['hidden_act'] = 'gelu'  # of no effect
+    c['hidden_act'] = 'gelu'  # has no effect
   vit = naming.vit_fields(c) | naming.patch_grid(c, 224, 16)
   if c['use_gated_mlp']:
     vit['act'] = act

@@ -1,13 +1,13 @@
 """InternViT encoders (arXiv 2312.14238, 2412.05271), patch 14.
 
-Exact gelu, LayerScale, a cls token with a position, pixels by ImageNet's mean
-and std, positions resampled bicubic without antialias, no final norm. The
-300M has LayerNorm and biases on q, k and v; the 6B has RMSNorm, normalizes
-queries and keys over its full width, and has no such biases. The first 6B
-releases have 48 blocks; later ones drop the last three. No pixel shuffle, no
-projector into a language model.
+Exact gelu, LayerScale, a cls token with a position, pixels normalized by
+ImageNet's mean and std, positions resampled bicubic without antialias, no final
+norm (an "-hf" config without mean pooling has one). The 300M has LayerNorm and
+biases on q, k and v; the 6B has RMSNorm, normalizes queries and keys over its
+full width, and has no such biases. The first 6B releases have 48 blocks; later
+ones drop the last three. No pixel shuffle, no projector into a language model.
 
-Files: the authors' own names, with q, k and v in one array, and those of the
+Files have the authors' own keys, with q, k and v in one array, or those of the
 hub's "-hf" models.
 """
 
@@ -56,7 +56,7 @@ _OTHERS = ignore(
 def _rows(
   layer: str, linears: dict, norms: dict, scale: str, qk_norm: str
 ) -> list:
-  """The blocks; `scale` and `qk_norm` name LayerScale and the norms of q, k."""
+  """Rules of the blocks; `scale` and `qk_norm` are parts of the file's keys."""
   rows = naming.blocks(layer, linears | naming.fc_layers('mlp.'), norms)
   for n in '12':
     rows.append(Rule(f'{layer}{scale}{n}', f'{BLOCKS}scale{n}'))
@@ -67,7 +67,7 @@ def _rows(
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The authors' names."""
+  """The table of the authors' keys."""
   layer = 'encoder.layers.{i}.'
   rows = (
     *naming.convolution('embeddings.patch_embedding'),
@@ -81,7 +81,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
 
 
 def hf_table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The names of the hub's "-hf" models."""
+  """The table of the keys of the hub's "-hf" models."""
   layer = 'encoder.layer.{i}.'
   linears = naming.qkv_layers(
     'attention.{1}_proj', 'attention.projection_layer'
@@ -103,7 +103,7 @@ KEY_FORMATS = (
 
 
 def fields(config: Mapping[str, Any]) -> dict:
-  """An `EncoderSpec`'s fields from a `config.json` of either kind."""
+  """An `EncoderSpec`'s fields from a `config.json` of either format."""
   hf = config['model_type'] == 'internvl_vision'
   if hf:
     c = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)

@@ -1,10 +1,10 @@
 """ViT-MAE encoders (arXiv 2111.06377), without the masking and the decoder.
 
 LayerNorm eps 1e-12 (that of the published `config.json` files), exact gelu, a
-cls token with a position, pixels by ImageNet's mean and std, 224 pixels,
-images resized bilinear as its processor does. The published weights carry the
-sin-cos table as a leaf, so it is a leaf here too, and other sizes resample it
-bicubic without antialias.
+cls token with a position, pixels normalized by ImageNet's mean and std, 224
+pixels, images resized bilinear as its processor does. The published weights
+contain the sin-cos table, so it is a leaf here too, which is resampled bicubic
+without antialias for other sizes.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ ROWS = {
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The hub's names, of the encoder alone or of the pre-training model."""
+  """The table of the hub's keys, of the encoder or the pre-training model."""
   rows = (
     *naming.hf_embeddings(),
     *naming.hf_vit('encoder.layer.{i}.'),

@@ -1,9 +1,9 @@
-"""How published encoders name their leaves and numbers: what families share.
+"""What encoder families share: rows of weight tables, fields of `config.json`.
 
-A `KeyFormat` is one way of naming leaves: a signature that only its files
-have, and a weight table for a spec. A rule for a leaf that the spec lacks asks
-for nothing, so a table lists every leaf that its family may have. The readers
-of `config.json` share `vit_fields`. No file is opened here.
+A `KeyFormat` is one way of naming leaves: a signature that identifies its files
+and a function from a spec to a weight table. A rule for a leaf that the spec
+lacks has no effect, so a table lists every leaf that its family may have. The
+readers of `config.json` share `vit_fields`. No file is opened here.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from vqrae_jax.weights.rules import Rule, Table, ignore
 BLOCKS = 'transformer/blocks/'
 _FINAL_NORM = {
   'affine': '',
-  'plain': 'the final norm\'s affine: output_norm="plain" has none',
+  'plain': 'the final norm\'s affine part: output_norm="plain" has none',
   'none': 'the final norm: output_norm="none" stops before it',
 }
 Shapes = Mapping[str, tuple[int, ...]]
@@ -42,8 +42,8 @@ class KeyFormat:
 
   Attributes:
     name: the family's, for messages.
-    signature: a regex found in some key of such a file, and in none of a
-      format that is tried later (`encoders.KEY_FORMATS`).
+    signature: a regex that is found in a key of every such file, and in no key
+      of the formats that are tried later (`encoders.KEY_FORMATS`).
     table: (spec, {the file's key: shape}) -> the weight table.
   """
 
@@ -58,7 +58,7 @@ class KeyFormat:
 def dense(
   theirs: str, *ours: str, transform: str = 'linear', weight: str = 'kernel'
 ) -> list[Rule]:
-  """A layer of PyTorch; several names of ours cut its outputs."""
+  """Rules of a PyTorch layer, whose outputs are split among several `ours`."""
   return [
     Rule(f'{theirs}.weight', tuple(f'{n}/{weight}' for n in ours), transform),
     Rule(f'{theirs}.bias', tuple(f'{n}/bias' for n in ours)),
@@ -66,14 +66,14 @@ def dense(
 
 
 def norm(theirs: str, ours: str) -> list[Rule]:
-  """A LayerNorm of PyTorch; an RMSNorm has the weight only."""
+  """Rules of a PyTorch LayerNorm, or of an RMSNorm, which has no bias."""
   return dense(theirs, ours, transform='same', weight='scale')
 
 
 def blocks(
   layer: str, linears: Mapping[str, str], norms: Mapping[str, str] = NORMS
 ) -> list[Rule]:
-  """The linear layers and norms of every block, {their name: ours}."""
+  """Rules of each block's linear layers and norms, from {their name: ours}."""
   rows = []
   for theirs, ours in linears.items():
     rows += dense(layer + theirs, BLOCKS + ours)
@@ -83,12 +83,12 @@ def blocks(
 
 
 def fc_layers(prefix: str) -> dict[str, str]:
-  """An MLP's two linear layers where they are called fc1 and fc2."""
+  """{their name: ours} of an MLP's layers, if they are called fc1 and fc2."""
   return {f'{prefix}fc{n}': f'mlp/fc{n}' for n in '12'}
 
 
 def qkv_layers(layers: str, out: str) -> dict[str, str]:
-  """An attention's linear layers; `layers` has {} for query, key and value."""
+  """{their name: ours} of attention; {0} in `layers` is "query", {1} is "q"."""
   names = {layers.format(n, n[0]): f'attention/{n}' for n in QKV_NAMES}
   return names | {out: 'attention/out'}
 
@@ -138,7 +138,7 @@ def norm_unused(spec: EncoderSpec) -> str:
 
 
 def final_norm(spec: EncoderSpec, theirs: str) -> list:
-  """The final norm, or why it is skipped."""
+  """Rules of the final norm, or a row that ignores it and says why."""
   if not spec.final_norm:
     return []
   why = norm_unused(spec)
@@ -152,10 +152,10 @@ _ACTS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', **_TANH}
 def vit_fields(
   config: Mapping[str, Any], act: str = 'gelu', qkv_bias: str = 'qkv_bias'
 ) -> dict:
-  """The `ViTSpec` fields under the keys that all families use.
+  """The `ViTSpec` fields whose keys all families share.
 
   Args:
-    config: a published `config.json` over its family's defaults.
+    config: a published `config.json`, merged over its family's defaults.
     act: the family's default of "hidden_act".
     qkv_bias: the key of the biases of q, k and v, which may be absent.
 
@@ -187,7 +187,11 @@ def square_side(size: object) -> int:
 
 
 def patch_grid(config: Mapping[str, Any], image: int, patch: int) -> dict:
-  """Patch size and native grid; `image` and `patch` are the defaults."""
+  """Patch size and native grid; `image` and `patch` are defaults, in pixels.
+
+  Raises:
+    UserError: a size that is not a square.
+  """
   patch = square_side(config.get('patch_size', patch))
   n = square_side(config.get('image_size', image)) // patch
   return dict(patch_size=patch, grid=(n, n))

@@ -1,18 +1,19 @@
 """SigLIP (arXiv 2303.15343) and SigLIP2 (2502.14786) vision encoders.
 
 LayerNorm eps 1e-6, tanh-gelu, biases everywhere, learned positions, no cls
-token, pixels to [-1, 1]. The pooling head is not part of the encoder. Sizes
-are those of the published `config.json` files; positions are resampled
-bicubic without antialias, as the family's code does. A size that is not a
-multiple of the patch floors its grid: 384 / 14 is 27.
+token, pixels scaled to [-1, 1]. The pooling head is not part of the encoder.
+Sizes are those of the published `config.json` files; positions are resampled
+bicubic without antialias, as the family's code does. The grid of a size that is
+not a multiple of the patch is rounded down: 384 / 14 is 27.
 
-SigLIP2 has the same towers with other weights, and resizes images bilinear.
-Its "naflex" encoders, made for any aspect ratio from a table of 16 x 16,
-resample positions bilinear with antialias. Here NaFlex has its native grid and
-the grids of the size rule, without packed sequences and padding masks.
+SigLIP2 has the same architecture with other weights, and resizes images
+bilinear. Its "naflex" encoders are for any aspect ratio and resample a table of
+16 x 16 positions bilinear with antialias. Here NaFlex has its native grid and
+the grids of the size rule, without packed sequences or padding masks.
 
-Files: the hub's (a convolution, or NaFlex's linear layer over patches in order
-row, column, channel) and big_vision's `.npz`, blocks apart or stacked.
+Files: the hub's (patches are embedded by a convolution, in NaFlex by a linear
+layer over row, column, channel) and big_vision's `.npz`, with separate or
+stacked blocks.
 """
 
 from collections.abc import Mapping
@@ -75,7 +76,7 @@ ROWS = {
 
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The hub's names; a patch embedding with two axes is NaFlex's."""
+  """The table of the hub's keys; a patch embedding of two axes is NaFlex's."""
   embed = 'embeddings.patch_embedding'
   ndim = {len(s) for k, s in shapes.items() if k.endswith(f'{embed}.weight')}
   layout = 'linear' if ndim == {2} else 'conv_patch'
@@ -86,7 +87,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.final_norm(spec, 'post_layernorm'),
     ignore(r'head\..*', 'the pooling head: latents are taken before it'),
     ignore(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
-    ignore(r'embeddings\.position_ids', 'a list of numbers, 0, 1, 2, …'),
+    ignore(r'embeddings\.position_ids', 'the numbers 0, 1, 2, …'),
   )
   return Table(rows)
 
@@ -110,7 +111,7 @@ def _big_vision_block(theirs: str, heads: int) -> list[Rule]:
 
 
 def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
-  """The names of big_vision's ViT, under "params/img/" or bare."""
+  """The table of big_vision's ViT, with or without the prefix "params/img/"."""
   stacked = any('/encoderblock/' in key for key in shapes)
   block = 'Transformer/encoderblock' + ('/' if stacked else '_{i}/')
   rows = [

@@ -1,1 +1,1 @@
-"""Linen blocks: they know specs, never an encoder or a quantizer by name."""
+"""Linen modules built from specs; they know no encoder or quantizer by name."""

@@ -28,7 +28,7 @@ def _dense(run: RunOptions, features: int, name: str) -> nn.Dense:
 
 
 def _down(run: RunOptions, features: int, factor: int, name: str) -> nn.Conv:
-  """Each square of `factor` pixels to one."""
+  """A convolution that turns each square of `factor` pixels a side into one."""
   side = (factor, factor)
   return nn.Conv(
     features,
@@ -62,14 +62,14 @@ class Block(nn.Module):
     y = _dense(self.run, 4 * self.width, 'fc1')(y)
     y = jax.nn.gelu(y, approximate=False)
     y = _dense(self.run, self.width, 'fc2')(y)
-    # Training starts at 1e-6, at which a random network would be linear.
+    # Published training starts at 1e-6, where a random network would be linear.
     init = nn.initializers.constant(0.1)
     scale = self.param('scale', init, (self.width,))
     return x + scale.astype(y.dtype) * y, None
 
 
 class ConvNeXt(nn.Module):
-  """f[b h w 3], normalized as ImageNet, -> logits f[b classes].
+  """Images f[b h w 3], normalized as for ImageNet -> logits f[b classes].
 
   Computes in `run.dtype`; in f32 at the highest precision.
 
@@ -77,7 +77,7 @@ class ConvNeXt(nn.Module):
     depths: blocks of each level.
     widths: channels of each level.
     classes: number of logits.
-    run: its dtype, and whether blocks are computed again for the gradient.
+    run: its dtype, and whether the gradient recomputes blocks.
   """
 
   depths: tuple[int, ...] = DEPTHS

@@ -1,11 +1,11 @@
 """A discriminator on features of a frozen DINO ViT-S/8.
 
-As in RAE (arXiv 2510.11690), after StyleGAN-T's (2301.09515): patch tokens
-after some of DINO's blocks (2104.14294), the taps, and on each tap a small head
-of spectral-normed convolutions along the tokens. GELU is the tanh formula, as
-in RAE's code: taps differ by 2e-4 from those of DINO's own. Only the heads
-learn. The backbone's leaves are the collection "backbone", an argument like the
-others; `pretrained/networks.py` loads them.
+As in RAE (arXiv 2510.11690), after StyleGAN-T (2301.09515): patch tokens after
+some of DINO's blocks (2104.14294), the taps, and on each tap a small head of
+convolutions along the tokens with spectral norm. GELU is the tanh
+approximation, as in RAE's code: taps differ by 2e-4 from DINO's. Only the heads
+are trained. The backbone's leaves are the collection "backbone", an argument
+like the others; `pretrained/networks.py` loads them.
 """
 
 import math
@@ -33,7 +33,7 @@ DINO_S8 = ViTSpec(
   num_prefix_tokens=1,
   prefix_has_posemb=True,
 )
-# Outputs of these blocks, counted from 0; the last one's logits come first.
+# Blocks, counted from 0, whose outputs are read; logits are in this order.
 TAPS = (11, 2, 5, 8, 11)
 HEAD = ('params', 'spectral')  # the collections that a head has leaves in
 
@@ -91,11 +91,11 @@ class DinoDiscriminator(nn.Module):
 
   n = taps x patches, 3920 at the defaults, tap by tap. Collections: "params"
   (the heads, 7,386,245 at the defaults), "backbone" (frozen) and "spectral"
-  (moved by `spectral.advance`, never by a call). All computes in the dtype of
+  (updated by `spectral.advance`, never by a call). It computes in the dtype of
   `vit`, norms and gains in f32.
 
   Attributes:
-    vit: the frozen backbone; what it leaves out is DINO ViT-S/8's.
+    vit: the frozen backbone; omitted fields are DINO ViT-S/8's.
     taps: blocks, counted from 0, whose outputs have a head each. Each at least
       0.
     kernel: of the heads' convolutions along tokens, an odd number. At least 1
@@ -152,8 +152,8 @@ class DinoDiscriminator(nn.Module):
       return list(jax.vmap(head.apply)(stacked, taps))
 
     heads = [{c: self.variables[c][n] for c in HEAD} for n in names]
-    # A TPU compiles each convolution by itself: v5e, 16 images, bf16, 37 MiB
-    # of code one by one and 9 together. CPUs have no fast kernel for it.
+    # A TPU compiles each convolution separately: v5e, 16 images, bf16, 37 MiB
+    # of code one by one and 9 together. CPUs have no fast kernel for that.
     logits = jax.lax.platform_dependent(
       heads, taps, tpu=together, default=one_by_one
     )

@@ -28,8 +28,7 @@ def build(
     section: dict(name="patch"|"dino", **its fields). Fields of `vit` that are
       not given are DINO ViT-S/8's.
     where: the section's name in the config, for the errors.
-    run: its dtype and remat, where the fields do not say; f32 without remat
-      if None.
+    run: dtype and remat, if the fields omit them; None: f32 without remat.
 
   Raises:
     UserError: an unknown name, field or value.

@@ -1,10 +1,10 @@
-"""Inception-v3 (arXiv 1512.00567) as the Fréchet distance of images reads it.
+"""Inception-v3 (arXiv 1512.00567) as the Fréchet inception distance uses it.
 
-The network that TensorFlow published on 2015-12-05, with its own habits: mean
-pooling leaves the padding out, the last block pools by maximum, and images are
-brought to 299 pixels by TensorFlow 1's bilinear resize, whose sample points are
-at the corners of pixels. Features are the 2048 means before the classifier,
-which is left out.
+The network that TensorFlow published on 2015-12-05, with its peculiarities:
+mean pooling excludes the padding, the last block has max pooling, and images
+are resized to 299 pixels by TensorFlow 1's bilinear resize, which samples at
+the corners of pixels. Features are the 2048 means before the classifier, which
+is omitted.
 
 Names are those of pytorch-fid's file and torch-fidelity's, the same weights.
 Inference only: batch norm uses the published statistics.
@@ -26,8 +26,8 @@ WIDTH = 2048
 _EPS = 1e-3
 
 Convolution = tuple[str, int, int | tuple[int, int]]  # name, channels, kernel
-# A chain of convolutions, after "mean" or "max" pooling if it begins so; where
-# a tuple of them stands, they read the same and lie beside each other.
+# A chain of convolutions, which may begin with "mean" or "max" pooling; those
+# in a tuple read the same input, and their outputs are concatenated.
 Branch = Sequence[str | Convolution | tuple[Convolution, Convolution]]
 
 
@@ -130,7 +130,7 @@ BLOCKS: dict[str, tuple[tuple[Branch, ...], int]] = {
 
 
 def _forked(step: Any) -> tuple[Convolution, ...]:
-  """The convolutions of one step, which read the same."""
+  """The convolutions of one step, which read the same input; () if it pools."""
   if isinstance(step, str):
     return ()
   return step if isinstance(step[0], tuple) else (step,)
@@ -193,7 +193,7 @@ class BasicConv(nn.Module):
 
 
 class Block(nn.Module):
-  """Branches that read the same, beside each other in their channels."""
+  """Branches that read the same input, their outputs concatenated."""
 
   branches: tuple[Branch, ...]
   stride: int

@@ -1,9 +1,9 @@
-"""A discriminator of patches, with blurred pooling (TiTok's, 2406.07550).
+"""A patch discriminator with blur pooling (TiTok's, arXiv 2406.07550).
 
-Convolutions with "same" zero padding; the grid is halved by the blur
-(1 3 3 1), which prevents aliasing (arXiv 1904.11486). No weights of it are
-published: it starts at random. It computes on pixels in [-1, 1]; TiTok's on
-[0, 1], which its first convolution could undo.
+Convolutions with "same" zero padding; the grid is halved with the blur
+(1 3 3 1), which prevents aliasing (arXiv 1904.11486). No weights are published:
+it starts from random ones. It computes on pixels in [-1, 1], TiTok's on [0, 1]:
+the first convolution can learn either.
 """
 
 import jax
@@ -58,8 +58,8 @@ def max_pooled(x: Array, size: int, axis: int) -> Array:
 class PatchGAN(nn.Module):
   """images f32[b h w 3] in [0, 1] -> logits f32[b n], high for real.
 
-  Widths are `hidden` times 1, 1, 2, 4, … and n = pool^2. The defaults have
-  1,909,889 parameters.
+  Widths are `hidden` times 1, 1, 2, 4, …; n = pool^2, or the size of the last
+  grid if `pool` is 0. The defaults have 1,909,889 parameters.
 
   Attributes:
     hidden: the width of the first layer, a multiple of `groups`. At least 1
@@ -68,10 +68,10 @@ class PatchGAN(nn.Module):
     groups: of the group norms. At least 1.
     pool: the side that the grid is max-pooled to after the last halving; 0: not
       pooled. At least 0 positions.
-    dtype: what it computes in; the model's if left out. One of "float32",
+    dtype: what it computes in; the model's if omitted. One of "float32",
       "bfloat16".
-    remat: whether the gradient computes what lies between the halvings again;
-      as the model if left out.
+    remat: whether the gradient recomputes the layers between the halvings; the
+      model's if omitted.
   """
 
   hidden: int = 128

@@ -1,7 +1,7 @@
-"""Spectral norm (arXiv 1802.05957): kernels divided by their largest gain.
+"""Spectral norm (arXiv 1802.05957): kernels over their largest singular value.
 
-The gain sigma = v'Wu comes from two vectors in the collection "spectral". A
-call only reads them; `advance` moves them, once per update, before the
+The value sigma = v'Wu comes from two vectors in the collection "spectral". A
+call only reads them; `advance` updates them, once per update, before the
 discriminator's gradient. Gradients go through W, not through the vectors.
 """
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from vqrae_jax.ops import trees
 
 HIGHEST = jax.lax.Precision.HIGHEST
-EPS = 1e-12  # torch's, under both norms
+EPS = 1e-12  # torch's, the least that both norms divide by
 
 
 def _unit(x: Array) -> Array:
@@ -47,7 +47,7 @@ def advance(params: Any, spectral: Any) -> Any:
 
   Args:
     params: the discriminator's, nested or {leaf name: leaf}.
-    spectral: its collection "spectral" (nested or flat too); {} stays {}.
+    spectral: its collection "spectral", nested or flat too; {} stays {}.
 
   Returns:
     The next `spectral`, in the same form.
@@ -74,10 +74,10 @@ def uniform(fan_in: int) -> nn.initializers.Initializer:
 
 
 class SpectralConv(nn.Module):
-  """A convolution along tokens that wraps around, its kernel over sigma.
+  """A circular convolution along tokens, its kernel divided by sigma.
 
   [b n c] -> [b n features]; `kernel` tokens wide, odd, at most n. Computes in
-  `dtype`, the gain in f32.
+  `dtype`, sigma in f32.
   """
 
   features: int

@@ -1,8 +1,8 @@
 """VGG16's convolutions (arXiv 1409.1556): features at five depths.
 
-Thirteen 3x3 convolutions in five groups, each followed by a relu, a 2x2 max
-pooling between groups. The outputs are the ends of the groups, which LPIPS
-reads. The classifier and the pooling before it are left out.
+Thirteen 3x3 convolutions in five groups, each followed by a relu, with 2x2 max
+pooling between groups. The outputs of the five groups are those that LPIPS
+reads. The classifier and the pooling before it are omitted.
 """
 
 from typing import Any
@@ -28,8 +28,8 @@ def _as_product(
 ) -> Float[Array, 'b h w d']:
   """A 3x3 convolution, padded by one, as one product with nine shifts.
 
-  For grids smaller than the kernel, on which XLA's CPU convolution runs at 1
-  GFLOP/s, a fiftieth of this (images of 32 pixels end at 2 x 2).
+  For grids smaller than the kernel (images of 32 pixels end at 2 x 2), on which
+  XLA's CPU convolution runs at 1 GFLOP/s, a fiftieth of this.
   """
   h, w = x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -42,7 +42,7 @@ def _as_product(
 class VGG16(nn.Module):
   """f[b h w 3] -> five features f[b h/2^k w/2^k width], k = 0 … 4.
 
-  They follow the relus 1_2, 2_2, 3_3, 4_3 and 5_3. Pooling drops the last row
+  They follow relus 1_2, 2_2, 3_3, 4_3 and 5_3. Pooling drops the last row
   of an odd side. The range of the images depends on the weights. Computes in
   `run.dtype`; in f32 at the highest precision.
   """
@@ -87,8 +87,8 @@ class VGG16(nn.Module):
       leaves = [self.variables['params'][name] for name in names]
       if x.shape[-1] != options['features']:
         x, _ = one(x, leaves.pop(0))
-      # A TPU compiles each convolution by itself, so those of one shape run as
-      # one. CPUs have no fast kernel for it in a loop.
+      # A TPU compiles each convolution separately, so those of one shape run in
+      # a loop, for which CPUs have no fast kernel.
       return jax.lax.platform_dependent(
         x, leaves, tpu=scanned, default=one_by_one
       )

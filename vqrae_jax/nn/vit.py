@@ -2,12 +2,12 @@
 
 ViT (arXiv 2010.11929) with the variations that the published encoders need:
 LayerNorm or RMSNorm, gelu, tanh-gelu, quick-gelu or SwiGLU, biases on q k v,
-RMS norm of queries and keys (full width, as InternViT), rotated queries and
-keys (RoPE, as DINOv3), LayerScale (arXiv 2103.17239).
+RMS norm of queries and keys (over the full width, as in InternViT), rotated
+queries and keys (RoPE, as in DINOv3), LayerScale (arXiv 2103.17239).
 
-The blocks' parameters are stacked [depth, ...] and stay so on disk; `scan`
-off unrolls the same loop. No patches, positions or heads here: see
-`PatchEmbed` below for tokens and `models/` for whole networks.
+The blocks' parameters are stacked [depth, ...], on disk too; without `scan` the
+same loop is unrolled. `PatchEmbed` embeds patches, positions and prefix tokens;
+complete networks are in `models/`.
 """
 
 import jax
@@ -21,7 +21,7 @@ from vqrae_jax.specs import ViTSpec
 
 XAVIER = nn.initializers.xavier_uniform()
 BATCH_TOKENS = ('batch', 'tokens', 'embed')
-# {spec.remat: what a block keeps for its gradient beside its input}.
+# {spec.remat: what a block keeps for its gradient besides its input}.
 REMAT = {
   True: None,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -46,9 +46,9 @@ def norm(spec: ViTSpec, name: str, affine: bool = True) -> nn.Module:
 
 @jax.custom_vjp
 def product(x: Float[Array, '... i'], kernel: Float[Array, 'i o']) -> Array:
-  """x @ kernel; its gradient writes the kernel's as [i o] at once. JAX's own
-  rule has [o i], transposed, which takes a CPU twice as long. Like the fused
-  attention, not for forward-mode differentiation."""
+  """x @ kernel, whose gradient for the kernel is computed as [i o]. JAX's own
+  rule transposes it from [o i], which takes a CPU twice as long. Like fused
+  attention, it has no forward-mode derivative."""
   return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
@@ -75,7 +75,7 @@ def dense(spec: ViTSpec, features: int, name: str, bias: bool = True):
 
 
 def rotation(s: ViTSpec, grid: tuple[int, int]) -> posemb.Rotation | None:
-  """Of the tokens of a grid, prefix tokens first; None but for "rope2d"."""
+  """The rotation of a grid's tokens, prefix first; None without "rope2d"."""
   if s.posemb != 'rope2d':
     return None
   return posemb.rope2d(s.width // s.num_heads, grid, s.num_prefix_tokens)
@@ -161,14 +161,16 @@ class Block(nn.Module):
 
 
 def _stack(s: ViTSpec, initializing: bool, emit: bool = False) -> nn.Module:
-  """The blocks as one module "blocks": (x, rotation) -> (x, f[depth b n d])."""
-  # A GPU's loop copies what it reads and keeps, a quarter of forward and
-  # backward; but only a loop makes sure of remat, and compiles in seconds.
+  """The blocks as one module "blocks": (x, rotation) -> (x, outputs), which are
+  f[depth b n d] with `emit`, else None."""
+  # On a GPU a loop copies what it reads and keeps, a quarter of the time of
+  # forward and backward; but only a loop guarantees remat, and it compiles in
+  # seconds.
   unrolls = jax.default_backend() == 'gpu' and not (s.remat or initializing)
   scan = s.scan and not unrolls
   block = Block
   if s.remat:
-    # Outside a loop XLA would merge the second computation with the first.
+    # Outside a loop XLA would merge the recomputation with the first one.
     block = nn.remat(Block, prevent_cse=not scan, policy=REMAT[s.remat])
   stack = nn.scan(
     block,
@@ -220,7 +222,8 @@ class PatchEmbed(nn.Module):
   [b gh gw p] -> [b prefix+gh*gw d]. Positions follow `spec.posemb`: fixed
   sin-cos in the native grid's coordinates, a learned table resampled (f32) to
   the given grid, or none here ("rope2d": `rotation`). Prefix tokens come first,
-  registers last among them. With `spec.embed_norm` a norm ends it.
+  registers last among them. With `spec.embed_norm` the linear layer has no bias
+  and a norm follows.
   """
 
   spec: ViTSpec
@@ -249,8 +252,8 @@ class PatchEmbed(nn.Module):
       x = x + jnp.asarray(table.reshape(-1, s.width), x.dtype)
     prefixes = []
     if others := s.num_prefix_tokens - s.num_registers:
-      # Not zeros, as published: a norm with eps 1e-12 over a zero token has
-      # a slope of 1e6, and clipping would leave nothing for other leaves.
+      # Not zeros, as in published code: a norm with eps 1e-12 over a zero token
+      # has a slope of 1e6, and gradient clipping would leave other leaves none.
       prefix = self.param('prefix', small, (others, s.width))
       if s.prefix_has_posemb:
         prefix = prefix + self.param('prefix_positions', small, prefix.shape)

@@ -1,9 +1,9 @@
-"""Softmax attention, in bf16 through the fused kernel of the platform.
+"""Softmax attention, in bf16 by the platform's fused kernel.
 
 cuDNN's flash attention on CUDA (arXiv 2307.08691), splash attention on TPU:
-neither writes the scores [b heads n n] to memory. Where a kernel does not take
-the shapes, and in f32, attention is the plain one, which equals them to bf16's
-error. No masks, no dropout, no caches.
+neither writes the scores [b heads n n] to memory. Shapes that the kernel does
+not take use `jax.nn.dot_product_attention`, types other than bf16 `plain`; all
+agree to bf16's error. No masks, no dropout, no caches.
 """
 
 import math
@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 BATCH_AXES = ('data', 'fsdp')  # of the mesh (`sharding.py`)
-LANES = 128  # a TPU's tile: what splash counts tokens in
-# Below it a token's scores are fewer than its MLP's hidden channels, and
-# padding to whole tiles costs more than the scores.
+LANES = 128  # a TPU's tile, of which splash takes a multiple of tokens
+# With fewer, a token's scores are fewer than its MLP's hidden channels, and
+# padding to full tiles costs more than the scores.
 TPU_TOKENS = 512
 
 Heads = Float[Array, 'b n heads d']
@@ -27,8 +27,8 @@ def attention(q: Heads, k: Others, v: Others) -> Heads:
   """softmax(q k^T / sqrt(d)) v.
 
   Args:
-    q, k, v: one dtype; bfloat16 takes the fused kernels, if q is as long as
-      k and v.
+    q, k, v: of one dtype; bfloat16 uses the fused kernels, if q has as many
+      tokens as k and v.
   """
   if q.dtype != jnp.bfloat16:
     return plain(q, k, v)
@@ -43,9 +43,9 @@ def attention(q: Heads, k: Others, v: Others) -> Heads:
 
 
 def plain(q: Heads, k: Others, v: Others) -> Heads:
-  """`jax.nn.dot_product_attention` for CPUs, in half its time: products take
-  their operands in order, and a row is divided by its sum after the second one,
-  for which exponentials are written once."""
+  """`jax.nn.dot_product_attention` in half its time on CPUs: heads are moved in
+  front for both products, and rows are divided by their sums after the second,
+  so that exponentials are written once."""
   q, k, v = (x.swapaxes(1, 2) for x in (q / math.sqrt(q.shape[-1]), k, v))
   scores = q @ k.swapaxes(2, 3)
   largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
@@ -54,7 +54,7 @@ def plain(q: Heads, k: Others, v: Others) -> Heads:
 
 
 def cudnn_takes(shape: tuple[int, ...]) -> bool:
-  """Whether cuDNN's kernel runs here, at these heads."""
+  """Whether cuDNN's kernel runs on this device, for q of `shape`."""
   device = jax.devices()[0]
   if 'cuda' not in device.client.platform_version:
     return False
@@ -63,7 +63,8 @@ def cudnn_takes(shape: tuple[int, ...]) -> bool:
 
 
 def flash(q: Heads, k: Heads, v: Heads) -> Heads:
-  """cuDNN's kernel; a gradient of it wants an even number of tokens."""
+  """cuDNN's kernel, whose gradient needs an even number of tokens: odd ones are
+  padded."""
   tokens = q.shape[1]
   lengths = None
   if tokens % 2:
@@ -81,15 +82,15 @@ def flash(q: Heads, k: Heads, v: Heads) -> Heads:
 
 
 def splash_takes(shape: tuple[int, ...]) -> bool:
-  """Whether splash is worth it, and the mesh at hand says how to split it:
-  XLA cannot split a kernel by itself."""
+  """Whether splash pays off for q of `shape` and can be split over the ambient
+  mesh, which XLA cannot do by itself for a kernel."""
   mesh = jax.sharding.get_abstract_mesh()
   rows = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
   return not mesh.empty and shape[1] >= TPU_TOKENS and shape[0] % rows == 0
 
 
 def splash(q: Heads, k: Heads, v: Heads, interpret: bool = False) -> Heads:
-  """TPU's kernel over the mesh at hand, tokens padded to whole tiles."""
+  """TPU's kernel over the ambient mesh, tokens padded to full tiles."""
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
   )

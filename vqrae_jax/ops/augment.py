@@ -19,7 +19,7 @@ TRANSLATION = 0.125  # of a side, at most, in either direction
 def draw(
   key: Key[Array, ''], sample_ids: Int[Array, ' b']
 ) -> Float[Array, 'b 7']:
-  """Seven numbers in [0, 1) a sample, for `apply`.
+  """Seven uniform numbers in [0, 1) per sample, for `apply`.
 
   Args:
     key: of this step and use: real and reconstructed images need two.
@@ -33,7 +33,7 @@ def draw(
 
 
 def _translate(x: Array, shift: Array) -> Array:
-  """Moves each image by up to TRANSLATION of a side, padded by zeros."""
+  """Shifts each image by up to TRANSLATION of a side, padded with zeros."""
   h, w = x.shape[1:3]
   most = (round(h * TRANSLATION), round(w * TRANSLATION))
   steps = jnp.asarray([2 * m + 1 for m in most], shift.dtype)
@@ -70,15 +70,15 @@ def apply(
   """Augmented images, differentiable in `images`.
 
   The published numbers are for images in [-1, 1], so images are scaled to it
-  and back: what is moved in or cut out is grey, and a brightness of ±.5 is ±.25
-  in [0, 1].
+  and back: padding and the hole are grey, and a brightness of ±.5 is ±.25 in
+  [0, 1].
 
   Args:
-    images: f32 in [0, 1]; values beyond are kept as they are.
-    draws: from `draw`, one row an image: where in ±.125 of a side the image is
-      moved to (rows, columns); the brightness that is added, in ±.5; the
-      factors of the distance from a pixel's grey (saturation), up to 2, and
-      from the image's mean (contrast), .5 to 1.5; the middle of the hole (rows,
+    images: f32 in [0, 1]; values outside are not clipped.
+    draws: from `draw`, one row per image: the shift within ±.125 of a side
+      (rows, columns); the brightness that is added, within ±.5; the factors of
+      the distance from a pixel's grey (saturation), 0 to 2, and from the
+      image's mean (contrast), .5 to 1.5; the centre of the hole (rows,
       columns).
     cutout: the hole's side as a share of the image's; 0 for none.
 
@@ -108,7 +108,7 @@ def draw_noise(
   sample_ids: Int[Array, ' b'],
   shape: tuple[int, ...],
 ) -> Float[Array, 'b ...']:
-  """U[0, 1) x N(0, 1): one U a sample, one N(0, 1) a value.
+  """U[0, 1) x N(0, 1): one U per sample, one N(0, 1) per value.
 
   Args:
     key: of this step and use.

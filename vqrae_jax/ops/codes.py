@@ -2,7 +2,7 @@
 
 All arithmetic is f32 and every product requests the highest precision: by
 default an f32 dot is TF32 on GPU and bf16 passes on TPU, and either chooses
-different codes. No array is [tokens, K] beyond a chunk.
+different codes. An array [tokens, K] holds one chunk of tokens only.
 """
 
 import functools
@@ -17,16 +17,16 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
-BATCH_AXES = ('data', 'fsdp')  # mesh axes that a batch of tokens lies over
+BATCH_AXES = ('data', 'fsdp')  # mesh axes that shard a batch of tokens
 SCORES_PER_CHUNK = 2**24  # f32 scores at once on a device: 64 MiB
 
 
 def straight_through(
   surrogate: Float[Array, '*s'], codes: Float[Array, '*s']
 ) -> Float[Array, '*s']:
-  """`codes` in value, exactly; the surrogate's gradient.
+  """Exactly the values of `codes`, with the gradient of `surrogate`.
 
-  `z + sg(q - z)` rounds (21 % of values in bf16 are off); here the added term
+  `z + sg(q - z)` rounds (in bf16, 21 % of values differ); here the added term
   is exactly zero.
   """
   sg = jax.lax.stop_gradient
@@ -48,9 +48,9 @@ def rotate(
 ) -> Float[Array, '*s c']:
   """z times the scaled rotation that takes it to its code (arXiv 2410.06424).
 
-  The rotation is in the plane of the two. It and the scale |code| / |z| count
-  as constants: the gradient to z is turned back and scaled by them, and none
-  goes to the codes.
+  The rotation is in the plane of the two. It and the scale |code| / |z| are
+  treated as constants: the gradient to z is rotated back and scaled, and the
+  codes get none.
   """
   sg = jax.lax.stop_gradient
 
@@ -66,10 +66,10 @@ def rotate(
 def lookup(
   codes: Float[Array, 'k c'], indices: Int[Array, '*s']
 ) -> Float[Array, '*s c']:
-  """codes[indices]: f32[... c].
+  """codes[indices], [... c] of the codes' dtype; -1 is the last code.
 
   Under an ambient mesh each device looks up its own share of the tokens in the
-  gathered table, and the gradient comes back as a reduce-scatter of its rows.
+  gathered table, and the gradient is a reduce-scatter of the table's rows.
   """
   flat = indices.reshape(math.prod(indices.shape))
   found = _by_device(functools.partial(_rows, len(codes)), flat, codes)
@@ -92,7 +92,7 @@ _rows.defvjp(
 
 
 def batch_axes() -> tuple[str, ...]:
-  """The ambient mesh's axes that tokens lie over."""
+  """The ambient mesh's axes that shard tokens, those of one device excepted."""
   mesh = jax.sharding.get_abstract_mesh()
   # Not inside a caller's own shard_map, whose axes are Manual.
   kinds = dict(zip(mesh.axis_names, mesh.axis_types or (), strict=True))
@@ -102,8 +102,8 @@ def batch_axes() -> tuple[str, ...]:
 
 
 def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
-  """fn(tokens [n …], codes [k c]) -> [n …], under an ambient mesh by each
-  device on its own tokens."""
+  """fn(tokens [n …], codes [k c]) -> [n …]; under an ambient mesh each device
+  applies it to its own tokens."""
   mesh, axes = jax.sharding.get_abstract_mesh(), batch_axes()
   n, shards = tokens.shape[0], math.prod(mesh.shape[a] for a in axes)
   if shards == 1 or not isinstance(n, int) or n % shards:
@@ -127,20 +127,21 @@ def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
 
 
 def by_chunk(fn: Callable, size: int, *tokens: Array) -> Any:
-  """fn(arrays [n …], counted bool[n]) of chunks, its results stacked.
+  """Applies fn(arrays [n …], counted bool[n]) to chunks and stacks its results.
 
   A chunk has at most `SCORES_PER_CHUNK` scores a device at `size` scores a
-  token; a gradient computes it again. Chunk i of m holds tokens i, i + m, …,
-  so that each device keeps its own; what fills the last up does not count.
+  token (one token at least); the gradient recomputes it. Chunk i of m holds
+  tokens i, i + m, …, so that each device keeps its own. The last are padded
+  with tokens that are not `counted`.
 
   Args:
-    fn: of a chunk of each of `tokens`.
+    fn: of a chunk of each of `tokens`, and of `counted`.
     size: scores of one token.
     *tokens: [n …] each.
 
   Returns:
     fn's results with a first axis of chunks; `in_order` undoes it for those
-    that have an entry a token.
+    that have an entry per token.
   """
   n, shape = tokens[0].shape[0], jax.sharding.get_abstract_mesh().shape
   shards = math.prod(shape[a] for a in batch_axes())
@@ -160,7 +161,7 @@ def by_chunk(fn: Callable, size: int, *tokens: Array) -> Any:
 
 
 def in_order(stacked: Array, n: Any) -> Array:
-  """[chunks, tokens of one, …] of `by_chunk` -> [n …]; n may be a symbol."""
+  """[chunks, tokens of one, …] of `by_chunk` -> [n …]; n may be symbolic."""
   flat = jnp.moveaxis(stacked, 0, 1)
   return flat.reshape(-1, *stacked.shape[2:])[:n]
 
@@ -186,7 +187,7 @@ def entropies(
   own, p = by_chunk(sums, size, tokens)
   n = tokens.shape[0]
   mean = p.sum(0) / n
-  # Where nothing is left of p in f32 its slope is that of 1e-20.
+  # Where p underflows in f32, the slope is that at 1e-20.
   spread = -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-20)))
   return own.sum() / n, spread
 
@@ -194,8 +195,8 @@ def entropies(
 def code_entropies(
   z: Float[Array, '*s c'], codes: Float[Array, 'k c'], temperature: float
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
-  """`entropies` of tokens' softmax over codes, of -distance^2 / temperature."""
-  # Distances are the same, and scores of few digits the smaller.
+  """`entropies` of tokens' softmax(-distance^2 / temperature) over codes."""
+  # Centring keeps the distances and makes the scores smaller, so more exact.
   center = jax.lax.stop_gradient(codes.mean(0))
   codes = codes - center
   squares = jnp.sum(codes * codes, axis=-1)
@@ -212,13 +213,16 @@ def orthogonality(codes: Float[Array, 'k c']) -> Float[Array, '']:
   """|C C^T|^2 / k^2 - 1/k of unit rows C: 0 where all are orthogonal
   (arXiv 2112.00384, eq. 2)."""
   rows, k = unit(codes), codes.shape[0]
-  # As large as that of rows, and c x c instead of k x k.
+  # Of the same norm as C C^T, and c x c instead of k x k.
   gram = jnp.einsum('kc,kd->cd', rows, rows, precision=HIGHEST)
   return jnp.sum(gram * gram) / k**2 - 1 / k
 
 
 def radix_strides(levels: Sequence[int], last_is_least: bool) -> np.ndarray:
-  """i32[len(levels)]: what one step of each digit adds to the index."""
+  """i32[len(levels)]: what one step of each digit adds to the index.
+
+  The least significant digit is the last one or else the first.
+  """
   order = levels[::-1] if last_is_least else levels
   values = np.cumprod([1, *order[:-1]]).astype(np.int32)
   return values[::-1] if last_is_least else values
@@ -240,7 +244,7 @@ def index_to_digits(
 
 
 def count_codes(indices: Int[Array, '*s'], size: int) -> Int[Array, ' k']:
-  """How often each of `size` codes occurs; negative indices are dropped."""
+  """How often each of `size` codes occurs; other indices are dropped."""
   flat = indices.reshape(math.prod(indices.shape))
   flat = jnp.where(flat < 0, size, flat)
   return jnp.zeros(size, jnp.int32).at[flat].add(1, mode='drop')
@@ -249,18 +253,19 @@ def count_codes(indices: Int[Array, '*s'], size: int) -> Int[Array, ' k']:
 def sum_by_code(
   z: Float[Array, '*s c'], indices: Int[Array, '*s'], size: int
 ) -> Float[Array, 'k c']:
-  """f32[k c]: the sum of each code's tokens; negative indices are dropped."""
+  """f32[k c]: the sum of each code's tokens; other indices are dropped."""
   flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1]).astype(jnp.float32)
   index = indices.reshape(math.prod(indices.shape))
   if not flat.size:
     return jnp.zeros((size, z.shape[-1]))
 
   def sorted_sums(flat, index):
-    """Tokens in the order of their codes: each takes up the sum of the one,
-    two, four … after it of the same code, so that a code's first has all.
+    """Sorts tokens by code; each then adds the sums of the one, two, four …
+    after it of the same code, so that a code's first token has the total.
 
-    For GPUs, where XLA adds by atomics: in no fixed order, and within a train
-    step (H200, 12544 tokens of 1536) in 61 ms of 273; alone .2, and this 1.6.
+    For GPUs, where XLA adds by atomics: in no fixed order, and slowly in a
+    train step (H200, 12,544 tokens of 1536 channels: 61 of its 273 ms; alone .2
+    ms, and this 1.6 ms).
     """
     order = jnp.argsort(index)
     flat, index = flat[order], index[order]
@@ -287,7 +292,7 @@ def sum_by_code(
 
 
 def usage(counts: Int[Array, '*q k']) -> Float[Array, ' *q']:
-  """The share of codes that occur at all, in [0, 1], over the last axis."""
+  """The share of codes that occur, in [0, 1], over the last axis."""
   return jnp.mean(counts > 0, axis=-1, dtype=jnp.float32)
 
 

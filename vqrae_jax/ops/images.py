@@ -7,11 +7,11 @@ without (torch); pixel centres lie at half integers.
 
 `resize_exact` reproduces PIL's 8-bit arithmetic bit for bit on any device: the
 published processors of the encoders resize 8-bit images with it. PIL works in
-whole numbers: weights of 22 fractional bits, a pass over the columns and one
-over the rows, each rounded to 8 bits and clipped where bicubic overshoots. Here
-the weights are cut into three digits of 8 bits, so that each matrix product is
-a sum of whole numbers below 2^24: exact in f32 in any order, even from bf16
-inputs. Latents then do not depend on how a device adds.
+integers: weights of 22 fractional bits, a pass over the columns and one over
+the rows, each rounded to 8 bits and clipped where bicubic overshoots. Here the
+weights are split into three digits of 8 bits, so that each matrix product is a
+sum of integers below 2^24: exact in f32 in any order, even from bf16 inputs. So
+latents do not depend on a device's order of summation.
 """
 
 import functools
@@ -27,20 +27,20 @@ from jaxtyping import Array, Float
 from vqrae_jax.errors import UserError, choose
 
 HIGHEST = jax.lax.Precision.HIGHEST
-LOW, HIGH = -0.01, 1.01  # images in [0, 1], and what arithmetic may add
+LOW, HIGH = -0.01, 1.01  # [0, 1] with a margin for rounding
 
 
 def value_range(x: ArrayLike) -> tuple[Any, Any] | None:
-  """(min, max), NaN if any is; None if values are not at hand.
+  """(min, max), both NaN if any value is; None if there are no concrete values:
+  under a trace, in an empty array, or in one that is partly on other hosts.
 
-  They are not under a trace, in an empty array and on other hosts. numpy arrays
-  stay on the host, others are reduced where they lie.
+  NumPy arrays are reduced on the host, others on their devices.
   """
   if isinstance(x, np.ndarray):
     return (x.min(), x.max()) if x.size else None
   if isinstance(x, jax.core.Tracer) or not x.size or not x.is_fully_addressable:
     return None
-  with jax.ensure_compile_time_eval():  # at hand inside a trace, too
+  with jax.ensure_compile_time_eval():  # concrete inside a trace, too
     low, high = np.asarray(_min_and_max(x))
   return low, high
 
@@ -51,7 +51,7 @@ def _min_and_max(x: Array) -> Array:
 
 
 def check_range(images: ArrayLike, what: str) -> None:
-  """Raises UserError if float images at hand leave [-0.01, 1.01] or are NaN."""
+  """Raises a UserError if concrete values leave [-0.01, 1.01] or are NaN."""
   low, high = map(float, value_range(images) or (0, 1))
   if not (low >= LOW and high <= HIGH):
     raise UserError(
@@ -62,10 +62,10 @@ def check_range(images: ArrayLike, what: str) -> None:
 
 
 def to_unit(images: ArrayLike) -> Float[Array, '... h w 3']:
-  """uint8 images / 255, float images as they are, as f32 in [0, 1].
+  """uint8 images / 255, float images unchanged, as f32; no range is checked.
 
   Raises:
-    UserError: any other integer type, or not three channels last.
+    UserError: any other integer type, or a last axis that is not 3 channels.
   """
   if images.ndim < 3 or images.shape[-1] != 3:
     grey = images.shape[-1:] == (1,)
@@ -84,7 +84,7 @@ def to_unit(images: ArrayLike) -> Float[Array, '... h w 3']:
 
 
 def need_floats(images: ArrayLike, what: str) -> None:
-  """Raises UserError if `images`, called `what`, are of an integer type."""
+  """Raises a UserError if `images`, called `what`, are not floating point."""
   if not jnp.issubdtype(images.dtype, jnp.floating):
     raise UserError(
       f'{what} are of type {images.dtype}; give floats in [0, 1]: divide '
@@ -134,7 +134,11 @@ def resize_matrix(
 
   With antialias the kernel widens with the scale and is renormalised at the
   borders; without, samples beyond a border repeat it, as torch does. "area" is
-  the mean of the samples that a new one touches (adaptive average pooling).
+  the mean of the samples that a new one touches (adaptive average pooling),
+  whatever `antialias`.
+
+  Raises:
+    UserError: a method other than "bicubic", "bilinear" and "area".
   """
   if method == 'area':
     index, sample = np.arange(new_size)[:, None], np.arange(size)
@@ -182,10 +186,10 @@ def resize(
 def patchify(
   images: Float[Array, 'b h w c'], patch: int
 ) -> Float[Array, 'b gh gw p']:
-  """[b h w c] to [b h/p w/p p*p*c], each patch laid (row, column, channel)."""
+  """[b h w c] to [b h/p w/p p*p*c], each patch as (row, column, channel)."""
   b, h, w, c = images.shape
   gh, gw = h // patch, w // patch
-  # Columns and channels as one: a TPU pads its last dimension to 128.
+  # Columns and channels as one axis: a TPU pads the last one to 128.
   x = images.reshape(b, gh, patch, gw, patch * c).swapaxes(2, 3)
   return x.reshape(b, gh, gw, patch * patch * c)
 
@@ -230,10 +234,10 @@ def _round(sums: Float[Array, '3 ...']) -> Float[Array, '...']:
 
 
 def _rows_first(h: int, w: int, size: tuple[int, int]) -> bool:
-  """Whether PIL begins with the rows: where they shrink far more than columns.
+  """Whether PIL resizes rows first: if they shrink far more than columns.
 
   As Pillow 13 does (its pull request 9549; the rule is inferred from results);
-  earlier ones always begin with the columns.
+  earlier ones always resize columns first.
   """
   return h > size[0] and h - size[0] > 2 * (w - size[1])
 
@@ -242,16 +246,17 @@ def _rows_first(h: int, w: int, size: tuple[int, int]) -> bool:
 def resize_exact(
   images: Float[Array, '... h w c'], size: tuple[int, int], method: str
 ) -> Float[Array, '... i j c']:
-  """Images in [0, 1] as PIL resizes them in 8 bits; in [0, 1] again.
+  """Images in [0, 1] resized as PIL does in 8 bits; f32 in [0, 1].
 
-  Values are rounded to 8 bits first: the identity for what was uint8. At equal
-  sizes values stay as they are. Exact while an output pixel covers at most 258
-  input pixels a side. Gradients are those of the resampling without rounding.
+  Values are first rounded to 8 bits and clipped, which keeps those of uint8
+  images; at equal sizes they are unchanged. Exact while an output pixel covers
+  at most 258 input pixels a side. Gradients are those of the resampling without
+  rounding.
 
   Args:
-    images: in [0, 1], antialiased as `method` says.
+    images: in [0, 1].
     size: (h, w) of the result.
-    method: "bicubic" or "bilinear".
+    method: "bicubic" or "bilinear", with antialias.
   """
   h, w = images.shape[-3:-1]
   if (h, w) == tuple(size):

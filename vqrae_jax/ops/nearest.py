@@ -1,15 +1,16 @@
 """The nearest code of each token.
 
-Distances are compared as |c|^2 / 2 - z.c, without |z|^2, which moves no argmin
-and costs digits. Both sides are centred on the codebook's mean, which cancels a
-direction they share, and scaled by one power of two, so that no square leaves
-f32. A dot in f32 is TF32 on a GPU and bf16 passes on a TPU unless it is asked
-for more, and either picks other codes: products ask for the highest precision,
-or are of bf16 and only choose which codes are compared in f32 (`shortlist`).
+Distances are compared as |c|^2 / 2 - z.c, without |z|^2, which does not change
+the argmin and costs digits. Both sides are centred on the codebook's mean,
+which cancels a direction they share, and scaled by one power of two, so that
+squares stay in f32's range. By default an f32 dot is TF32 on a GPU and bf16
+passes on a TPU, and either chooses other codes: products request the highest
+precision or, on a GPU, six bf16 products of equal error. `shortlist` uses bf16
+products only to choose which codes are compared in f32.
 
-Nothing of [tokens, K] is made beyond a chunk, and no copy of all tokens. Under
-an ambient mesh each device searches for its own tokens; the rows of a sharded
-codebook go round its devices and are never gathered.
+An array [tokens, K] holds one chunk of tokens only, and tokens are not copied.
+Under an ambient mesh each device searches for its own tokens; the shards of a
+codebook are passed around its devices and never gathered.
 """
 
 import functools
@@ -25,18 +26,18 @@ from jaxtyping import Array, Float, Int
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST
 
-# As a TPU does it: six products of bf16 parts, f32's error in half the time of
-# a GPU's f32 products.
+# As on a TPU: six products of bf16 parts, with the error of f32 products; on a
+# GPU faster for wide codes (`on_cuda`).
 SIX_BF16 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
-GROUPS = 512  # of codes, of each of which `shortlist` looks at the best
+GROUPS = 512  # of codes; `shortlist` keeps the best of each
 LISTED = 8  # codes of a token that `shortlist` compares in f32
-UNLISTED = 64  # tokens at once whose list is too short
-SYMBOLIC = 1024  # tokens of a chunk at most, where a program has any number
+UNLISTED = 64  # tokens at once that `shortlist` searches again, in f32
+SYMBOLIC = 1024  # tokens of a chunk at most, if their number is symbolic
 ROUNDING = 2.0**-23
 
 
 class Codes(NamedTuple):
-  """Rows of a codebook as tokens are compared with them.
+  """Rows of a codebook, prepared for the comparison with tokens.
 
   Attributes:
     rows: f32[k c], scaled and centred.
@@ -55,7 +56,7 @@ class Rounded(NamedTuple):
   Attributes:
     rows: bf16[k c].
     half_norms, norms: f32[k], of the codes before they were rounded.
-    lost: f32[k], the norms of what rounding took from them.
+    lost: f32[k], the norms of their rounding errors.
   """
 
   rows: Array
@@ -65,14 +66,14 @@ class Rounded(NamedTuple):
 
 
 class Found(NamedTuple):
-  """The best codes so far of tokens [n]; scores are half squared distances
-  less half the token's square.
+  """The best codes found so far for tokens [n]; a score is half the squared
+  distance minus half the token's square.
 
   Attributes:
-    score: f32[n] of the best.
-    index: i32[n], its number.
-    distance, second, second_distance: f32[n], or None: the length from the
-      token to the best, the score of the second best, and the length to it.
+    score: f32[n], the best code's.
+    index: i32[n], the best code's number.
+    distance, second, second_distance: f32[n], or None: the distance to the best
+      code, the score of the second best, and the distance to it.
   """
 
   score: Array
@@ -91,21 +92,24 @@ def nearest_code(
 ) -> Int[Array, '*s'] | tuple[Int[Array, '*s'], Float[Array, '*s']]:
   """The index of the code nearest to each token.
 
-  In float64 its squared distance is within 2^-21 (|z| + |c|)^2 of the least,
-  while values other than 0 differ by less than a factor of 1e32 and are normal
-  numbers. Rows that are equal give the lowest index; one that is not finite is
-  chosen if all are. No gradient passes.
+  In float64 its squared distance is within 2^-21 (|z| + |c|)^2 of the least, if
+  nonzero values are normal numbers and differ by less than a factor of 1e32. Of
+  equal rows the lowest index is chosen; a row that is not finite only if all
+  are. No gradient passes.
 
   Args:
     z: f[... c] tokens, compared in f32.
     codebook: f[k c].
     distance: "l2", or "cosine": of z and codes scaled to norm one.
-    return_margin: also how much nearer it is than the second best.
+    return_margin: also return how much nearer it is than the second best.
 
   Returns:
     i32[...] in [0, k); with `return_margin` also f32[...] >= 0, the distance
-    (not squared) to the second best code less that to the best, infinite where
+    (not squared) to the second best code minus that to the best, infinite if
     there is one code.
+
+  Raises:
+    ValueError: another `distance`, or shapes that do not match.
   """
   if distance not in ('l2', 'cosine'):
     raise ValueError(f'distance={distance!r} must be "l2" or "cosine"')
@@ -134,7 +138,7 @@ def nearest_code(
 
 
 def _directions(x: Array) -> Array:
-  """Rows of norm one, of any size; zeros stay zeros."""
+  """Rows scaled to norm one, from any magnitude; zeros stay zeros."""
   largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
   # A power of two rounds nothing, and its inverse is a normal number too.
   exponent = jnp.clip(-jnp.frexp(largest)[1], -126, 126)
@@ -144,7 +148,7 @@ def _directions(x: Array) -> Array:
 
 
 def _searched(z: Array, codebook: Array, margins: bool) -> Found:
-  """Tokens f32[n c] and all codes, spread over the ambient mesh."""
+  """The search for tokens f32[n c], split over the ambient mesh."""
   mesh, axes = jax.sharding.get_abstract_mesh(), code_ops.batch_axes()
   n, shards = z.shape[0], math.prod(mesh.shape[a] for a in axes)
   if shards == 1 or not isinstance(n, int):
@@ -163,19 +167,19 @@ def _searched(z: Array, codebook: Array, margins: bool) -> Found:
 
 
 def _round(z: Array, rows: Array, margins: bool, ring: str | None) -> Found:
-  """A device's own tokens, with all codes, of which it holds `rows`.
+  """The search for a device's own tokens among all codes, shard after shard.
 
   Args:
     z: f32[n c].
     rows: f32[r c].
-    margins: also the second best.
-    ring: the mesh axis that codes lie over, or None: `rows` are all.
+    margins: also find the second best.
+    ring: the mesh axis that shards the codes, or None: `rows` are all.
   """
   own, size = 0, 1
   if ring:
     own, size = jax.lax.axis_index(ring), jax.lax.axis_size(ring)
-  # Squares of what is scaled lie in f32, of the largest as of what is 1e-30
-  # of it. A power of two rounds nothing.
+  # Scaled values have squares in f32's range, from the largest down to 1e-30 of
+  # it. A power of two rounds nothing.
   largest = jnp.maximum(_largest(rows), _largest(z))
   if ring:
     largest = jax.lax.pmax(largest, ring)
@@ -186,7 +190,7 @@ def _round(z: Array, rows: Array, margins: bool, ring: str | None) -> Found:
   if ring:
     center = jax.lax.pmean(center, ring)
     shortest = jax.lax.pmin(shortest, ring)
-  # A mean that long codes make would take the digits of short ones.
+  # A mean dominated by long codes would cost short ones their digits.
   center = jnp.where(jnp.linalg.norm(center) <= 2 * shortest, center, 0)
   rows = rows - center
   half_norms = 0.5 * jnp.sum(rows * rows, axis=-1)
@@ -217,7 +221,7 @@ def _round(z: Array, rows: Array, margins: bool, ring: str | None) -> Found:
 
     def visit(_, state):
       codes, found = state
-      # To be on its way while these rows are searched.
+      # Sent while these rows are searched.
       following = jax.lax.ppermute(
         codes, ring, [(i, (i + 1) % size) for i in range(size)]
       )
@@ -234,13 +238,13 @@ def _round(z: Array, rows: Array, margins: bool, ring: str | None) -> Found:
 
 def _largest(x: Array) -> Array:
   """f32[]: the largest absolute value of rows that are finite."""
-  # Two reductions of x as it is: nothing of its size is made.
+  # Two reductions of x itself: no array of its size is made.
   rows = jnp.maximum(x.max(-1, initial=0), -x.min(-1, initial=0))
   return jnp.max(rows, initial=0, where=jnp.isfinite(rows))
 
 
 def _better(a: Found, b: Found) -> Found:
-  """Of two sets of codes, token by token."""
+  """The best of the results for two sets of codes, token by token."""
   first = (b.score < a.score) | ((b.score == a.score) & (b.index < a.index))
 
   def either(first, x, y):
@@ -249,7 +253,7 @@ def _better(a: Found, b: Found) -> Found:
   best = Found(*(either(first, x, y) for x, y in zip(a, b, strict=True)))
   if a.second is None:
     return best
-  # The other set's best, or the second of the same set.
+  # The second best is the other set's best, or the same set's second.
   other = Found(*(either(first, y, x) for x, y in zip(a, b, strict=True)))
   behind = other.score < best.second
   return best._replace(
@@ -259,19 +263,19 @@ def _better(a: Found, b: Found) -> Found:
 
 
 def _chunks(searcher, margins, z, scale, center, codes) -> Found:
-  """Tokens f32[n c] as they are given, a chunk at a time."""
+  """Searches unscaled tokens f32[n c], a chunk at a time."""
   n = z.shape[0]
   search = searcher(codes, margins)
   chunk = max(code_ops.SCORES_PER_CHUNK // len(codes.rows), 1)
   if isinstance(n, int) and n <= chunk:
     return search(z * scale - center)
-  if not isinstance(n, int):  # few tokens take as long as a chunk
+  if not isinstance(n, int):  # few tokens take as long as a full chunk
     chunk = min(chunk, SYMBOLIC)
   m = -(-n // chunk)
   if isinstance(n, int):
     chunk = -(-n // m)  # equal parts
-  # Taken row by row: padded tokens would be a copy of all. The last chunk
-  # searches the last token again.
+  # Gathered by row: padding would copy all tokens. The last chunk repeats the
+  # last token.
   offsets = jnp.arange(chunk)
 
   def part(i):
@@ -288,7 +292,7 @@ def direct(
   precision: jax.lax.PrecisionLike = HIGHEST,
   margins: bool = False,
 ) -> Callable[[Array], Found]:
-  """A search of tokens f32[n c] by every score in f32."""
+  """A search for tokens f32[n c] that computes every score in f32."""
 
   def least(scores):
     at = jnp.argmin(scores, axis=-1)
@@ -302,7 +306,7 @@ def direct(
     if not margins:
       return found
 
-    def length(at):  # of the difference: a score has lost its digits
+    def length(at):  # of the difference: a score has lost digits
       return jnp.linalg.norm(tokens - codes.rows[at], axis=-1)
 
     others = jnp.arange(len(codes.rows)) != best[:, None]
@@ -319,7 +323,7 @@ def direct(
 def grouped(
   z: Array, a: Array, b: Array, codes: Rounded
 ) -> tuple[Array, Array, Array]:
-  """Scores of rounded tokens; code k is of group k mod `GROUPS`.
+  """Scores of rounded tokens by group; code k is in group k mod `GROUPS`.
 
   Args:
     z: bf16[n c].
@@ -327,9 +331,9 @@ def grouped(
     codes: a multiple of `GROUPS`, or fewer.
 
   Returns:
-    (f32[n g], i32[n g], f32[n]): the least that the score of a code of each
-    group may be, which code it is, and what the least score of all is at most;
-    infinite where a second code of a group may be below that.
+    (f32[n g], i32[n g], f32[n]): a lower bound of the scores of each group, the
+    code that has it, and an upper bound of the least score of all, infinite if
+    the second code of a group may be below it.
   """
   dots = jnp.einsum(
     'nc,kc->nk', z, codes.rows, preferred_element_type=jnp.float32
@@ -351,7 +355,7 @@ def grouped(
 
   at = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
   infinite = jnp.full_like(scores, jnp.inf)
-  # One reduction: whatever it needs twice would be read twice.
+  # One reduction: with several, inputs would be read several times.
   least, at, second, high = jax.lax.reduce(
     [x.reshape(shape) for x in (scores - off, at, infinite, scores + off)],
     [jnp.float32(jnp.inf), jnp.int32(2**31 - 1), *[jnp.float32(jnp.inf)] * 2],
@@ -363,7 +367,7 @@ def grouped(
 
 
 def _rounded(x: Array) -> Array:
-  """f32 values of bf16. A GPU's compiler drops a cast there and back."""
+  """x rounded to bf16, as f32. A GPU's compiler removes casts that cancel."""
   return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
@@ -373,17 +377,18 @@ def shortlist(
   precision: jax.lax.PrecisionLike = HIGHEST,
   groups: Callable = grouped,
 ) -> Callable[[Array], Found]:
-  """A search of tokens f32[n c] by scores in bf16; those that may be the least
-  again, in f32.
+  """A search for tokens f32[n c] by scores in bf16; codes that may be nearest
+  are compared again, in f32.
 
-  A score of rounded tokens and codes is off by no more than what the rounding
-  left of both, measured, and what f32 sums lose. A token is searched by
-  `direct` where more than `LISTED` codes are within that of the least.
+  The error of a score of rounded tokens and codes is bounded by the measured
+  rounding errors of both and the error of f32 sums. If the groups with scores
+  within that bound of the least are more than `LISTED`, `direct` searches for
+  the token. No search uses this yet (`SEARCHES`).
 
   Args:
     codes: more than `LISTED`.
     precision: of `direct`.
-    groups: what makes all scores: `grouped`, or a kernel.
+    groups: a function that computes the scores: `grouped`, or a kernel.
   """
   norm = functools.partial(jnp.linalg.norm, axis=-1)
   missing = -len(codes.rows) % min(GROUPS, len(codes.rows))
@@ -427,17 +432,18 @@ def shortlist(
 
 
 def on_cuda(codes: Codes, margins: bool) -> Callable:
-  """Six bf16 products where codes are wide (H200, 2026-11-27: 1.5 to 1.8 times
-  as quick; narrow ones take up to six times as long)."""
+  """`direct`, by six bf16 products for wide codes: on an H200 1.3 to 1.8 times
+  as fast; narrow ones would take up to four times as long
+  (docs/quantizers.md)."""
   wide = codes.rows.shape[1] >= 512
   precision = SIX_BF16 if wide else HIGHEST
   return direct(codes, precision=precision, margins=margins)
 
 
-# How a device of each platform searches. `shortlist` with the kernels of
-# `nearest_kernels` is quicker on a GPU (docs/quantizers.md) and off: as it was
-# timed, the compiler dropped the rounding that its bound is measured from, and
-# since that was mended it did not run on a device.
+# The search of each platform. `shortlist` with the kernels of `nearest_kernels`
+# was faster on a GPU (docs/quantizers.md) but is not used: when it was timed,
+# the compiler removed the rounding that its bound is measured from, and the
+# corrected version has not run on a device.
 SEARCHES = dict(
   cuda=on_cuda, default=lambda codes, margins: direct(codes, margins=margins)
 )

@@ -1,9 +1,9 @@
-"""Pallas kernels for `ops/nearest.py`: they read all scores of rounded tokens
-and codes, and write none.
+"""Pallas kernels for `ops/nearest.py`: they compute the scores of all rounded
+tokens and codes, and write none to memory.
 
-Each gives what `nearest.grouped` gives. Codes are in groups; a token keeps the
-least score of each group, and it is known whether the second of a group might
-be the least of all.
+Each returns what `nearest.grouped` returns: codes are in groups, and a token
+keeps the least score of each group, and whether the second of a group might be
+the least of all. No search uses them yet (`nearest.SEARCHES`).
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 from jaxtyping import Array
 
-TOKENS = 256  # of a TPU's step
-CODES = 512  # of a TPU's step, and its groups: code k is of group k mod CODES
+TOKENS = 256  # of a grid step on TPU
+CODES = 512  # of a grid step on TPU; code k is in group k mod CODES
 
 
 def _padded(x: Array, rows: int, fill: float = 0.0) -> Array:
@@ -26,8 +26,8 @@ def _padded(x: Array, rows: int, fill: float = 0.0) -> Array:
 
 
 def _inputs(z, a, b, codes, tokens, codes_a_step):
-  """Of whole steps: z, a, b, rows, half norms, norms, lost. Padding is
-  infinitely far."""
+  """(z, a, b, rows, half norms, norms, lost), padded to full grid steps; padded
+  codes are infinitely far."""
   columns = (_padded(x[:, None], tokens) for x in (a, b))
   fills = ((codes.half_norms, jnp.inf), (codes.norms, 0.0), (codes.lost, 0.0))
   lines = (_padded(x, codes_a_step, fill)[None] for x, fill in fills)
@@ -35,7 +35,7 @@ def _inputs(z, a, b, codes, tokens, codes_a_step):
 
 
 def _blocks(tokens: int, codes: int, width: int) -> list[pl.BlockSpec]:
-  """Of `_inputs`, for a grid of blocks of tokens and of codes."""
+  """Block specs of `_inputs`, for a grid of blocks of tokens and of codes."""
   column = pl.BlockSpec((tokens, 1), lambda i, j: (i, 0))
   line = pl.BlockSpec((1, codes), lambda i, j: (0, j))
   z = pl.BlockSpec((tokens, width), lambda i, j: (i, 0))
@@ -44,7 +44,7 @@ def _blocks(tokens: int, codes: int, width: int) -> list[pl.BlockSpec]:
 
 
 def _tpu_step(z, a, b, rows, half, norms, lost, least, at, upper, second, most):
-  """A block of tokens and one of codes; a row of the grid is one of tokens."""
+  """One block of tokens and one of codes; outputs are per block of tokens."""
   step, steps = pl.program_id(1), pl.num_programs(1)
 
   @pl.when(step == 0)
@@ -85,7 +85,7 @@ def tpu_groups(
   *,
   interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-  """As `nearest.grouped`, of CODES groups."""
+  """`nearest.grouped` on TPU, with CODES groups."""
   n, c = z.shape
   given = _inputs(z, a, b, codes, TOKENS, CODES)
   total, k = given[0].shape[0], given[3].shape[0]
@@ -114,7 +114,7 @@ GPU_TOKENS, GPU_CODES, GPU_GROUP, GPU_DEPTH = 128, 128, 32, 64
 
 
 def _gpu_step(z, a, b, rows, half, norms, lost, least, at, upper, second):
-  """A block of tokens and one of codes, in groups of neighbours."""
+  """One block of tokens and one of codes, in groups of GPU_GROUP neighbours."""
 
   def add(i, dots):
     part = pl.ds(i * GPU_DEPTH, GPU_DEPTH)
@@ -151,7 +151,7 @@ def gpu_groups(
   *,
   interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-  """As `nearest.grouped`, of groups of GPU_GROUP neighbours."""
+  """`nearest.grouped` on GPU, with groups of GPU_GROUP neighbouring codes."""
   n, c = z.shape
   z, a, b, rows, *lines = _inputs(z, a, b, codes, GPU_TOKENS, GPU_CODES)
   z, rows = (jnp.pad(x, ((0, 0), (0, -c % GPU_DEPTH))) for x in (z, rows))

@@ -7,7 +7,7 @@ first half of the channels encodes the column, the second the row, each as
 Rotations are those of DINOv3 (2508.10104; RoPE, 2104.09864) in normalised
 coordinates: rows and columns each run from -1 to 1 whatever the grid, so no
 grid needs interpolation. DINOv3's random shifts and scales of them in training
-are left out.
+are omitted.
 """
 
 from types import ModuleType
@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-ROPE_BASE = 100.0  # the only one that `encoders/dinov3.py` takes
+ROPE_BASE = 100.0  # the only base that `encoders/dinov3.py` accepts
 Rotation = tuple[Float[ArrayLike, 'n c'], Float[ArrayLike, 'n c']]
 
 
@@ -36,7 +36,7 @@ def sincos2d(
   """f32[gh*gw width], the fixed embedding of `grid` in `native` coordinates.
 
   At the native grid the coordinates are 0, 1, …; another grid spans the same
-  extent, so a wider image is seen through the positions the model knows.
+  extent, so a larger image has positions within the trained range.
   """
   rows, cols = map(_coordinates, grid, native)
   return sincos_at(width, rows, cols)
@@ -81,9 +81,9 @@ def rope2d(head: int, grid: tuple[int, int], prefix: int = 0) -> Rotation:
 def rotate(
   x: Float[Array, 'b n heads d'], rotation: Rotation
 ) -> Float[Array, 'b n heads d']:
-  """Turns channels k and d/2 + k of every head by the token's angle k.
+  """Rotates channels k and d/2 + k of every head by the token's angle k.
 
-  In f32, whatever the type of x, in which the result is.
+  Computes in f32; the result has the dtype of x.
   """
   cos, sin = (jnp.asarray(a)[:, None] for a in rotation)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

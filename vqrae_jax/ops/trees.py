@@ -1,8 +1,8 @@
 """Trees of arrays by leaf name: "encoder/blocks/mlp/fc1/kernel".
 
 Names join the keys of nested dicts and the fields of struct dataclasses with
-"/". A regex must match the whole of a name (`re.fullmatch`), and the first
-row that matches claims the leaf.
+"/". A regex must match the full name (`re.fullmatch`), and the first row that
+matches claims the leaf.
 """
 
 import functools
@@ -25,7 +25,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict:
-  """Nested dicts out of {leaf name: leaf}: `flatten`'s inverse for dicts."""
+  """Nested dicts from {leaf name: leaf}: `flatten`'s inverse for dicts."""
   return traverse_util.unflatten_dict(dict(leaves), sep='/')
 
 
@@ -42,8 +42,9 @@ def first_match(
   """{name: value of the first row whose regex matches the full name}.
 
   Raises:
-    UserError: a name that no row claims, an invalid regex, or a row that claims
-      nothing: it matches no name, or earlier rows claim them all.
+    UserError: a name that no row claims, an invalid regex, or a row other than
+      ".*" that claims nothing: it matches no name, or earlier rows claim all
+      that it matches.
   """
   compiled = []
   for pattern, value in rows:
@@ -83,7 +84,7 @@ def first_match(
 def partition(
   tree: Any, keep: Callable[[str], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """({name: leaf} kept, {name: leaf} others), both flat."""
+  """({name: leaf} of those to keep, {name: leaf} of the others)."""
   kept, others = {}, {}
   for name, leaf in flatten(tree).items():
     (kept if keep(name) else others)[name] = leaf
@@ -91,21 +92,20 @@ def partition(
 
 
 def merge(*parts: Mapping[str, Any]) -> dict:
-  """Nested dicts out of disjoint flat parts."""
+  """Nested dicts from disjoint flat parts."""
   return unflatten({n: leaf for part in parts for n, leaf in part.items()})
 
 
 def check_same(target: Any, source: Any, what: str) -> None:
-  """Both trees have the same leaf names and shapes.
+  """Checks that both trees have the same leaf names and shapes.
 
   Args:
-    target: the wanted tree, of arrays or ShapeDtypeStructs.
-    source: the tree at hand.
+    target: the expected tree, of arrays or ShapeDtypeStructs.
+    source: the tree to check.
     what: where `source` comes from, for the error.
 
   Raises:
-    UserError: both sides of each leaf that is missing, unknown or of another
-      shape.
+    UserError: lists leaves that are missing, unknown or of another shape.
   """
   want, have = flatten(target), flatten(source)
   report = [f'missing {n} {want[n].shape}' for n in want.keys() - have.keys()]

@@ -1,1 +1,1 @@
-"""Weights that others published, in their names: tables and loading."""
+"""Published weights under their published keys: weight tables and loading."""

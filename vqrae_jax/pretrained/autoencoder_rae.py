@@ -1,18 +1,19 @@
-"""diffusers' `AutoencoderRAE` (0.42), both ways: RAE (arXiv 2510.11690) whole.
+"""Complete RAE models (arXiv 2510.11690) as diffusers' `AutoencoderRAE` (0.42).
 
-A folder with `config.json`, the sizes, and `diffusion_pytorch_model`, which has
-the keys `encoder.`, `decoder.` and, beside them, the mean and std of pixels and
-of latents. The class builds its encoder with transformers: DINOv2 with
-registers, SigLIP or ViT-MAE, of a width, depth and patch, heads of 64 channels,
-and transformers' defaults for the rest. The final norm has no affine part.
+They are read and written. A folder holds `config.json`, with the sizes, and
+`diffusion_pytorch_model`, whose keys start with `encoder.` or `decoder.`, apart
+from the mean and std of pixels and of latents. The class builds its encoder
+with transformers: DINOv2 with registers, SigLIP or ViT-MAE, of a given width,
+depth and patch size, with heads of 64 channels and transformers' defaults for
+the rest. The final norm has no affine part.
 
-The keys are those of transformers 5, or of before where a file has them. What
-is written has those of 5; SigLIP's are the same, but for "vision_model.", with
-which alone 0.42 builds it (not with transformers 5.23, which dropped it).
+Encoder keys are read as transformers 5 or earlier versions name them, and
+written as version 5 does, SigLIP's with the prefix "vision_model.": diffusers
+0.42 needs it, and cannot build SigLIP with transformers 5.23, which dropped it.
 
-Here the model is a continuous tokenizer. Images of its `image_size` give what
-they give there; where it squashes others to a square, ours keep their grid.
-This neither opens nor writes files.
+Here the model is a continuous tokenizer. Images of its `image_size` give the
+same results as in diffusers, which resizes all others to that square; here they
+keep their own grid. No file is opened or written here.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ CLASS = 'AutoencoderRAE'
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 _VERSION = '0.42.1'
 
-# `config.json`'s keys, and the values of those that it leaves out.
+# The keys of `config.json`, and the default of each.
 _DEFAULTS: dict[str, Any] = dict(
   encoder_type='dinov2',
   encoder_hidden_size=768,
@@ -64,17 +65,17 @@ _DEFAULTS: dict[str, Any] = dict(
   latents_std=None,
   noise_tau=0.0,
   reshape_to_2d=True,
-  use_encoder_loss=False,  # which nothing reads
+  use_encoder_loss=False,  # nothing reads it
   scaling_factor=1.0,
 )
-_GRID = 16  # the one whose positions are RAE's
+_GRID = 16  # the grid at which diffusers' positions are RAE's
 _HEAD = 64  # channels of each head of an encoder
-_SHOWN = 3  # differences in an error
+_SHOWN = 3  # differences that an error lists
 _EPS = np.float32(1e-5)  # added to the std of latents
 
-_PIXELS = 'it is pixel_norm in the config'
+_PIXELS = 'stored as pixel_norm in the config'
 
-# Of decoders whose positions are no fixed ones of ours.
+# A decoder's position fields: the table is a leaf, or computed here.
 _LEARNED = dict(posemb='learned', prefix_has_posemb=True)
 _FIXED = dict(posemb='sincos2d', prefix_has_posemb=False)
 _TABLE = 'decoder.decoder_pos_embed'
@@ -91,8 +92,16 @@ _DECODER |= {'attention.output.dense': 'attention.to_out.0'}
 
 
 class _Kind(NamedTuple):
-  """An encoder: transformers' config, our table of the hub's names, what these
-  are in a file of diffusers, and the shapes of what nothing reads there."""
+  """A kind of encoder that the class builds.
+
+  Attributes:
+    model_type: transformers' name of its config.
+    image_size: the side in pixels for which it has positions.
+    table: our weight table for the hub's keys.
+    names: {part of a hub's key: the same part in a file of diffusers}.
+    unused: (width, mlp_dim) -> {key: shape} of arrays that diffusers ignores.
+    prefix: of the keys that are written.
+  """
 
   model_type: str
   image_size: int
@@ -149,7 +158,7 @@ _KINDS = {
 def _renamed(
   table: Table, names: Mapping[str, str], prefixes: tuple[str, ...]
 ) -> Table:
-  """The table with other names for parts of its keys."""
+  """The table with parts of its keys renamed and other prefixes."""
 
   def rename(row):
     if isinstance(row, Ignore):
@@ -163,7 +172,7 @@ def _renamed(
 
 
 def _tables(tokenizer: Tokenizer, kind: str, old: bool) -> dict[str, Table]:
-  """{part: its rows}; `old`, the encoder's of before transformers 5."""
+  """{part: its weight table}; `old`: encoder keys are from transformers 4."""
   spec = tokenizer.encoder_spec
   row, pixels = _KINDS[kind], spec.pixel_norm
   return {
@@ -180,7 +189,7 @@ def _tables(tokenizer: Tokenizer, kind: str, old: bool) -> dict[str, Table]:
         computed('encoder_mean', lambda: _channels(pixels.mean), _PIXELS),
         computed('encoder_std', lambda: _channels(pixels.std), _PIXELS),
         ignore(
-          r'_latents_(mean|std)', 'they are codebook/latents, std with its 1e-5'
+          r'_latents_(mean|std)', 'stored as codebook/latents, with std + 1e-5'
         ),
       ),
       (),
@@ -193,7 +202,7 @@ def _channels(values: Any) -> np.ndarray:
 
 
 def _positions(width: int, n: int) -> np.ndarray:
-  """f32[1 1+n*n width]: RAE's, but another grid spans that of 16 x 16."""
+  """f32[1 1+n*n width]: RAE's; n x n tokens span the coordinates of 16 x 16."""
   line = np.arange(n, dtype=np.float32) / np.float32(n / _GRID)
   return np.pad(posemb.sincos_at(width, line, line), ((1, 0), (0, 0)))[None]
 
@@ -202,8 +211,8 @@ def _positions(width: int, n: int) -> np.ndarray:
 
 
 def _model(c: Mapping[str, Any], where: str) -> dict:
-  """The `model` section of a `config.json` over its defaults, but for
-  latents."""
+  """The section `model`, without latents, from a `config.json` merged over the
+  defaults."""
   row = choose(_KINDS, c['encoder_type'], f'encoder_type in {where}')
   width, patch = c['encoder_hidden_size'], c['encoder_patch_size']
   if width < _HEAD:
@@ -253,7 +262,7 @@ def _model(c: Mapping[str, Any], where: str) -> dict:
 def _statistics(
   c: Mapping[str, Any], source: WeightFile, n: int
 ) -> tuple[dict, dict[str, np.ndarray]]:
-  """(the section `model.latents`, its leaves) for n x n tokens."""
+  """(the section `model.latents`, {leaf name: array}) for n x n tokens."""
 
   def found(name: str, default: float) -> np.ndarray:
     if (handle := source.get(f'_latents_{name}')) is not None:
@@ -263,7 +272,7 @@ def _statistics(
 
   mean, std, scale = found('mean', 0), found('std', 1), c['scaling_factor']
   if (mean.tolist(), std.tolist(), scale) == ([0], [1], 1):
-    return {}, {}  # there, codes are then divided by 1 + 1e-5
+    return {}, {}  # diffusers still divides latents by 1 + 1e-5
   d, channel_first = c['encoder_hidden_size'], c['reshape_to_2d']
   shape = (1, d, n, n) if channel_first else (1, n * n, d)
   ends = (-2, None) if channel_first else (-2, -1)
@@ -274,8 +283,8 @@ def _statistics(
       x = np.broadcast_to(x, shape)
     except ValueError:
       raise UserError(
-        f'{source.name}: the statistics of latents have shape {x.shape}; '
-        f'{shape} is right, or 1 in place of any of it'
+        f'{source.name}: the statistics of latents have shape {x.shape}, which '
+        f'must be {shape}, or have 1 for any of these sizes'
       ) from None
     x = (np.moveaxis(x, 1, -1) if channel_first else x).reshape(n, n, d)
     if not np.isfinite(x).all():
@@ -297,25 +306,28 @@ def _statistics(
 def read(
   config: Mapping[str, Any], where: str, source: WeightFile
 ) -> tuple[Tokenizer, dict[str, Pretrained], dict[str, np.ndarray]]:
-  """Matches a folder with the tokenizer that it describes.
+  """Matches a folder's weights with the tokenizer that its config describes.
+
+  Of the values, it reads the means, the stds and the decoder's positions.
 
   Args:
     config: its `config.json`.
-    where: that file, for errors.
-    source: its opened weights. Its mean and std count, not the config's, as
-      there.
+    where: the path of that file, for errors.
+    source: its opened weights, whose means and stds take precedence over the
+      config's, as in diffusers.
 
   Returns:
-    (the tokenizer, {part: its arrays matched}, {"codebook/latents/…": array}).
+    (the tokenizer, {part: its matched arrays}, {"codebook/latents/…": array}).
 
   Raises:
-    UserError: what has no counterpart, or weights that do not fit.
+    UserError: the config is invalid or has no counterpart here, or the weights
+      do not fit it.
   """
   c = {k: v for k, v in config.items() if not k.startswith('_')}
   if unknown := c.keys() - _DEFAULTS.keys():
     raise UserError(
-      f'{where}: "{min(unknown)}" is no key of {CLASS} in diffusers '
-      f'{_VERSION}, which leaves it out; remove it to do the same'
+      f'{where}: "{min(unknown)}" is not a key of {CLASS} in diffusers '
+      f'{_VERSION}, which ignores it; remove it'
     )
   c = _DEFAULTS | c
   for key, usual in _DEFAULTS.items():
@@ -325,7 +337,7 @@ def read(
       )
   for name in ('mean', 'std'):
     if (pixels := source.get(f'encoder_{name}')) is not None:
-      # The shortest decimals: .485 is not .48500001.
+      # The shortest decimal: .485 rather than .48500001.
       values = pixels.read().astype(np.float32).ravel()
       c[f'encoder_norm_{name}'] = [float(str(x)) for x in values]
   try:
@@ -335,7 +347,7 @@ def read(
   except UserError:
     raise
   except (TypeError, ValueError, ArithmeticError) as e:
-    raise UserError(f'{where} is no config of {CLASS}: {e}') from None
+    raise UserError(f'{where} is not a config of {CLASS}: {e}') from None
   tokenizer = build_tokenizer(model)
   kind, spec = c['encoder_type'], tokenizer.decoder_spec.vit
   old = any('attention.attention.query' in key for key in source)
@@ -378,7 +390,7 @@ def _of_part(leaves: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 
 def _config(tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
-  """The config with a tokenizer's sizes; the rest may still differ."""
+  """A config with the tokenizer's sizes and pixel norm, else the defaults."""
   e, d = tokenizer.encoder_spec, tokenizer.decoder_spec.vit
   return _DEFAULTS | dict(
     encoder_type=kind,
@@ -397,13 +409,13 @@ def _config(tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
 
 
 def _differences(tokenizer: Tokenizer, kind: str) -> list[str]:
-  """What differs between a tokenizer and the nearest one of diffusers."""
+  """Where a tokenizer differs from the closest one that diffusers builds."""
   latents = dataclasses.asdict(tokenizer.latents_spec)
   d = tokenizer.decoder_spec.vit
   if latents['grid']:
     latents['grid'] = d.grid
   model = _model(_config(tokenizer, kind), f'a config of {CLASS}')
-  # Their tables are compared.
+  # The caller compares the position tables themselves.
   vit = model['decoder']['vit']
   vit |= _LEARNED if d.posemb == 'learned' else _FIXED
   theirs = build_tokenizer(model | dict(latents=latents))
@@ -412,15 +424,15 @@ def _differences(tokenizer: Tokenizer, kind: str) -> list[str]:
     for t in (tokenizer, theirs)
   )
   for fields in (have, want):
-    # Of LayerScale only the presence: its initial value has no effect here.
+    # Only whether there is LayerScale: its initial value has no effect here.
     fields['encoder.vit.layer_scale'] = (
       fields['encoder.vit.layer_scale'] is not None
     )
     if d.patch_size == tokenizer.encoder_spec.patch_size:
-      del fields['encoder.resize']  # nothing is
+      del fields['encoder.resize']  # nothing is resized
   return [
     f'model.{key}={have.get(key)!r} (there {want.get(key)!r})'
-    # First what no other encoder or decoder would cure.
+    # The quantizer first: no other encoder or decoder would change it.
     for key in sorted(have | want, key=lambda key: key != 'quantizer.name')
     if have.get(key) != want.get(key)
   ]
@@ -431,11 +443,11 @@ def to_diffusers(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """(`config.json`, {key: array}) of an `AutoencoderRAE`.
 
-  What a tokenizer does not have and the class does not use, DINOv2's mask
-  token and SigLIP's pooling head, is written as zeros.
+  DINOv2's mask token and SigLIP's pooling head, which the class has but does
+  not use, are written as zeros.
 
   Raises:
-    UserError: the class has no counterpart of the tokenizer.
+    UserError: the class cannot represent the tokenizer.
   """
   if not isinstance(tokenizer.encoder_spec, EncoderSpec):
     raise UserError(

@@ -1,10 +1,10 @@
-"""Published encoders: from a source to a spec, its files, and its leaves.
+"""Published encoders: from a source to a spec, its files and its leaves.
 
-A row of the table and a hub id are downloaded or found in the hub's cache. A
-folder's `config.json` describes its encoder, so that any size of a supported
-family opens, and so do the encoders that `convert` wrote. A file holds weights
-alone, so the caller names its row. Files are matched with the model completely
-before a value is read (`weights/`). Nothing here trains, and no module of
+Rows of the table and hub ids are downloaded, or found in the hub's cache. A
+folder's `config.json` describes its encoder, so any size of a supported family
+opens, and so does an encoder that `convert` wrote. A file holds weights only,
+so the caller names its row. All keys and shapes are matched with the model
+before any value is read (`weights/`). Nothing here trains, and no module of
 another package is built.
 """
 
@@ -33,7 +33,7 @@ from vqrae_jax.weights.files import LazyArray, WeightFile, open_weights
 from vqrae_jax.weights.load import Pretrained
 
 CONFIG, PIXELS = hub.CONFIGS
-_RESAMPLE = {'2': 'bilinear', '3': 'bicubic'}  # PIL's numbers
+_RESAMPLE = {'2': 'bilinear', '3': 'bicubic'}  # PIL's numbers of the filters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,9 @@ class EncoderSource:
   Attributes:
     path: what `open_weights` opens.
     row: a row of the table, or None.
-    fields: an `EncoderSpec`'s fields as `config.json` has them, or None.
-    revision: the commit of the hub's snapshot, also of the one that a
-      converted encoder was made from; else None.
+    fields: the `EncoderSpec` fields of its `config.json`, or None.
+    revision: the commit of the hub's snapshot, or of the one that a converted
+      encoder was made from; else None.
     converted: whether `convert` wrote it.
   """
 
@@ -57,14 +57,16 @@ class EncoderSource:
 
 
 def find_encoder(source: str, row: str | None = None) -> EncoderSource:
-  """Finds an encoder, downloads it if necessary, and opens no weights.
+  """Finds an encoder, downloading it if necessary; opens no weights.
 
   Args:
     source: a row's name, "hf:ORG/NAME[@REV]", a folder or a file.
-    row: the row of a folder or file without a `config.json`.
+    row: the encoder's row, required without a `config.json`; no effect if
+      `source` is a row's name.
 
   Raises:
-    UserError: there is no encoder at the source.
+    UserError: no encoder at the source, an unknown row, a failed download, or a
+      `config.json` that is damaged or unsupported.
   """
   if row is not None:
     choose(encoders.ENCODERS, row, 'encoder')
@@ -101,7 +103,7 @@ def _describe(path: pathlib.Path, row: str | None) -> EncoderSource:
 
 
 def _published_fields(path: pathlib.Path, config: dict) -> dict:
-  """An `EncoderSpec`'s fields from the files of a published folder."""
+  """An `EncoderSpec`'s fields from the two configs of a published folder."""
   fields = encoders.fields_of(config, str(path / CONFIG))
   if not (path / PIXELS).is_file():
     return fields
@@ -118,11 +120,11 @@ def _published_fields(path: pathlib.Path, config: dict) -> dict:
 
 
 def _check_fields(found: EncoderSource, spec: EncoderSpec) -> None:
-  """The `config.json`, if there is one, must describe the spec."""
+  """Raises a UserError if the `config.json` describes another ViT."""
 
   def compared(spec: EncoderSpec) -> dict[str, Any]:
     vit = dataclasses.asdict(spec.vit)
-    # Of LayerScale only the presence: its initial value has no effect here.
+    # Only whether there is LayerScale: its initial value has no effect here.
     vit['layer_scale'] = spec.vit.layer_scale is not None
     fields = {f'vit.{k}': v for k, v in vit.items() if k not in RUN_OPTIONS}
     return fields | {'final_norm': spec.final_norm}
@@ -146,7 +148,7 @@ def spec_of(found: EncoderSource, output_norm: str = 'affine') -> EncoderSpec:
   """The spec of an encoder: its row's, else that of its `config.json`.
 
   Raises:
-    UserError: there is neither.
+    UserError: it has neither, or `output_norm` is unknown.
   """
   if found.row is not None:
     fields = encoders.ENCODERS[found.row]
@@ -178,10 +180,11 @@ def fit_encoder(
     found: from `find_encoder`.
     spec: the encoder to fill.
     dtype: of its leaves.
-    mesh: where they are to lie; None: on the host.
+    mesh: what they are sharded over; None: `load` leaves them on the host.
 
   Raises:
-    UserError: a damaged file, or one that does not fit; shows both sides.
+    UserError: a file that is damaged or does not fit, with both sides of each
+      difference.
   """
   _check_fields(found, spec)
   source = open_weights(found.path)
@@ -213,14 +216,14 @@ def fit_encoder(
 
 
 def _first_blocks(source: WeightFile, blocks: int, of: int) -> WeightFile:
-  """The file without what is of blocks above the first `blocks`, in their own
-  keys or in stacked arrays."""
+  """The file with its first `blocks` blocks only, whose keys may be separate or
+  stack all `of` blocks."""
 
   def first(key, array):
     if not ('blocks/' in key or '/encoderblock/' in key):
       return array
     if array.shape[0] != of:
-      return array  # does not fit, which the match will show
+      return array  # does not fit; the match reports it
     read = lambda: array.read()[:blocks]  # noqa: E731
     return LazyArray((blocks, *array.shape[1:]), array.dtype, read)
 
@@ -245,9 +248,9 @@ def load_encoder(
   """A published encoder with its weights.
 
   `encoder.apply(variables, images)` takes f32[b h w 3] in [0, 1], or uint8,
-  of any size and aspect ratio, and gives latents f[b h//p w//p d]: the last
-  hidden state without prefix tokens. The remainders of h and w modulo the
-  patch p are cropped at the bottom and right.
+  of any size from one patch and any aspect ratio, and returns latents
+  f[b h//p w//p d]: the last hidden state without prefix tokens. The remainders
+  of h and w modulo the patch p are cropped at the bottom and right.
 
   Args:
     source: a row of the table ("siglip-large-patch16-256"), a hub id
@@ -255,18 +258,18 @@ def load_encoder(
       it, or a file of weights (.safetensors, .npz of big_vision, .pt) with
       `row`.
     output_norm: "affine", the published final norm; "plain", a LayerNorm
-      without parameters in its place; "none", before it.
-    row: the row of a folder or file without a `config.json`.
-    mesh: loads each leaf onto its shards; None is the default device.
+      without parameters in its place; "none", no norm.
+    row: as in `find_encoder`.
+    mesh: each leaf is loaded onto its shards; None: the default device.
     param_dtype: the type of the parameters, "float32" or "bfloat16".
-    **options: how to run it: dtype, scan, remat.
+    **options: how to run it, `dtype`, `scan` and `remat` of its `ViTSpec`.
 
   Returns:
     (encoder, variables).
 
   Raises:
-    UserError: no such source, no connection to it, or files that do not fit,
-      are damaged or hold NaN.
+    UserError: no such source, no connection to it, an unknown row or option,
+      or files that do not fit, are damaged or hold NaN.
   """
   for name in options:
     if name not in RUN_OPTIONS:

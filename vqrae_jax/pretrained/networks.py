@@ -1,12 +1,12 @@
-"""The frozen networks of losses and figures: published files to arrays.
+"""The frozen networks of losses and metrics: published files to arrays.
 
   weights = {'lpips': networks.load('lpips')}          the published networks
-  weights = {'lpips': networks.random('lpips', key)}   random ones, as such
+  weights = {'lpips': networks.random('lpips', key)}   random weights
 
-A term's arrays are {"net": VGG16's, ConvNeXt's or Inception's parameters}, and
-for LPIPS {"heads": {"tap1": f32[64], …}} beside them. Names are torchvision's,
-those of LPIPS's own file (version 0.1), which the package `lpips` carries (its
-copy is taken where it is installed, without importing it), and pytorch-fid's.
+A term's arrays are {"net": the parameters of VGG16, ConvNeXt or Inception}; for
+LPIPS also {"heads": {"tap1": f32[64], …}}. Files have the keys of torchvision,
+of LPIPS's own file (version 0.1) and of pytorch-fid. If the package `lpips` is
+installed, its copy of LPIPS's file is read, without importing the package.
 """
 
 import functools
@@ -33,9 +33,9 @@ from vqrae_jax.weights.rules import Rule, Table, ignore
 # ----------------------------------------------------------------------------
 # DINO ViT-S/8 (arXiv 2104.14294) as the discriminator's backbone.
 #
-# The names are timm's. Its final norm is not used: features are taken before
-# it. The biases of keys are zero here, as RAE's discriminator has them; softmax
-# does not see them.
+# Keys are timm's. The final norm is not used: features are taken before it.
+# The biases of attention keys are set to zero, as in RAE's discriminator;
+# softmax is invariant to them.
 
 _LAYER = 'blocks.{i}.'
 TABLE = Table(
@@ -66,17 +66,17 @@ TABLE = Table(
 def load_backbone(
   backbone: Backbone, path: str | pathlib.Path | None = None
 ) -> Tree:
-  """The collection "backbone" out of a published file.
+  """The collection "backbone" from a published file.
 
   Args:
-    backbone: `DinoDiscriminator.backbone`, whose spec is the file's.
-    path: of the file; None for the one that `fetch_weights` brings.
+    backbone: `DinoDiscriminator.backbone`, whose spec must fit the file.
+    path: of the file; None for the one that `fetch_weights` downloads.
 
   Returns:
     Nested f32 NumPy arrays.
 
   Raises:
-    UserError: no file, a damaged one, or one that does not fit.
+    UserError: the file is missing or damaged, or does not fit.
   """
   side = backbone.spec.patch_size
   image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
@@ -93,13 +93,13 @@ def load_backbone(
 # ----------------------------------------------------------------------------
 # LPIPS, ConvNeXt and Inception.
 
-# A random head's values lie in [0, this); the published ones' means are .1.
+# Random heads have values in [0, _HEAD); published ones have a mean of .1.
 _HEAD = 0.2
 _GROUPS = range(1, len(vgg.CONVOLUTIONS) + 1)
 
 
 def _vgg_rows() -> list[Rule]:
-  """torchvision's list of layers: a convolution, a relu, …, a pooling."""
+  """Rows of torchvision's `features`: convolutions, relus and poolings."""
   rows, layer = [], 0
   for group, count in enumerate(vgg.CONVOLUTIONS, 1):
     for n in range(1, count + 1):
@@ -112,7 +112,7 @@ def _vgg_rows() -> list[Rule]:
 
 
 def _convnext_rows() -> list[Rule]:
-  """torchvision's layers: what halves the resolution, blocks, and so on."""
+  """Rows of torchvision's `features`: downsampling and blocks, alternating."""
   rows = naming.dense('features.0.0', 'embed', transform='conv')
   rows += naming.norm('features.0.1', 'norm1')
   for level in range(1, 5):
@@ -133,7 +133,7 @@ def _convnext_rows() -> list[Rule]:
 
 
 def _inception_rows() -> list[Rule]:
-  """A convolution without bias and its batch norm, in the names published."""
+  """Rows of each convolution, which has no bias, and of its batch norm."""
   rows = []
   for ours in inception.convolutions():
     theirs = ours.replace('/', '.')
@@ -162,12 +162,12 @@ CONVNEXT_TABLE = Table(tuple(_convnext_rows()))
 INCEPTION_TABLE = Table(
   (
     *_inception_rows(),
-    ignore(r'.*\.num_batches_tracked', 'how long its statistics were taken'),
+    ignore(r'.*\.num_batches_tracked', 'a count of training batches'),
     ignore(r'fc\..*', 'the classifier: features come before it'),
   )
 )
 
-# A loss or a figure: its parts, each a row of `hub.FILES` and how it is read.
+# {loss or metric: {part: (row of `hub.FILES`, weight table)}}.
 PARTS = {
   'lpips': {
     'net': ('vgg16', VGG16_TABLE),
@@ -209,30 +209,34 @@ _RANDOM = {
 
 
 def random(term: str, key: Any, **sizes: Any) -> Tree:
-  """A term's arrays, f32, drawn from `key`; pure.
+  """A term's arrays, f32, drawn from `key`.
 
-  Random features still tell images apart, but worse; a run on them is to be
-  named so.
+  Random features still distinguish images, but less well; report that a run
+  used them.
 
   Args:
     term: "lpips", "convnext" or "rfid".
     key: a JAX key.
-    **sizes: other sizes than the published network's: `widths` of LPIPS's
+    **sizes: sizes other than the published network's: `widths` of LPIPS's
       VGG16; `depths`, `widths` and `classes` of ConvNeXt.
+
+  Raises:
+    UserError: an unknown term.
   """
-  return choose(_RANDOM, term, 'loss or figure with a network')(key, **sizes)
+  return choose(_RANDOM, term, 'loss or metric with a network')(key, **sizes)
 
 
 def files_of(
   term: str, files: Mapping[str, str | pathlib.Path] | None = None
 ) -> dict[str, pathlib.Path]:
-  """{row of `weights.hub.FILES`: the file that `load` reads}; as there.
+  """{row of `weights.hub.FILES`: the file that `load` reads}; same arguments.
 
   Raises:
-    UserError: a file that is not here, with the command that brings it.
+    UserError: an unknown term, or a file that is damaged or missing, with the
+      command that downloads it.
   """
   found = {}
-  parts = choose(PARTS, term, 'loss or figure with a network')
+  parts = choose(PARTS, term, 'loss or metric with a network')
   for part, (name, _) in parts.items():
     path = (files or {}).get(name)
     if path is None and part == 'heads':
@@ -246,16 +250,16 @@ def load(
   files: Mapping[str, str | pathlib.Path] | None = None,
   **sizes: Any,
 ) -> Tree:
-  """A term's arrays, f32 NumPy, out of the published files.
+  """A term's arrays, f32 NumPy, from the published files.
 
   Args:
     term: "lpips", "convnext" or "rfid".
-    files: {row of `weights.hub.FILES`: a file to take in its place}.
+    files: {row of `weights.hub.FILES`: a file to read in its place}.
     **sizes: as in `random`, for files of other sizes.
 
   Raises:
-    UserError: a file that is not here (with the command that brings it),
-      damaged, or of another network.
+    UserError: an unknown term, or a file that is missing (with the command that
+      downloads it), damaged, or of another network.
   """
   found = files_of(term, files)
   target = jax.eval_shape(
@@ -276,10 +280,10 @@ def load(
 
 
 def installed_heads() -> pathlib.Path | None:
-  """The heads inside an installed `lpips`, if they are the published ones."""
+  """The heads in an installed `lpips`, if their hash is the published one."""
   try:
     spec = importlib.util.find_spec('lpips')
-  except ValueError:  # a module without a spec stands in its place
+  except ValueError:  # a module of this name without a spec
     return None
   for folder in (spec and spec.submodule_search_locations) or ():
     path = pathlib.Path(folder) / 'weights' / 'v0.1' / 'vgg.pth'

@@ -1,10 +1,10 @@
-"""RAE's published decoders (arXiv 2510.11690) as leaves of ours, and back.
+"""RAE's published decoders (arXiv 2510.11690) to a decoder's leaves, and back.
 
-A flat file of 8 + 16 * depth keys; every row of our table has its key there.
-The file contains its position table: with `posemb="sincos2d"` ours is computed
-and must equal it; with `posemb="learned"` and `prefix_has_posemb=True` it is
-loaded, and a schedule of None keeps it fixed. A file does not contain the
-number of heads and the activation: the spec has them, and must have RAE's.
+A file is flat: 8 + 16 * depth keys, each with its row in the table.
+One key is the position table: with `posemb="sincos2d"` positions are computed
+here and must equal it; with `posemb="learned"` and `prefix_has_posemb=True` it
+is loaded, and a schedule of None keeps it fixed. A file does not record the
+number of heads or the activation: the spec must have RAE's.
 """
 
 import re
@@ -23,19 +23,19 @@ from vqrae_jax.weights.load import TOLERANCE, Pretrained, export
 from vqrae_jax.weights.rules import Rule, Table, computed, ignore
 
 _POSITIONS = 'decoder_pos_embed'
-# Fields that all published decoders have, and that no shape shows.
+# Values of all published decoders that no array's shape determines.
 _TRAINED = dict(norm='layer', norm_eps=1e-12, act='gelu')
 
 
 def _fixed_positions(spec: DecoderSpec) -> np.ndarray:
-  """f32[1 1+gh*gw d]: a zero row for the cls token, then the grid's."""
+  """f32[1 prefix+gh*gw d]: zero rows for prefix tokens, then the grid's."""
   s = spec.vit
   table = posemb.sincos2d(s.width, s.grid, s.grid)
   return np.pad(table, ((s.num_prefix_tokens, 0), (0, 0)))[None]
 
 
 def rae_table(spec: DecoderSpec) -> Table:
-  """The rows of a published RAE decoder, for a decoder of `spec`."""
+  """The weight table from a published RAE decoder to a decoder of `spec`."""
   if spec.vit.posemb == 'learned':
     positions = naming.positions(_POSITIONS)
   else:
@@ -90,8 +90,8 @@ def _check_spec(spec: DecoderSpec) -> None:
 
 
 def has_trained_positions(source: WeightFile, spec: DecoderSpec) -> bool:
-  """Whether a file's positions are not the fixed ones of a decoder of `spec`,
-  and so were trained."""
+  """Whether a file's positions were trained: they have the shape of the fixed
+  ones of `spec` and other values."""
   fixed = _fixed_positions(spec)
   found = next((x for k, x in source.items() if k.endswith(_POSITIONS)), None)
   if found is None or found.shape != fixed.shape:
@@ -100,7 +100,7 @@ def has_trained_positions(source: WeightFile, spec: DecoderSpec) -> bool:
 
 
 def _sizes(source: WeightFile) -> str:
-  """The sizes in a file's shapes, as the hint of a misfit."""
+  """A hint for the error: the decoder's sizes, from the file's shapes."""
 
   def shape(suffix: str) -> tuple[int, ...]:
     return next((x.shape for k, x in source.items() if k.endswith(suffix)), ())
@@ -125,10 +125,11 @@ def _sizes(source: WeightFile) -> str:
 def fit_decoder(
   source: WeightFile, spec: DecoderSpec, latent_dim: int
 ) -> Pretrained:
-  """Matches a published RAE decoder with `spec`; reads no value yet.
+  """Matches a published RAE decoder with `spec`.
 
-  `.source.note` names the section of a training file that is read, `.ignored`
-  the keys that are not used and why; `.read` and `.load` give leaves.
+  Of the values it reads only fixed positions, to compare them. `.source.note`
+  names the section of a training file that is used, `.ignored` the keys that
+  are not and why; `.read` and `.load` give leaves.
 
   Args:
     source: the opened file, flat or under "decoder.", or a training file,
@@ -137,7 +138,7 @@ def fit_decoder(
     latent_dim: channels of the latents that it decodes.
 
   Raises:
-    UserError: a file that does not fit.
+    UserError: a file that does not fit, or a `spec` that RAE's decoders lack.
   """
   _check_spec(spec)
   latents = jax.ShapeDtypeStruct((1, *spec.vit.grid, latent_dim), jnp.float32)
@@ -148,11 +149,14 @@ def fit_decoder(
 
 
 def export_rae_decoder(leaves: dict, spec: DecoderSpec) -> dict:
-  """{RAE's key: array}: the bitwise inverse of `fit_decoder`.
+  """{RAE's key: array}: the inverse of `fit_decoder`, bitwise.
 
   Args:
     leaves: {leaf name under params/decoder: array}, or the tree.
     spec: the decoder's; with "sincos2d" the positions are computed.
+
+  Raises:
+    UserError: RAE's decoders cannot have this `spec`.
   """
   _check_spec(spec)
   return export(rae_table(spec), leaves)

@@ -1,19 +1,19 @@
-"""Models of the PyTorch project (github hugoycj/RAE), both ways.
+"""Models of the PyTorch project (github hugoycj/RAE), read and written.
 
-A complete model there has the keys `encoder.`, `decoder.` and `quantizer.`, and
-beside the last `fsq_projection.`, `fsq_unprojection.` and `post_quant_conv.`.
-Each part has its own weight table, and together they match every key and every
-leaf:
+The keys of a full model start with `encoder.`, `decoder.` or `quantizer.`;
+those of `fsq_projection.`, `fsq_unprojection.` and `post_quant_conv.` belong to
+the quantizer. Each part has its own weight table, and together they match every
+key and every leaf:
 
   encoder    the family's own table behind the project's prefixes: SigLIP (fixed
              sizes), DINOv2, ViT-MAE and InternViT, as transformers names them
-  quantizer  the form that the keys show: VQ with a table moved by averages or
-             by gradients, SimVQ by squared L2 or by cosine, FSQ between linear
-             maps or between an MLP and Fourier features, each with or without
-             a convolution
+  quantizer  the form that the keys show: VQ with an EMA codebook or a trained
+             one, SimVQ by squared L2 or by cosine, FSQ between linear maps or
+             between an MLP and Fourier features, each with or without a
+             convolution
   decoder    RAE's (`rae.py`)
 
-It neither opens nor writes files (`weights`, `convert.py`).
+No file is opened or written here (`weights/` and `convert.py` do).
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from vqrae_jax.weights.rules import PREFIXES, Rule, Table, computed, ignore
 _PREFIXES = ('encoder.', 'model.', *PREFIXES)
 
 # Family: (weight table, prefix of its keys in a full model). The project has no
-# InternViT; its prefix is that of the other models there.
+# InternViT; it gets the prefix of the others.
 _FAMILIES: dict[str, tuple[Callable[[EncoderSpec, Shapes], Table], str]] = {
   'SigLIP': (siglip.table, 'encoder.model.'),
   'DINOv2': (dinov2.table, 'encoder.encoder.'),
@@ -58,7 +58,7 @@ NO_COUNTERPART = (
 
 
 def encoder_family(spec: EncoderSpec) -> str:
-  """The family whose checkpoints have a spec's leaves.
+  """The family whose checkpoints have exactly the leaves of `spec`.
 
   Raises:
     UserError: there is none.
@@ -85,7 +85,7 @@ def encoder_family(spec: EncoderSpec) -> str:
 
 
 def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
-  """{key in the project's complete model: array} of an encoder.
+  """{key in the project's full model: array} of an encoder.
 
   DINOv2's mask token, which a tokenizer does not have, is written as zeros,
   its initial value. SigLIP's pooling head is not written.
@@ -109,8 +109,8 @@ def export_encoder(leaves: dict, spec: EncoderSpec) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- quantizers
 
 _P, _C = 'params/quantizer/', 'codebook/quantizer/'
-# VQ's table is a buffer there, moved by averages; one moved by gradients has
-# the name of an `nn.Embedding`.
+# An EMA codebook is a buffer there; one trained by gradients has the key of an
+# `nn.Embedding`.
 _TABLES = {
   'ema': 'quantizer.embedding',
   'gradient': 'quantizer.embedding.weight',
@@ -147,7 +147,7 @@ def detect(source: WeightFile, latent_dim: int, name: str) -> Form:
   Args:
     source: the part "quantizer" of `split`.
     latent_dim: the encoder's width.
-    name: the config's quantizer, for a file without keys of one.
+    name: the config's quantizer, for a file without quantizer keys.
 
   Raises:
     UserError: an unknown form, or one that is not supported.
@@ -210,7 +210,7 @@ def _detect_fsq(source: WeightFile) -> Form:
     defaults['bound'] = 'clip'
   ways = f'in {fields["adapter_in"]}, out {fields["adapter_out"]}'
   summary = (
-    f'FSQ, levels {levels}, {ways}, bound "clip" unless --quantizer says'
+    f'FSQ, levels {levels}, {ways}, bound "clip" unless --quantizer sets it'
   )
   return Form('fsq', fields, defaults, summary)
 
@@ -259,7 +259,7 @@ def _fsq_rows(q: quantizers.FSQ) -> list:
 
 
 def fsq_buffers(levels: tuple[int, ...]) -> dict[str, np.ndarray]:
-  """FSQ's buffers there, which its levels determine."""
+  """{key: buffer} of the project's FSQ, computed from the levels."""
   tops = np.asarray([(n - 1) / 2 for n in levels], np.float32)
   digits = np.indices(levels, np.float32).reshape(len(levels), -1).T
   basis = np.cumprod([1, *levels[:0:-1]])[::-1]
@@ -271,7 +271,7 @@ def fsq_buffers(levels: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def quantizer_table(q: quantizers.Quantizer) -> Table:
-  """The rows of a quantizer, for reading and writing alike.
+  """A quantizer's weight table, for reading and writing.
 
   Raises:
     UserError: the project has no such quantizer.
@@ -314,7 +314,7 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
     rows.append(Rule('quantizer.embedding.weight', f'{_C}basis'))
     rows += naming.dense('quantizer.embedding_proj', _P.rstrip('/'))
     rows += naming.dense('quantizer.z_proj', f'{_P}map_tokens')
-    temperature = 'a positive factor of all scores keeps the nearest code'
+    temperature = 'a temperature, which does not change the nearest code'
     rows.append(ignore(r'quantizer\.l2_norm_scale', temperature))
     rows.append(ignore(_AVERAGE, 'counts of codes, for a log'))
   if q.post_quant is not None:
@@ -324,20 +324,20 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
 
 
 def _check_levels(q: quantizers.FSQ) -> None:
-  """Linear FSQ there rounds to integers, which are levels only where their
-  number is odd."""
+  """Refuses linear FSQ with even levels, which are half-integers: the project
+  rounds to integers."""
   linear = q.adapter_in == 'linear' and q.bound == 'clip'
   if linear and any(n % 2 == 0 for n in q.levels):
     raise UserError(
       f'quantizer.levels={q.levels}: the linear FSQ of the PyTorch project '
-      'rounds to integers, which an even number of levels does not have; '
-      'there is no counterpart here (a fork that bounds by tanh: '
+      'rounds to integers, but an even number of levels has half-integers '
+      'here; there is no counterpart (for a fork that bounds by tanh: '
       '--quantizer=bound="tanh")'
     )
 
 
 def _check_simvq(q: quantizers.SimVQ) -> None:
-  """The project scales neither tokens nor codes to an RMS of one."""
+  """Refuses scales that the project's SimVQ does not have."""
   if q.distance == 'l2' and q.normalize:
     raise UserError(
       'quantizer.normalize=True: the PyTorch project does not normalize tokens '
@@ -353,8 +353,8 @@ def _check_simvq(q: quantizers.SimVQ) -> None:
 def initial_state(
   q: quantizers.Quantizer, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Training state of the project's quantizer, of these arrays, at its initial
-  values."""
+  """The initial training state of the project's quantizer with these exported
+  arrays."""
   if isinstance(q, quantizers.VQ) and q.update == 'ema':
     codes = arrays[_TABLES['ema']]
     counts = np.ones(q.num_codes, np.float32)
@@ -376,7 +376,7 @@ _OURS = {
   'decoder': 'params/decoder/',
 }
 _WRAPPERS = r'^((module|_orig_mod)\.)+'
-# Training state, in no file of theirs.
+# Our training state, which the project's files do not have.
 _TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
 
@@ -384,7 +384,7 @@ def split(source: WeightFile) -> dict[str, WeightFile]:
   """The file's arrays by the part of the tokenizer that they belong to.
 
   Raises:
-    UserError: no encoder or no decoder in it.
+    UserError: the file has no encoder or no decoder.
   """
   parts: dict[str, dict] = {p: {} for p in _OURS}
   for key in source:
@@ -413,10 +413,13 @@ def _by_part(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def fit(source: WeightFile, tokenizer: Tokenizer) -> dict[str, Pretrained]:
-  """{part: its arrays matched with the tokenizer's leaves}; reads no value.
+  """{part: its arrays, matched with the tokenizer's leaves}.
+
+  Of the values it reads only those that are computed here, to compare them.
 
   Raises:
-    UserError: a part that does not fit; shows both sides.
+    UserError: a part that does not fit, with both sides of each difference, or
+      a tokenizer without a counterpart.
   """
   _check_latents(tokenizer)
   if not isinstance(tokenizer.encoder_spec, EncoderSpec):
@@ -467,10 +470,10 @@ def load(fits: Mapping[str, Pretrained]) -> dict[str, np.ndarray]:
 
 
 def check_counterpart(tokenizer: Tokenizer) -> None:
-  """Checks that the project gives the indices and images of a tokenizer.
+  """Checks that the project computes the same indices and images.
 
   Raises:
-    UserError: what it does not have.
+    UserError: the tokenizer has a part or value that the project lacks.
   """
   _check_latents(tokenizer)
   encoder_family(tokenizer.encoder_spec)
@@ -497,7 +500,7 @@ def check_counterpart(tokenizer: Tokenizer) -> None:
 
 
 def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
-  """{key there: array}: a state dict of the PyTorch project's full model.
+  """{key: array}: a state dict of the PyTorch project's full model.
 
   It lacks SigLIP's pooling head, which the project builds and does not use
   (`load_state_dict(…, strict=False)`).
@@ -508,7 +511,7 @@ def to_torch(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   check_counterpart(tokenizer)
   leaves = {n: np.asarray(x) for n, x in trees.flatten(variables).items()}
   if f'{_C}basis' in leaves or f'{_P}codes' in leaves:
-    leaves.pop(f'{_C}codes', None)  # baked
+    leaves.pop(f'{_C}codes', None)  # computed from these
   parts, q = _by_part(leaves), tokenizer.quantizer
   encoder = export_encoder(parts['encoder'], tokenizer.encoder_spec)
   decoder = rae.export_rae_decoder(parts['decoder'], tokenizer.decoder_spec)

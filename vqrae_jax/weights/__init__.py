@@ -1,9 +1,8 @@
-"""Published weights: files in, a model's leaves out, and back.
+"""Published weights: from files to a model's leaves, and back.
 
   source = files.open_weights('decoder.pt')          {key: lazy array}
   leaves = load.Pretrained(source, table, target).load()
-  arrays = load.export(table, leaves)                the same table backwards
+  arrays = load.export(table, leaves)                the same table, in reverse
 
-The tables themselves stand with the models they serve. No torch, no
-transformers.
+Each table is defined with the model that it is for. No torch, no transformers.
 """

@@ -1,10 +1,10 @@
-"""Weight files as {key: lazy array}: `open_weights(path)` by what the file is.
+"""Weight files as {key: lazy array}, in any format: `open_weights(path)`.
 
 Opening reads names, shapes and types; `LazyArray.read` reads values. The
-file's ending says which format is meant and its first bytes say which it is:
-where they disagree the error says what to rename. Directories and indices are
-read as the one set of shards they describe. What this does not do: know a
-model (`rules.py`). PyTorch's two formats are in `torch.py`.
+file's ending says which format is meant and its first bytes which it is: if
+they disagree, the error says what to rename. A directory or an index is read as
+the one set of shards that it describes. Nothing here depends on a model
+(`rules.py` does). PyTorch's two formats are in `torch.py`.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from vqrae_jax.errors import UserError
 
 
 def printable(text: object, width: int = 90) -> str:
-  """Text out of a file or a library, fit for one line of an error."""
+  """Text from a file or a library, made fit for one line of an error."""
   line = ''.join(c if c.isprintable() else ' ' for c in str(text)[: 9 * width])
   line = textwrap.shorten(line, width, placeholder=' …')
-  # A text of one long word.
+  # The text is one long word.
   return str(text)[:width] + '…' if line == '…' else line
 
 
 @contextlib.contextmanager
 def as_user_error(path: pathlib.Path, what: str) -> Iterator[None]:
-  """Turns the dozen kinds of errors that damage causes in libraries to one."""
+  """Turns any error that damage causes in a library into a UserError."""
   try:
     yield
   except UserError:
@@ -49,9 +49,10 @@ def as_user_error(path: pathlib.Path, what: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-  """An array in a file: its shape, its type, and what reads its values.
+  """An array in a file: its shape, its dtype, and a function that reads it.
 
-  `read()` gives them in that type, or a `UserError` where the file is damaged.
+  `read()` returns values of that dtype, or raises a `UserError` if the file is
+  damaged.
   """
 
   shape: tuple[int, ...]
@@ -65,8 +66,8 @@ class LazyArray:
 class WeightFile(dict[str, LazyArray]):
   """{key: LazyArray} of one file or one set of shards.
 
-  `name` is the file's, for errors; `note` says what was chosen in it and what
-  was left out, for logs.
+  `name` is the file's, for errors; `note` says, for logs, which section was
+  chosen and what was left out.
   """
 
   def __init__(
@@ -87,7 +88,7 @@ class WeightFile(dict[str, LazyArray]):
 
 
 def arrays(name: str, values: Mapping[str, np.ndarray]) -> WeightFile:
-  """A source over arrays in memory, so that they pass the same checks."""
+  """Arrays in memory as a weight file, so that they pass the same checks."""
 
   handles = {
     key: LazyArray(x.shape, x.dtype, functools.partial(np.asarray, x))
@@ -106,7 +107,7 @@ def open_npz(path: pathlib.Path) -> WeightFile:
   """The arrays of one `.npz`, by name; no pickle is read.
 
   Raises:
-    UserError: a file that is damaged or holds other things than numbers.
+    UserError: a file that is damaged or holds anything but numbers.
   """
   with as_user_error(path, _NPZ):
     file = np.load(path, allow_pickle=False)
@@ -153,7 +154,7 @@ def _npz_handle(path: pathlib.Path, file: Any, key: str) -> LazyArray:
 # ----------------------------------------------------------------------------
 # `.safetensors`.
 
-# The format's names of types that weights have.
+# The format's names of the supported dtypes.
 _DTYPES = {
   'F64': np.float64,
   'F32': np.float32,
@@ -203,15 +204,14 @@ def write_safetensors(
   shapes: Mapping[str, Any],
   read: Callable[[str], np.ndarray],
 ) -> None:
-  """Writes a `.safetensors` file; no two of its arrays are held at once.
+  """Writes a `.safetensors` file with one array in memory at a time.
 
-  The library's writer wants all of them, which a large encoder's conversion
-  has no memory for.
+  The library's writer needs all of them at once: too much for a large encoder.
 
   Args:
     file: opened for writing.
-    shapes: {name: has .shape and .dtype}.
-    read: name -> its array, of that shape and type; called in order of names.
+    shapes: {name: an object with .shape and .dtype}.
+    read: name -> its array, of that shape and dtype; called in order of names.
   """
   names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
   header, at = {}, 0
@@ -231,7 +231,7 @@ def write_safetensors(
 # ----------------------------------------------------------------------------
 # A path to its reader.
 
-# What a file of an ending begins with, in the words of `_content`.
+# {ending: the content it means, as the first words of `_content`}.
 _ZIP, _PICKLE, _SAFE = 'a zip archive', 'a pickle', 'safetensors'
 _MEANT = {
   '.safetensors': (_SAFE,),
@@ -239,7 +239,7 @@ _MEANT = {
   **dict.fromkeys(('.pt', '.pth', '.bin'), (_ZIP, _PICKLE)),
 }
 _INDEX = '.index.json'
-# In a directory, the first of these that is there.
+# In a directory, the first of these that exists is read.
 _DIRECTORY = (
   'model.safetensors.index.json',
   'model.safetensors',
@@ -257,7 +257,9 @@ def open_weights(path: str | pathlib.Path) -> WeightFile:
   Args:
     path: `.safetensors`, `.npz`, `.pt`, `.pth` or `.bin`; an index
       (`….index.json`) beside its shards; or a directory that holds
-      `model.safetensors`, its index, or one `.safetensors` file.
+      `model.safetensors`, `pytorch_model.bin`, diffusers'
+      `diffusion_pytorch_model.safetensors`, the index of one of these, or else
+      exactly one `.safetensors` file.
 
   Raises:
     UserError: nothing there, or a file that is damaged or not what its name
@@ -301,7 +303,7 @@ def _in_directory(path: pathlib.Path) -> pathlib.Path:
 
 
 def _content(head: bytes) -> str:
-  """What a file's first bytes say that it is; '' if they do not."""
+  """What a file is by its first bytes; '' if they do not show it."""
   if head.startswith(b'PK'):
     return f'{_ZIP} (.npz or .pt)'
   # A header length of eight bytes, then JSON.
@@ -327,7 +329,7 @@ def _check_content(path: pathlib.Path) -> None:
   if not head:
     raise UserError(f'{path} is empty; download or save it again')
   meant, found = _MEANT[path.suffix], _content(head)
-  # If it is unknown what the bytes are, the reader says what it misses.
+  # If the content is unknown, the reader raises the error.
   if found and not found.startswith(meant):
     raise UserError(
       f'{path} is {found}; a {path.suffix} file is {" or ".join(meant)}: '
@@ -336,7 +338,7 @@ def _check_content(path: pathlib.Path) -> None:
 
 
 def _open_shards(path: pathlib.Path) -> WeightFile:
-  """Every key from the shard that the index names; no shard holds another."""
+  """Each key from the shard that the index names; shards hold no other keys."""
   try:
     if path.stat().st_size > _MAX_INDEX:
       raise ValueError('too long')
@@ -350,7 +352,7 @@ def _open_shards(path: pathlib.Path) -> WeightFile:
     OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
   ) as e:  # fmt: skip
     raise UserError(
-      f'{path} is not an index of shards ({printable(repr(e))}); it wants a '
+      f'{path} is not an index of shards ({printable(repr(e))}); it needs a '
       '"weight_map" of key to file name'
     ) from None
   shards = {}

@@ -1,9 +1,9 @@
-"""Where published weights lie, and how they come onto this machine.
+"""Where published weights are, and how they are downloaded.
 
-A source is parsed here (`parse_source`), a repository of the Hugging Face hub
-becomes a folder (`snapshot`, by `huggingface_hub`), and single files of the
-web come from one table (`FILES`, by `pooch`). Nothing of what is downloaded is
-run. Encoders of the hub have their own table (`encoders.PUBLISHED`).
+`parse_source` parses a source, `snapshot` downloads a repository of the Hugging
+Face hub (by `huggingface_hub`), and `download` a single file from the web (by
+`pooch`); `FILES` lists those. Nothing that is downloaded is run. The hub's
+encoders have their own table (`encoders.PUBLISHED`).
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ class PublishedFile:
   """A file of weights.
 
   Attributes:
-    url: where it lies.
+    url: where it is published.
     licence: of the weights.
     used_by: what needs it, in words.
-    sha256: of the file; None where its authors publish none, and then the one
-      of the first use is recorded beside the file.
-    saved_as: the name in the cache, by default that of the URL.
+    sha256: of the file; None if its authors publish none: then the hash of the
+      first use is recorded beside the file.
+    saved_as: the name in the cache; '' for that of the URL.
   """
 
   url: str
@@ -54,7 +54,7 @@ class PublishedFile:
 
   @property
   def path(self) -> pathlib.Path:
-    """Where it lies, or would lie, on this machine."""
+    """Its path in the cache, whether it is there or not."""
     return cache_folder() / 'weights' / self.file
 
 
@@ -94,8 +94,8 @@ FILES = {
   ),
 }
 
-# A key of a config's `losses` (or `eval`), or its discriminator's name: the
-# rows that it needs.
+# {a loss, a metric or a discriminator's name, as in a config: the rows that it
+# needs}.
 NEEDS = {
   'lpips': ('vgg16', 'lpips-vgg'),
   'convnext': ('convnext-small',),
@@ -132,10 +132,11 @@ def command(*names: str) -> str:
 
 
 def locate(name: str) -> pathlib.Path:
-  """The path of a row's file, which is there and has the right hash.
+  """The path of a row's file, after checking its hash.
 
   Raises:
-    UserError: it is not here, or damaged; with the command that brings it.
+    UserError: an unknown row, or a file that is missing or damaged; with the
+      command that downloads it.
   """
   row = choose(FILES, name, 'file of weights')
   if not row.path.is_file():
@@ -154,7 +155,7 @@ def locate(name: str) -> pathlib.Path:
 
 
 def _record(path: pathlib.Path, have: str, known: bool) -> None:
-  """Keeps a file's hash and size beside it; logs a hash that nobody states."""
+  """Writes a file's hash and size beside it; warns if the hash was unknown."""
   beside, size = record(path), path.stat().st_size
   text = f'{have}  {path.name}\n# {size} bytes\n'
   if not known:
@@ -165,7 +166,7 @@ def _record(path: pathlib.Path, have: str, known: bool) -> None:
   try:
     if not beside.is_file() or beside.read_text(errors='replace') != text:
       beside.write_text(text)
-  except OSError as e:  # a cache that is only read
+  except OSError as e:  # a read-only cache
     _log.warning('%s cannot be written: %s', beside, e.strerror)
 
 
@@ -177,18 +178,18 @@ def download(
 ) -> bool:
   """Downloads `url` to `path`; False if the file was there with its hash.
 
-  The file is complete or not there at all: pooch verifies the hash of a
-  temporary file, which then takes its place. What was there stays until then.
+  The file is complete or absent: pooch verifies the hash of a temporary file,
+  which then takes its place. An earlier file stays until then.
 
   Args:
     url: http or https.
-    path: the file to make; its folder is made too.
+    path: the file to write; its folder is created.
     sha256: what the file must hash to, if it is known.
     progress: whether to show a bar.
 
   Raises:
-    UserError: no way to it, another file than it should be, an answer that
-      may be cut, or a folder that cannot be written.
+    UserError: no connection, a file of another hash, a response that may be
+      truncated, or a folder that cannot be written.
   """
   import pooch  # slow to import, as is its `requests`
   import requests
@@ -196,7 +197,7 @@ def download(
   want = known_hash(path, sha256)
   before = path.is_file() and digest(path)
   pooch.get_logger().setLevel('WARNING')
-  sizes: list[str | None] = []  # as the server names them, the file's last
+  sizes: list[str | None] = []  # that the responses state, the file's last
   fetch = pooch.HTTPDownloader(
     progressbar=progress,
     chunk_size=1 << 20,
@@ -205,7 +206,7 @@ def download(
 
   def complete(url: str, output: str, caller: object) -> None:
     fetch(url, output, caller)
-    # An answer shorter than the size that its server names is an error there.
+    # A response shorter than its stated size is an error in `fetch`.
     if want is None and sizes[-1] is None:
       raise UserError(
         f'{url}: no SHA-256 is known and the server states no size, so it may '
@@ -226,7 +227,7 @@ def download(
       f'{path.parent} cannot be written ({printable(e.strerror or e)}); set '
       f'VQRAE_JAX_CACHE to a folder that can, or copy {url} there by hand'
     ) from None
-  except ValueError:  # pooch's, which names two hashes in five lines
+  except ValueError:  # pooch's, five lines with two hashes
     raise UserError(
       f'{url} does not have the SHA-256 {want}: it is another file, or was '
       'damaged in transit; the download is discarded'
@@ -260,7 +261,7 @@ class Source:
   """A parsed source: its kind and what the kind needs.
 
   `kind` is "hf", "rae", "vqrae_torch", "path" or "row"; `value` is the
-  ORG/NAME, the path (home expanded) or the row's name; `revision` is the
+  ORG/NAME, the path (with ~ expanded) or the row's name; `revision` is the
   hub's, None for its default.
   """
 
@@ -270,14 +271,15 @@ class Source:
 
 
 def parse_source(text: str, rows: Iterable[str] = ()) -> Source:
-  """Reads a source.
+  """Parses a source.
 
   Args:
     text: as a flag or a config has it.
     rows: the names that a bare name may be.
 
   Raises:
-    UserError: an unknown scheme or row, or a scheme without its value.
+    UserError: an empty source, an unknown scheme or row, or a scheme without a
+      valid value.
   """
   names = tuple(rows)
   if not text.strip():
@@ -309,14 +311,14 @@ def _with_scheme(text: str, scheme: str, value: str) -> Source:
     return Source(scheme, str(pathlib.Path(value).expanduser()))
   match = _HUB.fullmatch(value)
   if match is None:
-    raise UserError(f'"{text}" is no hub id; write hf:ORG/NAME[@REV]')
+    raise UserError(f'"{text}" is not a hub id; write hf:ORG/NAME[@REV]')
   return Source('hf', *match.groups())
 
 
 # ----------------------------------------------------------------------------
 # A repository of the hub: the configs and one set of weights, safetensors if
-# there are any. The cache serves where the hub is out of reach or
-# `HF_HUB_OFFLINE=1` forbids it.
+# there are any. The cache is used if the hub cannot be reached or
+# `HF_HUB_OFFLINE=1` is set.
 
 CONFIGS = ('config.json', 'preprocessor_config.json')
 _SAFE = tuple(
@@ -330,7 +332,7 @@ _TORCH_SHARDS = ('pytorch_model-*-of-*.bin',)
 
 
 def fetch_command(hub: str, revision: str | None) -> str:
-  """The shell line that brings what is needed into the cache."""
+  """The shell command that downloads configs and safetensors to the cache."""
   at = f' --revision {revision}' if revision else ''
   return (
     f"hf download {hub}{at} --include '*config.json' --include "
@@ -346,12 +348,12 @@ def snapshot(
   Args:
     hub: ORG/NAME.
     revision: a branch, tag or commit; None for the default branch.
-    files: the names of all that is wanted, which the repository may lack; by
+    files: names of the files to download, which the repository may lack; by
       default the configs and one set of weights.
 
   Raises:
-    UserError: no such repository or revision, or no way to it; with the
-      command that brings it.
+    UserError: no such repository or revision, no connection, or no weights,
+      with the command that downloads them.
   """
   if files:
     folder = _download(hub, revision, files)
@@ -376,7 +378,7 @@ def _download(
     folder = huggingface_hub.snapshot_download(
       hub, revision=revision, allow_patterns=list(files)
     )
-  # The client raises a dozen kinds of three libraries; none is our fault.
+  # The client raises errors of three libraries; none is a fault of this one.
   except Exception as e:
     at = f'@{revision}' if revision else ''
     raise UserError(

@@ -1,9 +1,9 @@
 """A weight file as a model's leaves, and a model's leaves as a weight file.
 
-`Pretrained` checks the keys of a file against a table and a model, both ways,
-before any value is read; it then reads leaves, one at a time on the host.
-`export` runs the same table backwards. Values are unchanged except for the cast
-to the model's type; a NaN or an infinity is an error.
+`Pretrained` matches the keys and shapes of a file with a table and a model,
+both ways, before any leaf is read; it then reads leaves one at a time. `export`
+applies the same table in reverse. Values are unchanged except for the cast to
+the model's dtype; a NaN or an infinity is an error.
 """
 
 import dataclasses
@@ -27,17 +27,25 @@ from vqrae_jax.weights.rules import (
   Transform,
 )
 
-_LISTED = 4  # names of a kind in an error
-TOLERANCE = 1e-5  # of arrays that the model computes
+_LISTED = 4  # names of each kind that an error lists
+TOLERANCE = 1e-5  # absolute, of arrays that are computed here
 
 # ----------------------------------------------------------------------------
-# What a table wants of a file, for one model.
+# What a table expects of a file, for one model.
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A leaf, or layer `index` of a stacked one, of that shape; and its part of
-  a key's array: its transform's shape, from `offset` along the axis."""
+  """A leaf, or one layer of a stacked leaf, and its part of a source array.
+
+  Attributes:
+    leaf: the leaf's name.
+    index: the layer's number; () for an unstacked leaf.
+    shape: of the leaf or the layer.
+    transform: from the part of the source array.
+    key: the source array's.
+    offset: where the part begins along `transform.axis`.
+  """
 
   leaf: str
   index: int | tuple[()]
@@ -49,7 +57,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-  """What a table wants of a file, for one model."""
+  """What a table expects of a file, for one model."""
 
   shapes: dict[str, Shape]  # source key: shape
   pieces: dict[str, list[Piece]]  # leaf: pieces in order of layers
@@ -73,13 +81,13 @@ def _pieces(
 
 
 def expand(table: Table, target: Mapping[str, Any]) -> Expected:
-  """All that `table` wants for the leaves {name: has .shape}.
+  """What `table` expects of a file for `target`, {leaf name: has .shape}.
 
-  A rule for a leaf that the model lacks wants nothing; its keys, if the file
-  has them, are unknown to the model.
+  A rule with a leaf that the model lacks is skipped; if the file has its keys,
+  they are unknown to the model.
 
   Raises:
-    ValueError: the table is at fault: two rows want one key or fill one leaf.
+    ValueError: a fault of the table: two rows have one key or fill one leaf.
   """
   computed = {r.source: r for r in table.rows if isinstance(r, Computed)}
   shapes = {key: row.value().shape for key, row in computed.items()}
@@ -106,7 +114,7 @@ def expand(table: Table, target: Mapping[str, Any]) -> Expected:
 def _claim(
   key: str, wanted: Container[str], table: Table
 ) -> tuple[str, str | None, str]:
-  """(prefix stripped, wanted key or None, reason to ignore or '')."""
+  """(stripped prefix, expected key or None, reason to ignore it or '')."""
   rules = [r for r in table.rows if isinstance(r, Ignore)]
   prefix, rest = '', key
   while True:
@@ -124,10 +132,10 @@ def _claim(
 def _match(
   source: WeightFile, table: Table, target: Mapping[str, Any], hint: str
 ) -> tuple[Expected, dict[str, str], dict[str, str]]:
-  """(what is expected, the file's key of each, {the file's key: why ignored}).
+  """(what is expected, {key: the file's key}, {the file's key: why ignored}).
 
   Raises:
-    UserError: one line with what is missing, unknown or of another shape.
+    UserError: lists what is missing, unknown or of another shape.
   """
   expected = expand(table, target)
   keys: dict[str, str] = {}
@@ -199,7 +207,7 @@ def _names(names: Sequence[str], width: int = 90) -> str:
 
 
 class Pretrained:
-  """A source that fits a model; `read` gives any leaf.
+  """A source that fits a model; `read` returns any leaf.
 
   Attributes:
     target: {leaf name: ShapeDtypeStruct}.
@@ -209,16 +217,17 @@ class Pretrained:
   def __init__(
     self, source: WeightFile, table: Table, target: Any, hint: str = ''
   ):
-    """Matches; reads the few arrays that must equal computed ones.
+    """Matches keys and shapes; reads only arrays that are also computed here.
 
     Args:
       source: an opened file (`open_weights`).
-      table: the rules for its kind.
+      table: the rows for its kind.
       target: a tree of ShapeDtypeStructs (or arrays): all leaves to fill.
       hint: what to do about a file that does not fit, for the error.
 
     Raises:
-      UserError: the file does not fit the model; one line shows both sides.
+      UserError: the file does not fit the model, with both sides of each
+        difference, or an array differs from the computed one by over 1e-5.
     """
     self.source = source
     self.target = trees.flatten(target)
@@ -238,7 +247,7 @@ class Pretrained:
         self.ignored[key] = row.why
 
   def _read(self, key: str, dtype: Any) -> np.ndarray:
-    """An array of the file in another type, which it must not exceed."""
+    """An array of the file, cast to `dtype`, in which it must be finite."""
     with np.errstate(over='ignore', invalid='ignore'):
       values = self.source[key].read().astype(dtype)
     if not _is_integer(dtype) and not np.isfinite(values).all():
@@ -260,7 +269,7 @@ class Pretrained:
     return piece.transform.forward(values, piece.shape)
 
   def read(self, leaf: str) -> np.ndarray:
-    """A leaf in the model's type, one layer read after another.
+    """A leaf in the model's dtype, read layer by layer.
 
     Raises:
       UserError: the file is damaged, or a value is NaN or infinite.
@@ -273,8 +282,11 @@ class Pretrained:
   def load(self) -> dict[str, Any]:
     """{leaf name: array}: all leaves, or none if the file is damaged.
 
-    A leaf whose target has a sharding becomes a `jax.Array` laid out so, any
-    other a NumPy array. One leaf at a time is on the host.
+    A leaf whose target has a sharding becomes a `jax.Array` with it, any other
+    a NumPy array. Of the sharded ones only one at a time is on the host.
+
+    Raises:
+      UserError: as `read`.
     """
     found = {}
     for name, leaf in self.target.items():
@@ -288,7 +300,7 @@ class Pretrained:
     return found
 
   def lazy(self) -> dict[str, LazyArray]:
-    """{leaf name: what reads it}; nothing is kept."""
+    """{leaf name: lazy array}, which reads the file at every access."""
     return {
       name: LazyArray(
         tuple(leaf.shape),
@@ -299,28 +311,29 @@ class Pretrained:
     }
 
   def backwards(self) -> Iterator[tuple[LazyArray, np.ndarray]]:
-    """(an array of the file, the same made out of our leaves), of each key."""
+    """For each key (the file's array, the same array rebuilt from leaves)."""
     for key, array in _gather(self._expected, self._part):
       yield self.source[self._keys[key]], array
 
 
 # ----------------------------------------------------------------------------
-# The way back.
+# From leaves to a file.
 
 
 def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
-  """{source key: array}: a table backwards, bitwise.
+  """{source key: array}: a table in reverse, bitwise.
 
   Args:
-    table: the rules of the kind of file to write.
-    leaves: a tree, or {leaf name: array}, of all that the model has.
+    table: the rows of the kind of file to write.
+    leaves: all leaves of the model, as a tree or {leaf name: array}.
 
   Returns:
-    What the file would hold, `computed` arrays included. Views of `leaves`
-    where the layout allows: copy before changing them.
+    All arrays of the file, `computed` ones included. They are views of `leaves`
+    where the layout allows it: copy before changing them.
 
   Raises:
     UserError: the table has no key for a leaf.
+    ValueError: a fault of the table, as in `expand`.
   """
   flat = {n: np.asarray(v) for n, v in trees.flatten(leaves).items()}
   expected = expand(table, flat)
@@ -336,7 +349,7 @@ def export(table: Table, leaves: Any) -> dict[str, np.ndarray]:
 def _gather(
   expected: Expected, read: Callable[[Piece], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Each source key, and its array out of the pieces that it becomes."""
+  """(source key, its array, joined from its pieces) of each key."""
   by_key: dict[str, list[Piece]] = {}
   for piece in _flat(expected):
     by_key.setdefault(piece.key, []).append(piece)

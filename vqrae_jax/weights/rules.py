@@ -1,4 +1,4 @@
-r"""The rows of a weight table: what each published key becomes.
+r"""The rows of a weight table: what each key of a published file becomes.
 
   Rule('layers.{i}.fc1.weight', 'blocks/mlp/fc1/kernel', 'linear')
   Rule('layers.{i}.qkv.weight', ('…/query/kernel', '…/key/kernel', …), 'linear')
@@ -8,7 +8,7 @@ r"""The rows of a weight table: what each published key becomes.
 
 A table is total: every source key is matched by one row, and every layer of
 every destination leaf is filled by one (`load.py` enforces this). Rows are
-data; they read nothing.
+data; they read no file.
 """
 
 import dataclasses
@@ -20,18 +20,19 @@ import numpy as np
 from vqrae_jax.errors import choose
 
 # ----------------------------------------------------------------------------
-# Transforms: how a published array is laid out beside ours. Values pass both
-# ways bitwise, "zeros" aside.
+# Transforms between the layout of a published array and ours. Both directions
+# keep values bit for bit, except "zeros".
 
 Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """One layout of the source: ours as `cube(its shape)`, axes then permuted.
+  """A layout of the source: our array reshaped to `cube(its shape)`, then
+  transposed by `axes`.
 
-  With `zeros` its values are not taken, but zeros. Several destinations of one
-  source lie beside each other along `axis` of it.
+  With `zeros` our array is zeros, whatever the source's values. Several
+  destinations of one source are concatenated along its axis `axis`.
   """
 
   cube: Callable[[Shape], Shape] = lambda ours: ours
@@ -40,12 +41,12 @@ class Transform:
   zeros: bool = False
 
   def shape(self, ours: Shape) -> Shape:
-    """The source part's shape."""
+    """The shape of the source, or of its part for this destination."""
     cube = self.cube(ours)
     return tuple(cube[i] for i in self.axes) if self.axes else cube
 
   def forward(self, part: np.ndarray, ours: Shape) -> np.ndarray:
-    """The source part as our array, of shape `ours`."""
+    """The source, or its part, as our array of shape `ours`."""
     if self.zeros:
       return np.zeros(ours, part.dtype)
     if self.axes:
@@ -53,15 +54,15 @@ class Transform:
     return part.reshape(ours)
 
   def backward(self, ours: np.ndarray) -> np.ndarray:
-    """The inverse of `forward`."""
+    """The inverse of `forward`; with `zeros` of its layout only."""
     part = ours.reshape(self.cube(ours.shape))
     return part.transpose(self.axes) if self.axes else part
 
 
 def by_heads(heads: int, axis: int) -> Transform:
-  """flax's attention: our axis `axis` (from the end) as [heads, width/heads].
+  """Our axis `axis`, negative, as [heads, width/heads], as in flax's attention.
 
-  It holds for stacked leaves too, whose layers stand in front.
+  It also holds for stacked leaves, whose first axis is the layers.
   """
 
   def split(ours: Shape) -> Shape:
@@ -72,8 +73,8 @@ def by_heads(heads: int, axis: int) -> Transform:
 
 
 def _patches(ours: Shape) -> Shape:
-  """[p*p*3 d] as [p p 3 d]: each patch (row, column, channel), as
-  ops.images.patchify lays it."""
+  """[p*p*3 d] as [p p 3 d]: each patch is (row, column, channel), as in
+  `ops.images.patchify`."""
   side = math.isqrt(ours[0] // 3)
   return (side, side, 3, ours[1])
 
@@ -89,24 +90,24 @@ TRANSFORMS = {
   'linear': Transform(axes=(1, 0)),
   # A convolution's kernel: [out in h w] to [h w in out].
   'conv': Transform(axes=(3, 2, 0, 1)),
-  # One that cuts patches: [d 3 p p] to [p*p*3 d]; and as flax lays it.
+  # A patch embedding's: [d 3 p p] to [p*p*3 d]; in flax [p p 3 d].
   'conv_patch': Transform(_patches, axes=(3, 2, 0, 1)),
   'flax patch': Transform(_patches),
-  # One token alone: [d] to [1 d].
+  # One token: [d] to [1 d].
   'token': Transform(lambda ours: ours[1:]),
-  # A batch axis of one in front.
+  # A leading batch axis of size one, which is dropped.
   'batched': Transform(lambda ours: (1, *ours), axis=1),
-  # A value a channel, over images [c h w] and batches of them: [c 1 1] and
-  # [1 c 1 1] to [c].
+  # One value per channel of images or of batches: [c 1 1] and [1 c 1 1] to
+  # [c].
   'channels': Transform(lambda ours: (*ours, 1, 1)),
   'batched channels': Transform(lambda ours: (1, *ours, 1, 1), axis=1),
-  # Positions: [gh*gw d] to [gh gw d], and the same behind a batch axis.
+  # Positions: [gh*gw d] to [gh gw d], without and with a leading batch axis.
   'grid': Transform(_rows),
   'batched grid': Transform(lambda ours: (1, *_rows(ours)), axis=1),
 }
 
 
-# Wrappers' names in front of all keys, stripped from all alike.
+# Prefixes that wrappers give to all keys of a file; they are stripped.
 PREFIXES = (
   'module.',
   '_orig_mod.',
@@ -122,11 +123,11 @@ PREFIXES = (
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One source array to one leaf, or cut into several.
+  """One source array to one leaf, or split into several.
 
-  `{i}` in `source` is the number of a layer, and then each destination is
-  row i of a stacked leaf. `transform` is a key of `TRANSFORMS` (or one that
-  `by_heads` made), or as many as there are destinations.
+  `{i}` in `source` is the number of a layer; each destination is then row i of
+  a stacked leaf. `transform` is a key of `TRANSFORMS` or a `Transform`, for
+  every destination, or a tuple with one key for each.
   """
 
   source: str
@@ -150,7 +151,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Ignore:
-  """Source keys, matched in full by the regex, that are not used, and why."""
+  """Source keys that are not used, and why; the regex matches the full key."""
 
   pattern: str
   why: str
@@ -172,7 +173,7 @@ ignore, computed = Ignore, Computed  # as tables write them
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """All rows of one kind of file, and the prefixes its keys may bear."""
+  """All rows of one kind of file, and the prefixes that its keys may have."""
 
   rows: tuple[Rule | Ignore | Computed, ...]
   prefixes: tuple[str, ...] = PREFIXES

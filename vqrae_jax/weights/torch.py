@@ -1,15 +1,15 @@
 """PyTorch checkpoints (`.pt`, `.pth`, `.bin`) without PyTorch.
 
 Since PyTorch 1.6 a checkpoint is a zip of one pickle and one member of raw
-bytes per storage; before, it is five pickles (a magic number, the version, the
-machine, the value, the keys of its storages) and then, for each key, an i64
-count and the elements. The pickle is read by an unpickler that knows inert
-constructors only: a name that `torch.save` does not write for weights is an
-error, so no code of a file runs. Tensors become lazy arrays over the bytes.
+bytes per storage; earlier ones are five pickles (a magic number, the version,
+the machine, the value, the keys of its storages) and then, for each key, an i64
+count and the elements. The unpickler knows inert constructors only: a name that
+`torch.save` does not write for weights is an error, so no code of a file runs.
+Tensors become lazy arrays over the bytes.
 
-Of a training file's sections the average is preferred: "ema", else "model",
-else "state_dict", else the file itself. Not read: the tar archives that came
-before both formats.
+Of a training file's sections "ema" is preferred, else "model", else
+"state_dict", else the file itself. PyTorch's first format, a tar archive, is
+not read.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ from vqrae_jax.weights.files import (
 )
 
 SECTIONS = ('ema', 'model', 'state_dict')
-# Names and shapes take some hundred bytes a tensor. An unpickled byte may cost
+# Names and shapes take some hundred bytes a tensor. An unpickled byte may take
 # sixty of memory, which this bounds.
 MAX_PICKLE = 1 << 25
-# An expanded tensor has more elements than its storage; so many are plausible.
+# A tensor may be expanded beyond its storage; this many elements are plausible.
 MAX_EXPANDED = 1 << 24
 _MAX_STORAGE = 1 << 38  # bytes
-# Weights hardly compress: a member that grows by more is a bomb. A megabyte
-# of zeros is a plausible bias.
+# Weights hardly compress: a member that expands by a larger ratio is a zip
+# bomb. A megabyte of zeros is a plausible bias.
 _MAX_RATIO, _RATIO_FREE = 100, 1 << 20
 
 _DTYPES = {
@@ -56,12 +56,12 @@ _DTYPES = {
 
 
 class _Refused(Exception):
-  """The pickle holds what no weight file needs; the message says what."""
+  """The pickle has what no weight file needs; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-  """Elements [first, stop) of the `count` that the file keeps as `key`."""
+  """Elements [first, stop) of the `count` that the file stores under `key`."""
 
   dtype: np.dtype
   key: str
@@ -82,14 +82,14 @@ class Tensor:
 
 class _Dict(dict):
   def __setitem__(self, key: Any, value: Any) -> None:
-    # Other keys could be nested without end, and hashing them would be too.
+    # Keys of other types could be nested so deep that hashing them overflows.
     if type(key) not in (str, int):
       raise _Refused(f'has a key of type {type(key).__name__}')
     super().__setitem__(key, value)
 
 
 class _OrderedDict(_Dict):
-  """The one value that BUILD is for: a state dict has attributes."""
+  """The only value that BUILD may change: a state dict has attributes."""
 
 
 def _are_sizes(*values: Any) -> bool:
@@ -118,7 +118,7 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
 
 
 def _ordered_dict(*args: Any) -> _OrderedDict:
-  """Empty, or of the pairs that Python 2 gave it: one list of lists."""
+  """Empty, or of the pairs that Python 2 pickled: one list of lists."""
   pairs = args[0] if args else []
   if len(args) > 1 or type(pairs) is not list:
     raise _Refused('has an OrderedDict of something other than pairs')
@@ -154,9 +154,9 @@ _OPCODES = """
 """
 
 
-# Python's unpickler in Python, not in C, whose memo has as many slots as a few
-# bytes of the file ask for, and whose dicts hash keys nested so deep that the
-# stack overflows. Here opcodes are those that `torch.save` writes.
+# Python's unpickler in Python. The one in C allocates as many memo slots as a
+# few bytes of the file ask for, and hashes keys nested so deep that the stack
+# overflows. Only opcodes that `torch.save` writes are allowed.
 class _Unpickler(pickle._Unpickler):
   def __init__(self, file: io.BytesIO, legacy: bool):
     super().__init__(file, encoding='utf-8')  # of the strings of Python 2
@@ -170,8 +170,8 @@ class _Unpickler(pickle._Unpickler):
     return _NAMES[path]
 
   def persistent_load(self, pid: Any) -> Storage:
-    """('storage', type, key, device, count) and, in the format before 1.6,
-    None or the part that is meant: (its own key, first element, elements)."""
+    """`pid` is ('storage', type, key, device, count) and, in the format before
+    1.6, None or a view of the storage: (own key, first element, elements)."""
     if type(pid) is not tuple or len(pid) != 5 + self.legacy:
       raise _Refused('refers to something that is not a storage')
     kind, dtype, key, _, count, *views = pid
@@ -239,7 +239,7 @@ def unpickle(
 
 
 # ----------------------------------------------------------------------------
-# The bytes of storages: reads a storage's elements, all or mapped.
+# The two formats: functions that read or map a storage's elements.
 
 _Read = Callable[[Storage], np.ndarray]
 _MEMBERS = (
@@ -249,7 +249,7 @@ _MEMBERS = (
 
 
 def _open_zip(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
-  """A zip's value, its storages, and what reads them.
+  """A zip's unpickled value, its storages, and a function that reads one.
 
   Sizes are checked before a member is read; its CRC as it is read.
   """
@@ -278,7 +278,7 @@ def _open_zip(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
         f'{path}: "{name}" would grow to {size} bytes, more than weights need; '
         'save the weights alone, uncompressed'
       )
-    # The others cannot be decompressed to a bound.
+    # Others cannot be decompressed with a bound on memory.
     if kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
       raise UserError(f'{path}: "{name}" is compressed; save it uncompressed')
     with as_user_error(path, 'PyTorch checkpoint'):
@@ -288,7 +288,7 @@ def _open_zip(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
         raise EOFError(f'"{name}" ends early')
     return found
 
-  order = b'little'  # before PyTorch 2.1 always, and not written
+  order = b'little'  # always, and not written, before PyTorch 2.1
   if f'{top}/byteorder' in members:
     order = read(f'{top}/byteorder', 16).strip()
   if order not in (b'little', b'big'):
@@ -316,7 +316,7 @@ _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def _open_legacy(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
-  """The same of the format before 1.6, which has no checksums.
+  """The same for the format before 1.6, which has no checksums.
 
   Counts and elements are little-endian whatever machine wrote them.
   """
@@ -338,7 +338,7 @@ def _open_legacy(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
         raise UserError(f'{damage}: storage {printable(s.key)} has two types')
     good = isinstance(keys, list) and all(isinstance(k, str) for k in keys)
     if not good or sorted(keys) != sorted(used):
-      raise UserError(f'{damage}: it lists other storages than its tensors use')
+      raise UserError(f'{damage}: it lists storages other than those in use')
     at, starts = front.tell(), {}
     for key in keys:
       dtype, count = used[key]
@@ -380,7 +380,7 @@ def open_torch(path: pathlib.Path) -> WeightFile:
 
 
 def _choose(value: Any, path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
-  """The section that holds the weights, and a line on what was taken."""
+  """(the tensors of the section that holds weights, what was used and left)."""
   if not isinstance(value, dict):
     raise UserError(
       f'{path} holds a {type(value).__name__}; save a dict of named tensors'
@@ -405,7 +405,7 @@ def _choose(value: Any, path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _check_flat(section: dict, where: str) -> None:
-  """No tensors deeper down, which would be left out unnoticed."""
+  """Raises a UserError for deeper tensors, which would silently be left out."""
   for key, value in section.items():
     if not isinstance(value, dict | list | tuple):
       continue
