@@ -32,6 +32,13 @@ def get_config(arguments=None):
   defaults = dict(steps=1000, lpips=True, gan=True, frozen=False)
   defaults |= dict(stage=(1, 0, 2), distill=('teacher', 'self', 'none'))
   arg = common.arguments(arguments, **defaults)
+  unused = {0: ('lpips', 'gan', 'frozen', 'distill'), 1: ('frozen', 'distill')}
+  plain = common.arguments(None, **defaults)
+  for name in unused.get(arg.stage, ()):
+    if arg[name] != plain[name]:
+      raise ValueError(
+        f'config argument {name}={arg[name]} does nothing in stage {arg.stage}'
+      )
   config = common.base()
   quantizer = dict(name='simvq', num_codes=1024, code_dim=64, distance='l2')
   quantizer = quantizer if arg.stage else dict(name='none')

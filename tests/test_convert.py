@@ -315,6 +315,8 @@ SIMVQ = dict(code_dim=32, projection=False)
     ('simvq-l2', {}, 'quantizer.projection'),
     ('simvq-l2', SIMVQ, 'quantizer.normalize'),
     ('simvq-cosine', SIMVQ, 'quantizer.code_scale'),
+    # As wide as the latents, without projections, as the project's are.
+    ('lfq', dict(bits=30, projection=False), 'quantizer.name="lfq"'),
   ],
 )
 def test_quantizers_that_the_project_does_not_have(kind, fields, key):

@@ -230,6 +230,8 @@ def test_an_ample_image_covers_what_is_resized_to(resize):
   assert ample >= 2 * max(64, np.max(resize or 0))
   if resize is None:  # the image's own size must not change
     assert ample > 10_000
+  squashed = pipeline.Augment(size, resize=resize, crop='squash')
+  assert squashed.ample == 128  # whatever `resize` is
 
 
 @pytest.mark.parametrize('side', (20, 33, 60, 200))

@@ -91,6 +91,7 @@ def test_globs_and_relative_paths(folder, monkeypatch, pattern, names):
     ('{a,b}{0..1}', ['a0', 'a1', 'b0', 'b1']),
     ('{a,b{0..1},}', ['a', 'b0', '', 'a', 'b1', '']),
     ('plain{x}.tar', ['plain{x}.tar']),
+    ('{x}-{a,b}', ['{x}-a', '{x}-b']),
   ],
 )
 def test_braces(pattern, want):

@@ -210,6 +210,7 @@ def test_sources_that_name_nothing(copy):
     check_refused(words, source)
   check_refused('does not fit', file, row='siglip-base-patch16-224')
   check_refused('did you mean', file, row='siglip-base')
+  check_refused('not "vit-mae-base"', 'dinov2-base', row='vit-mae-base')
   check_refused('InternViT', str(copy / 'x.safetensors'), row='dinov2-base')
   folder = str(saved('siglip'))
   check_refused('did you mean "plain"', folder, 'plane')

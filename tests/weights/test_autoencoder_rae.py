@@ -279,6 +279,7 @@ def test_statistics(form):
     (dict(num_channels=4), ('num_channels=4', '3')),
     (dict(image_size=32), ('image_size=32', '64')),
     (dict(encoder_input_size=230), ('encoder_input_size=230', '224')),
+    (dict(encoder_input_size=8), ('encoder_input_size=8', 'must be 14')),
     (dict(encoder_hidden_size=32), ('encoder_hidden_size=32',)),
     (dict(encoder_hidden_size='x'), ("encoder_hidden_size='x'", 'number')),
     (dict(decoder_hidden_size=None), ('decoder_hidden_size=None',)),

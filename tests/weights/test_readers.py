@@ -80,6 +80,11 @@ def test_shards(tmp_path):
     (where | {'wide': 'model-0.safetensors'}, 'wide'),
   ):
     refused(index(tmp_path, wrong), f'"{key}"')
+  one = (tmp_path / 'model-0.safetensors').read_bytes()
+  save_file(ARRAYS, tmp_path / 'model-0.safetensors')  # all, so some twice
+  twice = min(k for k in where if where[k] == 'model-1.safetensors')
+  refused(index(tmp_path, where), f'"{twice}"')
+  (tmp_path / 'model-0.safetensors').write_bytes(one)
   index(tmp_path, where)
   (tmp_path / 'model-1.safetensors').unlink()
   refused(path, 'model-1.safetensors is missing')

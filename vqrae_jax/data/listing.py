@@ -144,13 +144,13 @@ def braces(pattern: str) -> Iterator[str]:
   Raises:
     UserError: a range of over a million numbers.
   """
-  match = re.search(r'\{([^{}]*)\}', pattern)
-  parts = match and _expanded(match[1])
-  if not parts:
-    yield pattern
-    return
-  for part in parts:
-    yield from braces(pattern[: match.start()] + part + pattern[match.end() :])
+  for match in re.finditer(r'\{([^{}]*)\}', pattern):
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    if parts := _expanded(match[1]):
+      for part in parts:
+        yield from braces(before + part + after)
+      return
+  yield pattern
 
 
 def _expanded(inside: str) -> list[str]:

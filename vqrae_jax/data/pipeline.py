@@ -60,6 +60,8 @@ class Augment:
   def ample(self) -> int:
     """Pixels a side that a decoder must keep: twice the largest shorter side
     after resizing; if images keep their own size, more than any has."""
+    if self.crop == 'squash':
+      return 2 * max(self.size)
     if self.resize is None:
       return MAX_PIXELS
     return 2 * max(np.max(self.resize).item(), *self.size)

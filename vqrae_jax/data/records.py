@@ -84,9 +84,9 @@ class Records(EncodedImages):
       self._sources = list(pool.map(_source, listing.paths))
     super().__init__(listing, [len(source) for source in self._sources])
     if not len(self):
-      raise NoImageError(
-        f'the ArrayRecord file {self.paths[0]} holds no record'
-      )
+      first, *rest = self.paths
+      more = f', nor do {len(rest)} others' * bool(rest)
+      raise NoImageError(f'the ArrayRecord file {first} holds no record{more}')
 
   def _name(self, row: int) -> str:
     file, record = self._place(row)

@@ -19,7 +19,7 @@ from vqrae_jax.data.decode import EncodedImages, read_bytes
 from vqrae_jax.data.listing import Listing, images_at, list_data
 from vqrae_jax.data.records import Records
 from vqrae_jax.data.tar import TarShards
-from vqrae_jax.errors import UserError, did_you_mean
+from vqrae_jax.errors import UserError
 
 
 class ImageFiles(EncodedImages):
@@ -150,7 +150,7 @@ def open_source(
       key = 'include' if i < len(include) else 'exclude'
       raise UserError(
         f'{key}=("{pattern}",) names no image of "{data}": "()" clears it'
-        f'{did_you_mean(pattern, names[:50])}'
+        f'; names are like "{names[0]}"'
       )
   kept = ~matches[len(include) :].any(0)
   if include:

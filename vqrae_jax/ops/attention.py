@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-BATCH_AXES = ('data', 'fsdp')  # of the mesh (`sharding.py`)
+from vqrae_jax.ops.codes import BATCH_AXES
+
 LANES = 128  # a TPU's tile, of which splash takes a multiple of tokens
 # With fewer, a token's scores are fewer than its MLP's hidden channels, and
 # padding to full tiles costs more than the scores.

@@ -231,7 +231,7 @@ def _model(c: Mapping[str, Any], where: str) -> dict:
     ),
     where,
   )
-  n = c['encoder_input_size'] // patch
+  n = max(c['encoder_input_size'] // patch, 1)
   for key, want in (
     ('num_channels', 3),
     ('encoder_input_size', n * patch),

@@ -71,6 +71,8 @@ def find_encoder(source: str, row: str | None = None) -> EncoderSource:
   if row is not None:
     choose(encoders.ENCODERS, row, 'encoder')
   parsed = hub.parse_source(source, encoders.ENCODERS)
+  if parsed.kind == 'row' and row not in (None, source):
+    raise UserError(f'"{source}" is a row of the table itself, not "{row}"')
   if parsed.kind in ('row', 'hf'):
     name = parsed.value
     if parsed.kind == 'row':

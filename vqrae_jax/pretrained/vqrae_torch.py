@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqrae_jax import encoders, plugins, quantizers
+from vqrae_jax import encoders, quantizers
 from vqrae_jax.encoders import dinov2, internvit, mae, naming, siglip
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.errors import UserError
@@ -209,9 +209,8 @@ def _detect_fsq(source: WeightFile) -> Form:
   else:  # in all of the project's code; a fork may differ, and no key shows it
     defaults['bound'] = 'clip'
   ways = f'in {fields["adapter_in"]}, out {fields["adapter_out"]}'
-  summary = (
-    f'FSQ, levels {levels}, {ways}, bound "clip" unless --quantizer sets it'
-  )
+  bound = 'bound "clip"' + ' unless --quantizer sets it' * (not mlp)
+  summary = f'FSQ, levels {levels}, {ways}, {bound}'
   return Form('fsq', fields, defaults, summary)
 
 
@@ -277,14 +276,10 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
     UserError: the project has no such quantizer.
   """
   rows: list = []
-  if plugins.is_name(name := quantizers.name_of(q)):
+  if (name := quantizers.name_of(q)) not in ('fsq', 'none', 'simvq', 'vq'):
     raise UserError(
-      f'quantizer.name="{name}": the PyTorch project has no such quantizer'
-    )
-  if isinstance(q, quantizers.Nested):
-    raise UserError(
-      f'quantizer.name="{quantizers.name_of(q)}": the PyTorch project has one '
-      'code a token'
+      f'quantizer.name="{name}": the PyTorch project has no such quantizer; it '
+      'has fsq, simvq, vq and none'
     )
   if isinstance(q, quantizers.FSQ):
     if q.convention != 'centered':

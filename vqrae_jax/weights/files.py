@@ -7,6 +7,7 @@ the one set of shards that it describes. Nothing here depends on a model
 (`rules.py` does). PyTorch's two formats are in `torch.py`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -365,11 +366,12 @@ def _open_shards(path: pathlib.Path) -> WeightFile:
     shards[name] = open_weights(path.parent / name)
   have = {key: name for name, shard in shards.items() for key in shard}
   wrong = [k for k in {**where, **have} if where.get(k) != have.get(k)]
-  if wrong or sum(map(len, shards.values())) > len(have):
-    key = printable(wrong[0]) if wrong else 'a key'
+  held = collections.Counter(key for shard in shards.values() for key in shard)
+  wrong += [key for key, count in held.items() if count > 1]
+  if wrong:
     raise UserError(
-      f'{path} and its shards disagree on which holds "{key}"; download both '
-      'again'
+      f'{path} and its shards disagree on which holds "{printable(wrong[0])}"; '
+      'download both again'
     )
   return WeightFile(
     str(path), {key: shards[name][key] for key, name in where.items()}

@@ -248,8 +248,8 @@ _MEMBERS = (
 )
 
 
-def _open_zip(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
-  """A zip's unpickled value, its storages, and a function that reads one.
+def _open_zip(path: pathlib.Path) -> tuple[Any, _Read]:
+  """A zip's unpickled value, and a function that reads a storage.
 
   Sizes are checked before a member is read; its CRC as it is read.
   """
@@ -309,13 +309,13 @@ def _open_zip(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
     raw = np.frombuffer(data, f'u{storage.dtype.itemsize}')
     return (raw.byteswap() if order == b'big' else raw).view(storage.dtype)
 
-  return value, storages, values
+  return value, values
 
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
-def _open_legacy(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
+def _open_legacy(path: pathlib.Path) -> tuple[Any, _Read]:
   """The same for the format before 1.6, which has no checksums.
 
   Counts and elements are little-endian whatever machine wrote them.
@@ -358,7 +358,7 @@ def _open_legacy(path: pathlib.Path) -> tuple[Any, list[Storage], _Read]:
         path, storage.dtype, 'r', starts[storage.key], (storage.count,)
       )
 
-  return value, storages, values
+  return value, values
 
 
 # ----------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def open_torch(path: pathlib.Path) -> WeightFile:
   """
   with path.open('rb') as file:
     legacy = file.read(1) == b'\x80'
-  value, _, read = (_open_legacy if legacy else _open_zip)(path)
+  value, read = (_open_legacy if legacy else _open_zip)(path)
   tensors, note = _choose(value, path)
   found = {key: _lazy(path, key, t, read) for key, t in tensors.items()}
   return WeightFile(str(path), found, note)
@@ -423,7 +423,7 @@ def _lazy(path: pathlib.Path, key: str, t: Tensor, read: _Read) -> LazyArray:
   reaches = 0 not in t.shape and t.offset + last >= t.storage.stop
   if reaches or elements > max(t.storage.count, MAX_EXPANDED):
     raise UserError(
-      f'{path}: "{printable(key)}" of shape {t.shape} reaches past its storage '
+      f'{path}: "{printable(key)}" of shape {t.shape} does not fit its storage '
       f'of {t.storage.stop - t.storage.first} elements; the file is damaged'
     )
   dtype = t.storage.dtype
