@@ -116,7 +116,7 @@ def curves(
   """SVG: a panel each of {title: {name: [(step, value)]}}, two a row, a line a
   name, in the order of `names`; the last place has the names. What is empty is
   left out."""
-  width, height, gap = 300, 170, 60
+  width, height, gap = 300, 170, 76
   colours, parts = dict(zip(names, COLOURS, strict=False)), []
   shown = {
     title: given

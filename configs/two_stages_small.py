@@ -32,13 +32,6 @@ def get_config(arguments=None):
   defaults = dict(steps=1000, lpips=True, gan=True, frozen=False)
   defaults |= dict(stage=(1, 0, 2), distill=('teacher', 'self', 'none'))
   arg = common.arguments(arguments, **defaults)
-  unused = {0: ('lpips', 'gan', 'frozen', 'distill'), 1: ('frozen', 'distill')}
-  plain = common.arguments(None, **defaults)
-  for name in unused.get(arg.stage, ()):
-    if arg[name] != plain[name]:
-      raise ValueError(
-        f'config argument {name}={arg[name]} does nothing in stage {arg.stage}'
-      )
   config = common.base()
   quantizer = dict(name='simvq', num_codes=1024, code_dim=64, distance='l2')
   quantizer = quantizer if arg.stage else dict(name='none')
@@ -52,7 +45,7 @@ def get_config(arguments=None):
   config.log.update(every=50, images_every=max(arg.steps // 4, 1))
   config.eval.source = config.data.get_oneway_ref('source')
   config.eval.update(
-    include=HELD_OUT, tile=32, batch_size=64, every=max(arg.steps // 10, 1)
+    include=HELD_OUT, tile=32, batch_size=64, every=max(arg.steps // 10, 50)
   )
   rate = dict(lr=1.5e-3, warmup=arg.steps // 12)
   if arg.stage == 0:

@@ -35,8 +35,8 @@ myst_enable_extensions = ['attrs_inline', 'colon_fence', 'deflist']
 myst_heading_anchors = 3
 suppress_warnings = ['myst.header']  # an included file begins at level 1
 
-# A notebook runs again where its cells have changed; `make clean` forgets all.
-nb_execution_mode = 'cache'
+# Always: outputs are of the package as it is. (-D nb_execution_mode=off: never.)
+nb_execution_mode = 'force'
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 

@@ -418,8 +418,10 @@ def _loss_names() -> list[str]:
     for name, fn in table.items():
       text = about(fn.__doc__).split('\n\n')[0]
       facts = [kind]
-      if name in (usual := config_lib.RANGES['losses']):
-        facts.append('weight usually {:g} to {:g}'.format(*usual[name]))
+      if name == 'commit':
+        text += '\nUsual weights are {:g} to {:g}, beside LPIPS'.format(
+          *config_lib.COMMIT
+        ) + ' {:g} to {:g} (not for SimVQ).'.format(*config_lib.COMMIT_LPIPS)
       anchor, key = name.replace('/', '-'), name.replace('/', '.')
       text = ' '.join(text.split())
       lines += _entry(

@@ -21,6 +21,7 @@ import gc
 import importlib.util
 import pathlib
 import resource
+import sys
 
 import jax
 import jaxtyping
@@ -38,6 +39,13 @@ jaxtyping.install_import_hook(
 gc.set_threshold(50_000, 20, 100)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+  """Weights that PyTorch draws do not depend on the tests before."""
+  if 'torch' in sys.modules:
+    sys.modules['torch'].manual_seed(0)
 
 
 @pytest.fixture(scope='session')

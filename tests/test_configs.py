@@ -182,7 +182,6 @@ def test_held_out_data_may_come_from_elsewhere():
     ('vqvae_16k', 'stage=2', 'stage=2'),
     ('finetune_decoder', 'recipe=quickstart', 'recipe=simvq_siglip_l or'),
     ('simvq_siglip_l', 'open=6', 'open=6.*frozen=False'),
-    ('two_stages_small', 'distill=none', 'distill=none .*stage 1'),
     ('simvq_siglip_l', 'stage=2,open=30', 'last=30'),
     ('simvq_siglip_l', 'stage=2,decay=1.5', 'decay=1.5'),
   ],

@@ -256,8 +256,11 @@ def test_unstable_indices_name_a_remedy():
     'batch size, float32': 'a fixed batch size when tokenizing',
     'devices, bfloat16': 'precision',
   }.items():
-    found = keys_of(built(**EMA), figures | dict(moved={what: 0.05}))
+    quantizer = built(**EMA).clone(dtype='bfloat16')
+    found = keys_of(quantizer, figures | dict(moved={what: 0.05}))
     assert any(k.startswith(key) for k in found), what
+  # A tokenizer in f32 does not compute in bf16.
+  assert not keys_of(built(**EMA), figures | dict(moved={'bfloat16': 0.05}))
 
 
 @pytest.mark.parametrize('kind', ('residual-shared', 'fsq-centered'))

@@ -100,7 +100,7 @@ def test_defaults_and_usual_ranges_are_the_packages():
     (field, *usual)
     for fields in config_lib.RANGES.values()
     for field, usual in fields.items()
-  }
+  } | {('commit', *config_lib.COMMIT_LPIPS)}
 
 
 def test_files_it_names_exist():

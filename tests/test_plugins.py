@@ -318,6 +318,12 @@ class Uncounted(quantizers.LFQ):
     return {}
 
 
+class Beyond(quantizers.LFQ):
+  def _assign(self, z, train, random):
+    z, indices = super()._assign(z, train, random)
+    return z, 2 * indices
+
+
 class Moved(quantizers.LFQ):
   """A default of its own, of a field that older tokenizers lack."""
 
@@ -343,6 +349,13 @@ def test_a_class_that_does_something_else(section, words):
   named = {k: dict(name=f'{HERE}:{v}') for k, v in section.items()}
   with pytest.raises(UserError, match=words):
     vqrae_jax.build_tokenizer(model(**named))
+
+
+def test_indices_beyond_the_codebook_are_refused_before_training(run):
+  _, config = run
+  config = config | dict(model=model(quantizer=dict(name=f'{HERE}:Beyond')))
+  with pytest.raises(UserError, match=r'indices from \d+ to \d+.*is 16384'):
+    loop.dry_run(config)
 
 
 @pytest.mark.parametrize('kind', tiny.FORMS)

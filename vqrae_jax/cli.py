@@ -323,7 +323,8 @@ def _check_overrides(config: Any, argv: list[str]) -> None:
       if key not in keys:
         near = did_you_mean(key, keys) if keys else f'; {path} is not a section'
         raise UserError(
-          f'unknown key "{path}.{key}"{near} (more keys go into the file)'
+          f'the config file does not set "{path}.{key}"{near} (a key that it '
+          'does not set goes into the file)'
         )
       node, path = node[key], f'{path}.{key}'
 

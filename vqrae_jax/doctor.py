@@ -247,7 +247,7 @@ class _Keys:
     from vqrae_jax.quantizers import Nested, name_of
     from vqrae_jax.quantizers.nested import value_of
 
-    inner = _innermost(quantizer)
+    inner, self.dtype = _innermost(quantizer), quantizer.dtype
     self.outer, self.prefix = 'model.quantizer.', 'model.quantizer.'
     self.nested = isinstance(quantizer, Nested)
     while isinstance(quantizer, Nested):
@@ -301,7 +301,7 @@ class _Keys:
     found += self.loss(entropy=0.1, kl=5e-4) or self.loss(diversity=0.1)
     found = found[:2]
     found = found or [*self.fewer(size, used), *self.projected()]
-    return found or ['duration=… (train longer)']
+    return [*found, 'duration=… (train longer)']
 
   def sizes(self) -> list[str]:
     """What brings tokens and codes to one size."""
@@ -398,7 +398,7 @@ def _of_stage(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
     )
     cures = keys.unless(data_init=True, basis_init='tokens')
     found.append((what, cures or keys.use(k, f['used'])))
-  return found + _unstable(f)
+  return found + _unstable(keys, f)
 
 
 def _lengths(f: dict) -> str:
@@ -430,12 +430,15 @@ def _narrow_channels(f: dict) -> str:
   )
 
 
-def _unstable(f: dict) -> list[tuple[str, list[str]]]:
-  """Indices that another dtype, batch or number of devices moves."""
+def _unstable(keys: _Keys, f: dict) -> list[tuple[str, list[str]]]:
+  """Indices that another dtype, batch or number of devices moves; bf16 only
+  those of a tokenizer that computes in it."""
   found = []
   canonical = 'precision="canonical" in encode_to_indices'
   for what, share in f['moved'].items():
     if share <= _MOVED[what.rpartition(' ')[2]]:
+      continue
+    if keys.dtype == 'float32' and what.endswith('bfloat16'):
       continue
     if what == 'bfloat16':
       text = f'{_percent(share)} of indices move under bf16'

@@ -331,8 +331,8 @@ def make_optimizer(
     if warmup >= total_steps:
       raise UserError(
         f'{key} warmup={schedule.warmup!r} is {warmup} steps and leaves none '
-        f'of the {total_steps} steps there are{epoch}; shorten it, lengthen '
-        'duration, or lower batch_size'
+        f'of the {total_steps} steps there are{epoch}; shorten it or '
+        'lengthen duration'
       )
     entry = dict(
       lr=schedule.lr, end_lr=schedule.end_lr, warmup=warmup, total=total_steps

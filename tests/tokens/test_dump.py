@@ -191,7 +191,7 @@ def test_a_killed_worker_leaves_nothing_behind(tmp_path):
     (dict(fingerprint='e' * 64), 'fingerprint'),
     (dict(offset=2), 'offset=1, not 2'),
     (dict(format='jsonl'), 'format="array_record", not "jsonl"'),
-    (dict(listing='abc'), '--data=here with other files'),
+    (dict(listing='abc'), 'other files, of --data=here'),
   ],
 )
 def test_another_dump_is_refused(finished, keys, words):

@@ -6,6 +6,7 @@ or a brace pattern of image files, tar shards or ArrayRecord files, or
 (nothing is downloaded).
 """
 
+import difflib
 import fnmatch
 import importlib.util
 import os
@@ -129,8 +130,8 @@ def open_source(
     data: "bundled:photos", a folder (searched recursively), a file, a glob, or
       a shell's brace pattern, "train-{000..010}.tar".
     include: globs, one of which an image's short name (`EncodedImages.names`)
-      must match; () for all images.
-    exclude: globs, none of which the short name may match.
+      must match, or one with a "/" its full name; () for all images.
+    exclude: globs of the same form, none of which may match.
 
   Raises:
     UserError: nothing there, no image left, files of several kinds, a file that
@@ -144,13 +145,21 @@ def open_source(
   if not (include or exclude):
     return source
   names, patterns = source.names, (*include, *exclude)
-  matches = np.array([[fnmatch.fnmatch(n, p) for n in names] for p in patterns])
+  paths = [source.name(i) for i in range(len(source))]
+  matches = np.array(
+    [
+      [fnmatch.fnmatch(n, p) for n in (paths if '/' in p else names)]
+      for p in patterns
+    ]
+  )
   for i, (pattern, row) in enumerate(zip(patterns, matches, strict=True)):
     if not row.any():
       key = 'include' if i < len(include) else 'exclude'
+      near = difflib.get_close_matches(pattern, names[:50], n=1) or names
       raise UserError(
-        f'{key}=("{pattern}",) names no image of "{data}": "()" clears it'
-        f'; names are like "{names[0]}"'
+        f'{key}=("{pattern}",) names no image of "{data}": a glob is of names, '
+        f'such as "{near[0]}", or, if it has a "/", of paths, such as '
+        f'"{paths[0]}"; "()" clears it'
       )
   kept = ~matches[len(include) :].any(0)
   if include:

@@ -93,8 +93,13 @@ def _nested(
       f'quantizer of each code: {", ".join(outer.allowed)}'
     )
   fields = {k: v for k, v in section.items() if k != 'name'}
+  if (name := section.get('name', '')) in QUANTIZERS.keys() - {*outer.allowed}:
+    raise UserError(
+      f'{key}.name="{name}" cannot be nested in {outer.__name__}, which takes '
+      f'{", ".join(outer.allowed)}'
+    )
   table = {name: QUANTIZERS[name] for name in outer.allowed}
-  cls = choose(table, section.get('name', ''), f'{key}.name')
+  cls = choose(table, name, f'{key}.name')
   for name in OUTER:
     if name in fields:
       outer = name in ('projection', 'post_quant')

@@ -445,6 +445,31 @@ def check_quantizer(quantizer: Quantizer, where: str) -> None:
       )
 
 
+def check_indices(quantizer: Quantizer, where: str) -> None:
+  """Checks that indices of random latents lie in [0, K), at random weights.
+
+  Raises:
+    UserError: the least and the greatest index.
+  """
+  q = quantizer
+  if not q.codebook_size or q.index_axes[:2] != ('gh', 'gw'):
+    return
+  z = jax.random.normal(jax.random.key(0), (4, 8, 8, q.latent_dim))
+
+  @jax.jit
+  def ends(key, z):
+    variables = q.init(key, z)
+    indices = q.apply(variables, z, method='latents_to_indices')
+    return indices.min(), indices.max()
+
+  low, high = map(int, ends(jax.random.key(1), z))
+  if low < 0 or high >= q.codebook_size:
+    raise UserError(
+      f'{where}: {type(q).__name__} returns indices from {low} to {high}, but '
+      f'its codebook_size is {q.codebook_size}'
+    )
+
+
 def check_size(given: str, size: int) -> None:
   """Raises a UserError unless an i32 index can count `size` codes; its message
   starts with the fields `given`."""

@@ -79,14 +79,17 @@ class Writer:
     before, now = read_json(path), json.loads(_json(self._config))
     if 'shard_count' not in before:
       raise UserError(f'--out={folder} holds no dump; name an empty folder')
+    if before.get('listing') != now.get('listing'):
+      raise UserError(
+        f'--out={folder} holds a dump of other files, of --data='
+        f'{before.get("data")}; name another folder'
+      )
     for name in sorted({*before, *now} - {*_FREE}):
       if before.get(name) != now.get(name):
-        have, want = _short(before.get(name)), _short(now.get(name))
-        held = f'with {name}={have}, not {want}'
-        if name == 'listing':  # a hash
-          held = f'of --data={before.get("data")} with other files'
         raise UserError(
-          f'--out={folder} holds a dump {held}; name another folder'
+          f'--out={folder} holds a dump with {name}='
+          f'{_short(before.get(name))}, not {_short(now.get(name))}; name '
+          'another folder'
         )
     for name in (SHARDS, FINISHED):
       (folder / name).mkdir(exist_ok=True)

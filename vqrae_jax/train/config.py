@@ -216,8 +216,9 @@ class DataSpec:
     image_size: the side of a training image, or (h, w); or a list of those, one
       of which is drawn for each step from seed and step. At least 1 pixel.
     include: globs of image names (a file name without folder and ending, a tar
-      sample's key); an image must match one of them; () for all images.
-    exclude: globs of image names; images that match one are left out.
+      sample's key) or, if they have a "/", of paths below the source
+      ("birds/*"); an image must match one of them; () for all images.
+    exclude: the same; images that match one are left out.
     resize: the shorter side before cropping; for a pair it is drawn
       log-uniformly between the two; None keeps the image's own size (images
       smaller than `image_size` are always enlarged to it). At least 1 pixel, or
@@ -410,8 +411,9 @@ class EvalSpec:
     tile: the side of a tile in pixels; None for the shorter side of
       `data.image_size`. At least 1, or None.
     include: globs of image names (a file name without folder and ending, a tar
-      sample's key); an image must match one of them; () for all images.
-    exclude: globs of image names; images that match one are left out.
+      sample's key) or, if they have a "/", of paths below the source
+      ("birds/*"); an image must match one of them; () for all images.
+    exclude: the same; images that match one are left out.
     batch_size: tiles at once. At least 1.
     every: steps between evaluations of the EMA weights; 0: only at the end, on
       the exported tokenizer. At least 0.
@@ -745,9 +747,7 @@ def check_latents(spec: RunConfig, tokenizer: Tokenizer) -> None:
 # The ranges are those that the tokenizers' own documentation gives (decay,
 # commitment) or that papers tried (codes, up to 65,536); around an epsilon two
 # powers of ten. `docs/from_pytorch.md` shows the same table, and a test holds
-# the two equal. Commitment's .1 is of trainings with LPIPS: beside an L2 of
-# pixels in [0, 1] alone, or for SimVQ behind a frozen encoder, less is right
-# (`docs/results.md`).
+# the two equal.
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
   'vq': {
     'num_codes': (512, 65536),
@@ -756,9 +756,10 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
   },
   'simvq': {'num_codes': (512, 65536)},
   'fsq': {'epsilon': (1e-5, 1e-1)},
-  'losses': {'commit': (0.1, 0.5)},
 }
-LOW_COMMIT = (0.001, 0.5)
+# The documented .1 is of trainings with LPIPS: beside an L2 of pixels in [0, 1]
+# alone, or for SimVQ behind a frozen encoder, less is right (docs/results.md).
+COMMIT, COMMIT_LPIPS = (0.001, 0.5), (0.1, 0.5)
 
 
 def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
@@ -773,7 +774,7 @@ def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
   ]
   if 'commit' in terms:
     low = name == 'simvq' or 'lpips' not in terms
-    usual = LOW_COMMIT if low else RANGES['losses']['commit']
+    usual = COMMIT if low else COMMIT_LPIPS
     found.append(('losses.commit', terms['commit'].weight, usual))
   if tokenizer.codebook_size:  # noise is for continuous decoders
     found.append(('noise_tau', spec.noise_tau, (0, 0)))

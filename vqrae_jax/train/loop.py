@@ -434,7 +434,9 @@ class _Loop:
     setup, position = self.setup, self.position
     samples = position.step * setup.config.batch_size
     share = setup.config.data.max_skipped
-    most = int(share * max(samples, len(setup.source)))
+    # Of all epochs begun: each meets every unreadable image once.
+    epochs = -(-samples // len(setup.source))
+    most = int(share * epochs * len(setup.source))
     if position.skipped <= most:
       return
     here = reversed(setup.batches.unreadable.items())

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from flax import linen as nn
 
-from vqrae_jax import export, optim, quantizers, sharding
+from vqrae_jax import export, optim, plugins, quantizers, sharding
 from vqrae_jax.data.decode import EncodedImages
 from vqrae_jax.data.pipeline import Augment, TrainBatches
 from vqrae_jax.data.sources import open_source
@@ -28,6 +28,7 @@ from vqrae_jax.losses import QUANTIZER_TERMS
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer, describe
 from vqrae_jax.nn import discriminators
 from vqrae_jax.ops import trees
+from vqrae_jax.quantizers.base import check_indices
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
@@ -247,6 +248,8 @@ def _build_model(config: config_lib.RunConfig) -> Tokenizer:
   """The module, checked against the config; opens no file."""
   tokenizer = build_tokenizer(config.model)
   config_lib.check_latents(config, tokenizer)
+  if plugins.is_name(quantizers.name_of(tokenizer.quantizer)):
+    check_indices(tokenizer.quantizer, 'model.quantizer')
   if warning := config_lib.config_warnings(config, tokenizer):
     logging.warning(warning)
   return tokenizer
