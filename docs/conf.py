@@ -35,7 +35,7 @@ myst_enable_extensions = ['attrs_inline', 'colon_fence', 'deflist']
 myst_heading_anchors = 3
 suppress_warnings = ['myst.header']  # an included file begins at level 1
 
-# Always: outputs are of the package as it is. (-D nb_execution_mode=off: never.)
+# Always, so that outputs are those of the package as it is.
 nb_execution_mode = 'force'
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
