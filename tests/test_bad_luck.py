@@ -42,6 +42,24 @@ def test_what_is_skipped_and_what_is_converted(place, tmp_path):
     loop.train(config | dict(data=data), tmp_path / 'strict')
 
 
+def test_a_share_that_is_allowed_never_stops_a_run(tmp_path):
+  """Also where the second epoch begins with the one unreadable image."""
+  photos = runs.images(tmp_path / 'photos')
+  (photos / 'torn.png').write_bytes(b'no image')
+  source, batch = open_source(str(photos)), bad.config()['batch_size']
+  steps = -(-6 // batch)  # of 5 images: into the second epoch
+  for seed in range(100):
+    batches = TrainBatches(
+      source, Augment((16, 16)), batch_size=batch, seed=seed
+    )
+    skipped = [batches.batch(s)['skipped'].sum() for s in range(steps)]
+    if sum(skipped) == 2:
+      break
+  data = dict(source=str(photos), image_size=16, max_skipped=0.2)
+  config = bad.config() | dict(data=data, seed=seed, duration=steps)
+  assert loop.train(config, tmp_path / 'run')['skipped'] == 2
+
+
 def test_damaged_notes_do_not_stop_a_run(place, tmp_path, monkeypatch, capsys):
   """What lies beside the checkpoints is for people: the run goes on."""
   monkeypatch.chdir(place)

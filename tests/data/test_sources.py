@@ -37,6 +37,10 @@ def test_folders_are_searched_in_depth_and_sorted(folder):
     source[7]
   kept = sources.open_source(str(folder), exclude=('photo0',))
   assert len(kept) == 6 and 'photo0' not in kept.names
+  kept = sources.open_source(str(folder), exclude=('deep/*',))
+  assert kept.names == [f'photo{i}' for i in (0, 2, 4, 6)]
+  with pytest.raises(UserError, match=r'"photo1".*"deep/photo1\.png"'):
+    sources.open_source(str(folder), exclude=('dep/*',))
   kept = sources.open_source(str(folder), include=('photo[12]',))
   assert sorted(kept.names) == ['photo1', 'photo2']
   np.testing.assert_array_equal(kept[1], makers.photo(2))

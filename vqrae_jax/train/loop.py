@@ -436,7 +436,7 @@ class _Loop:
     share = setup.config.data.max_skipped
     # Of all epochs begun: each meets every unreadable image once.
     epochs = -(-samples // len(setup.source))
-    most = int(share * epochs * len(setup.source))
+    most = int(round(share * epochs * len(setup.source), 6))
     if position.skipped <= most:
       return
     here = reversed(setup.batches.unreadable.items())
