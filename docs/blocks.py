@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from unittest import mock
 
 import pytest
@@ -80,6 +81,7 @@ def parse_only(module: str, argv: list[str], config: bool) -> None:
     raise Parsed
 
   with (
+    warnings.catch_warnings(action='ignore'),  # runpy's, of a module twice
     mock.patch.object(cli, 'parse', then_stop),
     mock.patch.object(cli, 'run', lambda main: main(sys.argv[1:])),
     mock.patch.object(argparse.ArgumentParser, 'parse_args', args_then_stop),
