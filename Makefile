@@ -112,7 +112,7 @@ PROSE = README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs/*.md
 .PHONY: docs linkcheck
 docs: $(VENV)/.docs
 	$(BIN)/codespell
-	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs docs/_build/html
 	$(BIN)/proselint check $(PROSE)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 	  -rs -p docs.blocks README.md docs
