@@ -35,7 +35,7 @@ myst_enable_extensions = ['attrs_inline', 'colon_fence', 'deflist']
 myst_heading_anchors = 3
 suppress_warnings = ['myst.header']  # an included file begins at level 1
 
-# In every build (`make docs` reads all pages again), so that outputs are of now.
+# In every build: `make docs` reads all pages again, so outputs are of now.
 nb_execution_mode = 'force'
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
