@@ -419,9 +419,11 @@ def _loss_names() -> list[str]:
       text = about(fn.__doc__).split('\n\n')[0]
       facts = [kind]
       if name == 'commit':
-        text += '\nUsual weights are {:g} to {:g}, beside LPIPS'.format(
-          *config_lib.COMMIT
-        ) + ' {:g} to {:g} (not for SimVQ).'.format(*config_lib.COMMIT_LPIPS)
+        for where, usual in (
+          ('', config_lib.COMMIT),
+          (' beside LPIPS (but for SimVQ)', config_lib.COMMIT_LPIPS),
+        ):
+          facts.append('weight usually {:g} to {:g}'.format(*usual) + where)
       anchor, key = name.replace('/', '-'), name.replace('/', '.')
       text = ' '.join(text.split())
       lines += _entry(

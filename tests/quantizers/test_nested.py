@@ -583,6 +583,7 @@ RESIDUAL = dict(name='residual', stages=2, quantizer=VQ)
     (RESIDUAL | dict(quantizer=dict(name='none')), '"none"'),
     (RESIDUAL | dict(quantizer=RESIDUAL), '"residual"'),
     (RESIDUAL | dict(quantizer=dict(name='bsq')), '"bsq"'),
+    (RESIDUAL | dict(quantizer=dict(name=['vq'])), 'quantizer.name'),
     (RESIDUAL | dict(quantizer=dict(name='lfq', bits=C), stages=25),
      'quantizer.stages=25'),
     (RESIDUAL | dict(quantizer=VQ | dict(num_codes=0)),

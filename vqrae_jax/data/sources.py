@@ -144,8 +144,9 @@ def open_source(
     source = open_listing(found)
   if not (include or exclude):
     return source
-  names, patterns = source.names, (*include, *exclude)
-  paths = [source.name(i) for i in range(len(source))]
+  names, patterns, paths = source.names, (*include, *exclude), []
+  if any('/' in p for p in patterns):
+    paths = [source.name(i) for i in range(len(source))]
   matches = np.array(
     [
       [fnmatch.fnmatch(n, p) for n in (paths if '/' in p else names)]
@@ -159,7 +160,7 @@ def open_source(
       raise UserError(
         f'{key}=("{pattern}",) names no image of "{data}": a glob is of names, '
         f'such as "{near[0]}", or, if it has a "/", of paths, such as '
-        f'"{paths[0]}"; "()" clears it'
+        f'"{source.name(0)}"; "()" clears it'
       )
   kept = ~matches[len(include) :].any(0)
   if include:

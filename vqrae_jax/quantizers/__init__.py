@@ -93,7 +93,8 @@ def _nested(
       f'quantizer of each code: {", ".join(outer.allowed)}'
     )
   fields = {k: v for k, v in section.items() if k != 'name'}
-  if (name := section.get('name', '')) in QUANTIZERS.keys() - {*outer.allowed}:
+  name = section.get('name', '')
+  if name in [*QUANTIZERS] and name not in outer.allowed:
     raise UserError(
       f'{key}.name="{name}" cannot be nested in {outer.__name__}, which takes '
       f'{", ".join(outer.allowed)}'

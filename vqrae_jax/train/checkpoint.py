@@ -415,10 +415,10 @@ class Checkpoints:
         self._path(old).rmtree()
 
   def _unwritten(self, failure: Exception) -> OSError:
-    """Not a `UserError`: the same command may succeed on another day."""
+    """Not a `UserError`: the same command may succeed later."""
     words = str(failure).split('\n')[0] or type(failure).__name__
     text = f'a checkpoint could not be written to {self._folder}: {words}'
-    return OSError(getattr(failure, 'errno', None) or errno.EIO, text)
+    return OSError(errno.EIO, text)
 
   def wait(self) -> None:
     """Returns once everything saved is on disk.

@@ -434,7 +434,7 @@ class _Loop:
     setup, position = self.setup, self.position
     samples = position.step * setup.config.batch_size
     share = setup.config.data.max_skipped
-    # Of all epochs begun: each meets every unreadable image once.
+    # Each epoch draws every unreadable image once, the current one too.
     epochs = -(-samples // len(setup.source))
     most = int(round(share * epochs * len(setup.source), 6))
     if position.skipped <= most:
