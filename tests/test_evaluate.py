@@ -89,9 +89,8 @@ def by_hand(world):
     tokenizer, variables, images
   )
   recon = np.round(np.clip(out.images, 0, 1) * 255)
-  (path,) = networks.files_of(
-    'rfid', {'inception': world / 'inception.safetensors'}
-  ).values()
+  given = {'inception': world / 'inception.safetensors'}
+  (path,) = networks.files_of(['rfid'], given)['rfid'].values()
   net = networks.load('rfid', {'inception': path})['net']
   apply = jax.jit(InceptionV3().apply)
   statistics = [

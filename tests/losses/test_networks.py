@@ -103,9 +103,10 @@ def test_nothing_here_names_the_command(tmp_path, monkeypatch):
   monkeypatch.setenv('VQRAE_JAX_CACHE', str(tmp_path))
   # A module without a spec is no package with heads in it.
   monkeypatch.setitem(sys.modules, 'lpips', type(sys)('lpips'))
-  for term, row in (('lpips', 'vgg16'), ('convnext', 'convnext-small')):
-    with pytest.raises(UserError, match=f'fetch_weights --names={row}'):
-      networks.load(term)
+  with pytest.raises(UserError, match='fetch_weights --names=convnext-small'):
+    networks.load('convnext')
+  with pytest.raises(UserError, match='--names=vgg16,lpips-vgg,inception'):
+    networks.files_of(['lpips', 'rfid'])
 
 
 def test_the_heads_of_an_installed_package(tmp_path, monkeypatch):

@@ -220,7 +220,7 @@ def _network_files(
         f'--weights: "{name}" is no file of the metrics asked for'
         f'{did_you_mean(name, known)}'
       )
-  return {name: networks.files_of(name, given) for name in metrics}
+  return networks.files_of(metrics, given)
 
 
 def _load(files: dict[str, dict[str, pathlib.Path]]) -> Any:

@@ -12,7 +12,7 @@ installed, its copy of LPIPS's file is read, without importing the package.
 import functools
 import importlib.util
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -227,22 +227,26 @@ def random(term: str, key: Any, **sizes: Any) -> Tree:
 
 
 def files_of(
-  term: str, files: Mapping[str, str | pathlib.Path] | None = None
-) -> dict[str, pathlib.Path]:
-  """{row of `weights.hub.FILES`: the file that `load` reads}; same arguments.
+  terms: Iterable[str], files: Mapping[str, str | pathlib.Path] | None = None
+) -> dict[str, dict[str, pathlib.Path]]:
+  """{term: {row of `weights.hub.FILES`: the file that `load` reads}}; terms
+  and files as there.
 
   Raises:
-    UserError: an unknown term, or a file that is damaged or missing, with the
-      command that downloads it.
+    UserError: an unknown term, or a file that is damaged, or any that are
+      missing, with the command that downloads them.
   """
   found = {}
-  parts = choose(PARTS, term, 'loss or metric with a network')
-  for part, (name, _) in parts.items():
-    path = (files or {}).get(name)
-    if path is None and part == 'heads':
-      path = installed_heads()
-    found[name] = pathlib.Path(path or hub.locate(name))
-  return found
+  for term in terms:
+    parts = choose(PARTS, term, 'loss or metric with a network')
+    found[term] = {name: (files or {}).get(name) for name, _ in parts.values()}
+    if 'heads' in parts and found[term]['lpips-vgg'] is None:
+      found[term]['lpips-vgg'] = installed_heads()
+  hub.need(*(n for rows in found.values() for n, p in rows.items() if not p))
+  return {
+    term: {n: pathlib.Path(p or hub.locate(n)) for n, p in rows.items()}
+    for term, rows in found.items()
+  }
 
 
 def load(
@@ -261,7 +265,7 @@ def load(
     UserError: an unknown term, or a file that is missing (with the command that
       downloads it), damaged, or of another network.
   """
-  found = files_of(term, files)
+  found = files_of([term], files)[term]
   target = jax.eval_shape(
     functools.partial(random, term, **sizes), jax.random.key(0)
   )

@@ -131,6 +131,23 @@ def command(*names: str) -> str:
   return f'python -m vqrae_jax.fetch_weights --names={",".join(names)}'
 
 
+def need(*names: str) -> None:
+  """Checks that the files of rows are there.
+
+  Raises:
+    UserError: an unknown row, or missing files, with the command that downloads
+      all of them.
+  """
+  rows = {name: choose(FILES, name, 'file of weights') for name in names}
+  missing = [name for name, row in rows.items() if not row.path.is_file()]
+  if missing:
+    lost = ', '.join(
+      f'{name} ({rows[name].used_by}) is not at {rows[name].path}'
+      for name in missing
+    )
+    raise UserError(f'{lost}; download with: {command(*missing)}')
+
+
 def locate(name: str) -> pathlib.Path:
   """The path of a row's file, after checking its hash.
 
@@ -138,12 +155,8 @@ def locate(name: str) -> pathlib.Path:
     UserError: an unknown row, or a file that is missing or damaged; with the
       command that downloads it.
   """
-  row = choose(FILES, name, 'file of weights')
-  if not row.path.is_file():
-    raise UserError(
-      f'{name} ({row.used_by}) is not at {row.path}; download it with: '
-      f'{command(name)}'
-    )
+  need(name)
+  row = FILES[name]
   want, have = known_hash(row.path, row.sha256), digest(row.path)
   if want not in (None, have):
     raise UserError(
