@@ -83,7 +83,26 @@ def test_who_takes_what():
   big, small = (8, 785, 6, 64), (8, 257, 16, 64)
   assert not attention.cudnn_takes(small)  # no CUDA here
   assert not attention.splash_takes(big)  # no mesh to split over
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'device_count', lambda: 1)
+    assert attention.splash_takes(big)
   with jax.set_mesh(sharding.make_mesh()):
     assert attention.splash_takes(big)
     assert not attention.splash_takes(small)
     assert not attention.splash_takes((9, *big[1:]))
+
+
+@pytest.mark.parametrize('takes', ('cudnn_takes', 'splash_takes'))
+def test_an_export_for_all_platforms_has_no_kernel(takes, monkeypatch):
+  """Whatever the machine that writes it; JAX lowers each branch for all."""
+  monkeypatch.setattr(attention, takes, lambda shape: True)
+  (b,) = jax.export.symbolic_shape('b')
+  q = jax.ShapeDtypeStruct((b, 600, HEADS, WIDTH), jnp.bfloat16)
+  export = jax.export.export(
+    jax.jit(attention.attention), platforms=('cpu', 'tpu', 'cuda')
+  )
+  loaded = jax.export.deserialize(export(q, q, q).serialize())
+  qkv, _ = drawn(600)
+  want = jax.jit(jax.nn.dot_product_attention)(*qkv)
+  found = jax.jit(loaded.call)(*qkv)
+  np.testing.assert_array_equal(*(np.asarray(x, 'f4') for x in (found, want)))

@@ -33,11 +33,15 @@ def attention(q: Heads, k: Others, v: Others) -> Heads:
   """
   if q.dtype != jnp.bfloat16:
     return plain(q, k, v)
-  fused, alike = {}, q.shape == k.shape
-  if alike and cudnn_takes(q.shape):
-    fused['cuda'] = flash
-  if alike and splash_takes(q.shape):
-    fused['tpu'] = splash
+  fused = {}
+  # An export with symbols in its shapes is for several platforms, none of which
+  # may hold another one's kernel.
+  known = all(isinstance(n, int) for n in q.shape)
+  if known and q.shape == k.shape:
+    if cudnn_takes(q.shape):
+      fused['cuda'] = flash
+    if splash_takes(q.shape):
+      fused['tpu'] = splash
   return jax.lax.platform_dependent(
     q, k, v, default=jax.nn.dot_product_attention, **fused
   )
@@ -84,10 +88,13 @@ def flash(q: Heads, k: Heads, v: Heads) -> Heads:
 
 def splash_takes(shape: tuple[int, ...]) -> bool:
   """Whether splash pays off for q of `shape` and can be split over the ambient
-  mesh, which XLA cannot do by itself for a kernel."""
+  mesh, which XLA cannot do by itself for a kernel; without a mesh there may be
+  one device only."""
   mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty and jax.device_count() > 1:
+    return False
   rows = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
-  return not mesh.empty and shape[1] >= TPU_TOKENS and shape[0] % rows == 0
+  return shape[1] >= TPU_TOKENS and shape[0] % rows == 0
 
 
 def splash(q: Heads, k: Heads, v: Heads, interpret: bool = False) -> Heads:
