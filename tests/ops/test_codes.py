@@ -61,6 +61,33 @@ def test_lookup_is_indexing(n, dtype):
     np.testing.assert_allclose(*(np.asarray(x, 'f4') for x in pair), **rough)
 
 
+def as_on(platform, patch):
+  """Functions that depend on the platform are that one's."""
+
+  def dependent(*args, default, **branches):
+    return branches.get(platform, default)(*args)
+
+  patch.setattr(jax.lax, 'platform_dependent', dependent)
+
+
+@pytest.mark.parametrize('platform', ('cpu', 'cuda'))
+@pytest.mark.parametrize('size', (48, 41))
+def test_devices_sum_their_own_tokens(platform, size, monkeypatch):
+  """Sums of rows cross devices, tokens do not."""
+  as_on(platform, monkeypatch)
+  z = jax.random.normal(jax.random.key(0), (64, 4, 6))
+  indices = jax.random.randint(jax.random.key(1), (64, 4), 0, size)
+  sums = jax.jit(lambda z, i: codes.sum_by_code(z, i, size))
+  whole = sums(z, indices)
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp')):
+    args = jax.device_put((z, indices), jax.NamedSharding(mesh, jax.P('fsdp')))
+    compiled = sums.lower(*args).compile()
+    np.testing.assert_allclose(compiled(*args), whole, rtol=1e-6, atol=1e-6)
+  text = compiled.as_text()
+  assert ('reduce-scatter(' in text) == (size % 8 == 0)
+  assert 'all-gather' not in text and 'f32[256,6]' not in text
+
+
 @pytest.mark.parametrize('n, used', ((1, 1), (37, 1), (64, 5), (100, 40)))
 def test_a_gpus_sums_of_tokens_are_the_others(n, used, monkeypatch):
   """By order of code; they are what a table's gradient is too."""
@@ -70,10 +97,7 @@ def test_a_gpus_sums_of_tokens_are_the_others(n, used, monkeypatch):
   table = jnp.asarray(rng.normal(size=(41, 3)), jnp.float32)
 
   def found(platform):
-    def dependent(*args, default, **branches):
-      return branches.get(platform, default)(*args)
-
-    monkeypatch.setattr(jax.lax, 'platform_dependent', dependent)
+    as_on(platform, monkeypatch)
     gradient = jax.grad(lambda t: (codes.lookup(t, abs(indices)) * z).sum())
     return codes.sum_by_code(z, indices, 41), gradient(table)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -101,17 +101,24 @@ def batch_axes() -> tuple[str, ...]:
   )
 
 
+def _split(n: Any, rows: int) -> tuple[tuple[str, ...], str | None] | None:
+  """(axes of the ambient mesh that shard n tokens, that which shards a table of
+  `rows`, if any does); None where no axis shards the tokens."""
+  mesh, axes = jax.sharding.get_abstract_mesh(), batch_axes()
+  shards = math.prod(mesh.shape[a] for a in axes)
+  if shards == 1 or not isinstance(n, int) or n % shards:
+    return None
+  sharded = 'fsdp' in axes and rows % mesh.shape['fsdp'] == 0
+  return axes, 'fsdp' if sharded else None
+
+
 def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
   """fn(tokens [n …], codes [k c]) -> [n …]; under an ambient mesh each device
   applies it to its own tokens."""
-  mesh, axes = jax.sharding.get_abstract_mesh(), batch_axes()
-  n, shards = tokens.shape[0], math.prod(mesh.shape[a] for a in axes)
-  if shards == 1 or not isinstance(n, int) or n % shards:
+  split = _split(tokens.shape[0], len(codes))
+  if split is None:
     return fn(tokens, codes)
-  spec = jax.sharding.PartitionSpec
-  rows = 'fsdp' if 'fsdp' in axes else None
-  if rows and len(codes) % mesh.shape[rows]:
-    rows = None
+  axes, rows = split
 
   def local(tokens, codes):
     if rows:
@@ -120,8 +127,8 @@ def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
 
   return jax.shard_map(
     local,
-    in_specs=(spec(axes), spec(rows)),
-    out_specs=spec(axes),
+    in_specs=(PartitionSpec(axes), PartitionSpec(rows)),
+    out_specs=PartitionSpec(axes),
     check_vma=False,
   )(tokens, codes)
 
@@ -253,11 +260,35 @@ def count_codes(indices: Int[Array, '*s'], size: int) -> Int[Array, ' k']:
 def sum_by_code(
   z: Float[Array, '*s c'], indices: Int[Array, '*s'], size: int
 ) -> Float[Array, 'k c']:
-  """f32[k c]: the sum of each code's tokens; other indices are dropped."""
+  """f32[k c]: the sum of each code's tokens; other indices are dropped.
+
+  Under an ambient mesh each device sums its own tokens.
+  """
   flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1]).astype(jnp.float32)
   index = indices.reshape(math.prod(indices.shape))
   if not flat.size:
     return jnp.zeros((size, z.shape[-1]))
+  split = _split(flat.shape[0], size)
+  if split is None:
+    return _sums(flat, index, size)
+  axes, rows = split
+
+  def local(flat, index):
+    sums = _sums(flat, index, size)
+    if rows:
+      sums = jax.lax.psum_scatter(sums, rows, tiled=True)
+    return jax.lax.psum(sums, [a for a in axes if a != rows])
+
+  return jax.shard_map(
+    local,
+    in_specs=(PartitionSpec(axes), PartitionSpec(axes)),
+    out_specs=PartitionSpec(rows),
+    check_vma=False,
+  )(flat, index)
+
+
+def _sums(flat: Array, index: Array, size: int) -> Array:
+  """f32[k c] of tokens f32[n c] and their codes i32[n], on one device."""
 
   def sorted_sums(flat, index):
     """Sorts tokens by code; each then adds the sums of the one, two, four …
