@@ -9,9 +9,9 @@ import re
 
 from benchmarks import report
 
-HEAD = """| recipe | devices | mesh | batch | images at once | needs, GiB | \
-of | temporaries, MiB | code, MiB | compiled in, CPU-minutes | GFLOPs an image |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+HEAD = """| recipe | devices | batch | on each | GiB | of | temporaries, MiB | \
+code, MiB | CPU-minutes | GFLOPs |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -25,7 +25,6 @@ def row(found):
   cells = [
     f'`{" ".join([config, *overrides])}`',
     re.search(r'--topology=(\S+)', found['command'])[1],
-    ', '.join(f'{k}={v}' for k, v in found['mesh'].items() if v > 1),
     batch['size'],
     batch['microbatch'],
     f'{step["needs"] / gib:.2f}{fits}',
