@@ -17,7 +17,7 @@ from PIL import Image
 import vqrae_jax
 from tests import runs, tiny
 from tests.data import makers
-from vqrae_jax import export, tokenize
+from vqrae_jax import export, inference, tokenize
 from vqrae_jax.data.pipeline import Augment, augment_image
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.tokens import FORMATS, Layout, open_dump
@@ -166,6 +166,19 @@ def test_several_codes_a_token(tmp_path, expected):
   np.testing.assert_array_equal(tokens, expected['residual'])
   assert dump.codebook().shape == (2, 64, 8)
   assert '4 × 4 × 2' in (out / 'README.md').read_text()
+
+
+def test_each_device_searches_for_its_own_tokens(tmp_path, monkeypatch):
+  sizes = []
+
+  def encode(tokenizer, variables, images):
+    sizes.append(jax.sharding.get_abstract_mesh().size)
+    return images[..., 0]
+
+  monkeypatch.setattr(inference, 'encode_to_indices', encode)
+  job = tokenize.Job('tok', 'folder', str(tmp_path / 'out'))
+  tokenize.Worker(job).encode(np.zeros((8, 16, 16, 3), np.uint8))
+  assert sizes == [8]
 
 
 @pytest.mark.parametrize('kind', ('fsq-fourier', 'vq-cosine', 'lfq'))

@@ -316,9 +316,12 @@ class Worker:
       rows = sharding.batch_sharding(mesh)
       variables = jax.device_put(self._variables, everywhere)
       run = jax.jit(inference.encode_to_indices, static_argnums=0)
-      self._encode = lambda x: run(
-        self._tokenizer, variables, jax.device_put(x, rows)
-      )
+
+      def encode(x):
+        with jax.set_mesh(mesh):  # each device searches for its own tokens
+          return run(self._tokenizer, variables, jax.device_put(x, rows))
+
+      self._encode = encode
     return self._encode(images)
 
   def finish(self) -> dict | None:

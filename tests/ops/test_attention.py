@@ -1,11 +1,13 @@
 """Attention by the platforms' kernels against the plain one in f32."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from vqrae_jax import sharding
 from vqrae_jax.ops import attention
@@ -90,6 +92,30 @@ def test_who_takes_what():
     assert attention.splash_takes(big)
     assert not attention.splash_takes(small)
     assert not attention.splash_takes((9, *big[1:]))
+
+
+def test_a_mesh_of_the_users_own():
+  """The kernel of a TPU, traced on every platform, is split over ours alone."""
+  big = (8, 600, HEADS, WIDTH)
+  q = jax.ShapeDtypeStruct(big, jnp.bfloat16)
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+  inside = jax.shard_map(
+    attention.attention, mesh=mesh, in_specs=jax.P('x'), out_specs=jax.P('x')
+  )
+  for fn in (attention.attention, inside):
+    with jax.set_mesh(mesh):
+      assert jax.eval_shape(fn, q, q, q).shape == big
+
+
+def test_cudnn_cuts_no_heads(monkeypatch):
+  device = mock.Mock(compute_capability='9.0')
+  device.client.platform_version = 'cuda 13000'
+  mesh = sharding.make_mesh('fsdp+tp', tensor=4)
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  assert attention.cudnn_takes((8, 784, 6, 64))
+  with jax.set_mesh(mesh):
+    assert attention.cudnn_takes((8, 784, 8, 64))
+    assert not attention.cudnn_takes((8, 784, 6, 64))
 
 
 @pytest.mark.parametrize('takes', ('cudnn_takes', 'splash_takes'))

@@ -122,6 +122,19 @@ def test_workers_in_any_order_write_the_same(finished, tmp_path):
   assert found == want
 
 
+def test_two_workers_may_start_at_once(tmp_path, monkeypatch):
+  """One begins the dump while the other looks whether there is one."""
+  mkdir = pathlib.Path.mkdir
+
+  def slow(folder, **keys):
+    mkdir(folder, **keys)
+    monkeypatch.setattr(pathlib.Path, 'mkdir', mkdir)
+    Writer(folder, config())
+
+  monkeypatch.setattr(pathlib.Path, 'mkdir', slow)
+  assert Writer(tmp_path / 'tokens', config()).finished == set()
+
+
 def test_two_workers_may_write_the_same_shard(finished, tmp_path, monkeypatch):
   """The one that is behind, and whose files the other sweeps, goes on."""
   folder = tmp_path / 'tokens'

@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from vqrae_jax.ops.codes import BATCH_AXES
@@ -59,8 +59,11 @@ def plain(q: Heads, k: Others, v: Others) -> Heads:
 
 
 def cudnn_takes(shape: tuple[int, ...]) -> bool:
-  """Whether cuDNN's kernel runs on this device, for q of `shape`."""
-  device = jax.devices()[0]
+  """Whether cuDNN's kernel runs on this device, for q of `shape`, whose heads
+  the ambient mesh does not cut."""
+  mesh, device = jax.sharding.get_abstract_mesh(), jax.devices()[0]
+  if shape[2] % mesh.shape.get('model', 1):
+    return False
   if 'cuda' not in device.client.platform_version:
     return False
   hopper = float(device.compute_capability) >= 9
@@ -88,10 +91,14 @@ def flash(q: Heads, k: Heads, v: Heads) -> Heads:
 
 def splash_takes(shape: tuple[int, ...]) -> bool:
   """Whether splash pays off for q of `shape` and can be split over the ambient
-  mesh, which XLA cannot do by itself for a kernel; without a mesh there may be
-  one device only."""
+  mesh, which XLA cannot do by itself for a kernel: one of `sharding.make_mesh`,
+  or none and a single device."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty and jax.device_count() > 1:
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types or (), strict=True))
+  if mesh.empty:
+    if jax.device_count() > 1:
+      return False
+  elif any(kinds.get(axis) != AxisType.Auto for axis in (*BATCH_AXES, 'model')):
     return False
   rows = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
   return shape[1] >= TPU_TOKENS and shape[0] % rows == 0

@@ -71,7 +71,9 @@ class Writer:
     path = folder / CONFIG
     if not path.exists():
       folder.mkdir(parents=True, exist_ok=True)
-      if any(p.suffix != '.writing' for p in folder.iterdir()):
+      foreign = any(p.suffix != '.writing' for p in folder.iterdir())
+      # Another worker may have started the dump in between.
+      if foreign and not path.exists():
         raise UserError(f'--out={folder} holds no dump; name an empty folder')
       with atomic_write(path) as file:
         file.write(_json(self._config))
