@@ -177,9 +177,6 @@ def define_hosts(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(name, None, about, flag_values=values)
 
 
-A_WEEK = 7 * 24 * 3600  # seconds
-
-
 def join_hosts(values: flags.FlagValues) -> None:
   """Joins the other hosts, if the flags of `define_hosts` ask for it.
 
@@ -193,9 +190,7 @@ def join_hosts(values: flags.FlagValues) -> None:
   if not (values.distributed or given):
     return
   try:
-    # Hosts that are done wait for one that still exports, evaluates or writes
-    # shards; by default JAX would abort all of them after five minutes.
-    jax.distributed.initialize(**given, shutdown_timeout_seconds=A_WEEK)
+    jax.distributed.initialize(**given)
   except (RuntimeError, ValueError, IndexError) as e:
     missing = ', '.join(f'--{name}' for name in HOSTS if name not in given)
     hint = f'; give {missing}' if missing else ''

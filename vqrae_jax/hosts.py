@@ -1,4 +1,5 @@
-"""What a process of a multi-host run says when another one is gone.
+"""How the processes of a multi-host run wait for one another, and what one
+says when another is gone.
 
 A collective with a lost process may raise here, as it does on CPU. Elsewhere
 it hangs until JAX's coordination service ends this process by SIGABRT and a
@@ -27,9 +28,28 @@ LOST = (
 _SAYS_SO = re.compile('Gloo|NCCL|UNAVAILABLE|heartbeat|coordination service')
 
 
+A_WEEK = 7 * 24 * 3600 * 1000  # milliseconds
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until all processes are here, however long one of them works.
+
+  Before a process ends it must wait: JAX's shutdown gives the others five
+  minutes and then aborts all of them.
+
+  Args:
+    what: names the place; the same on all processes.
+  """
+  if jax.process_count() > 1:
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=what, timeout_ms=A_WEEK)
+
+
 @contextlib.contextmanager
 def loss_reported() -> Iterator[None]:
-  """`with loss_reported(): …` around all work that needs other hosts.
+  """`with loss_reported(): …` around all work that needs other hosts; they
+  leave it together.
 
   Ends the process, by a line and exit code 75, if a collective failed since
   another host is gone.
@@ -44,6 +64,7 @@ def loss_reported() -> Iterator[None]:
   )
   try:
     yield
+    wait_for_all('the end of the work')
   except (jax.errors.JaxRuntimeError, ValueError) as e:
     if isinstance(e, UserError) or not _SAYS_SO.search(str(e)):
       raise

@@ -492,7 +492,7 @@ def main(argv: list[str]) -> None:
   cli.join_hosts(values)
   import jax
 
-  from vqrae_jax import sharding
+  from vqrae_jax import hosts, sharding
 
   sharding.compile_afresh_on_cpu()
   if jax.process_count() > 1 and values.shards != '0/1':
@@ -528,6 +528,7 @@ def main(argv: list[str]) -> None:
     )
   if values.verify and dataset is not None:
     print(worker.verify())
+  hosts.wait_for_all('the end of the work')
 
 
 def define_job(values: flags.FlagValues) -> None:

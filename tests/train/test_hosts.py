@@ -6,10 +6,12 @@ import signal
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import multihost
 
 import vqrae_jax
 from tests import runs
-from vqrae_jax import sharding
+from vqrae_jax import hosts, sharding
+from vqrae_jax.errors import UserError
 from vqrae_jax.train import loop
 from vqrae_jax.train.checkpoint import Checkpoints
 
@@ -128,3 +130,20 @@ def test_an_image_spread_over_hosts_is_refused(config, tmp_path):
   for said in last_lines(processes):
     assert 'mesh.tensor' in said
   assert all(p.returncode for p in processes)
+
+
+def test_hosts_leave_together(monkeypatch):
+  """JAX gives the last of them five minutes, and then aborts all."""
+  waits = []
+
+  def barrier(key, timeout_ms):
+    waits.append(timeout_ms)
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(multihost, 'get_barrier_sync_fn', lambda: barrier)
+  with hosts.loss_reported():
+    assert not waits
+  assert waits[0] > 24 * 3600 * 1000
+  with pytest.raises(UserError), hosts.loss_reported():
+    raise UserError('of this host alone')
+  assert len(waits) == 1

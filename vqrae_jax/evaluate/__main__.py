@@ -130,7 +130,7 @@ def evaluate(
   """
   import jax
 
-  from vqrae_jax import export, sharding
+  from vqrae_jax import export, hosts, sharding
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, fid, visualize
   from vqrae_jax.evaluate import part as part_lib
@@ -159,9 +159,7 @@ def evaluate(
   parts = out.with_name(f'{out.name}.parts')
   part = part_lib.measure(run, parts, identity)
   if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices('the parts of an evaluation')
+    hosts.wait_for_all('the parts of an evaluation')
     if jax.process_index():
       return {}
     part = part_lib.read_all(parts, identity)
