@@ -40,10 +40,16 @@ def wait_for_all(what: str) -> None:
   Args:
     what: names the place; the same on all processes.
   """
-  if jax.process_count() > 1:
+  if jax.process_count() == 1:
+    return
+  if jax.distributed.is_initialized():
     from orbax.checkpoint import multihost
 
     multihost.get_barrier_sync_fn()(key=what, timeout_ms=A_WEEK)
+  else:  # a TPU slice without --distributed: no service, and no such shutdown
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager

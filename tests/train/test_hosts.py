@@ -6,6 +6,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 import vqrae_jax
@@ -140,6 +141,7 @@ def test_hosts_leave_together(monkeypatch):
     waits.append(timeout_ms)
 
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
   monkeypatch.setattr(multihost, 'get_barrier_sync_fn', lambda: barrier)
   with hosts.loss_reported():
     assert not waits
@@ -147,3 +149,9 @@ def test_hosts_leave_together(monkeypatch):
   with pytest.raises(UserError), hosts.loss_reported():
     raise UserError('of this host alone')
   assert len(waits) == 1
+  # A TPU slice that nobody joined by `jax.distributed`.
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: False)
+  monkeypatch.setattr(multihost_utils, 'sync_global_devices', waits.append)
+  with hosts.loss_reported():
+    assert len(waits) == 1
+  assert len(waits) == 2

@@ -10,10 +10,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from vqrae_jax.ops.codes import BATCH_AXES
+from vqrae_jax.ops.codes import BATCH_AXES, auto_axes
 
 LANES = 128  # a TPU's tile, of which splash takes a multiple of tokens
 # With fewer, a token's scores are fewer than its MLP's hidden channels, and
@@ -94,11 +94,8 @@ def splash_takes(shape: tuple[int, ...]) -> bool:
   mesh, which XLA cannot do by itself for a kernel: one of `sharding.make_mesh`,
   or none and a single device."""
   mesh = jax.sharding.get_abstract_mesh()
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types or (), strict=True))
-  if mesh.empty:
-    if jax.device_count() > 1:
-      return False
-  elif any(kinds.get(axis) != AxisType.Auto for axis in (*BATCH_AXES, 'model')):
+  ours = {*BATCH_AXES, 'model'} <= auto_axes()
+  if not (ours or (mesh.empty and jax.device_count() == 1)):
     return False
   rows = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
   return shape[1] >= TPU_TOKENS and shape[0] % rows == 0

@@ -91,25 +91,33 @@ _rows.defvjp(
 )
 
 
+def auto_axes() -> set[str]:
+  """The ambient mesh's axes, without those of a caller's own shard_map."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = zip(mesh.axis_names, mesh.axis_types or (), strict=True)
+  return {name for name, kind in kinds if kind == AxisType.Auto}
+
+
 def batch_axes() -> tuple[str, ...]:
   """The ambient mesh's axes that shard tokens, those of one device excepted."""
-  mesh = jax.sharding.get_abstract_mesh()
-  # Not inside a caller's own shard_map, whose axes are Manual.
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types or (), strict=True))
-  return tuple(
-    a for a in BATCH_AXES if kinds.get(a) == AxisType.Auto and mesh.shape[a] > 1
-  )
+  shape, auto = jax.sharding.get_abstract_mesh().shape, auto_axes()
+  return tuple(a for a in BATCH_AXES if a in auto and shape[a] > 1)
+
+
+def table_axis(rows: int) -> str | None:
+  """The axis of `batch_axes` that shards a table of `rows`, if any does."""
+  size = jax.sharding.get_abstract_mesh().shape.get('fsdp')
+  return 'fsdp' if 'fsdp' in batch_axes() and rows % size == 0 else None
 
 
 def _split(n: Any, rows: int) -> tuple[tuple[str, ...], str | None] | None:
-  """(axes of the ambient mesh that shard n tokens, that which shards a table of
-  `rows`, if any does); None where no axis shards the tokens."""
+  """(`batch_axes`, `table_axis`) for n tokens and a table; None where no axis
+  shards the tokens."""
   mesh, axes = jax.sharding.get_abstract_mesh(), batch_axes()
   shards = math.prod(mesh.shape[a] for a in axes)
   if shards == 1 or not isinstance(n, int) or n % shards:
     return None
-  sharded = 'fsdp' in axes and rows % mesh.shape['fsdp'] == 0
-  return axes, 'fsdp' if sharded else None
+  return axes, table_axis(rows)
 
 
 def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:

@@ -153,9 +153,7 @@ def _searched(z: Array, codebook: Array, margins: bool) -> Found:
   n, shards = z.shape[0], math.prod(mesh.shape[a] for a in axes)
   if shards == 1 or not isinstance(n, int):
     return _round(z, codebook, margins, None)
-  ring = 'fsdp' if 'fsdp' in axes else None
-  if ring and len(codebook) % mesh.shape[ring]:
-    ring = None
+  ring = code_ops.table_axis(len(codebook))
   z = jnp.pad(z, ((0, -n % shards), (0, 0)))
   found = jax.shard_map(
     lambda z, codebook: _round(z, codebook, margins, ring),

@@ -240,7 +240,7 @@ def files_of(
   for term in terms:
     parts = choose(PARTS, term, 'loss or metric with a network')
     found[term] = {name: (files or {}).get(name) for name, _ in parts.values()}
-    if 'heads' in parts and found[term]['lpips-vgg'] is None:
+    if term == 'lpips' and found[term]['lpips-vgg'] is None:
       found[term]['lpips-vgg'] = installed_heads()
   hub.need(*(n for rows in found.values() for n, p in rows.items() if not p))
   return {
