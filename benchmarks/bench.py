@@ -1,13 +1,13 @@
-"""python -m benchmarks.bench [--only=encode,step] [--pairs=8] [--data=DATA]
+"""python -m benchmarks.bench [--only=encode,stage-1] [--pairs=8] [--data=DATA]
   [--json=F]
 
 What the package costs beside others on the same work, one after another in
 rounds, so that other load on the machine meets all alike: of each row the
 median over rounds of ours / theirs, the quartiles, the ratio of the fastest
-calls and of CPU time. Beside them the rate of a plain matrix product in the
-same rounds, and what share of it (and on a known GPU of its peak) each row
-reaches. On CPU everything is f32; on a GPU networks run in bf16, quantizers in
-f32. An H100 and an H200 are taken to have 989 TFLOP/s. `--report` writes
+calls and of CPU time. A row of its own is a plain matrix product; each row has
+its rate, and on a known GPU its share of the peak. `--only` takes beginnings of
+rows' names. On CPU everything is f32; on a GPU networks run in bf16, quantizers
+in f32. An H100 and an H200 are taken to have 989 TFLOP/s. `--report` writes
 docs/performance.md from benchmarks/results/*.json.
 
 `--only=data --data=DATA` shows whether a source is read at the pace of its
@@ -38,7 +38,7 @@ import time
 # Threads that wait would take the time of whoever runs next.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-# Biases and gelu in the products' own kernels (README).
+# Biases and gelu in the products' own kernels (docs/performance.md).
 os.environ.setdefault('XLA_FLAGS', '--xla_gpu_enable_triton_gemm=false')
 
 import jax

@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -105,36 +104,6 @@ def worker(folder, gib):
   kept.close()
 
 
-class Tree:
-  """A source tree's worker process."""
-
-  def __init__(self, root, folder, gib):
-    env = os.environ | {
-      'PYTHONPATH': str(pathlib.Path(root).resolve()),
-      'JAX_PLATFORMS': 'cpu',
-    }
-    folder = tempfile.mkdtemp(dir=folder)
-    self._process = subprocess.Popen(
-      [sys.executable, __file__, f'--worker={folder}', f'--gib={gib}'],
-      env=env, cwd=root, text=True,
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-
-  def save(self, how):
-    """{what: its cost} of one more checkpoint."""
-    self._process.stdin.write(f'{how}\n')
-    self._process.stdin.flush()
-    line = self._process.stdout.readline()
-    if not line:
-      raise SystemExit('a worker has failed; its error is above')
-    return json.loads(line)
-
-  def close(self):
-    """Ends the process."""
-    self._process.stdin.close()
-    self._process.wait()
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--a', default='.', help='a source tree')
@@ -147,14 +116,24 @@ def main():
   if options.worker:
     worker(options.worker, options.gib)
     return
+  from benchmarks import report  # a worker's tree may have another
+
   with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-    trees = [Tree(r, folder, options.gib) for r in (options.a, options.b)]
+    workers = [
+      report.Worker(
+        root,
+        __file__,
+        f'--worker={tempfile.mkdtemp(dir=folder)}',
+        f'--gib={options.gib}',
+      )
+      for root in (options.a, options.b)
+    ]
     rows = [
-      [tree.save('quiet') | tree.save('busy') for tree in trees]
+      [w.ask('quiet') | w.ask('busy') for w in workers]
       for _ in range(options.pairs + 1)
     ][1:]  # the first pair warms up
-    for tree in trees:
-      tree.close()
+    for w in workers:
+      w.close()
   load = ' '.join(f'{x:.1f}' for x in os.getloadavg())
   print(f'{options.gib:g} GiB, {len(rows)} pairs, load {load}')
   print(f'{"":22}{"a":>9}{"b":>9}{"b / a":>9}  (medians; least to most)')

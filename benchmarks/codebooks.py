@@ -104,7 +104,7 @@ NORMALISED = 'fsq-mlp', 'fsq-decoder', 'fsq-linear'
 
 
 def synthetic(width):
-  """A batch f32[TOKENS width] by its number, as FACTS has them: LayerNorm of
+  """A batch f32[TOKENS width] by its number: LayerNorm of
   mean + (.4 centre + .15 jitter) U + .2 noise."""
   keys = jax.random.split(jax.random.key(0), 4)
   mean = jax.random.normal(keys[0], (width,))

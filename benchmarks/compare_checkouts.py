@@ -12,10 +12,7 @@ gan with the adaptive weight, codebook, commit), the encoder frozen.
 
 import argparse
 import json
-import os
-import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
@@ -42,9 +39,8 @@ CONFIG = dict(
 )
 
 
-def _stages(config):
-  """(mesh, jitted step, state, its other arguments) by the stages of training:
-  read_config -> setup -> initialize."""
+def compiled_step(config):
+  """(mesh, compiled step, state, its other arguments), the tree's own."""
   import jax
 
   from vqrae_jax.train import config as config_lib
@@ -54,40 +50,9 @@ def _stages(config):
   with jax.set_mesh(made.mesh):
     start = initialize.initialize(made)
     batch = made.place(made.batches.batch(0))
-  rest = start.frozen, setup.f32(made.hparams), batch
-  return made.mesh, made.train_step(), start.state, rest
-
-
-def _run(config):
-  """The same before the stages (0d4c29b): `Run(config).start()`."""
-  import jax
-  from vqrae_jax.train.run import Run
-
-  run = Run(config)
-  with jax.set_mesh(run.mesh):
-    state, frozen, step = run.start()
-    batch = run.place(run.batches.batch(0))
-  return run.mesh, step, state, (frozen, batch)
-
-
-def compiled_step(config):
-  """(mesh, compiled step, state, its other arguments) of the tree's own code.
-
-  The one place that knows how a tree starts a run; add a form above for a tree
-  that has another.
-  """
-  import jax
-
-  for start in (_stages, _run):
-    try:
-      mesh, step, state, rest = start(config)
-      break
-    except ImportError:
-      continue
-  else:
-    raise SystemExit('this tree starts a run in no way known here')
-  with jax.set_mesh(mesh):
-    return mesh, step.lower(state, *rest).compile(), state, rest
+    rest = start.frozen, setup.f32(made.hparams), batch
+    step = made.train_step().lower(start.state, *rest).compile()
+  return made.mesh, step, start.state, rest
 
 
 def worker():
@@ -123,39 +88,6 @@ def worker():
     print(json.dumps(seconds), flush=True)
 
 
-class Tree:
-  """A source tree's worker process."""
-
-  def __init__(self, root):
-    env = os.environ | {
-      'PYTHONPATH': str(pathlib.Path(root).resolve()),
-      'JAX_PLATFORMS': 'cpu',
-    }
-    self._process = subprocess.Popen(
-      [sys.executable, __file__, '--worker'],
-      env=env, cwd=root, text=True,
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    self.compiled = self._read() | self._read()
-
-  def _read(self):
-    line = self._process.stdout.readline()
-    if not line:
-      raise SystemExit('a worker has failed; its error is above')
-    return json.loads(line)
-
-  def call(self):
-    """{what: CPU seconds} of one more step and encode."""
-    self._process.stdin.write('\n')
-    self._process.stdin.flush()
-    return self._read()
-
-  def close(self):
-    """Ends the process."""
-    self._process.stdin.close()
-    self._process.wait()
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--a', help='a source tree')
@@ -166,9 +98,13 @@ def main():
   if options.worker:
     worker()
     return
-  trees = [Tree(options.a), Tree(options.b)]
-  rows = [[tree.call() for tree in trees] for _ in range(options.pairs + 1)]
-  a, b = (tree.compiled for tree in trees)
+  from benchmarks import report  # a worker's tree may have another
+
+  workers = [
+    report.Worker(x, __file__, '--worker') for x in (options.a, options.b)
+  ]
+  a, b = (w.read() | w.read() for w in workers)  # each program's
+  rows = [[w.ask() for w in workers] for _ in range(options.pairs + 1)]
   for name in a:
     print(f'{name:20} {a[name]:14.6g} {b[name]:14.6g} {b[name] / a[name]:8.4f}')
   for name in rows[0][0]:  # the first pair warms up
@@ -176,8 +112,8 @@ def main():
     a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(y / x for x, y in pairs)
     print(f'{name:20} {a:14.6g} {b:14.6g} {ratio:8.4f}')
-  for tree in trees:
-    tree.close()
+  for w in workers:
+    w.close()
 
 
 if __name__ == '__main__':

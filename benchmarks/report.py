@@ -27,6 +27,40 @@ COLOURS = (
 )  # fmt: skip
 
 
+class Worker:
+  """A script of a source tree in a process of its own, on one CPU device: it
+  answers each line with a row of JSON."""
+
+  def __init__(self, root: str, *command: str):
+    env = os.environ | {
+      'PYTHONPATH': str(pathlib.Path(root).resolve()),
+      'JAX_PLATFORMS': 'cpu',
+    }
+    # -P: without the script's folder, whose tokenize.py hides Python's.
+    self._process = subprocess.Popen(
+      [sys.executable, '-P', *command], env=env, cwd=root, text=True,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+  def read(self) -> dict[str, float]:
+    """The next row."""
+    line = self._process.stdout.readline()
+    if not line:
+      raise SystemExit('a worker has failed; its error is above')
+    return json.loads(line)
+
+  def ask(self, line: str = '') -> dict[str, float]:
+    """The row that answers a line."""
+    self._process.stdin.write(f'{line}\n')
+    self._process.stdin.flush()
+    return self.read()
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+
+
 def write(document: str, benchmark: str, made: str) -> None:
   """Puts `made` between a benchmark's marks in a file of docs."""
   begin, end = f'<!-- benchmarks.{benchmark} --report -->', '<!-- end -->'

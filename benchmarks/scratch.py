@@ -147,13 +147,13 @@ def pictures(data, pixels, folder, most):
   import jax
 
   import vqrae_jax
-  from vqrae_jax.data.sources import open_source
+  from vqrae_jax.data import sources
   from vqrae_jax.evaluate import part, visualize
 
   tokenizer, variables = vqrae_jax.load_tokenizer(folder)
-  source = open_source(data)
+  source = sources.open_source(data)
   side = pixels, pixels
-  chosen = visualize.spread(len(source), most)
+  chosen = sources.spread(len(source), most)
   run = part.Run(tokenizer, variables, source, [], side, {})
   cut = [run.cut(source.picture(i)) for i in chosen]
   originals = np.concatenate(cut)

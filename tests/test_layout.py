@@ -33,7 +33,7 @@ ONLY = {
   'types': set(),
   'specs': {'errors'},
   'ops': {'errors'},
-  'weights': {'ops', 'paths', 'errors'},
+  'weights': {'ops', 'files', 'paths', 'errors'},
   'encoders': {'weights', 'specs', 'errors'},
   'losses': {'nn', 'weights', 'types', 'ops', 'specs', 'errors'},
   'optim': {'ops', 'specs', 'types', 'errors'},

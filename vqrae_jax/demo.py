@@ -129,10 +129,7 @@ class Model:
     shorter side brought to `size`."""
     from vqrae_jax.data import pipeline
 
-    size = self.size, self.size
-    augment = pipeline.Augment(size, self.size, crop='center', flip=False)
-    rng = np.random.default_rng(0)  # nothing is drawn
-    return pipeline.augment_image(image, augment, rng)
+    return pipeline.centre_crop(image, (self.size, self.size), self.size)
 
   def _run(self, function: Any, x: np.ndarray) -> np.ndarray:
     import jax

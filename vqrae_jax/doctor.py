@@ -119,20 +119,18 @@ def examine(
       that can be read.
   """
   import jax
-  import numpy as np
   from tqdm import tqdm
 
   from vqrae_jax import export, sharding
   from vqrae_jax.data import pipeline
-  from vqrae_jax.data.sources import open_source
+  from vqrae_jax.data.sources import choose, open_source
   from vqrae_jax.evaluate import codebooks, visualize
   from vqrae_jax.models.tokenizer import describe
+  from vqrae_jax.quantizers.nested import innermost
 
   sharding.compile_afresh_on_cpu()
   source = open_source(data)
-  count = len(source)
-  if images and images > count:
-    raise UserError(f'--images={images}, but "{data}" holds only {count}')
+  chosen = choose(source, images, data)
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   if not tokenizer.codebook_size:
     raise UserError(
@@ -140,12 +138,11 @@ def examine(
       'codes to examine'
     )
   size = tokenizer.native_size
-  enlarged = pipeline.Augment(size, crop='center', flip=False)
-  rng, skipped = np.random.default_rng(0), []  # nothing is drawn
+  skipped = []
 
   def cut(image):
     if image.shape[0] < size[0] or image.shape[1] < size[1]:
-      return pipeline.augment_image(image, enlarged, rng)[None]
+      return pipeline.centre_crop(image, size)[None]
     return pipeline.tiles(image, size)
 
   def skip(index, error):
@@ -154,7 +151,6 @@ def examine(
 
   devices = jax.local_devices()
   batch_size = -(-batch_size // len(devices)) * len(devices)
-  chosen = visualize.spread(count, images or count)
   with tqdm(unit='tile', disable=None) as bar:
     stages = codebooks.gather(
       tokenizer,
@@ -166,7 +162,7 @@ def examine(
   if not stages:
     raise skipped[-1]
 
-  module = _innermost(tokenizer.quantizer)
+  module, _ = innermost(tokenizer.quantizer, '')
   levels = module if hasattr(type(module), 'digits') else None
   figures = functools.partial(
     codebooks.figures, codebook_size=tokenizer.codebook_size, part=levels
@@ -212,15 +208,6 @@ def examine(
   return report, page
 
 
-def _innermost(quantizer: Any) -> Any:
-  """What chooses each code."""
-  from vqrae_jax.quantizers import Nested
-
-  while isinstance(quantizer, Nested):
-    quantizer = quantizer.quantizer
-  return quantizer
-
-
 # ----------------------------------------------------------------------------
 # Findings.
 
@@ -245,14 +232,11 @@ class _Keys:
 
   def __init__(self, quantizer: Any):
     from vqrae_jax.quantizers import Nested, name_of
-    from vqrae_jax.quantizers.nested import value_of
+    from vqrae_jax.quantizers.nested import innermost, value_of
 
-    inner, self.dtype = _innermost(quantizer), quantizer.dtype
-    self.outer, self.prefix = 'model.quantizer.', 'model.quantizer.'
-    self.nested = isinstance(quantizer, Nested)
-    while isinstance(quantizer, Nested):
-      self.prefix += 'quantizer.'
-      quantizer = quantizer.quantizer
+    inner, key = innermost(quantizer, 'model.quantizer')
+    self.outer, self.prefix = 'model.quantizer.', f'{key}.'
+    self.nested, self.dtype = isinstance(quantizer, Nested), quantizer.dtype
     self.name = name_of(inner)
     self.value: Callable = lambda field: value_of(inner, field, None)
     self.losses = inner.loss_names
@@ -499,8 +483,8 @@ def _table(stages: list[dict]) -> list[str]:
   def norm(values):
     return f'{values["median"]:.3g}' if values else '-'
 
-  def number(value, form='{:.3g}'):
-    return '-' if value is None else form.format(value)
+  def number(value):
+    return '-' if value is None else f'{value:.3g}'
 
   def margin(f, name):
     return number((f.get('margins') or {}).get(name))

@@ -1,6 +1,7 @@
 """Paths on disks and in buckets; writing that nobody reads half done."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import uuid
@@ -22,6 +23,12 @@ def to_path(path: str | os.PathLike) -> Path:
 def is_url(path: str | os.PathLike) -> bool:
   """Whether a path is in a bucket, not on a disk."""
   return '://' in os.fspath(path)
+
+
+def digest(path: Path) -> str:
+  """The SHA-256 of a file, in hex."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 @contextlib.contextmanager

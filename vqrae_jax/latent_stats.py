@@ -84,19 +84,12 @@ def sum_latents(
     shape: (d,) for statistics over tokens, (gh, gw, d) over images.
     progress: is called with the number of images summed.
   """
-  total, pending = RunningStats.of(np.zeros((0, *shape))), None
-
-  def add(latents, n):
-    progress(n)
-    rows = np.asarray(latents, np.float32)[:n].reshape(-1, *shape)
-    return total.merge(RunningStats.of(rows))
-
-  for images, owners in batches:
-    encoded = encode(images), len(owners)  # dispatched, and not waited for
-    if pending is not None:
-      total = add(*pending)
-    pending = encoded
-  return total if pending is None else add(*pending)
+  total = RunningStats.of(np.zeros((0, *shape)))
+  for latents in pipeline.one_ahead(encode, batches):
+    progress(len(latents))
+    rows = latents.astype(np.float32).reshape(-1, *shape)
+    total = total.merge(RunningStats.of(rows))
+  return total
 
 
 def over_hosts(mine: RunningStats, skipped: int) -> tuple[RunningStats, int]:
@@ -202,7 +195,7 @@ def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
   from tqdm import tqdm
 
   from vqrae_jax import sharding
-  from vqrae_jax.data.sources import open_source
+  from vqrae_jax.data.sources import choose, open_source
   from vqrae_jax.models import latents as norms
   from vqrae_jax.models.tokenizer import build_tokenizer
   from vqrae_jax.train import config as config_lib
@@ -216,27 +209,19 @@ def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
   shape = (*(grid if by_position else ()), tokenizer.latent_dim)
   own = section.source, section.include, section.exclude
   source = open_source(*(own if values.data is None else [values.data]))
-  count = len(source)
-  wanted = values.images or count
-  if wanted > count:
-    held = values.data or section.source
-    raise UserError(f'--images={wanted}, but "{held}" holds only {count}')
-  # Evenly spaced, for listings go class by class.
-  chosen = [i * count // wanted for i in range(wanted)]
+  chosen = choose(source, values.images, values.data or section.source)
+  wanted = len(chosen)
   mine = chosen[jax.process_index() :: jax.process_count()]
   mesh = sharding.make_mesh(
     spec.mesh.layout, jax.local_devices(), spec.mesh.tensor
   )
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   batch_size = -(-values.batch_size // shards) * shards
-  # The shortest side that an image may have and cover the crop.
-  augment = pipeline.Augment(
-    section.size, resize=min(section.size), crop='center', flip=False
-  )
-  rng, skipped = np.random.default_rng(0), []  # nothing is drawn
+  skipped = []
 
   def cut(image):
-    return pipeline.augment_image(image, augment, rng)[None]
+    # The shortest side that an image may have and cover the crop.
+    return pipeline.centre_crop(image, section.size, min(section.size))[None]
 
   def check(skipped, seen):
     if skipped > section.max_skipped * seen or skipped == seen:

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.ops import trees
+from vqrae_jax.ops.codes import BATCH_AXES
 
 AXES = ('data', 'fsdp', 'model')
 LAYOUTS = ('dp', 'fsdp', 'fsdp+tp')
@@ -56,7 +57,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 ACTIVATION_RULES = (
-  ('batch', ('data', 'fsdp')),
+  ('batch', BATCH_AXES),
   ('tokens', None),
   ('embed', None),
 )
@@ -163,7 +164,7 @@ def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of a batch: its first axis over data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict:

@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,7 +240,7 @@ class Worker:
     if number in self.finished:
       return 0, 0
     from vqrae_jax.data.decode import ImageDecodeError
-    from vqrae_jax.data.pipeline import MAX_DRAWS, eval_batches
+    from vqrae_jax.data.pipeline import MAX_DRAWS, eval_batches, one_ahead
 
     source, indices, first, what = self._images(number)
     views, skipped = Views(source, self._layout, self._side), {}
@@ -253,7 +253,7 @@ class Worker:
       views, lambda rows: rows, self._batch_size, indices, skip
     )
     rows = [np.zeros((0, *self._layout.index_shape), np.int32)]
-    for part in self._encoded(batches):
+    for part in one_ahead(self.encode, batches):
       progress(len(part))
       rows.append(part)
     least = MAX_DRAWS if self.count > 1 else 1
@@ -287,20 +287,6 @@ class Worker:
 
     devices = jax.local_device_count()
     return -(-self._job.batch_size // devices) * devices
-
-  def _encoded(
-    self, batches: Iterator[tuple[np.ndarray, list[int]]]
-  ) -> Iterator[np.ndarray]:
-    """i32[n *index_shape] of the rows of each batch that count."""
-    pending = None
-    for images, owners in batches:
-      # Dispatched, and not waited for.
-      encoded = self.encode(images), len(owners)
-      if pending is not None:
-        yield np.asarray(pending[0])[: pending[1]]
-      pending = encoded
-    if pending is not None:
-      yield np.asarray(pending[0])[: pending[1]]
 
   def encode(self, images: np.ndarray) -> Any:
     """uint8 [b h w 3] -> i32[b gh gw] (or as `index_shape` says), b a multiple
@@ -341,13 +327,13 @@ class Worker:
     import jax
 
     from vqrae_jax import inference
-    from vqrae_jax.data import pipeline
-    from vqrae_jax.evaluate import metrics, visualize
+    from vqrae_jax.data import pipeline, sources
+    from vqrae_jax.evaluate import metrics
 
     dump, originals, stored = Dump(self._writer.folder), [], []
     count = len(dump) // self._layout.views
     opened = None
-    for image in visualize.spread(count, min(_SAMPLE, count)):
+    for image in sources.spread(count, min(_SAMPLE, count)):
       number, at = dump.place(image)
       if number != opened:
         source, indices, *_ = self._images(number)
@@ -362,7 +348,7 @@ class Worker:
       originals, lambda rows: rows, self._batch_size
     )
     images, stored = np.concatenate(originals), np.concatenate(stored)
-    fresh = np.concatenate([*self._encoded(batches)])
+    fresh = np.concatenate([*pipeline.one_ahead(self.encode, batches)])
     same = float((fresh == stored).mean())
     decode = jax.jit(inference.decode_from_indices, static_argnums=0)
     recons = [

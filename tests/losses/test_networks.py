@@ -12,6 +12,7 @@ import pytest
 from tests.losses import torch_networks
 from tests.losses.torch_networks import SMALL, saved
 from vqrae_jax.errors import UserError
+from vqrae_jax.files import digest
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import networks
 from vqrae_jax.weights import hub
@@ -120,7 +121,7 @@ def test_the_heads_of_an_installed_package(tmp_path, monkeypatch):
   files = saved(tmp_path, states('lpips'))
   files.pop('lpips-vgg').rename(path)
   assert networks.installed_heads() is None  # another file
-  row = dataclasses.replace(hub.FILES['lpips-vgg'], sha256=hub.digest(path))
+  row = dataclasses.replace(hub.FILES['lpips-vgg'], sha256=digest(path))
   monkeypatch.setitem(hub.FILES, 'lpips-vgg', row)
   assert networks.installed_heads() == path
   tree = networks.load('lpips', files, **SMALL['lpips'])

@@ -18,7 +18,8 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -93,6 +94,17 @@ def augment_image(
     top, left = (rh - ch) // 2, (rw - cw) // 2
   image, _ = window(image, (rh, rw), (top, left), augment.size)
   return _flipped(image, augment, rng)
+
+
+def centre_crop(
+  image: np.ndarray | Image.Image,
+  size: tuple[int, int],
+  side: int | None = None,
+) -> np.ndarray:
+  """RGB, uint8 [h w 3] -> uint8 [*size 3]: the centre, once the shorter side is
+  `side` pixels; None keeps the image's own size."""
+  augment = Augment(size, side, crop='center', flip=False)
+  return augment_image(image, augment, np.random.default_rng(0))
 
 
 def resized(
@@ -381,3 +393,21 @@ def eval_batches(
     missing = batch_size - len(waiting)
     padding = [np.zeros_like(waiting[0])] * missing
     yield np.stack(waiting + padding), owners
+
+
+def one_ahead(
+  run: Callable[[np.ndarray], Any],
+  batches: Iterable[tuple[np.ndarray, list[int]]],
+) -> Iterator[np.ndarray]:
+  """`run` of the batches of `eval_batches`, the rows that count of each.
+
+  The next batch is dispatched before the results of one are waited for.
+  """
+  waiting: tuple[Any, int] | None = None
+  for images, owners in batches:
+    dispatched = run(images), len(owners)
+    if waiting is not None:
+      yield np.asarray(waiting[0])[: waiting[1]]
+    waiting = dispatched
+  if waiting is not None:
+    yield np.asarray(waiting[0])[: waiting[1]]

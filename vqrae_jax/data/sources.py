@@ -121,6 +121,23 @@ def open_listing(listing: Listing) -> EncodedImages:
   return _KINDS[listing.kind](listing)
 
 
+def spread(n: int, most: int) -> list[int]:
+  """At most `most` of n places, evenly: listings go class by class."""
+  m = min(most, n)
+  return [i * n // m for i in range(m)]
+
+
+def choose(source: EncodedImages, images: int | None, data: str) -> list[int]:
+  """The images of a source that --images asks for, all if it is not given.
+
+  Raises:
+    UserError: `data` holds fewer.
+  """
+  if images and images > len(source):
+    raise UserError(f'--images={images}, but "{data}" holds only {len(source)}')
+  return spread(len(source), images or len(source))
+
+
 def open_source(
   data: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> EncodedImages:

@@ -48,7 +48,7 @@ ROWS = {f'dinov2-{size}': _row(size, 0) for size in _SIZES} | {
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """The table of the hub's keys."""
   layer = 'encoder.layer.{i}.'
-  linears, gated = naming.fc_layers('mlp.'), []
+  linears, gated = naming.fc_layers(), []
   if spec.vit.act == 'swiglu':
     ours = f'{BLOCKS}mlp/gate', f'{BLOCKS}mlp/fc1'
     linears = {'mlp.weights_out': 'mlp/fc2'}

@@ -57,7 +57,7 @@ def _rows(
   layer: str, linears: dict, norms: dict, scale: str, qk_norm: str
 ) -> list:
   """Rules of the blocks; `scale` and `qk_norm` are parts of the file's keys."""
-  rows = naming.blocks(layer, linears | naming.fc_layers('mlp.'), norms)
+  rows = naming.blocks(layer, linears | naming.fc_layers(), norms)
   for n in '12':
     rows.append(Rule(f'{layer}{scale}{n}', f'{BLOCKS}scale{n}'))
   for q, ours in zip('qk', naming.QKV, strict=False):

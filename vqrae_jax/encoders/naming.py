@@ -82,9 +82,9 @@ def blocks(
   return rows
 
 
-def fc_layers(prefix: str) -> dict[str, str]:
-  """{their name: ours} of an MLP's layers, if they are called fc1 and fc2."""
-  return {f'{prefix}fc{n}': f'mlp/fc{n}' for n in '12'}
+def fc_layers() -> dict[str, str]:
+  """{their name: ours} of an MLP's layers that are called fc1 and fc2."""
+  return {f'mlp.fc{n}': f'mlp/fc{n}' for n in '12'}
 
 
 def qkv_layers(layers: str, out: str) -> dict[str, str]:
@@ -98,7 +98,7 @@ HF_ATTENTION = qkv_layers('attention.attention.{0}', 'attention.output.dense')
 
 # The blocks of transformers' CLIP: SigLIP has them too.
 HF_CLIP = qkv_layers('self_attn.{1}_proj', 'self_attn.out_proj')
-HF_CLIP |= fc_layers('mlp.')
+HF_CLIP |= fc_layers()
 HF_CLIP_NORMS = {f'layer_norm{n}': f'norm{n}' for n in '12'}
 
 

@@ -27,7 +27,7 @@ from absl import flags
 from vqrae_jax import cli
 from vqrae_jax.errors import UserError, did_you_mean
 from vqrae_jax.evaluate.metrics import METRICS
-from vqrae_jax.files import atomic_write
+from vqrae_jax.files import atomic_write, digest
 
 MODULE = 'vqrae_jax.evaluate'
 EXAMPLE = (
@@ -131,7 +131,7 @@ def evaluate(
   import jax
 
   from vqrae_jax import export, hosts, sharding
-  from vqrae_jax.data.sources import open_source
+  from vqrae_jax.data.sources import choose, open_source
   from vqrae_jax.evaluate import evaluator, fid, visualize
   from vqrae_jax.evaluate import part as part_lib
   from vqrae_jax.models import latents
@@ -146,12 +146,10 @@ def evaluate(
       raise UserError('--fid_stats is for rfid, which --metrics leaves out')
     reference = fid.load_statistics(fid_stats, inception.WIDTH)
   source = open_source(data)
-  if images and images > len(source):
-    raise UserError(f'--images={images}, but "{data}" holds only {len(source)}')
+  chosen = choose(source, images, data)
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   sides = (size, size) if size else tokenizer.native_size
   latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*sides), '--size')
-  chosen = visualize.spread(len(source), images or len(source))
   card = _protocol(tokenizer, variables, data, sides, files, fid_stats)
   run = part_lib.Run(tokenizer, variables, source, chosen, sides, _load(files))
   # What must match for a part to be continued.
@@ -237,7 +235,6 @@ def _protocol(
 ) -> dict[str, Any]:
   """What the figures depend on, as JSON values."""
   from vqrae_jax import export
-  from vqrae_jax.weights import hub
 
   card = dict(
     fingerprint=export.fingerprint_of(tokenizer, variables),
@@ -249,7 +246,7 @@ def _protocol(
     range='reconstructions clipped to [0, 1] and rounded to 8 bits',
     ssim='gaussian window of 11, sigma 1.5, data range 1, mean over channels',
     weights={
-      row: dict(file=file.name, sha256=hub.digest(file))
+      row: dict(file=file.name, sha256=digest(file))
       for rows in files.values()
       for row, file in rows.items()
     },
@@ -263,7 +260,7 @@ def _protocol(
     )
     if fid_stats is not None:
       path = pathlib.Path(fid_stats)
-      reference = dict(file=path.name, sha256=hub.digest(path))
+      reference = dict(file=path.name, sha256=digest(path))
       card['rfid']['reference'] = reference
   return card
 
@@ -321,8 +318,8 @@ def _page(run: Any, part: Any) -> Any:
       )
       label = f'{rank} {part.psnr[i]:.1f} dB  {run.source.name(run.chosen[i])}'
       pair = original, visualize.to_uint8(recon)
-      times = max(LARGE // min(run.sides), 1)
-      columns[i] = *(x.repeat(times, 0).repeat(times, 1) for x in pair), label
+      sides = [visualize.enlarged(x, min(run.sides), LARGE) for x in pair]
+      columns[i] = *sides, label
   title = f'best, median and worst of {len(order)} images by PSNR'
   return visualize.comparison(*zip(*columns.values(), strict=True), title=title)
 

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array
 
 from vqrae_jax import sharding
-from vqrae_jax.evaluate import metrics, visualize
+from vqrae_jax.data import sources
+from vqrae_jax.evaluate import metrics
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST
@@ -194,7 +195,7 @@ def gather(
         row = np.array([(np.asarray(a) != b).sum(), b.size])
         stage.moved[what] = stage.moved.get(what, 0) + row
 
-    some = visualize.spread(count, ALONE)
+    some = sources.spread(count, ALONE)
     for dtype, module in kinds.items():
       exact = dtype == 'float32'
       with jax.default_matmul_precision('highest' if exact else None):

@@ -1,9 +1,9 @@
 """Metrics as mergeable sums: add batches, merge hosts, read off at the end.
 
 Reconstructions are clipped to [0, 1] and rounded to 8 bits, as a picture that
-is saved. PSNR and SSIM come from dm_pix (equal to scikit-image's to 1e-6).
-SSIM: gaussian window of 11, sigma 1.5, data range 1. LPIPS and rFID need the
-networks of `pretrained/networks.py`. Sums are f64, on the host.
+is saved. PSNR and SSIM equal scikit-image's to 1e-6. SSIM is
+dm_pix's: gaussian window of 11, sigma 1.5, data range 1. LPIPS and rFID need
+the networks of `pretrained/networks.py`. Sums are f64, on the host.
 """
 
 import dataclasses

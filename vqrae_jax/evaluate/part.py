@@ -49,9 +49,7 @@ class Run:
 
   def cut(self, image: Any) -> np.ndarray:
     """An image's crop, uint8 [1 h w 3]."""
-    augment = pipeline.Augment(self.sides, min(self.sides), 'center', False)
-    rng = np.random.default_rng(0)  # nothing is drawn
-    return pipeline.augment_image(image, augment, rng)[None]
+    return pipeline.centre_crop(image, self.sides, min(self.sides))[None]
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vqrae_jax.data import sources
 from vqrae_jax.files import Path, atomic_write
 
 GAP, BAND, INK, PAPER = 6, 22, (30, 30, 30), (255, 255, 255)
@@ -63,10 +64,11 @@ def comparison(
   return page
 
 
-def spread(n: int, most: int) -> list[int]:
-  """At most `most` of n places, evenly."""
-  m = min(most, n)
-  return [i * n // m for i in range(m)]
+def enlarged(image: np.ndarray, side: int, least: int) -> np.ndarray:
+  """A picture [h w 3] of images of `side` pixels, by a whole factor if those
+  have fewer than `least`."""
+  times = max(least // side, 1)
+  return image.repeat(times, 0).repeat(times, 1)
 
 
 def save_png(image: Image.Image, path: Path) -> None:
@@ -253,7 +255,9 @@ def _map_panel(draw, left, top, table, sample, counts) -> None:
     panel.text((PANEL[0] / 2, PANEL[1] / 2), 'nothing is finite', anchor='mm')
     return
   # As many of each: a large table would decide alone.
-  both = np.concatenate([table[spread(len(table), len(sample))], sample])
+  both = np.concatenate(
+    [table[sources.spread(len(table), len(sample))], sample]
+  )
   mean = both.mean(0)
   variance, axes = np.linalg.eigh(
     np.cov((both - mean).T).reshape(*mean.shape * 2)

@@ -21,13 +21,12 @@ from vqrae_jax.losses.reconstruction import checked, weights_of
 from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.nn.vgg import MIN_SIDE, VGG16
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.specs import RunOptions
+from vqrae_jax.specs import IMAGENET_NORM, RunOptions
 from vqrae_jax.types import LossInputs, Tree
 
 HIGHEST = jax.lax.Precision.HIGHEST
 # LPIPS's normalization of images in [-1, 1] before VGG16.
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIDE = 224
 # Under the root: beside it, as first published, the slope at features that
 # are all zero is infinite. Values change by 1e-10 / 2|x|^2, relative.
@@ -94,7 +93,8 @@ def _logits(
   depths, widths = map(tuple, zip(*blocks, strict=True))
   model = ConvNeXt(depths, widths, len(net['head']['bias']), run)
   x = image_ops.resize(images, (_SIDE, _SIDE), 'bilinear', antialias=True)
-  x = model.apply({'params': net}, image_ops.normalize(x, _MEAN, _STD))
+  x = image_ops.normalize(x, IMAGENET_NORM.mean, IMAGENET_NORM.std)
+  x = model.apply({'params': net}, x)
   return x.astype(jnp.float32)
 
 

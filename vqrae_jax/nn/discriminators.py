@@ -17,25 +17,20 @@ DISCRIMINATORS = {'patch': PatchGAN, 'dino': DinoDiscriminator}
 Discriminator = PatchGAN | DinoDiscriminator
 
 
-def build(
-  section: Mapping,
-  where: str = 'discriminator',
-  run: RunOptions | None = None,
-) -> Discriminator:
+def build(section: Mapping, run: RunOptions | None = None) -> Discriminator:
   """The discriminator that `section` names.
 
   Args:
     section: dict(name="patch"|"dino", **its fields). Fields of `vit` that are
       not given are DINO ViT-S/8's.
-    where: the section's name in the config, for the errors.
     run: dtype and remat, if the fields omit them; None: f32 without remat.
 
   Raises:
     UserError: an unknown name, field or value.
   """
   fields = {k: v for k, v in section.items() if k != 'name'}
-  cls = choose(DISCRIMINATORS, section.get('name', ''), where)
-  where = f'{where}.fields'
+  cls = choose(DISCRIMINATORS, section.get('name', ''), 'discriminator')
+  where = 'discriminator.fields'
   options = dataclasses.asdict(run or RunOptions())
   if cls is DinoDiscriminator:
     given = fields.get('vit', {})

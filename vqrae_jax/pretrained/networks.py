@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from vqrae_jax.encoders import naming
 from vqrae_jax.errors import UserError, choose
+from vqrae_jax.files import digest
 from vqrae_jax.nn import inception, vgg
 from vqrae_jax.nn.convnext import ConvNeXt
 from vqrae_jax.nn.dino import Backbone
@@ -43,9 +44,7 @@ TABLE = Table(
     *naming.convolution('patch_embed.proj'),
     Rule('cls_token', 'embed/prefix', 'batched'),
     naming.positions('pos_embed'),
-    *naming.blocks(
-      _LAYER, naming.fc_layers('mlp.') | {'attn.proj': 'attention/out'}
-    ),
+    *naming.blocks(_LAYER, naming.fc_layers() | {'attn.proj': 'attention/out'}),
     Rule(
       f'{_LAYER}attn.qkv.weight',
       tuple(f'{name}/kernel' for name in naming.QKV),
@@ -292,6 +291,6 @@ def installed_heads() -> pathlib.Path | None:
   for folder in (spec and spec.submodule_search_locations) or ():
     path = pathlib.Path(folder) / 'weights' / 'v0.1' / 'vgg.pth'
     want = hub.FILES['lpips-vgg'].sha256
-    if path.is_file() and hub.digest(path) == want:
+    if path.is_file() and digest(path) == want:
       return path
   return None

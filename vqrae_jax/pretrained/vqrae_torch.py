@@ -28,7 +28,7 @@ from vqrae_jax import encoders, quantizers
 from vqrae_jax.encoders import dinov2, internvit, mae, naming, siglip
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.errors import UserError
-from vqrae_jax.models.tokenizer import Tokenizer
+from vqrae_jax.models.tokenizer import Tokenizer, is_training_only
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import TORCH_BICUBIC, EncoderSpec
@@ -371,8 +371,6 @@ _OURS = {
   'decoder': 'params/decoder/',
 }
 _WRAPPERS = r'^((module|_orig_mod)\.)+'
-# Our training state, which the project's files do not have.
-_TRAINING_ONLY = ('codebook/quantizer/counts', 'codebook/quantizer/sums')
 
 
 def split(source: WeightFile) -> dict[str, WeightFile]:
@@ -401,7 +399,7 @@ def _by_part(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     part: {
       n.removeprefix(prefix): x
       for n, x in leaves.items()
-      if n.split('/')[1] == part and n not in _TRAINING_ONLY
+      if n.split('/')[1] == part and not is_training_only(n)
     }
     for part, prefix in _OURS.items()
   }

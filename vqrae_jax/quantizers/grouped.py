@@ -35,14 +35,12 @@ class Grouped(nested.Nested):
 
   def __post_init__(self):
     super().__post_init__()
-    inner, key = self.quantizer, 'quantizer.quantizer.'
-    while isinstance(inner, nested.Nested):
-      inner, key = inner.quantizer, f'{key}quantizer.'
+    inner, key = nested.innermost(self, 'quantizer')
     follows = nested.value_of(inner, 'code_dim', 0) is None
     if follows and self.latent_dim % self.groups:
       raise UserError(
         f'quantizer.groups={self.groups} must divide the {self.latent_dim} '
-        f'channels of the latents; or set {key}code_dim'
+        f'channels of the latents; or set {key}.code_dim'
       )
 
   @property

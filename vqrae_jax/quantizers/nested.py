@@ -33,6 +33,15 @@ def value_of(module: base.Quantizer, name: str, default: Any) -> Any:
   return getattr(module, name) if name in names else default
 
 
+def innermost(
+  quantizer: base.Quantizer, key: str
+) -> tuple[base.Quantizer, str]:
+  """(what chooses each code, its config key), given those of the outer one."""
+  while isinstance(quantizer, Nested):
+    quantizer, key = quantizer.quantizer, f'{key}.quantizer'
+  return quantizer, key
+
+
 class Nested(base.Quantizer):
   """A quantizer whose codes are chosen by others.
 

@@ -18,7 +18,6 @@ With many hosts, all of them must see the same folder.
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import logging as std_logging
 import os
@@ -36,7 +35,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from vqrae_jax.errors import UserError
-from vqrae_jax.files import atomic_write, is_url
+from vqrae_jax.files import atomic_write, digest, is_url
 from vqrae_jax.ops import trees
 from vqrae_jax.train.config import differences
 
@@ -161,11 +160,6 @@ def from_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
     return leaves[name]
 
   return trees.map_named(made, tree)
-
-
-def _sha256(path: epath.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
@@ -305,7 +299,7 @@ class Checkpoints:
         if name not in have:
           return f'{folder.name}/{name} is missing'
         mine = i % jax.process_count() == jax.process_index()
-        if mine and want.get(name) != _sha256(have[name]):
+        if mine and want.get(name) != digest(have[name]):
           return f'{folder.name}/{name} is changed since it was written'
     except _UNREADABLE as e:
       return f'it cannot be read ({e!r:.200})'
@@ -403,7 +397,7 @@ class Checkpoints:
     self._manager.wait_until_finished()
     index, count = jax.process_index(), jax.process_count()
     sums = {
-      name: _sha256(path)
+      name: digest(path)
       for name, path in _files(folder).items()
       if _writer(name) == index
     }

@@ -30,6 +30,7 @@ from vqrae_jax.nn.discriminators import DISCRIMINATORS
 from vqrae_jax.nn.vgg import MIN_SIDE
 from vqrae_jax.ops import trees
 from vqrae_jax.optim import DECAYS, UNITS, AdamWConfig, Schedule, steps_of
+from vqrae_jax.quantizers import nested
 from vqrae_jax.sharding import LAYOUTS
 from vqrae_jax.specs import (
   DTYPES,
@@ -200,10 +201,10 @@ class DiscriminatorSpec:
       raise UserError(f'discriminator.cutout={self.cutout} must lie in [0, 1)')
 
 
-def _sides(value, length: int) -> bool:
-  """Whether `value` is a positive whole number, or a tuple of `length`."""
-  numbers = value if isinstance(value, tuple) else (value,) * length
-  return len(numbers) == length and min(numbers) > 0
+def _sides(value: int | tuple[int, ...]) -> bool:
+  """Whether `value` is a positive whole number, or a pair of them."""
+  numbers = value if isinstance(value, tuple) else (value, value)
+  return len(numbers) == 2 and min(numbers) > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,12 +256,12 @@ class DataSpec:
     one_of('data.crop', self.crop, CROPS)
     one_of('data.decoder', self.decoder, DECODERS)
     size, r = self.image_size, self.resize
-    if not self.sizes or not all(_sides(s, 2) for s in self.sizes):
+    if not self.sizes or not all(_sides(s) for s in self.sizes):
       raise UserError(
         f'data.image_size={size} must be pixels, or (h, w), or a list of those'
       )
     if r is not None and (
-      not _sides(r, 2) or (isinstance(r, tuple) and r[0] > r[1])
+      not _sides(r) or (isinstance(r, tuple) and r[0] > r[1])
     ):
       raise UserError(
         f'data.resize={r} must be pixels of the shorter side, or (lowest, '
@@ -764,9 +765,8 @@ COMMIT, COMMIT_LPIPS = (0.001, 0.5), (0.1, 0.5)
 
 def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
   """One line that names every value outside its usual range, or None."""
-  quantizer, key, terms = tokenizer.quantizer, 'model.quantizer', spec.terms()
-  while isinstance(quantizer, quantizers.Nested):
-    quantizer, key = quantizer.quantizer, f'{key}.quantizer'
+  terms = spec.terms()
+  quantizer, key = nested.innermost(tokenizer.quantizer, 'model.quantizer')
   name = quantizers.name_of(quantizer)
   found = [
     (f'{key}.{field}', getattr(quantizer, field), usual)

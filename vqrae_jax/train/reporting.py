@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vqrae_jax import export, sharding
+from vqrae_jax.data import sources
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.evaluate import evaluator, metrics, visualize
 from vqrae_jax.files import Path, atomic_write, is_url
@@ -204,8 +205,7 @@ class Report:
 
       self._wandb.log({'reconstructions': wandb.Image(picture)}, step)
     if self._rows is not None:
-      times = max(LARGE // (len(picture) // 3), 1)
-      picture = picture.repeat(times, 0).repeat(times, 1)
+      picture = visualize.enlarged(picture, len(picture) // 3, LARGE)
       path = self._workdir / 'pictures' / f'{step:08d}.png'
       visualize.save_png(Image.fromarray(picture), path)
 
@@ -296,11 +296,11 @@ class Visualizer:
       logging.info('pictures show training images: there is no eval.source')
       first = setup.place(setup.batches.batch(0))['images']
       return sharding.host_copy(first, setup.mesh)[:SHOWN]
-    chosen = visualize.spread(len(setup.held_out), SHOWN)
+    chosen = sources.spread(len(setup.held_out), SHOWN)
     tiles = evaluator.tiles_of(
       [setup.held_out[i] for i in chosen], setup.config.eval.tile
     )
-    return tiles[visualize.spread(len(tiles), SHOWN)]
+    return tiles[sources.spread(len(tiles), SHOWN)]
 
   def _variables(self, state: Any) -> Any:
     return state_lib.variables_of(state, self._frozen, ema=True)
@@ -388,7 +388,7 @@ def finish(
 def picture_of(tokenizer, variables, source, tile: int) -> Image.Image:
   """At most 12 images, each above its reconstruction from tiles."""
   originals, recons, labels = [], [], []
-  for i in visualize.spread(len(source), PAGE_IMAGES):
+  for i in sources.spread(len(source), PAGE_IMAGES):
     original, recon = evaluator.reconstruct_tiled(
       tokenizer, variables, source[i], tile
     )

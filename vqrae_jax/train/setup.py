@@ -63,7 +63,7 @@ class Plan:
     return self.step.tokenizer
 
   def rates_at(self, step: int, skipped: int = 0) -> dict[str, float]:
-    """{"lr/PART": the highest rate} of encoder, quantizer and decoder,
+    """{"lr/PART": the highest rate} of encoder, quantizer, decoder, …,
     {"weight/LOSS": its weight}, "temperature" of a Gumbel quantizer.
 
     Args:

@@ -7,7 +7,6 @@ encoders have their own table (`encoders.PUBLISHED`).
 """
 
 import dataclasses
-import hashlib
 import logging
 import pathlib
 import re
@@ -15,6 +14,7 @@ import shutil
 from collections.abc import Iterable
 
 from vqrae_jax.errors import UserError, choose, did_you_mean
+from vqrae_jax.files import digest
 from vqrae_jax.paths import cache_folder
 from vqrae_jax.weights.files import printable
 
@@ -105,12 +105,6 @@ NEEDS = {
 
 
 _LENGTH = 'Content-Length'
-
-
-def digest(path: pathlib.Path) -> str:
-  """The SHA-256 of a file, in hex."""
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def record(path: pathlib.Path) -> pathlib.Path:
