@@ -49,7 +49,9 @@ def base() -> ml_collections.ConfigDict:
   config.teacher = optional(str)
   config.networks = dict(dtype=optional(str), remat=optional(bool))
   config.discriminator = optional(object)
-  config.optim = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0)
+  config.optim = dict(
+    b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=of_any_type(1.0)
+  )
   config.mesh = dict(layout='dp', tensor=1)
   config.log = dict(
     every=50, images_every=1000, usage_window=100, tensorboard=True,

@@ -241,6 +241,7 @@ BUILD = [
 WEIGHTS = [
   (losses(lpips=1.0), 'losses.lpips'),
   (losses(lpips=1.0) | RANDOM | data(image_size=8), '"lpips"'),
+  (losses(lpips=1.0) | RANDOM | data(image_size=[32, (8, 64)]), '(8, 64)'),
   (gan(name='dino'), '--config.discriminator.name=patch'),
   (losses(**DISTILL) | dict(teacher='siglip-larg'), 'teacher=siglip-larg'),
 ]

@@ -60,6 +60,20 @@ def test_a_share_that_is_allowed_never_stops_a_run(tmp_path):
   assert loop.train(config, tmp_path / 'run')['skipped'] == 2
 
 
+def test_a_substitute_that_is_unreadable_too_is_not_counted(tmp_path):
+  """Else three bad images of five were more than .6 in most epochs."""
+  photos = runs.images(tmp_path / 'photos')
+  count = len([*photos.iterdir()])
+  for i in range(count):
+    (photos / f'torn{i}.png').write_bytes(b'no image')
+  source = open_source(str(photos))
+  for seed in range(8):
+    batches = TrainBatches(
+      source, Augment((16, 16)), batch_size=2 * count, seed=seed
+    )
+    assert batches.batch(0)['skipped'].sum() == count
+
+
 def test_damaged_notes_do_not_stop_a_run(place, tmp_path, monkeypatch, capsys):
   """What lies beside the checkpoints is for people: the run goes on."""
   monkeypatch.chdir(place)

@@ -1,5 +1,6 @@
 """Command lines as a user types them: help, flags, the config, exit codes."""
 
+import json
 import pathlib
 import shutil
 import sys
@@ -13,6 +14,7 @@ from tests import runs, tiny
 from vqrae_jax import cli, export, reconstruct_images
 from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.train import __main__ as train_main
+from vqrae_jax.train import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = '--config=configs/quickstart.py'
@@ -189,12 +191,17 @@ def test_overrides_reach_the_config():
       ['--config.log.every=7', '--config', 'configs/quickstart.py:steps=60',
        '--config.data.include', "('a*', 'b')", '--noconfig.data.flip',
        '--config.data.image_size=(64, 32)', '--config.init.encoder=x',
-       '--dry_run']
+       '--config.optim.clip=None', '--config.teacher=None', '--dry_run']
     )  # fmt: skip
   (config,) = dry_run.call_args.args
   assert (config.log.every, config.duration) == (7, '60 steps')
   assert config.data.include == ('a*', 'b') and not config.data.flip
   assert config.data.image_size == (64, 32) and config.init.encoder == 'x'
+  # Also after it was written to config.json, where a tuple is a list.
+  for had in (config, json.loads(json.dumps(config_lib.recorded(config)))):
+    run = config_lib.read_config(had)
+    assert run.data.sizes == ((64, 32),)
+    assert run.optim.clip is None and run.teacher is None
 
 
 @pytest.fixture(scope='module')

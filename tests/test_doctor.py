@@ -125,6 +125,13 @@ def healthy():
   return table, np.tile(table, (20, 1)) + rng.normal(0, 0.2, (20 * K, C))
 
 
+def test_one_finite_code_has_no_margin():
+  table, z = healthy()
+  stage = stage_of(table, z)
+  stage.rows['margin'] = [np.full(len(z), np.inf)]
+  assert 'median' not in codebooks.figures(stage, K)['margins']
+
+
 def keys_of(quantizer, figures):
   """{key without its value} of all findings."""
   found = doctor.findings(quantizer, [figures])

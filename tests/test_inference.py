@@ -102,6 +102,16 @@ def test_decoding_indices_is_reconstruct(kind, norm, options):
     assert bits(recon) == bits(np.clip(out.images, 0, 1))
 
 
+def test_numpy_indices_decode_like_others():
+  """Those of a dump are; NumPy's division may round otherwise."""
+  tokenizer, variables = tiny.built(tiny.model('fsq-symmetric', depth=1))
+  shape, size = tokenizer.index_shape(16, 16), tokenizer.codebook_size
+  indices = np.random.default_rng(0).integers(size, size=(2, *shape))
+  decode = functools.partial(vqrae_jax.decode_from_indices, tokenizer)
+  found = decode(variables, indices.astype(np.uint16))
+  np.testing.assert_array_equal(found, decode(variables, jnp.asarray(indices)))
+
+
 def test_continuous_decodes_its_codes():
   """`none` has no indices: decoding its codes is the forward."""
   tokenizer, variables = tiny.normalised('none', 'channel', depth=1)

@@ -17,7 +17,7 @@ from PIL import Image
 import vqrae_jax
 from tests import runs, tiny
 from tests.data import makers
-from vqrae_jax import export, inference, tokenize
+from vqrae_jax import export, inference, quantizers, tokenize
 from vqrae_jax.data.pipeline import Augment, augment_image
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.tokens import FORMATS, Layout, open_dump
@@ -194,6 +194,36 @@ def test_the_codebook_has_the_codes(tmp_path, kind):
   out = run(*export.load_tokenizer(tmp_path / 'tok'), tiny.images(2))
   found = out.quantizer
   np.testing.assert_array_equal(codebook[found.indices], found.codes)
+
+
+_VQ = dict(name='vq', num_codes=5)
+_RESIDUAL = dict(name='residual', stages=3, quantizer=_VQ)
+_FSQ = dict(name='fsq', levels=(5, 5), bound='clip')
+
+
+@pytest.mark.parametrize(
+  ('section', 'count'),
+  (
+    (_RESIDUAL, 3),
+    (
+      _RESIDUAL | dict(quantizer=_FSQ),
+      3,
+    ),
+    (dict(name='grouped', groups=2, quantizer=_RESIDUAL), 6),
+  ),
+)
+def test_the_codes_of_several_add_up(section, count):
+  """f32[q K c]: sums over stages, groups side by side."""
+  quantizer = quantizers.build(section, 16, 'float32')
+  z = jax.random.normal(jax.random.key(0), (1, 2, 2, 16))
+  variables = quantizer.init(jax.random.key(1), z)
+  tables = quantizer.apply(variables, method='all_codes')
+  assert tables.shape[:2] == (count, quantizer.codebook_size)
+  indices = quantizer.apply(variables, z, method='latents_to_indices')
+  codes = quantizer.apply(variables, indices, method='indices_to_codes')
+  each = [tables[i][indices[..., i]] for i in range(count)]
+  found = [sum(each[i : i + 3]) for i in range(0, count, 3)]
+  np.testing.assert_allclose(np.concatenate(found, -1), codes, atol=1e-6)
 
 
 def test_ten_views_of_an_image():

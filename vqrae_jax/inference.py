@@ -110,6 +110,7 @@ def _apply(tokenizer, variables, x, method, precision):
       )
   if method == 'decode_from_indices':
     _check_indices(x, tokenizer)
+    x = jnp.asarray(x, jnp.int32)  # NumPy's own division rounds otherwise
   else:
     _check_images(x)
   context = contextlib.nullcontext()

@@ -421,22 +421,11 @@ def _layout(job: Job, form: Any, tokenizer: Any) -> tuple[Layout, int]:
 
 
 def _codebook(tokenizer: Any, variables: Any) -> np.ndarray | None:
-  """The codes f32[K c], or [q K c] of several codes a token, from as many
-  tables as there are; None of too many."""
-  import jax.numpy as jnp
-
+  """The codes f32[K c], or [q K c] of several codes a token; None of too
+  many."""
   if tokenizer.codebook_size > _LISTED:
     return None
-  indices = jnp.arange(tokenizer.codebook_size)
-  part = getattr(tokenizer.quantizer, 'part', None)
-  if part is None:
-    codes = tokenizer.apply(
-      variables, indices, method=lambda t, i: t.quantizer.indices_to_codes(i)
-    )
-  elif 'parts' in variables.get('codebook', {}).get('quantizer', {}):
-    codes = variables['codebook']['quantizer']['parts']['codes']
-  else:  # of codes without a table, which are the same in every part
-    codes = part.apply({}, indices, method='indices_to_codes')
+  codes = tokenizer.apply(variables, method=lambda t: t.quantizer.all_codes())
   return np.asarray(codes, np.float32)
 
 

@@ -46,6 +46,10 @@ def test_folders_are_searched_in_depth_and_sorted(folder):
   np.testing.assert_array_equal(kept[1], makers.photo(2))
   assert kept.name(1) == 'photo2.png' and kept.size(1) == (20, 24)
   assert kept.shared_with(source) == 2 == source.shared_with(kept)
+  link = folder.with_name('link')
+  link.symlink_to(folder)
+  linked = sources.open_source(str(link))
+  assert kept.shared_with(linked) == 2 == linked.shared_with(kept)
 
 
 def test_sub_folders_are_classes(tmp_path):

@@ -254,6 +254,28 @@ def test_idle_codes_become_tokens_of_the_batch():
     np.testing.assert_array_equal(*kept)
 
 
+@pytest.mark.parametrize('tokens', (32, 64))  # a step's, before
+def test_a_loaded_codebook_stays(tokens):
+  """However many tokens a step has here, no code that wins some is replaced,
+  and none moves by more than 1 - decay says."""
+  quantizer = made(4, num_codes=32)
+  rng = np.random.default_rng(0)
+  codes = rng.normal(size=(32, 4)).astype('f4')
+  loaded = quantizer.training_codebook({'codes': codes})
+  for name in ('counts', 'sums'):
+    loaded[name] = tokens / 32 * loaded[name]
+  codebook = quantizer.rescale_average(loaded, 4096)
+  noise = 0.01 * rng.normal(size=(4096, 4))
+  z = jnp.asarray(codes[rng.integers(32, size=4096)] + noise, jnp.float32)
+  random = {'samples': jax.random.split(jax.random.key(1), 64)}
+  out = quantizer.apply(
+    {'codebook': codebook}, z.reshape(64, 64, 4), train=True, random=random
+  )
+  given = out.stats | {'tokens': out.tokens}
+  moved = quantizer.update_codebook(codebook, given)['codes'] - codes
+  assert np.abs(moved).max() < 1e-3
+
+
 def test_a_new_code_is_idle_unless_it_soon_wins_a_token():
   """At a tenth of the mean, .2 tokens a step, one is won within 5 steps."""
   quantizer = made(4, num_codes=32)

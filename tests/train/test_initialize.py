@@ -1,5 +1,6 @@
 """A run starts from another's weights, all of them, or says why not."""
 
+import math
 import shutil
 
 import jax
@@ -56,8 +57,12 @@ def test_all_leaves_are_loaded(kind, folder, vq_run, simvq_run, run_config):
   same(start.state.ema, want, start.state.ema)
   assert int(start.state.step) == 0
   if kind == 'vq-ema':
-    fresh = (found['quantizer/counts'] == 1).all()
-    assert fresh == (folder == 'tokenizer')
+    counts = found['quantizer/counts']
+    assert (np.ptp(counts) == 0) == (folder == 'tokenizer')
+    # As after many steps of this run's batch.
+    tokenizer, _ = vqrae_jax.load_tokenizer(workdir / 'tokenizer')
+    tokens = config['batch_size'] * math.prod(tokenizer.index_shape(16, 16))
+    np.testing.assert_allclose(counts.sum(), tokens, rtol=1e-5)
 
 
 def test_an_unfinished_run_will_do_and_the_log_says_so(

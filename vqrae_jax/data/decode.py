@@ -312,8 +312,14 @@ class EncodedImages:
 
   def shared_with(self, other: 'EncodedImages') -> int:
     """How many of these images, by path, are in `other` too."""
-    places = {self._where(row) for row in self._rows.tolist()}
-    return sum(other._where(row) in places for row in other._rows.tolist())
+
+    def places(source):
+      root = os.path.realpath(source._listing.root)  # however it is spelled
+      rows = source._rows.tolist()
+      return [os.path.join(root, source._name(row)) for row in rows]
+
+    mine = {*places(self)}
+    return sum(place in mine for place in places(other))
 
   def decoded_by(self, decoder: str, side: int) -> 'EncodedImages':
     """The same source, decoded with these arguments of `decode`.

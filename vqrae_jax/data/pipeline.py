@@ -250,7 +250,7 @@ class TrainBatches:
       images: uint8 [b h w 3].
       index: int64 [b], the number of the sample in the run.
       photo: int64 [b], the index of its image in the source.
-      skipped: int32 [b], how many unreadable images were drawn before it.
+      skipped: int32 [b], 1 where the image that was drawn first is unreadable.
 
     Raises:
       UserError: `MAX_DRAWS` unreadable draws in a row.
@@ -273,7 +273,8 @@ class TrainBatches:
     def fill(row):
       i = int(index[row])
       rng = np.random.Philox(key=self._key, counter=(0, 0, 0, i))
-      image, photo[row], skipped[row] = self._draw(i, int(photo[row]))
+      image, photo[row], attempts = self._draw(i, int(photo[row]))
+      skipped[row] = attempts > 0
       images[row] = augment_image(image, augment, np.random.Generator(rng))
 
     batch = dict(images=images, index=index, photo=photo, skipped=skipped)

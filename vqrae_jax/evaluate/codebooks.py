@@ -300,6 +300,8 @@ def figures(
     margin = stage.column('margin') / mean
     shares = np.histogram(margin, EDGES)[0] / max(len(margin), 1)
     out['margins'] = dict(
-      edges=list(EDGES[:-1]), shares=shares.tolist(), **_percentiles(margin)
+      edges=list(EDGES[:-1]),
+      shares=shares.tolist(),
+      **(_percentiles(margin) or {}),  # of one finite code all are infinite
     )
   return out

@@ -18,6 +18,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def _text(draw, xy, text, width, font) -> None:
+  text = ' '.join(text.split())  # one line
   while text and draw.textlength(text, font) > width:
     text = text[:-2] + '…' if len(text) > 2 else ''
   draw.text(xy, text, INK, font)

@@ -197,7 +197,8 @@ def entropies(
     log_p = jax.nn.log_softmax(scores(tokens))
     p = jnp.exp(log_p)
     own = -jnp.sum(p * log_p, axis=-1)
-    return jnp.sum(own * counted), jnp.sum(p * counted[:, None], axis=0)
+    own = jnp.where(counted, own, 0)
+    return jnp.sum(own), jnp.sum(jnp.where(counted[:, None], p, 0), axis=0)
 
   own, p = by_chunk(sums, size, tokens)
   n = tokens.shape[0]

@@ -23,8 +23,11 @@ from vqrae_jax.weights.load import TOLERANCE, Pretrained, export
 from vqrae_jax.weights.rules import Rule, Table, computed, ignore
 
 _POSITIONS = 'decoder_pos_embed'
-# Values of all published decoders that no array's shape determines.
-_TRAINED = dict(norm='layer', norm_eps=1e-12, act='gelu')
+# Values of all published decoders.
+_TRAINED = dict(
+  norm='layer', norm_eps=1e-12, act='gelu', qkv_bias=True, num_prefix_tokens=1,
+  num_registers=0,
+)  # fmt: skip
 
 
 def _fixed_positions(spec: DecoderSpec) -> np.ndarray:

@@ -215,8 +215,13 @@ class Quantizer(nn.Module):
     of f32[b ... c] and its code; or None."""
     return None
 
-  def init_codebook(self, codebook: dict, z: Array, rng: Array) -> dict:
-    """The codebook initialized from a run's first tokens f32[n c]; pure."""
+  def init_codebook(
+    self, codebook: dict, z: Array, rng: Array, tokens: int | None = None
+  ) -> dict:
+    """The codebook initialized from a run's first tokens f32[n c]; pure.
+
+    `tokens` is how many a step has, if not n.
+    """
     return codebook
 
   def update_codebook(self, codebook: dict, stats: dict) -> dict:
@@ -232,6 +237,11 @@ class Quantizer(nn.Module):
     """The training codebook from a tokenizer's tables on disk, without the
     tables that are baked from weights."""
     return {n: x for n, x in tables.items() if n != 'codes'}
+
+  def rescale_average(self, codebook: dict, indices: float) -> dict:
+    """A training codebook whose averages have the size that they reach at so
+    many indices a step; pure."""
+    return codebook
 
   # -- what the base computes ----------------------------------------------
   def setup(self):
@@ -362,6 +372,10 @@ class Quantizer(nn.Module):
   def codes_to_indices(self, codes: Array) -> Array:
     """Codes f32[... c] -> i32[...]: the inverse of `indices_to_codes`."""
     raise NotImplementedError
+
+  def all_codes(self) -> Array:
+    """f32[K c], the code of each index."""
+    return self._lookup(jnp.arange(self.codebook_size))
 
 
 def commitment(surrogate: Array, codes: Array) -> Array:
@@ -582,6 +596,10 @@ class Nearest(TableQuantizer):
     surrogate, indices = self._assign(z, False, None)
     return [Search(surrogate, self._table(), indices)]
 
+  def _of_softmax(self, surrogate: Array) -> tuple[Array, Array]:
+    """The tokens and codes between which the softmax measures distances."""
+    return surrogate, self._table()
+
   def _gradient_path(self, surrogate, codes):
     if self.rotation:
       return code_ops.rotate(surrogate, codes)
@@ -591,7 +609,7 @@ class Nearest(TableQuantizer):
     if name == 'orthogonal':
       return code_ops.orthogonality(self._table())
     tokens, spread = code_ops.code_entropies(
-      surrogate, self._table(), self.entropy_temperature
+      *self._of_softmax(surrogate), self.entropy_temperature
     )
     if name == 'diversity':
       return -spread

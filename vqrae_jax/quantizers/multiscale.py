@@ -147,8 +147,11 @@ class MultiScale(nested.Nested):
     return jax.lax.optimization_barrier(self._smoothed(codes, scale))
 
   def _added(self, scale: int, indices: Array) -> Array:
-    """i32[... h w] -> f32[... gh gw c]."""
-    return self._enlarged(scale, self._rows(indices))
+    """i32[... h w] -> f32[... gh gw c]; a map that is -1 everywhere adds
+    nothing, nor phi's bias."""
+    added = self._enlarged(scale, self._rows(indices))
+    left_out = (indices < 0).all((-2, -1))
+    return jnp.where(left_out[..., None, None, None], 0, added)
 
   def _rows(self, indices: Array) -> Array:
     """i32[...] -> f32[... c], zeros at -1."""
@@ -241,7 +244,7 @@ class MultiScale(nested.Nested):
       operator.add, [self._added(scale, index) for scale, index in maps]
     )
 
-  def init_codebook(self, codebook, z, rng):
+  def init_codebook(self, codebook, z, rng, tokens=None):
     """Codes placed at tokens of all scales, taking phi as the identity."""
     grid = self.sizes[-1]
 
@@ -253,12 +256,13 @@ class MultiScale(nested.Nested):
       return rest - image_ops.resize(codes, grid, 'bicubic', antialias=False)
 
     def init(old):
+      images = z.reshape(-1, *grid, z.shape[-1])
+      counts = [math.prod(size) for size in self.sizes]
       rows = nested.rows_of_all_stages(
-        z.reshape(-1, *grid, z.shape[-1]),
-        [math.prod(size) for size in self.sizes],
-        self.codebook_size, take, leave, rng,
-      )  # fmt: skip
-      return self.part.init_codebook(old, rows, rng)
+        images, counts, self.codebook_size, take, leave, rng
+      )
+      tokens = len(images) * sum(counts)
+      return self.part.init_codebook(old, rows, rng, tokens)
 
     if nested.PARTS not in codebook:
       return codebook

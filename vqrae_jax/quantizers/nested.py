@@ -176,6 +176,19 @@ class Nested(base.Quantizer):
       return tables
     return self._each(self.part.training_codebook, tables)
 
+  def rescale_average(self, codebook, indices):
+    if PARTS not in codebook:
+      return codebook
+    return self._each(
+      lambda old: self.part.rescale_average(old, indices / self.tables),
+      codebook,
+    )
+
+  def all_codes(self):
+    """f32[q K c], q = 1 where all share a table."""
+    found = [self._call(i, 'all_codes') for i in range(self.tables)]
+    return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in found])
+
 
 def random_of_part(random: Any, i: int) -> Any:
   """`random` for part i, independent of the other parts."""

@@ -206,7 +206,7 @@ class Residual(nested.Nested):
         f'(-1 for a stage that is left out), got shape {indices.shape}'
       )
 
-  def init_codebook(self, codebook, z, rng):
+  def init_codebook(self, codebook, z, rng, tokens=None):
     """Places each stage's codes at the residual of the stages before it."""
     if nested.PARTS not in codebook:
       return codebook
@@ -218,7 +218,7 @@ class Residual(nested.Nested):
           z, [1] * self.stages, self.codebook_size,
           lambda rest, _: rest, lambda rest, _, codes: rest - codes, rng,
         )  # fmt: skip
-        return part.init_codebook(old, rows, rng)
+        return part.init_codebook(old, rows, rng, len(z) * self.stages)
 
       return self._each(init, codebook)
     rest, keys = z, jax.random.split(rng, self.stages)
@@ -241,6 +241,12 @@ class Residual(nested.Nested):
     self._check(indices)
     codes = [self._stage_codes(i, indices[..., i]) for i in range(self.stages)]
     return jnp.stack(codes, -2)
+
+  def all_codes(self):
+    """f32[q K c], as each stage adds them."""
+    count = self.tables if np.all(self._step(1) == 1) else self.stages
+    every = jnp.arange(self.codebook_size)
+    return jnp.stack([self._stage_codes(i, every) for i in range(count)])
 
   def codes_to_indices(self, codes):
     """f32[... q c], the codes of each stage -> i32[... q]."""

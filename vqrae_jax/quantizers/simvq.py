@@ -89,7 +89,7 @@ class SimVQ(base.Nearest):
     if self.is_initializing():
       self.table('basis', self.basis_std, (self.num_codes, c))
 
-  def init_codebook(self, codebook, z, rng):
+  def init_codebook(self, codebook, z, rng, tokens=None):
     """The basis at tokens of the batch, as they are compared."""
     if self.basis_init == 'normal' or self.token_map:
       return codebook
@@ -128,6 +128,12 @@ class SimVQ(base.Nearest):
     if self.normalize or self.distance == 'cosine':
       z = unit_rms(z)
     return z, nearest_code(z, table)
+
+  def _of_softmax(self, surrogate):
+    found = super()._of_softmax(surrogate)
+    if self.code_scale != 'none':
+      return found
+    return tuple(map(unit_rms, found))  # chosen by angle, whatever their size
 
   def _searches(self, z):
     (search,) = super()._searches(z)

@@ -196,7 +196,7 @@ class VQ(base.Nearest):
 
     return jax.vmap(drawn)(random['samples'], flat)
 
-  def init_codebook(self, codebook, z, rng):
+  def init_codebook(self, codebook, z, rng, tokens=None):
     """Codes start at tokens of the batch, the affine map at their mean and
     variance; codes that do not start at tokens are mapped by it."""
     z, at = self._compared(z), {}
@@ -212,7 +212,9 @@ class VQ(base.Nearest):
     if self.data_init == 'kmeans++':
       start = base.spread_codes
     codes = self._compared(start(z, self.num_codes, rng))
-    count = self._least(len(z)) + 1 - self.decay if self.revive_below else 1.0
+    count = 1.0
+    if self.revive_below:
+      count = self._least(tokens or len(z)) + 1 - self.decay
     return self._fresh_average(codes, at, count)
 
   def _least(self, tokens):
@@ -231,6 +233,14 @@ class VQ(base.Nearest):
     if self.update != 'ema':
       return at
     return self._fresh_average(jnp.asarray(tables['codes']), at)
+
+  def rescale_average(self, codebook, indices):
+    """So that no code is idle because another batch was larger, and codes move
+    no faster than `decay` says."""
+    if self.update != 'ema':
+      return codebook
+    scale = indices / codebook['counts'].sum()
+    return codebook | {n: scale * codebook[n] for n in ('counts', 'sums')}
 
   def _moved_map(self, codebook: dict, stats: dict) -> dict[str, Array]:
     """The affine map after a step."""

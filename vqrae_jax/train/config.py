@@ -55,10 +55,11 @@ PLACEHOLDERS = {
 }
 
 
-def _empty_as_none(spec: Any, *names: str) -> None:
-  """Sets fields that a command line cleared (--config.teacher=) to None."""
+def _cleared_as_none(spec: Any, *names: str) -> None:
+  """Sets fields that a command line cleared to None: --config.teacher=, or
+  =None, which is a string there."""
   for name in names:
-    if getattr(spec, name) == '':
+    if getattr(spec, name) in ('', 'None'):
       object.__setattr__(spec, name, None)
 
 
@@ -302,6 +303,7 @@ class NetworksSpec:
   remat: bool | None = None
 
   def __post_init__(self):
+    _cleared_as_none(self, 'dtype')
     one_of('networks.dtype', self.dtype, (*DTYPES, None))
 
   def over(self, model: Mapping) -> RunOptions:
@@ -356,6 +358,7 @@ class LogSpec:
   wandb: str | None = None
 
   def __post_init__(self):
+    _cleared_as_none(self, 'wandb')
     at_least(1, 'log.', self, 'every', 'usage_window')
     at_least(0, 'log.', self, 'images_every')
 
@@ -398,7 +401,7 @@ class InitSpec:
   networks: str = 'published'
 
   def __post_init__(self):
-    _empty_as_none(self, *INIT_PARTS)
+    _cleared_as_none(self, *INIT_PARTS)
     one_of('init.networks', self.networks, NETWORKS)
 
 
@@ -431,6 +434,7 @@ class EvalSpec:
   metrics: tuple[str, ...] = ()
 
   def __post_init__(self):
+    _cleared_as_none(self, 'source')
     at_least(0, 'eval.', self, 'every')
     for name in self.metrics:
       one_of('eval.metrics', name, METRICS)
@@ -534,7 +538,7 @@ class RunConfig:
   max_nonfinite: int = 10
 
   def __post_init__(self):
-    _empty_as_none(self, 'init_from', 'teacher')
+    _cleared_as_none(self, 'init_from', 'teacher')
     at_least(1, '', self, 'accumulate', 'batch_size')
     at_least(0, '', self, 'max_nonfinite', 'noise_tau', 'seed')
     # Of long epochs: rounding must not make a fraction of one 0 steps here.
@@ -651,6 +655,16 @@ def plain(config: Any) -> Any:
   if isinstance(config, list | tuple):
     return tuple(plain(v) for v in config)
   return config
+
+
+def recorded(config: Any) -> Any:
+  """`plain`, as config.json has it: JSON has no tuples, and a list of two sizes
+  would be read as two squares."""
+  size = _at(config, 'data', 'image_size')
+  found = plain(config)
+  if isinstance(size, tuple):
+    found['data']['image_size'] = (size,)
+  return found
 
 
 def _at(config: Any, section: str, key: str) -> Any:

@@ -18,6 +18,7 @@ hash.
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -49,6 +50,8 @@ from vqrae_jax.train.state import random_variables
 from vqrae_jax.types import Frozen, TrainState
 from vqrae_jax.weights.files import open_weights
 from vqrae_jax.weights.hub import parse_source
+
+_CODEBOOK = 'codebook/quantizer/'
 
 Leaves = dict[str, Any]
 
@@ -94,6 +97,7 @@ def initialize(setup: Setup) -> Started:
   """
   config = setup.config
   weights = tokenizer_weights(setup.tokenizer, config.init_from, config.init)
+  weights = _at_this_batch(setup, weights)
   weights, sources = _with_frozen(setup, weights)
   logging.info('initialized with %s', weights.summary or 'random weights')
   if weights.warning:
@@ -104,12 +108,33 @@ def initialize(setup: Setup) -> Started:
     setup.step, setup.mesh, config.seed, weights.leaves
   )
   started = Started(state, frozen, _record(setup, frozen, sources))
-  if any(n.startswith('codebook/quantizer/') for n in weights.leaves):
+  if any(n.startswith(_CODEBOOK) for n in weights.leaves):
     return started
   images = setup.place(setup.batches.batch(0))['images']
   init_codebook = _jitted_codebook(setup.step, setup.mesh)
   state = init_codebook(started.state, started.frozen, images)
   return dataclasses.replace(started, state=state)
+
+
+def _at_this_batch(setup: Setup, weights: InitialWeights) -> InitialWeights:
+  """A loaded codebook's averages as steps of this run's batch would have made
+  them: by those of a smaller one all codes would be idle."""
+  leaves, tokenizer = dict(weights.leaves), setup.tokenizer
+  codebook = {
+    name.removeprefix(_CODEBOOK): leaf
+    for name, leaf in leaves.items()
+    if name.startswith(_CODEBOOK)
+  }
+  if not codebook:
+    return weights
+  sizes = setup.config.data.sizes
+  indices = sum(math.prod(tokenizer.index_shape(*size)) for size in sizes)
+  scaled = tokenizer.quantizer.rescale_average(
+    trees.unflatten(codebook), setup.config.batch_size * indices / len(sizes)
+  )
+  for name, leaf in trees.flatten(scaled).items():
+    leaves[_CODEBOOK + name] = np.asarray(leaf)
+  return dataclasses.replace(weights, leaves=leaves)
 
 
 def restore(
@@ -325,9 +350,10 @@ def tokenizer_weights(
       ' and '.join(part.revision for part in parts if part.revision) or None,
     )
   path = reachable(init_from, 'init_from')
-  if (path / 'checkpoints').is_dir():
+  folder, kept = _tokenizer_at(path), path / 'checkpoints'
+  if kept.is_dir() and (folder is None or Checkpoints(kept).steps()):
     _, weights = of_run(path, tokenizer)
-  elif (folder := _tokenizer_at(path)) is not None or path.is_dir():
+  elif folder is not None or path.is_dir():
     weights = _of_tokenizer(tokenizer, folder or path)
   else:
     raise UserError(

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -223,7 +224,8 @@ def train(
         workdir.mkdir(parents=True, exist_ok=True)
         if manifest is not None:
           _warn_of_changes(workdir / 'config.json', config)
-        reporting.write_json(workdir / 'config.json', config_lib.plain(config))
+        recorded = config_lib.recorded(config)
+        reporting.write_json(workdir / 'config.json', recorded)
       logging.info('%s', setup.describe())
       if spec.every:
         checkpoints.begin_from(position.step)
@@ -496,6 +498,11 @@ def check_workdir(workdir: Path) -> None:
   if is_url(workdir):
     return
   check_writable(workdir, '--workdir')
+  if re.search(r'[][\\]', os.path.abspath(workdir)):
+    raise UserError(
+      f'--workdir={workdir}: Orbax takes [, ] and \\ in a path for a pattern '
+      'and would write checkpoints that cannot be read; name another'
+    )
   folder = workdir / 'checkpoints'
   if os.path.lexists(folder) and not folder.is_dir():
     raise UserError(f'{folder} is not a folder for checkpoints; move it')
@@ -511,6 +518,6 @@ def _warn_of_changes(path: Path, config: Any) -> None:
   except UserError as e:
     logging.warning('%s; it is not compared', e)
     return
-  now = json.loads(json.dumps(config_lib.plain(config), default=str))
+  now = json.loads(json.dumps(config_lib.recorded(config), default=str))
   for key, (before, after) in config_lib.differences(old, now).items():
     logging.warning('the config changed: %s was %s, is %s', key, before, after)

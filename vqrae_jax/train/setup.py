@@ -269,12 +269,11 @@ def _plan(
   step, hparams, shapes, total = plan_step(
     config, tokenizer, examples / config.batch_size
   )
-  image = jax.ShapeDtypeStruct(
-    (config.batch_size, *config.data.size, 3), jnp.uint8
-  )
-  step_lib.check_reach(
-    step, *state_lib.state_shapes(step, mesh), f32(hparams), image
-  )
+  for size in config.data.sizes:
+    image = jax.ShapeDtypeStruct((config.batch_size, *size, 3), jnp.uint8)
+    step_lib.check_reach(
+      step, *state_lib.state_shapes(step, mesh), f32(hparams), image
+    )
   return Plan(config, step, hparams, shapes, total, mesh)
 
 
