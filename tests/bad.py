@@ -93,6 +93,7 @@ def _runs(root):
   for name in ('unbegun', 'blocked'):
     shutil.rmtree(root / name / 'checkpoints')
   (root / 'unbegun' / 'checkpoints').mkdir()
+  shutil.rmtree(root / 'unbegun' / 'tokenizer')
   (root / 'blocked' / 'checkpoints').write_text('a file')
   (root / 'foreign' / 'tokenizer').mkdir(parents=True)
   (root / 'foreign' / 'tokenizer' / 'tokenizer.json').write_text('{}')

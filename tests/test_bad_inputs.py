@@ -38,7 +38,7 @@ COMMANDS = [
   (train, '--config=mine.py --workdir=/proc/x', '--workdir=/proc/x'),
   (train, '--flagfile=/nonexistent', '/nonexistent'),
   (train, '--config=mine.py --workdir=torn', 'torn'),
-  (train, '--config=mine.py --workdir=run[1]', 'run[1]'),
+  (train, '--config=mine.py --workdir=run[1]', r'run\[1\]'),
   (train, '--config=mine.py --config.data.source=hollow', '"hollow"'),
   (train, '--config=mine.py --config.data.source=bad', 'max_skipped|bad/'),
   (latent_stats, '--config=mine.py --out=/proc/s.npz', '--out=/proc'),

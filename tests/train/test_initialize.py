@@ -65,6 +65,16 @@ def test_all_leaves_are_loaded(kind, folder, vq_run, simvq_run, run_config):
     np.testing.assert_allclose(counts.sum(), tokens, rtol=1e-5)
 
 
+def test_a_run_without_checkpoints_has_its_tokenizer(
+  simvq_run, simvq_config, tmp_path
+):
+  run = shutil.copytree(simvq_run, tmp_path / 'run')
+  shutil.rmtree(run / 'checkpoints')
+  (run / 'checkpoints').mkdir()
+  found = first_leaves(simvq_config(init_from=str(run)))
+  same(found, exported(simvq_run))
+
+
 def test_an_unfinished_run_will_do_and_the_log_says_so(
   simvq_run, simvq_config, tmp_path, log
 ):
