@@ -72,7 +72,7 @@ def test_a_run_without_checkpoints_has_its_tokenizer(
   shutil.rmtree(run / 'checkpoints')
   (run / 'checkpoints').mkdir()
   found = first_leaves(simvq_config(init_from=str(run)))
-  same(found, exported(simvq_run))
+  same(found, exported(simvq_run), found)
 
 
 def test_an_unfinished_run_will_do_and_the_log_says_so(
