@@ -61,7 +61,7 @@ def test_a_share_that_is_allowed_never_stops_a_run(tmp_path):
 
 
 def test_a_substitute_that_is_unreadable_too_is_not_counted(tmp_path):
-  """Else three bad images of five were more than .6 in most epochs."""
+  """Else half of the images would count for more than half."""
   photos = runs.images(tmp_path / 'photos')
   count = len([*photos.iterdir()])
   for i in range(count):

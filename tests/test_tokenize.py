@@ -205,10 +205,7 @@ _FSQ = dict(name='fsq', levels=(5, 5), bound='clip')
   ('section', 'count'),
   (
     (_RESIDUAL, 3),
-    (
-      _RESIDUAL | dict(quantizer=_FSQ),
-      3,
-    ),
+    (_RESIDUAL | dict(quantizer=_FSQ), 3),
     (dict(name='grouped', groups=2, quantizer=_RESIDUAL), 6),
   ),
 )

@@ -123,14 +123,14 @@ def examine(
 
   from vqrae_jax import export, sharding
   from vqrae_jax.data import pipeline
-  from vqrae_jax.data.sources import choose, open_source
+  from vqrae_jax.data.sources import choose_images, open_source
   from vqrae_jax.evaluate import codebooks, visualize
   from vqrae_jax.models.tokenizer import describe
   from vqrae_jax.quantizers.nested import innermost
 
   sharding.compile_afresh_on_cpu()
   source = open_source(data)
-  chosen = choose(source, images, data)
+  chosen = choose_images(source, images, data)
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   if not tokenizer.codebook_size:
     raise UserError(

@@ -195,7 +195,7 @@ def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
   from tqdm import tqdm
 
   from vqrae_jax import sharding
-  from vqrae_jax.data.sources import choose, open_source
+  from vqrae_jax.data.sources import choose_images, open_source
   from vqrae_jax.models import latents as norms
   from vqrae_jax.models.tokenizer import build_tokenizer
   from vqrae_jax.train import config as config_lib
@@ -209,7 +209,7 @@ def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
   shape = (*(grid if by_position else ()), tokenizer.latent_dim)
   own = section.source, section.include, section.exclude
   source = open_source(*(own if values.data is None else [values.data]))
-  chosen = choose(source, values.images, values.data or section.source)
+  chosen = choose_images(source, values.images, values.data or section.source)
   wanted = len(chosen)
   mine = chosen[jax.process_index() :: jax.process_count()]
   mesh = sharding.make_mesh(

@@ -127,7 +127,9 @@ def spread(n: int, most: int) -> list[int]:
   return [i * n // m for i in range(m)]
 
 
-def choose(source: EncodedImages, images: int | None, data: str) -> list[int]:
+def choose_images(
+  source: EncodedImages, images: int | None, data: str
+) -> list[int]:
   """The images of a source that --images asks for, all if it is not given.
 
   Raises:

@@ -131,7 +131,7 @@ def evaluate(
   import jax
 
   from vqrae_jax import export, hosts, sharding
-  from vqrae_jax.data.sources import choose, open_source
+  from vqrae_jax.data.sources import choose_images, open_source
   from vqrae_jax.evaluate import evaluator, fid, visualize
   from vqrae_jax.evaluate import part as part_lib
   from vqrae_jax.models import latents
@@ -146,7 +146,7 @@ def evaluate(
       raise UserError('--fid_stats is for rfid, which --metrics leaves out')
     reference = fid.load_statistics(fid_stats, inception.WIDTH)
   source = open_source(data)
-  chosen = choose(source, images, data)
+  chosen = choose_images(source, images, data)
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)
   sides = (size, size) if size else tokenizer.native_size
   latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*sides), '--size')

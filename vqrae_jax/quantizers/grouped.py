@@ -129,7 +129,7 @@ class Grouped(nested.Nested):
     ]
     return jnp.concatenate(codes, -1)
 
-  def init_codebook(self, codebook, z, rng, tokens=None):
+  def init_codebook(self, codebook, z, rng):
     """Each table at its group's tokens; a shared one at those of all."""
     if nested.PARTS not in codebook:
       return codebook

@@ -244,7 +244,7 @@ class MultiScale(nested.Nested):
       operator.add, [self._added(scale, index) for scale, index in maps]
     )
 
-  def init_codebook(self, codebook, z, rng, tokens=None):
+  def init_codebook(self, codebook, z, rng):
     """Codes placed at tokens of all scales, taking phi as the identity."""
     grid = self.sizes[-1]
 

@@ -206,7 +206,7 @@ class Residual(nested.Nested):
         f'(-1 for a stage that is left out), got shape {indices.shape}'
       )
 
-  def init_codebook(self, codebook, z, rng, tokens=None):
+  def init_codebook(self, codebook, z, rng):
     """Places each stage's codes at the residual of the stages before it."""
     if nested.PARTS not in codebook:
       return codebook

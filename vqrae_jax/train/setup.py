@@ -269,11 +269,10 @@ def _plan(
   step, hparams, shapes, total = plan_step(
     config, tokenizer, examples / config.batch_size
   )
+  state = state_lib.state_shapes(step, mesh)
   for size in config.data.sizes:
     image = jax.ShapeDtypeStruct((config.batch_size, *size, 3), jnp.uint8)
-    step_lib.check_reach(
-      step, *state_lib.state_shapes(step, mesh), f32(hparams), image
-    )
+    step_lib.check_reach(step, *state, f32(hparams), image)
   return Plan(config, step, hparams, shapes, total, mesh)
 
 
