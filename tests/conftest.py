@@ -101,6 +101,17 @@ def v5e():
   return topologies.get_topology_desc('v5e:2x2', 'tpu').devices
 
 
+@pytest.fixture
+def h100():
+  """Two GPUs to compile for, which are not there."""
+  from vqrae_jax import errors, preflight
+
+  try:
+    return preflight.gpus('h100', '2')
+  except errors.UserError:
+    pytest.skip('no JAX for CUDA')
+
+
 @pytest.fixture(scope='module')
 def one_device():
   """Runs of the module are on one device: quicker to compile, and cached."""

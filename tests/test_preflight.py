@@ -140,6 +140,8 @@ def test_the_accumulation_that_fits_is_found(tmp_path, monkeypatch, capsys):
     (dict(data=dict(source='nowhere', image_size=16)), [], 'data.examples'),
     ({}, ['--mesh=8', '--topology=v5e:2x2'], '--topology'),
     ({}, ['--mesh=9000'], '--mesh=9000'),
+    ({}, ['--topology=h900:8'], 'h900:8 is none of v5e:8x8'),
+    ({}, ['--topology=h100:0x8'], 'h100:4x8'),
     ({}, ['--json=report.txt'], '--json'),
   ],
 )
@@ -151,13 +153,22 @@ def test_errors_are_lines(keys, flags, words, tmp_path):
   assert '\n' not in str(error.value)
 
 
-def test_missing_libtpu_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  'topology, raised, needed',
+  [
+    ('v5e:2x2', RuntimeError, 'pip install libtpu'),
+    ('h100:4x8', NotImplementedError, 'cuda12'),
+  ],
+)
+def test_a_missing_compiler_is_named(
+  topology, raised, needed, tmp_path, monkeypatch
+):
   def missing(*_, **__):
-    raise RuntimeError('JAX TPU support not installed')
+    raise raised('no such platform')
 
   monkeypatch.setattr(topologies, 'get_topology_desc', missing)
-  with pytest.raises(UserError, match='pip install libtpu'):
-    preflight.main([write(tmp_path, tiny.run(**SMALL)), '--topology=v5e:2x2'])
+  with pytest.raises(UserError, match=needed):
+    preflight.main([write(tmp_path, tiny.run(**SMALL)), '--topology', topology])
 
 
 def test_data_may_be_elsewhere():
@@ -185,3 +196,14 @@ def test_a_tpu_that_is_not_there(capsys):
     sharding.check_batch(64, sharding.make_mesh('fsdp+tp', pod, 4))
   with pytest.raises(UserError, match='--topology=v5e:3x5'):
     preflight.main(['--config=configs/quickstart.py', '--topology=v5e:3x5'])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('h100')
+def test_gpus_that_are_not_there(tmp_path, capsys):
+  """A step in bf16 for 16 GPUs of two hosts; attention is cuDNN's."""
+  config = tiny.run('simvq-l2', **CONFIG | dict(batch_size=32))
+  preflight.main([write(tmp_path, config), '--topology=h100:2x8'])
+  out = capsys.readouterr().out
+  assert '16 × NVIDIA H100 80GB HBM3 of 2 host(s)' in out
+  assert 'of 59.32 GiB' in out and 'all-gather' in out

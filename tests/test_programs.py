@@ -53,6 +53,24 @@ def test_convolutions_and_their_gradients(stride, padding, dilation, groups):
     )
 
 
+def test_a_branch_of_the_platform():
+  """A kernel of a library has no products to count: those of the others."""
+  x = jnp.ones((4, 4))
+
+  def fn(x):
+    return jax.lax.platform_dependent(
+      x,
+      cuda=lambda x: x,
+      tpu=lambda x: (x.astype('bfloat16') @ x.astype('bfloat16')).astype('f4'),
+      default=lambda x: x @ x @ x,
+    )
+
+  jaxpr = jax.make_jaxpr(fn)(x).jaxpr
+  for platform, count, f32 in (('cpu', 2, 2), ('tpu', 1, 0), ('cuda', 2, 0)):
+    found = [*programs.products(jaxpr, platform)]
+    assert (len(found), sum(p.f32 for p in found)) == (count, f32)
+
+
 def _compiled(fn, *args):
   return jax.jit(fn).lower(*args).compile().cost_analysis()['flops']
 

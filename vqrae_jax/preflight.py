@@ -1,11 +1,13 @@
 """python -m vqrae_jax.preflight --config=F.py [--topology=v5e:8x8 | --mesh=8]
 
 Compiles a run's train step and `encode_to_indices` for devices that you need
-not have (a TPU topology by its name, a number of CPU devices, or those of this
+not have (TPUs or GPUs by their names, a number of CPU devices, or those of this
 machine) and reports what they need. Nothing runs, and no weights are opened.
 
 Memory is the compiler's own analysis; `programs.py` says what the other
-figures are. For GPUs there is no such compiler: they must be in this machine.
+figures are. On GPUs that are not there no algorithms can be timed: the
+compiler takes the first ones, and what convolutions and sorts need beside their
+results is not counted.
 """
 
 import contextlib
@@ -48,6 +50,14 @@ HBM = {
   'TPU v4': 15.25, 'TPU v5 lite': 15.75, 'TPU v5': 95.74,
   'TPU v6 lite': 31.25, 'TPU7x': 94.75,
 }  # fmt: skip
+# name: (its kind, GiB, compute capability, multiprocessors, KiB of shared
+# memory of each, MiB of cache, GB/s, GHz), of the SXM modules.
+GPUS = {
+  'a100': ('NVIDIA A100-SXM4-80GB', 79.1, 8, 108, 164, 40, 2039, 1.41),
+  'h100': ('NVIDIA H100 80GB HBM3', 79.1, 9, 132, 228, 50, 3352, 1.98),
+  'h200': ('NVIDIA H200', 139.8, 9, 132, 228, 50, 4800, 1.98),
+}
+TOPOLOGIES = f'v5e:8x8, v5p:4x4x4, … or {", ".join(GPUS)} as h100:8 or h100:4x8'
 # An epoch of a recipe whose data is still to be named: ImageNet-1k's. Starts
 # and durations are arguments of the step, so that the program is the same.
 STAND_IN = 1_281_167
@@ -70,7 +80,10 @@ def main(argv: list[str]) -> None:
 
 def define(values: flags.FlagValues) -> None:
   """The command's flags but --config."""
-  text = 'a TPU topology: v5e:8x8, v5p:4x4x4, …; needs libtpu, but no TPU'
+  text = (
+    'devices: TPUs as v5e:8x8 (needs libtpu, but no TPU), GPUs as h100:8, or '
+    'h100:4x8 of 4 hosts (needs the extra cuda12, but no GPU)'
+  )
   flags.DEFINE_string('topology', None, text, values)
   text = 'a number of CPU devices; default: the devices of this machine'
   flags.DEFINE_integer('mesh', None, text, lower_bound=1, flag_values=values)
@@ -83,7 +96,7 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
   """The devices that the flags ask for.
 
   Raises:
-    UserError: both flags, no libtpu, or no such topology.
+    UserError: both flags, no compiler for the devices, or no such topology.
   """
   name, count = values.topology, values.mesh
   if name and count:
@@ -97,6 +110,11 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
     if len(found := jax.devices('cpu')) < count:
       raise UserError(f'--mesh={count}: this process has {len(found)} devices')
     return found[:count]
+  kind, _, shape = name.partition(':')
+  if kind in GPUS:
+    return gpus(kind, shape)
+  if not re.match(r'v\d|tpu', kind):
+    raise UserError(f'--topology={name} is none of {TOPOLOGIES}')
   # Else libtpu asks the network which machine this is.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
@@ -104,12 +122,51 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
   try:
     return topologies.get_topology_desc(name, 'tpu').devices
   except jax.errors.JaxRuntimeError as e:
-    raise UserError(
-      f'--topology={name}: {e}; examples: v5e:8x8, v5p:4x4x4'
-    ) from None
+    raise UserError(f'--topology={name}: {e}; one of {TOPOLOGIES}') from None
   except RuntimeError:
     raise UserError(
       f'--topology={name} needs libtpu: pip install libtpu'
+    ) from None
+
+
+def gpus(name: str, shape: str) -> list[Any]:
+  """GPUs of `GPUS`, "8" on one host or "4x8" on four.
+
+  Raises:
+    UserError: another shape, or no JAX for CUDA.
+  """
+  if not (found := re.fullmatch(r'(?:([1-9]\d*)x)?([1-9]\d*)', shape)):
+    raise UserError(f'--topology={name}:{shape} is none of {TOPOLOGIES}')
+  kind, size, capability, cores, shared, cache, bandwidth, clock = GPUS[name]
+  try:
+    return topologies.get_topology_desc(
+      '', 'cuda', topology=f'1x{found[1] or 1}x{found[2]}',
+      target_config=f"""
+        platform_name: "CUDA"
+        device_description_str: "{kind}"
+        dnn_version_info {{ major: 9 minor: 8 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {capability} }}
+          core_count: {cores} fpus_per_core: 128 clock_rate_ghz: {clock}
+          memory_bandwidth: {bandwidth}000000000
+          device_memory_size: {int(size * GIB)} l2_cache_size: {cache * MIB}
+          shared_memory_per_core: {shared << 10}
+          shared_memory_per_block_optin: {shared - 1 << 10}
+          shared_memory_per_block: 49152
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          threads_per_core_limit: 2048 threads_per_block_limit: 1024
+          threads_per_warp: 32 device_address_bits: 64
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
+          thread_dim_limit_z: 64 block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }}
+      """,
+    ).devices  # fmt: skip
+  except NotImplementedError:
+    raise UserError(
+      f'--topology={name}:{shape} needs JAX for CUDA, but no GPU: '
+      "pip install 'vqrae_jax[cuda12]'"
     ) from None
 
 
@@ -288,9 +345,11 @@ def _program(
   with _progress(f'tracing {what}') as tracing, jax.set_mesh(plan.mesh):
     traced = fn.trace(*args)
     lowered = traced.lower()
-  found = list(programs.products(traced.jaxpr.jaxpr))
+  device = plan.mesh.devices.flat[0]
+  platform = 'cuda' if device.platform == 'gpu' else device.platform
+  found = list(programs.products(traced.jaxpr.jaxpr, platform))
   memory = {k: _bytes_on_a_device(tree) for k, tree in arguments.items()}
-  limit, text = memory_limit(plan.mesh.devices.flat[0]), ''
+  limit, text = memory_limit(device), ''
   with _progress(f'compiling {what}') as compiling:
     try:
       compiled = lowered.compile()
@@ -385,8 +444,11 @@ def memory_limit(device: Any) -> int | None:
     stats = device.memory_stats()
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit']
-  known = HBM.get(device.device_kind)
-  return known and int(known * GIB)
+  if device.device_kind in HBM:
+    return int(HBM[device.device_kind] * GIB)
+  share = float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', 0.75))
+  sizes = {kind: int(size * share * GIB) for kind, size, *_ in GPUS.values()}
+  return sizes.get(device.device_kind)
 
 
 # ----------------------------------------------------------------------------

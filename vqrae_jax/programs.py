@@ -283,9 +283,10 @@ def _flops(eqn: Any) -> float:
 
 
 def products(
-  jaxpr: Any, stack: str = '', times: float = 1
+  jaxpr: Any, platform: str = '', stack: str = '', times: float = 1
 ) -> Iterator[Product]:
-  """The products of a jaxpr and of all within it, over all devices."""
+  """The products of a jaxpr and of all within it, over all devices of a
+  platform: "cpu", "cuda", "tpu"."""
   for eqn in jaxpr.eqns:
     name, p = eqn.primitive.name, eqn.params
     here = f'{stack}/{eqn.source_info.name_stack}'
@@ -299,13 +300,30 @@ def products(
     if name == 'pallas_call':
       repeats *= math.prod(p['grid_mapping'].grid)
     inner = [
-      list(products(j, here, repeats)) for value in p.values()
+      list(products(j, platform, here, repeats)) for value in p.values()
       for j in _jaxprs(value)
     ]  # fmt: skip
     if name == 'cond':
-      inner = [max(inner, key=lambda found: sum(f.flops for f in found))]
+      inner = [_branch(inner, p.get('branches_platforms'), platform)]
     for found in inner:
       yield from found
+
+
+def _branch(
+  branches: list[list[Product]],
+  platforms: tuple[tuple[str, ...] | None, ...] | None,
+  platform: str,
+) -> list[Product]:
+  """The products of the branch that costs most, or of the platform's own. One
+  that is a library's kernel has those of the others, in its inputs' dtype."""
+  most = max(branches, key=lambda found: sum(f.flops for f in found))
+  if not platforms:
+    return most
+  taken = next(
+    found for names, found in zip(platforms, branches, strict=True)
+    if names is None or platform in names
+  )  # fmt: skip
+  return taken or [dataclasses.replace(f, f32=False) for f in most]
 
 
 def _jaxprs(value: Any) -> Iterator[Any]:

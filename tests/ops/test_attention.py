@@ -1,13 +1,12 @@
 """Attention by the platforms' kernels against the plain one in f32."""
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from vqrae_jax import sharding
 from vqrae_jax.ops import attention
@@ -107,15 +106,14 @@ def test_a_mesh_of_the_users_own():
       assert jax.eval_shape(fn, q, q, q).shape == big
 
 
-def test_cudnn_cuts_no_heads(monkeypatch):
-  device = mock.Mock(compute_capability='9.0')
-  device.client.platform_version = 'cuda 13000'
-  mesh = sharding.make_mesh('fsdp+tp', tensor=4)
-  monkeypatch.setattr(jax, 'devices', lambda: [device])
-  assert attention.cudnn_takes((8, 784, 6, 64))
-  with jax.set_mesh(mesh):
+def test_cudnn_cuts_no_heads():
+  """The GPUs are the mesh's: this process has none."""
+  gpu = AbstractDevice('NVIDIA H200', None, 'gpu')
+  mesh = AbstractMesh((2, 4), ('fsdp', 'model'), abstract_device=gpu)
+  with jax.sharding.use_abstract_mesh(mesh):
     assert attention.cudnn_takes((8, 784, 8, 64))
     assert not attention.cudnn_takes((8, 784, 6, 64))
+    assert not attention.cudnn_takes((8, 784, 8, 68))
 
 
 @pytest.mark.parametrize('takes', ('cudnn_takes', 'splash_takes'))

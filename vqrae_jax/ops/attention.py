@@ -40,7 +40,7 @@ def attention(q: Heads, k: Others, v: Others) -> Heads:
   if known and q.shape == k.shape:
     if cudnn_takes(q.shape):
       fused['cuda'] = flash
-    if splash_takes(q.shape):
+    elif splash_takes(q.shape):
       fused['tpu'] = splash
   return jax.lax.platform_dependent(
     q, k, v, default=jax.nn.dot_product_attention, **fused
@@ -59,15 +59,13 @@ def plain(q: Heads, k: Others, v: Others) -> Heads:
 
 
 def cudnn_takes(shape: tuple[int, ...]) -> bool:
-  """Whether cuDNN's kernel runs on this device, for q of `shape`, whose heads
-  the ambient mesh does not cut."""
-  mesh, device = jax.sharding.get_abstract_mesh(), jax.devices()[0]
-  if shape[2] % mesh.shape.get('model', 1):
-    return False
-  if 'cuda' not in device.client.platform_version:
-    return False
-  hopper = float(device.compute_capability) >= 9
-  return shape[-1] % 8 == 0 and shape[-1] <= (256 if hopper else 128)
+  """Whether cuDNN's kernel runs where q of `shape` is computed: on an NVIDIA
+  GPU, of the ambient mesh or of this process, whose mesh cuts no heads."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_device or jax.devices()[0]
+  cut = shape[2] % mesh.shape.get('model', 1)
+  fits = shape[-1] % 8 == 0 and shape[-1] <= 128
+  return device.device_kind.startswith('NVIDIA') and fits and not cut
 
 
 def flash(q: Heads, k: Heads, v: Heads) -> Heads:
