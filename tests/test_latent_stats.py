@@ -113,6 +113,7 @@ def test_some_images_are_evenly_spaced(photos, here, capsys):
   assert '4 images, 64 tokens' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_hosts_measure_as_one(photos, here):
   """Each reads its share; batches of one, so the latents are bitwise equal."""
   write_config()

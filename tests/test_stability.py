@@ -44,7 +44,14 @@ def margins(tokenizer, variables, images):
   return np.abs(z - np.floor(z) - 0.5).min(-1), 1.0
 
 
-@pytest.mark.parametrize('kind', ('fsq-cosmos', 'vq-ema', 'simvq-cosine'))
+@pytest.mark.parametrize(
+  'kind',
+  [
+    pytest.param('fsq-cosmos', marks=pytest.mark.slow),
+    'vq-ema',
+    'simvq-cosine',
+  ],
+)
 def test_indices_at_any_batch_size_and_layout(kind):
   tokenizer, variables = tiny.built(tiny.model(kind, depth=1))
   images = tiny.images(24)

@@ -345,14 +345,17 @@ def _program(
   with _progress(f'tracing {what}') as tracing, jax.set_mesh(plan.mesh):
     traced = fn.trace(*args)
     lowered = traced.lower()
-  device = plan.mesh.devices.flat[0]
+  device, options = plan.mesh.devices.flat[0], {}
   platform = 'cuda' if device.platform == 'gpu' else device.platform
+  if platform == 'cuda' and jax.default_backend() == 'cpu':
+    # Where none can be timed XLA takes tiles that some products do not fit.
+    options['xla_gpu_enable_triton_gemm'] = False
   found = list(programs.products(traced.jaxpr.jaxpr, platform))
   memory = {k: _bytes_on_a_device(tree) for k, tree in arguments.items()}
   limit, text = memory_limit(device), ''
   with _progress(f'compiling {what}') as compiling:
     try:
-      compiled = lowered.compile()
+      compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as e:
       if (failed := programs.exhausted(str(e))) is None:
         raise

@@ -68,19 +68,28 @@ RUNS = {
 }
 
 
+@functools.cache
 @mock.patch.object(adversarial, 'to_8_bits', lambda x: jnp.clip(x, 0, 1))
-def figures(name: str) -> dict[str, list[float]]:
-  """{metric: its value at each step}; "ema_gap" is |average - weights|."""
+def begun(name: str):
+  """(plan, state, frozen, the traced step, the compiled one) of a run, whose
+  state is that of seed 0."""
   kind, more = RUNS[name]
   base = dict(schedules=(('.*', RATE),), optim=OPTIM, ema=0.2)
   plan = pieces.planned(kind, **base | dict(log=dict(usage_window=2)) | more)
   second = pieces.CONTRAST if plan.spec.gan else {}
-  # The state that a run of seed 0 starts from.
   own = functools.partial(state_lib.sharded_state, seed=0)
   state, frozen = pieces.started(plan, larger=pieces.APART | second, draw=own)
+  step = functools.partial(step_lib.train_step, plan.spec)
+  traced = jax.jit(step).trace(state, frozen, plan.hparams, tiny.images(8))
+  return plan, state, frozen, traced, traced.lower().compile()
+
+
+def figures(name: str) -> dict[str, list[float]]:
+  """{metric: its value at each step}; "ema_gap" is |average - weights|."""
+  plan, state, frozen, _, step = begun(name)
   rows = []
   for i in range(3):
-    state, metrics = plan.step(state, frozen, tiny.images(8, seed=i))
+    state, metrics = step(state, frozen, plan.hparams, tiny.images(8, seed=i))
     assert not metrics.pop('nonfinite')
     metrics |= plan.update_norms(state)
     gap = jax.tree.map(lambda a, b: a - b, state.ema, state.tokenizer.params)
@@ -94,13 +103,8 @@ def figures(name: str) -> dict[str, list[float]]:
 
 def costs(name: str) -> dict[str, float]:
   """What the compiled step costs, of each microbatch as often as it runs."""
-  kind, more = RUNS[name]
-  plan = pieces.planned(kind, **dict(schedules=(('.*', RATE),)) | more)
-  step = functools.partial(step_lib.train_step, plan.spec)
-  traced = jax.jit(step, donate_argnums=0).trace(
-    *plan.abstract(), tiny.images(8)
-  )
-  used = traced.lower().compile().memory_analysis().temp_size_in_bytes
+  *_, traced, step = begun(name)
+  used = step.memory_analysis().temp_size_in_bytes
   flops = sum(p.flops for p in programs.products(traced.jaxpr.jaxpr))
   return {'flops': flops, 'temporaries': used}
 

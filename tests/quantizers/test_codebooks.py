@@ -62,6 +62,7 @@ def usage_after_training(data_init, steps):
   return usage(quantizer, {'codebook': codebook}, batch)
 
 
+@pytest.mark.slow
 def test_ema_codebook_stays_in_use():
   """Clustered tokens: at least 60 % of the codes after 60 steps; the usual
   initialization loses them at once."""
@@ -163,6 +164,7 @@ def simvq_usage(basis_init):
   return found
 
 
+@pytest.mark.slow
 def test_simvq_codebook_stays_in_use():
   """All codes at once follow the tokens they started at. (The commitment is
   left out: alone, it would draw all tokens to one point.)"""
