@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vqrae_jax import optim
+from vqrae_jax import optim, sharding
 
 
 def adamw(schedule, p, **fields):
@@ -53,6 +53,20 @@ def test_frozen_slices_do_not_count_in_the_clipped_norm():
   schedule = optim.Schedule(1.0, layers=layers, decay='constant')
   found = run(adamw(schedule, p, clip=1.0, eps=1.0), p, grads)['blocks']
   np.testing.assert_allclose(found[:, 0], [0, -5e-4, -1e-3], rtol=2e-2)
+
+
+def test_the_norm_gathers_no_gradient():
+  """Each device adds up its own part, also of a dimension that is not first."""
+  mesh = sharding.make_mesh('fsdp')
+  leaf = jax.ShapeDtypeStruct((3, 16, 4), jnp.float32)
+  place = jax.sharding.NamedSharding(mesh, jax.P(None, 'fsdp'))
+  schedule = optim.Schedule(1.0)
+  tx, _ = optim.make_optimizer(
+    optim.AdamWConfig(), {'blocks': schedule}, {'blocks': leaf}, 10, 5
+  )
+  compiled = jax.jit(tx.norm).lower({'blocks': leaf.update(sharding=place)})
+  text = compiled.compile().as_text()
+  assert 'all-reduce' in text and 'all-gather' not in text
 
 
 def test_rates():

@@ -202,8 +202,9 @@ class Optimizer:
   def norm(self, grads: Mapping[str, Any]) -> jax.Array:
     """f32[], the norm of the unfrozen gradients, which `clip` bounds."""
     leaves = self.mask_frozen_layers(grads).values()
-    # As products: squares would be written out, a copy of all gradients.
-    squares = [jnp.vdot(g, g, precision='highest') for g in leaves]
+    # As products: squares would be written out, a copy of all gradients. Not of
+    # flat ones: GPUs would gather those that are sharded.
+    squares = [jnp.tensordot(g, g, g.ndim, precision='highest') for g in leaves]
     return jnp.sqrt(sum(squares))
 
   def last_update_norm(
