@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vqrae_jax.ops import images, posemb
-from vqrae_jax.ops.attention import attention
+from vqrae_jax.ops.attention import attention, target
 from vqrae_jax.specs import ViTSpec
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -166,7 +166,7 @@ def _stack(s: ViTSpec, initializing: bool, emit: bool = False) -> nn.Module:
   # On a GPU a loop copies what it reads and keeps, a quarter of the time of
   # forward and backward; but only a loop guarantees remat, and it compiles in
   # seconds.
-  unrolls = jax.default_backend() == 'gpu' and not (s.remat or initializing)
+  unrolls = target().platform == 'gpu' and not (s.remat or initializing)
   scan = s.scan and not unrolls
   block = Block
   if s.remat:

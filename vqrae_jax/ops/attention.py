@@ -7,6 +7,7 @@ agree to bf16's error. No masks, no dropout, no caches.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +59,19 @@ def plain(q: Heads, k: Others, v: Others) -> Heads:
   return (weights @ v / weights.sum(-1, keepdims=True)).swapaxes(1, 2)
 
 
+def target() -> Any:
+  """A device that is compiled for, with its `platform` and `device_kind`: one
+  of the ambient mesh, which may be in no machine, or of this process."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.abstract_device or jax.devices()[0]
+
+
 def cudnn_takes(shape: tuple[int, ...]) -> bool:
   """Whether cuDNN's kernel runs where q of `shape` is computed: on an NVIDIA
-  GPU, of the ambient mesh or of this process, whose mesh cuts no heads."""
-  mesh = jax.sharding.get_abstract_mesh()
-  device = mesh.abstract_device or jax.devices()[0]
-  cut = shape[2] % mesh.shape.get('model', 1)
+  GPU, in a mesh that cuts no heads."""
+  cut = shape[2] % jax.sharding.get_abstract_mesh().shape.get('model', 1)
   fits = shape[-1] % 8 == 0 and shape[-1] <= 128
-  return device.device_kind.startswith('NVIDIA') and fits and not cut
+  return target().device_kind.startswith('NVIDIA') and fits and not cut
 
 
 def flash(q: Heads, k: Heads, v: Heads) -> Heads:
