@@ -440,8 +440,8 @@ def on_cuda(codes: Codes, margins: bool) -> Callable:
 
 # The search of each platform. `shortlist` with the kernels of `nearest_kernels`
 # was faster on a GPU (docs/quantizers.md) but is not used: when it was timed,
-# the compiler removed the rounding that its bound is measured from, and the
-# corrected version has not run on a device.
+# the compiler had removed the casts that its bound was measured from, and the
+# corrected version, which it compiles as written, has not run on a device.
 SEARCHES = dict(
   cuda=on_cuda, default=lambda codes, margins: direct(codes, margins=margins)
 )
