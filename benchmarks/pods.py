@@ -8,7 +8,9 @@ import json
 import re
 
 from benchmarks import report
+from vqrae_jax import cli
 
+NAMES = 'vqrae_jax', 'jax', *cli.COMPILERS, 'date'
 HEAD = """| recipe | devices | batch | on each | GiB | of | temporaries, MiB | \
 code, MiB | CPU-minutes | GFLOPs |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -30,7 +32,7 @@ def row(found):
     f'{step["needs"] / gib:.2f}{fits}',
     f'{step["limit"] / gib:.2f}',
     f'{memory["temporaries"] / 2**20:,.0f}',
-    f'{memory["code"] / 2**20:.0f}',
+    f'{memory["code"] / 2**20:.0f}' if memory['code'] else '–',
     f'{step["seconds"]["compile_cpu"] / 60:.1f}',
     f'{step["flops"] / step["images"] / 1e9:,.0f}',
   ]
@@ -42,7 +44,8 @@ def main():
   found = [json.loads(path.read_text()) for path in files]
   text = HEAD + '\n'.join(map(row, found))
   versions = {
-    ', '.join(f'{k} {v}' for k, v in f['versions'].items()) for f in found
+    ', '.join(f'{k} {v}' for k, v in f['versions'].items() if k in NAMES)
+    for f in found
   }
   text += '\n\nVersions: ' + '; '.join(sorted(versions)) + '.'
   report.write('pods.md', 'pods', text)

@@ -107,7 +107,7 @@ def h100():
   from vqrae_jax import errors, preflight
 
   try:
-    return preflight.gpus('h100', '2')
+    return preflight.gpus('h100:2')
   except errors.UserError:
     pytest.skip('no JAX for CUDA')
 

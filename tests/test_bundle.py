@@ -96,10 +96,7 @@ def test_indices_are_identical_in_a_fresh_interpreter(tmp_path):
   sizes = [(3, tiny.images(3)), (1, tiny.images(1, 8, 20))]
   one, other = run_fresh(
     (exported(fixed), batches),
-    (
-      exported(free, '--size=any', '--precision=canonical', '--platforms=cpu'),
-      sizes,
-    ),
+    (exported(free, '--size=any', '--precision=canonical'), sizes),
   )
   check_equal(fixed, batches, one)
   check_equal(free, sizes, other, atol=1e-5, precision='canonical')

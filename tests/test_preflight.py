@@ -9,7 +9,7 @@ from jax.experimental import topologies
 
 from tests import runs, tiny
 from tests.train import pieces
-from vqrae_jax import preflight, sharding
+from vqrae_jax import preflight, programs, sharding
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.train import state as state_lib
@@ -140,7 +140,7 @@ def test_the_accumulation_that_fits_is_found(tmp_path, monkeypatch, capsys):
     (dict(data=dict(source='nowhere', image_size=16)), [], 'data.examples'),
     ({}, ['--mesh=8', '--topology=v5e:2x2'], '--topology'),
     ({}, ['--mesh=9000'], '--mesh=9000'),
-    ({}, ['--topology=h900:8'], 'h900:8 is none of v5e:8x8'),
+    ({}, ['--topology=h900:8'], 'h900:8 must be as v5e:8x8'),
     ({}, ['--topology=h100:0x8'], 'h100:4x8'),
     ({}, ['--json=report.txt'], '--json'),
   ],
@@ -200,10 +200,15 @@ def test_a_tpu_that_is_not_there(capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('h100')
-def test_gpus_that_are_not_there(tmp_path, capsys):
+def test_gpus_that_are_not_there(tmp_path, capsys, monkeypatch):
   """A step in bf16 for 16 GPUs of two hosts; attention is cuDNN's."""
+  texts, executed = [], programs.executed
+  monkeypatch.setattr(
+    programs, 'executed', lambda text: texts.append(text) or executed(text)
+  )
   config = tiny.run('simvq-l2', **CONFIG | dict(batch_size=32))
   preflight.main([write(tmp_path, config), '--topology=h100:2x8'])
   out = capsys.readouterr().out
   assert '16 × NVIDIA H100 80GB HBM3 of 2 host(s)' in out
   assert 'of 59.32 GiB' in out and 'all-gather' in out
+  assert all('__cudnn$fmhaSoftmax' in text for text in texts) and texts

@@ -99,14 +99,13 @@ def test_control_flow():
 
 
 @functools.cache
-def step_products(scan, gan=False):
-  """Of a small step, as traced."""
-  keys = dict(losses=tiny.LOSSES['simvq-cosine'])
-  if gan:
-    losses = keys['losses'] | dict(gan=dict(weight=0.5))
-    keys = dict(losses=losses, discriminator=pieces.DINO)
+def step_products(scan):
+  """Of a small step with a discriminator, as traced."""
   model = tiny.model('simvq-cosine', scan=scan)
-  plan = pieces.planned('simvq-cosine', model=model, **keys)
+  losses = tiny.LOSSES['simvq-cosine'] | dict(gan=dict(weight=0.5))
+  plan = pieces.planned(
+    'simvq-cosine', model=model, losses=losses, discriminator=pieces.DINO
+  )
   step = functools.partial(step_lib.train_step, plan.spec)
   traced = jax.jit(step).trace(*plan.abstract(), tiny.images(4))
   return traced, [*programs.products(traced.jaxpr.jaxpr)]
@@ -123,7 +122,7 @@ def test_a_step_counts_as_the_compiler_counts_it():
 
 
 def test_products_know_their_modules():
-  found = step_products(scan=True, gan=True)[1]
+  found = step_products(scan=True)[1]
   assert {p.file.split('/')[0] for p in found} <= {
     'losses', 'models', 'nn', 'ops', 'optim.py', 'quantizers',
   }  # fmt: skip

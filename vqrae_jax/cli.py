@@ -117,11 +117,14 @@ def new_folder(path: str) -> pathlib.Path:
   return pathlib.Path(path).expanduser()
 
 
+COMPILERS = 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'
+
+
 def versions() -> dict[str, str]:
   """{name: version} of what files and figures depend on."""
   found = {'python': platform.python_version(), 'vqrae_jax': __version__}
-  for name in ('jax', 'jaxlib', 'libtpu', 'flax', 'numpy', 'pillow'):
-    # libtpu may not be there; a build of one's own may have no metadata.
+  for name in ('jax', 'jaxlib', *COMPILERS, 'flax', 'numpy', 'pillow'):
+    # Most compilers are not there; a build of one's own may have no metadata.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
   return found

@@ -6,8 +6,8 @@ machine) and reports what they need. Nothing runs, and no weights are opened.
 
 Memory is the compiler's own analysis; `programs.py` says what the other
 figures are. On GPUs that are not there no algorithms can be timed: the
-compiler takes the first ones, and what convolutions and sorts need beside their
-results is not counted.
+compiler takes cuBLAS's products and cuDNN's convolutions, and what the latter
+need beside their results is not counted.
 """
 
 import contextlib
@@ -50,14 +50,16 @@ HBM = {
   'TPU v4': 15.25, 'TPU v5 lite': 15.75, 'TPU v5': 95.74,
   'TPU v6 lite': 31.25, 'TPU7x': 94.75,
 }  # fmt: skip
-# name: (its kind, GiB, compute capability, multiprocessors, KiB of shared
-# memory of each, MiB of cache, GB/s, GHz), of the SXM modules.
+# name: (its kind, GiB, compute capability, multiprocessors, f32 units and KiB
+# of shared memory of each, MiB of cache, GB/s, GHz), of the SXM modules.
 GPUS = {
-  'a100': ('NVIDIA A100-SXM4-80GB', 79.1, 8, 108, 164, 40, 2039, 1.41),
-  'h100': ('NVIDIA H100 80GB HBM3', 79.1, 9, 132, 228, 50, 3352, 1.98),
-  'h200': ('NVIDIA H200', 139.8, 9, 132, 228, 50, 4800, 1.98),
+  'a100': ('NVIDIA A100-SXM4-80GB', 79.1, 8, 108, 64, 164, 40, 2039, 1.41),
+  'h100': ('NVIDIA H100 80GB HBM3', 79.1, 9, 132, 128, 228, 50, 3352, 1.98),
+  'h200': ('NVIDIA H200', 139.8, 9, 132, 128, 228, 50, 4800, 1.98),
 }
-TOPOLOGIES = f'v5e:8x8, v5p:4x4x4, … or {", ".join(GPUS)} as h100:8 or h100:4x8'
+TOPOLOGIES = 'v5e:8x8, v5p:4x4x4, …, h100:8 or h100:4x8 (a100, h100, h200)'
+# The share of a GPU that JAX takes by default, as its own variables say.
+SHARES = 'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'
 # An epoch of a recipe whose data is still to be named: ImageNet-1k's. Starts
 # and durations are arguments of the step, so that the program is the same.
 STAND_IN = 1_281_167
@@ -82,7 +84,7 @@ def define(values: flags.FlagValues) -> None:
   """The command's flags but --config."""
   text = (
     'devices: TPUs as v5e:8x8 (needs libtpu, but no TPU), GPUs as h100:8, or '
-    'h100:4x8 of 4 hosts (needs the extra cuda12, but no GPU)'
+    'h100:4x8 of 4 hosts (needs the extra cuda12 or cuda13, but no GPU)'
   )
   flags.DEFINE_string('topology', None, text, values)
   text = 'a number of CPU devices; default: the devices of this machine'
@@ -110,11 +112,10 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
     if len(found := jax.devices('cpu')) < count:
       raise UserError(f'--mesh={count}: this process has {len(found)} devices')
     return found[:count]
-  kind, _, shape = name.partition(':')
-  if kind in GPUS:
-    return gpus(kind, shape)
-  if not re.match(r'v\d|tpu', kind):
-    raise UserError(f'--topology={name} is none of {TOPOLOGIES}')
+  if name.partition(':')[0] in GPUS:
+    return gpus(name)
+  if not re.match(r'v\d|tpu', name):
+    raise UserError(f'--topology={name} must be as {TOPOLOGIES}')
   # Else libtpu asks the network which machine this is.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
@@ -122,25 +123,27 @@ def devices_of(values: flags.FlagValues) -> list[Any]:
   try:
     return topologies.get_topology_desc(name, 'tpu').devices
   except jax.errors.JaxRuntimeError as e:
-    raise UserError(f'--topology={name}: {e}; one of {TOPOLOGIES}') from None
+    raise UserError(f'--topology={name}: {e}; as {TOPOLOGIES}') from None
   except RuntimeError:
     raise UserError(
       f'--topology={name} needs libtpu: pip install libtpu'
     ) from None
 
 
-def gpus(name: str, shape: str) -> list[Any]:
-  """GPUs of `GPUS`, "8" on one host or "4x8" on four.
+def gpus(name: str) -> list[Any]:
+  """GPUs of `GPUS`: "h100:8" of one host or "h100:4x8" of four.
 
   Raises:
     UserError: another shape, or no JAX for CUDA.
   """
-  if not (found := re.fullmatch(r'(?:([1-9]\d*)x)?([1-9]\d*)', shape)):
-    raise UserError(f'--topology={name}:{shape} is none of {TOPOLOGIES}')
-  kind, size, capability, cores, shared, cache, bandwidth, clock = GPUS[name]
+  if not (found := re.fullmatch(r'(\w+):(?:([1-9]\d*)x)?([1-9]\d*)', name)):
+    raise UserError(f'--topology={name} must be as {TOPOLOGIES}')
+  kind, size, capability, cores, units, shared, cache, speed, clock = GPUS[
+    found[1]
+  ]
   try:
     return topologies.get_topology_desc(
-      '', 'cuda', topology=f'1x{found[1] or 1}x{found[2]}',
+      '', 'cuda', topology=f'1x{found[2] or 1}x{found[3]}',
       target_config=f"""
         platform_name: "CUDA"
         device_description_str: "{kind}"
@@ -148,8 +151,8 @@ def gpus(name: str, shape: str) -> list[Any]:
         runtime_version {{ major: 12 minor: 9 }}
         gpu_device_info {{
           cuda_compute_capability {{ major: {capability} }}
-          core_count: {cores} fpus_per_core: 128 clock_rate_ghz: {clock}
-          memory_bandwidth: {bandwidth}000000000
+          core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
+          memory_bandwidth: {speed}000000000
           device_memory_size: {int(size * GIB)} l2_cache_size: {cache * MIB}
           shared_memory_per_core: {shared << 10}
           shared_memory_per_block_optin: {shared - 1 << 10}
@@ -165,7 +168,7 @@ def gpus(name: str, shape: str) -> list[Any]:
     ).devices  # fmt: skip
   except NotImplementedError:
     raise UserError(
-      f'--topology={name}:{shape} needs JAX for CUDA, but no GPU: '
+      f'--topology={name} needs JAX for CUDA, but no GPU: '
       "pip install 'vqrae_jax[cuda12]'"
     ) from None
 
@@ -347,7 +350,7 @@ def _program(
     lowered = traced.lower()
   device, options = plan.mesh.devices.flat[0], {}
   platform = 'cuda' if device.platform == 'gpu' else device.platform
-  if platform == 'cuda' and jax.default_backend() == 'cpu':
+  if platform == 'cuda' and device not in jax.devices():
     # Where none can be timed XLA takes tiles that some products do not fit.
     options['xla_gpu_enable_triton_gemm'] = False
   found = list(programs.products(traced.jaxpr.jaxpr, platform))
@@ -447,11 +450,12 @@ def memory_limit(device: Any) -> int | None:
     stats = device.memory_stats()
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit']
-  if device.device_kind in HBM:
-    return int(HBM[device.device_kind] * GIB)
-  share = float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', 0.75))
-  sizes = {kind: int(size * share * GIB) for kind, size, *_ in GPUS.values()}
-  return sizes.get(device.device_kind)
+  known = dict(HBM)
+  if device.platform == 'gpu':
+    share = float(next(filter(None, map(os.environ.get, SHARES)), 0.75))
+    known = {kind: size * share for kind, size, *_ in GPUS.values()}
+  size = known.get(device.device_kind)
+  return size and int(size * GIB)
 
 
 # ----------------------------------------------------------------------------
@@ -497,7 +501,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 def text_of(report: Mapping[str, Any]) -> str:
   """The report for a terminal."""
   batch, tried = report['batch'], report['tried']
-  names = 'vqrae_jax', 'jax', 'libtpu', 'date'
+  names = 'vqrae_jax', 'jax', *cli.COMPILERS, 'date'
   versions = {n: v for n, v in report['versions'].items() if n in names}
 
   def words(pairs, between):

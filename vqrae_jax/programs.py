@@ -319,11 +319,11 @@ def _branch(
   most = max(branches, key=lambda found: sum(f.flops for f in found))
   if not platforms:
     return most
-  taken = next(
+  taken = [
     found for names, found in zip(platforms, branches, strict=True)
     if names is None or platform in names
-  )  # fmt: skip
-  return taken or [dataclasses.replace(f, f32=False) for f in most]
+  ] or [most]  # fmt: skip
+  return taken[0] or [dataclasses.replace(f, f32=False) for f in most]
 
 
 def _jaxprs(value: Any) -> Iterator[Any]:

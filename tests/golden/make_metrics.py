@@ -1,5 +1,5 @@
 """Writes metrics.json: the figures of three steps of the runs in `RUNS`; and
-costs.json: FLOPs and bytes of temporaries of their compiled steps.
+costs.json: FLOPs and bytes of temporaries of these compiled steps.
 
     python -m tests.golden.make_metrics
 
@@ -80,14 +80,16 @@ def begun(name: str):
   own = functools.partial(state_lib.sharded_state, seed=0)
   state, frozen = pieces.started(plan, larger=pieces.APART | second, draw=own)
   step = functools.partial(step_lib.train_step, plan.spec)
-  traced = jax.jit(step).trace(state, frozen, plan.hparams, tiny.images(8))
+  traced = jax.jit(step, donate_argnums=0).trace(
+    state, frozen, plan.hparams, tiny.images(8)
+  )
   return plan, state, frozen, traced, traced.lower().compile()
 
 
 def figures(name: str) -> dict[str, list[float]]:
   """{metric: its value at each step}; "ema_gap" is |average - weights|."""
   plan, state, frozen, _, step = begun(name)
-  rows = []
+  state, rows = jax.tree.map(jnp.copy, state), []
   for i in range(3):
     state, metrics = step(state, frozen, plan.hparams, tiny.images(8, seed=i))
     assert not metrics.pop('nonfinite')

@@ -114,6 +114,7 @@ def test_cudnn_cuts_no_heads():
     assert attention.cudnn_takes((8, 784, 8, 64))
     assert not attention.cudnn_takes((8, 784, 6, 64))
     assert not attention.cudnn_takes((8, 784, 8, 68))
+    assert not attention.cudnn_takes((8, 784, 8, 136))
 
 
 @pytest.mark.parametrize('takes', ('cudnn_takes', 'splash_takes'))

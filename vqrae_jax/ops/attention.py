@@ -41,7 +41,7 @@ def attention(q: Heads, k: Others, v: Others) -> Heads:
   if known and q.shape == k.shape:
     if cudnn_takes(q.shape):
       fused['cuda'] = flash
-    elif splash_takes(q.shape):
+    if splash_takes(q.shape):
       fused['tpu'] = splash
   return jax.lax.platform_dependent(
     q, k, v, default=jax.nn.dot_product_attention, **fused
@@ -69,6 +69,7 @@ def target() -> Any:
 def cudnn_takes(shape: tuple[int, ...]) -> bool:
   """Whether cuDNN's kernel runs where q of `shape` is computed: on an NVIDIA
   GPU, in a mesh that cuts no heads."""
+  # JAX takes heads of up to 256 on Hopper, but asks this process's devices.
   cut = shape[2] % jax.sharding.get_abstract_mesh().shape.get('model', 1)
   fits = shape[-1] % 8 == 0 and shape[-1] <= 128
   return target().device_kind.startswith('NVIDIA') and fits and not cut
