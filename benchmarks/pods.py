@@ -8,9 +8,8 @@ import json
 import re
 
 from benchmarks import report
-from vqrae_jax import cli
+from vqrae_jax import preflight
 
-NAMES = 'vqrae_jax', 'jax', *cli.COMPILERS, 'date'
 HEAD = """| recipe | devices | batch | on each | GiB | of | temporaries, MiB | \
 code, MiB | CPU-minutes | GFLOPs |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -44,7 +43,9 @@ def main():
   found = [json.loads(path.read_text()) for path in files]
   text = HEAD + '\n'.join(map(row, found))
   versions = {
-    ', '.join(f'{k} {v}' for k, v in f['versions'].items() if k in NAMES)
+    ', '.join(
+      f'{k} {v}' for k, v in f['versions'].items() if k in preflight.VERSIONS
+    )
     for f in found
   }
   text += '\n\nVersions: ' + '; '.join(sorted(versions)) + '.'

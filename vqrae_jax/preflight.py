@@ -58,6 +58,8 @@ GPUS = {
   'h200': ('NVIDIA H200', 139.8, 9, 132, 128, 228, 50, 4800, 1.98),
 }
 TOPOLOGIES = 'v5e:8x8, v5p:4x4x4, …, h100:8 or h100:4x8 (a100, h100, h200)'
+# Of those recorded, what decides the figures.
+VERSIONS = 'vqrae_jax', 'jax', *cli.COMPILERS, 'date'
 # The share of a GPU that JAX takes by default, as its own variables say.
 SHARES = 'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'
 # An epoch of a recipe whose data is still to be named: ImageNet-1k's. Starts
@@ -450,7 +452,7 @@ def memory_limit(device: Any) -> int | None:
     stats = device.memory_stats()
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit']
-  known = dict(HBM)
+  known = HBM
   if device.platform == 'gpu':
     share = float(next(filter(None, map(os.environ.get, SHARES)), 0.75))
     known = {kind: size * share for kind, size, *_ in GPUS.values()}
@@ -501,8 +503,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 def text_of(report: Mapping[str, Any]) -> str:
   """The report for a terminal."""
   batch, tried = report['batch'], report['tried']
-  names = 'vqrae_jax', 'jax', *cli.COMPILERS, 'date'
-  versions = {n: v for n, v in report['versions'].items() if n in names}
+  versions = {n: v for n, v in report['versions'].items() if n in VERSIONS}
 
   def words(pairs, between):
     return ', '.join(f'{k}{between}{v}' for k, v in pairs.items())
