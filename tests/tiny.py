@@ -10,6 +10,7 @@ import numpy as np
 
 import vqrae_jax
 from tests import flags
+from vqrae_jax.ops import trees
 
 VIT = dict(
   width=32, depth=2, mlp_dim=48, num_heads=4, patch_size=4, grid=(4, 4)
@@ -68,7 +69,7 @@ NESTED = {
 # With what only checkpoints of the PyTorch project have.
 _LEVELS = dict(name='fsq', levels=(8, 5, 4), convention='centered')
 _COSINE = dict(name='simvq', num_codes=96, distance='cosine', code_dim=32)
-_CONVERTED = {
+CONVERTED = {
   'fsq-fourier': _LEVELS
   | dict(adapter_in='mlp', adapter_out='fourier', bound='clip'),
   'fsq-clip': _LEVELS | dict(bound='clip'),
@@ -95,7 +96,7 @@ FURTHER = {
     code_dim=8,
   ),
 }  # fmt: skip
-FORMS = QUANTIZERS | NESTED | _CONVERTED | FURTHER
+FORMS = QUANTIZERS | NESTED | CONVERTED | FURTHER
 
 # Of `jax.jit`: what `tests/flags.py` turns down for all other programs.
 AS_USERS = flags.AS_USERS
@@ -169,11 +170,43 @@ def built(config: dict, seed: int = 1):
   return tokenizer, variables
 
 
+_SAME = dict.fromkeys(
+  ('scale', 'scale1', 'scale2', 'counts', 'std', 'token_var'), 1
+) | dict(gain=3)
+_ZEROS = ('bias', 'mean', 'real', 'fake', 'token_mean')
+_STD = dict(
+  positions=0.02, prefix=0.02, codes=1.0, basis=1.0, sums=1.0, frequencies=10.0
+)
+
+
+def draw(rng, name, leaf):
+  """The numpy array of a leaf, about as its module draws it: that program
+  takes as long to compile as a small step."""
+  last = name.rpartition('/')[2]
+  if last in _ZEROS or leaf.dtype == np.int32:
+    return np.zeros(leaf.shape, leaf.dtype)
+  if last in _SAME:
+    return np.full(leaf.shape, _SAME[last], leaf.dtype)
+  inputs = leaf.shape[-2:-1] or (1,)
+  if last in 'uv':  # unit vectors
+    inputs = leaf.shape
+  elif len(leaf.shape) == 4:  # a convolution
+    inputs = leaf.shape[:3]
+  std = _STD.get(last, np.prod(inputs) ** -0.5)
+  return rng.normal(0, std, leaf.shape).astype('f4')
+
+
+def drawn(module, *args, seed=0):
+  """Variables of a module, as `draw` draws them."""
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+  rng = np.random.default_rng(seed)
+  return trees.map_named(functools.partial(draw, rng), shapes)
+
+
 @functools.lru_cache(maxsize=64)
 def _drawn(tokenizer, seed):
-  """Fresh variables on the host: one program for all tests of a tokenizer."""
-  init = jax.jit(tokenizer.init)
-  return jax.device_get(init(jax.random.key(seed), images(1)))
+  """Traced once for all tests of a tokenizer."""
+  return drawn(tokenizer, images(1), seed=seed)
 
 
 def normalised(kind: str, norm: str, grid=(4, 4), **options):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.encoders.references import error
 from tests.nn import torch_discriminators as references
 from vqrae_jax.errors import UserError
@@ -186,7 +187,7 @@ def test_bf16_and_remat_are_near_and_their_gradients_finite(name):
     spec = dataclasses.replace(VIT, dtype='bfloat16', remat=True)
     model, half = (DinoDiscriminator(s, TAPS, KERNEL) for s in (VIT, spec))
   x = images(2, 16, 16, 3)
-  variables = jax.jit(model.init)(jax.random.key(0), x)
+  variables = tiny.drawn(model, x)
 
   @jax.jit
   def run(variables, x):
@@ -207,7 +208,7 @@ def test_bf16_and_remat_are_near_and_their_gradients_finite(name):
 def test_convolutions_of_one_shape_run_together_on_a_tpu(model, monkeypatch):
   """To the outputs and the gradients of those one by one."""
   x = images(2, 48, 48, 3)
-  variables = jax.jit(model.init)(jax.random.key(0), x)
+  variables = tiny.drawn(model, x)
 
   def found(platform):
     def dependent(*args, default, **branches):

@@ -422,23 +422,11 @@ def test_kmeans_plus_plus_finds_what_a_random_start_misses():
   assert basis.init_codebook({}, z, jax.random.key(1))['basis'].shape == (64, 8)
 
 
-HELD = pytest.mark.parametrize('method', ('vq', 'simvq', 'fsq-mlp'))
-
-
-def check_held(method, codes, width, **sizes):
-  batch = codebooks.synthetic(width)
-  row = codebooks.measure(method, batch, codes, width, **sizes)
-  assert row['usage'] >= 0.95 and row['perplexity'] >= 0.5, row
-
-
-@HELD
-def test_codes_are_used(method):
-  """As in docs/quantizers.md, fewer of them: 95 % of the codes, a perplexity of
-  half their number (measured: .86 to .91 of it; random codes: .02)."""
-  check_held(method, 256, 64, steps=120, tokens=20_000)
-
-
 @pytest.mark.slow
-@HELD
+@pytest.mark.parametrize('method', ('vq', 'simvq', 'fsq-mlp'))
 def test_4096_codes_are_used(method):
-  check_held(method, 4096, 256, steps=500, tokens=200_000)
+  """As in docs/quantizers.md: 95 % of the codes, a perplexity of half their
+  number."""
+  batch = codebooks.synthetic(256)
+  row = codebooks.measure(method, batch, steps=500, tokens=200_000)
+  assert row['usage'] >= 0.95 and row['perplexity'] >= 0.5, row

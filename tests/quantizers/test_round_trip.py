@@ -26,7 +26,9 @@ def compiled(quantizer, method):
 
 F32, BF16 = ('float32', 3, (2, 6)), ('bfloat16', 1, (4, 4))
 # Beside others of their class: in bf16 only the map out differs.
-SLOW = {(kind, BF16) for kind in ('lfq', 'gumbel', *tiny.FURTHER)}
+SLOW = {
+  (kind, BF16) for kind in ('lfq', 'gumbel', *tiny.CONVERTED, *tiny.FURTHER)
+}
 SLOW.add(('vq-unit', F32))  # its table is in the contract's tokenizers
 
 
@@ -54,7 +56,7 @@ def check_round_trip(kind, dtype, kernel, grid):
     section['scales'] = ((1, gw // 2), (gh, gw))
   quantizer = quantizers.build(section, D, dtype)
   z = jax.random.normal(jax.random.key(0), (2, *grid, D), dtype)
-  variables = jax.jit(quantizer.init)(jax.random.key(1), z)
+  variables = tiny.drawn(quantizer, z, seed=1)
 
   if kind == 'vq-affine':
     codebook = variables['codebook']

@@ -96,33 +96,19 @@ APART = {'encoder/embed/positions': 50.0}
 CONTRAST = {'decoder/head/kernel': 5.0}
 
 
-_ONES = ('scale', 'scale1', 'scale2', 'counts', 'std')
-_ZEROS = ('bias', 'mean', 'real', 'fake')
-
-
 def drawn(spec, mesh):
-  """(state, frozen) at step 0, about as `random_state` draws them, by numpy:
-  that program takes as long to compile as a small step."""
+  """(state, frozen) at step 0, about as `random_state` draws them
+  (`tiny.draw`)."""
   rng, params = np.random.default_rng(0), {}
 
   def draw(name, leaf):
-    last = name.rpartition('/')[2]
-    if last == 'rng':
+    if name.endswith('/rng'):
       return jax.random.key(0)
     if (held := name.removeprefix('0/ema/')) in params:
       return params[held]
-    if '/opt_state/' in name or last in _ZEROS or leaf.dtype == np.int32:
+    if '/opt_state/' in name:
       return np.zeros(leaf.shape, leaf.dtype)
-    if last in _ONES:
-      return np.ones(leaf.shape, leaf.dtype)
-    inputs = leaf.shape[-2:-1] or (1,)
-    if last == 'positions':
-      inputs = (2500,)
-    if last in 'uv':  # unit vectors
-      inputs = leaf.shape
-    elif len(leaf.shape) == 4:  # a convolution
-      inputs = leaf.shape[:3]
-    found = rng.normal(0, np.prod(inputs) ** -0.5, leaf.shape).astype('f4')
+    found = tiny.draw(rng, name, leaf)
     params[name.removeprefix('0/tokenizer/params/')] = found
     return found
 

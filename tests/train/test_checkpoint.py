@@ -53,6 +53,17 @@ def saved(tmp_path_factory, state):
   return kept
 
 
+def test_a_save_compiles_nothing(tmp_path, programs):
+  """Small leaves that all devices hold are not cut into a part for each."""
+  kept = Checkpoints(tmp_path / 'checkpoints')
+  everywhere = sharding.NamedSharding(
+    sharding.make_mesh(), sharding.PartitionSpec()
+  )
+  kept.save(1, {'a': jax.device_put(np.ones((24, 17)), everywhere)}, {})
+  kept.close()
+  assert not programs()
+
+
 @pytest.fixture
 def kept(saved, tmp_path):
   folder = tmp_path / 'checkpoints'

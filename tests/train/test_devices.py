@@ -46,8 +46,8 @@ def alone(kind):
 
 
 def cases():
-  """Every layout once over the kinds; the rest is slow."""
-  fast = {('vq-ema', 'fsdp'), ('simvq-cosine', 'fsdp+tp'), ('fsq-cosmos', 'dp')}
+  """Both layouts that split leaves; the rest is slow."""
+  fast = {('vq-ema', 'fsdp'), ('simvq-cosine', 'fsdp+tp')}
   for case in itertools.product(KINDS, LAYOUTS):
     marks = [] if case in fast else [pytest.mark.slow]
     yield pytest.param(*case, marks=marks)

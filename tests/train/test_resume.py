@@ -53,8 +53,9 @@ def check_same(workdir, want):
 def test_killed_in_a_save_stopped_by_a_signal(run, tmp_path, monkeypatch):
   want, started = run
   process = started(tmp_path)
-  runs.signalled(process, tmp_path, in_a_save)
+  said = runs.signalled(process, tmp_path, in_a_save)
   assert process.returncode == -signal.SIGKILL
+  assert 'RANDOM networks in discriminator' in said
   process = started(tmp_path)
   said = runs.signalled(process, tmp_path, runs.at_step(8), signal.SIGTERM)
   assert process.returncode == 143, said

@@ -15,6 +15,7 @@ Equal tokenizers have equal fingerprints, whatever their run options;
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -78,14 +79,19 @@ def fingerprint_of(tokenizer: Tokenizer, variables: Any) -> str:
   return fingerprint(model, trees.flatten(variables))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _baked(tokenizer, variables):
+  return tokenizer.apply(variables, method='baked_codebook')
+
+
 def bake(tokenizer: Tokenizer, variables: Any) -> dict[str, np.ndarray]:
   """{leaf name: array on the host} of a tokenizer, its code table baked."""
   leaves = trees.flatten(variables)
   # A table that is already baked is computed again, from the weights.
   for name in [n for n in leaves if n.endswith('/basis')]:
     leaves.pop(f'{name.removesuffix("basis")}codes', None)
-  make = jax.jit(lambda v: tokenizer.apply(v, method='baked_codebook'))
-  for name, table in trees.flatten(make(trees.unflatten(leaves))).items():
+  tables = _baked(tokenizer, trees.unflatten(leaves))
+  for name, table in trees.flatten(tables).items():
     leaves[f'codebook/quantizer/{name}'] = table
   return {
     name: np.asarray(leaf)

@@ -92,8 +92,9 @@ class Plan:
     return _jitted_step(self.step, self.mesh)
 
   def update_norms(self) -> Callable:
-    """(state, hparams) -> the norms of its last update, jitted."""
-    return jax.jit(functools.partial(step_lib.update_norms, self.step))
+    """(state, hparams) -> the norms of its last update, jitted; equal step
+    specs share it."""
+    return functools.partial(_update_norms, self.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +171,9 @@ def with_rules(fn: Callable) -> Callable:
       return fn(*args)
 
   return traced
+
+
+_update_norms = jax.jit(step_lib.update_norms, static_argnums=0)
 
 
 @functools.lru_cache(maxsize=64)
