@@ -3,6 +3,7 @@
 # make test         environment with the test extra, the whole fast suite
 # make test-slow    the tests that take minutes each, older CPUs, Python 3.12
 # make test-extras  of those, the page of demo in a browser, and Ray
+# make test-codebooks  of those, whether 4,096 codes stay in use
 # make bench        environment with the test extra; speed beside PyTorch, into
 #                   docs/performance.md (40 minutes on two idle cores); with
 #                   DATA=a folder, a glob, … that of reading it too
@@ -32,7 +33,8 @@ EDITABLE = --config-settings editable_mode=compat -e
 PEERS = $(BIN)/python -m pip install -qq --no-deps -c constraints.txt lpips \
   torch-fidelity
 
-.PHONY: quickstart test test-unit test-slow test-extras test-newest bench lint clean
+.PHONY: quickstart test test-unit test-slow test-extras test-codebooks \
+  test-newest bench lint clean
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -81,6 +83,9 @@ test-extras:
 	  '.[cpu,unit,gradio,ray]' playwright
 	$(VENV)-extras/bin/python -m pytest -m slow -rs tests/test_demo.py \
 	  tests/test_ray.py
+
+test-codebooks: $(VENV)/.test
+	$(PYTEST) -m slow -k 4096 tests/quantizers/test_codebooks.py
 
 # Nothing is pinned and nothing kept: what pip finds today.
 test-newest:

@@ -1,6 +1,7 @@
 """`tokenize`: the indices of the images, whatever the source and the format;
 restarts, damaged input, several workers."""
 
+import functools
 import os
 import random
 import signal
@@ -213,11 +214,17 @@ def test_the_codes_of_several_add_up(section, count):
   """f32[q K c]: sums over stages, groups side by side."""
   quantizer = quantizers.build(section, 16, 'float32')
   z = jax.random.normal(jax.random.key(0), (1, 2, 2, 16))
-  variables = quantizer.init(jax.random.key(1), z)
-  tables = quantizer.apply(variables, method='all_codes')
+  variables = tiny.drawn(quantizer, z)
+
+  @jax.jit
+  def run(variables, z):
+    apply = functools.partial(quantizer.apply, variables)
+    indices = apply(z, method='latents_to_indices')
+    codes = apply(indices, method='indices_to_codes')
+    return apply(method='all_codes'), indices, codes
+
+  tables, indices, codes = run(variables, z)
   assert tables.shape[:2] == (count, quantizer.codebook_size)
-  indices = quantizer.apply(variables, z, method='latents_to_indices')
-  codes = quantizer.apply(variables, indices, method='indices_to_codes')
   each = [tables[i][indices[..., i]] for i in range(count)]
   found = [sum(each[i : i + 3]) for i in range(0, count, 3)]
   np.testing.assert_allclose(np.concatenate(found, -1), codes, atol=1e-6)

@@ -200,13 +200,14 @@ def drawn(module, *args, seed=0):
   """Variables of a module, as `draw` draws them."""
   shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
   rng = np.random.default_rng(seed)
-  return trees.map_named(functools.partial(draw, rng), shapes)
+  leaves = trees.map_named(functools.partial(draw, rng), shapes)
+  return jax.device_put(leaves)
 
 
 @functools.lru_cache(maxsize=64)
 def _drawn(tokenizer, seed):
-  """Traced once for all tests of a tokenizer."""
-  return drawn(tokenizer, images(1), seed=seed)
+  """On the host; traced once for all tests of a tokenizer."""
+  return jax.device_get(drawn(tokenizer, images(1), seed=seed))
 
 
 def normalised(kind: str, norm: str, grid=(4, 4), **options):

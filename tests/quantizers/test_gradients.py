@@ -22,7 +22,7 @@ def made(kind, **fields):
     section['code_dim'] = D
   quantizer = quantizers.build(section, D, 'float32')
   z = jax.random.normal(jax.random.key(0), (5, 7, D))
-  return quantizer, quantizer.init(jax.random.key(1), z), z
+  return quantizer, tiny.drawn(quantizer, z), z
 
 
 def gradient(quantizer, variables, z, weights):

@@ -1,6 +1,7 @@
 """A run on files: what it leaves, logs, and refuses."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -154,7 +155,8 @@ def test_scalars_and_pictures_go_to_wandb(config, tmp_path, monkeypatch):
 
   module = types.SimpleNamespace(init=init, Image=lambda x: x.shape)
   monkeypatch.setitem(sys.modules, 'wandb', module)
-  keys = dict(log=dict(every=1, images_every=2, wandb='mine'), eval={})
+  log = dict(every=1, images_every=2, usage_window=3, wandb='mine')
+  keys = dict(log=log, eval={})
   loop.train(config(**keys, duration=2), tmp_path / 'run')
   rows = {step: row for step, row in logged if 'psnr' in row}
   assert [*rows] == [1, 2] and 'loss/l2' in rows[1]
@@ -177,8 +179,12 @@ def test_the_figures_are_of_the_files(ran, images):
   tokenizer, variables = vqrae_jax.load_tokenizer(workdir / 'tokenizer')
   image = np.asarray(Image.open(images / 'image0.png'))[:32]
   tiles = image.reshape(2, 16, 3, 16, 3).swapaxes(1, 2).reshape(6, 16, 16, 3)
-  indices = vqrae_jax.encode_to_indices(tokenizer, variables, tiles)
-  recon = vqrae_jax.decode_from_indices(tokenizer, variables, indices)
+  encode, decode = (
+    jax.jit(functools.partial(fn, tokenizer))
+    for fn in (vqrae_jax.encode_to_indices, vqrae_jax.decode_from_indices)
+  )
+  indices = encode(variables, tiles)
+  recon = decode(variables, indices)
   psnr = -10 * np.log10(((np.asarray(recon) - tiles / 255.0) ** 2).mean())
   np.testing.assert_allclose(figures['psnr'], psnr, rtol=1e-4)
   assert figures['codes_used'] == len(np.unique(indices))

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from tests import tiny
@@ -33,7 +32,7 @@ def base(kind='vq-ema', **keys):
     ('fsq-cosmos', FROZEN),
     ('vq-ema', {}),
     pytest.param('vq-ema', FROZEN, marks=pytest.mark.slow),
-    ('vq-gradient', {}),
+    pytest.param('vq-gradient', {}, marks=pytest.mark.slow),
     ('simvq-l2', {}),
     pytest.param('simvq-cosine', {}, marks=pytest.mark.slow),
     pytest.param('none', FROZEN, marks=pytest.mark.slow),
@@ -190,7 +189,7 @@ def test_vector_schedules_reach_the_step():
       assert before[name][0].tobytes() == now[name][0].tobytes(), name
       assert (before[name][1] != now[name][1]).any(), name
   tenths = {n: x for n, x in host(after).items() if '/mu/' in n}
-  norm = 10 * optax.global_norm(tenths)
+  norm = 10 * sum(np.square(x).sum() for x in tenths.values()) ** 0.5
   np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
 
 
