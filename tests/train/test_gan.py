@@ -210,13 +210,19 @@ def test_two_updates_with_r1_and_lecam_are_torchs():
   np.testing.assert_allclose(metrics['lr/discriminator'], RATE, rtol=1e-6)
 
 
-def test_bf16_is_near_f32():
+@pytest.mark.parametrize(
+  'kind', ['fsq-cosmos', pytest.param('simvq-l2', marks=pytest.mark.slow)]
+)
+def test_bf16_is_near_f32(kind):
   """Over f32 parameters, moments and averages, of both networks."""
   found = []
   for dtype in ('float32', 'bfloat16'):
     fields = PATCH['fields'] | dict(dtype=dtype)
-    plan = planned(
-      model=tiny.model(dtype=dtype), discriminator=PATCH | dict(fields=fields)
+    plan = pieces.planned(
+      kind,
+      model=tiny.model(kind, dtype=dtype),
+      losses=tiny.LOSSES[kind] | dict(gan=dict(weight=0.5)),
+      discriminator=PATCH | dict(fields=fields),
     )
     state, frozen = pieces.started(plan, larger=pieces.CONTRAST)
     after, metrics = plan.step(state, frozen, tiny.images(8))
