@@ -208,8 +208,8 @@ _OPTIONS = ocp.CheckpointManagerOptions(
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
   """Orbax's way to write arrays, as they are: its zstd takes 8 % off random
   normals for half of a save's CPU time (`benchmarks/checkpoints.py`). A leaf
-  that all devices hold is cut among them if each part has a MiB: a program for
-  each shape and device."""
+  that several devices hold is cut among them only if each part has a MiB:
+  cutting takes a program for each shape and device."""
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   arrays = ocp.type_handlers.ArrayHandler(
     min_slice_bytes_for_replica_parallel=2**20
