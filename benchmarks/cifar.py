@@ -200,8 +200,15 @@ class Ours:
 
   def _started(self, seed, *data):
     state, frozen = state_lib.random_state(self.spec, seed)
-    images = self._batch(0, *data)
-    return state_lib.init_codebook(self.spec, state, frozen, images), frozen
+    if state_lib.inits_codebook(self.spec, state):
+      codebook = state_lib.init_codebook(
+        self.spec.tokenizer,
+        state_lib.variables_of(state, frozen),
+        state.rng,
+        self._batch(0, *data),
+      )
+      state = state.replace(codebook=codebook)
+    return state, frozen
 
   def _stepped(self, state, frozen, numbers, *data):
     images = self._batch(state.step, *data)

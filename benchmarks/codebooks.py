@@ -34,10 +34,12 @@ Training is that of `configs/common.original`: AdamW at 1e-3 to 1e-5 with 5 % of
 warm-up, codebook 1, commitment .25. Where a quantizer has a projection, it also
 has the squared error of the latents that come out; a recipe's decoder takes
 that part. "fsq-decoder" has one: three layers that read what comes out, trained
-with it, and no commitment, which FSQ's paper does not have either. FSQ reads
-latents normalised per channel (`model.latents`), but for "fsq-mlp-raw". A
-codebook starts at the first max(K, 4,096) tokens. Lloyd's k-means, from
-k-means++, makes 10 passes over a tenth of the same batches.
+with it, and no commitment, which FSQ's paper does not have either. "…-entropy"
+also has the loss `entropy`. "vq-even" revives codes of less than
+half of the mean count. FSQ reads latents normalised per channel
+(`model.latents`), but for "fsq-mlp-raw". A codebook starts at the first max(K,
+4,096) tokens. Lloyd's k-means, from k-means++, makes 10 passes over a tenth of
+the same batches.
 """
 
 import argparse
@@ -80,15 +82,20 @@ LEVELS = {
   16384: (5, 5, 5, 5, 5, 5),
 }
 LOSSES = {'codebook': 1.0, 'commit': 0.25}
+# Weights of the loss `entropy`.
+ENTROPY = {'fsq-mlp-entropy': 0.2, 'fsq-decoder-entropy': 0.05}
 ADAMW = optim.AdamWConfig(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
 
 # Sections of quantizers, but for the number of codes; the first three are held
 # to a usage of .95 and a perplexity of .5 K.
 METHODS = {
   'vq': dict(name='vq'),
+  'vq-even': dict(name='vq', revive_below=0.5),
   'simvq': dict(name='simvq'),
   'fsq-mlp': dict(name='fsq', projection='mlp'),
+  'fsq-mlp-entropy': dict(name='fsq', projection='mlp'),
   'fsq-decoder': dict(name='fsq', projection='mlp'),
+  'fsq-decoder-entropy': dict(name='fsq', projection='mlp'),
   'kmeans': dict(name='vq'),
   'vq-naive': dict(name='vq', data_init=False, revive_below=0.0),
   'vector-quantize-pytorch': {},
@@ -99,8 +106,6 @@ METHODS = {
   'fsq-linear': dict(name='fsq'),
   'fsq-mlp-raw': dict(name='fsq', projection='mlp'),
 }
-# Behind `model.latents=dict(norm="channel")`.
-NORMALISED = 'fsq-mlp', 'fsq-decoder', 'fsq-linear'
 
 
 def synthetic(width):
@@ -242,7 +247,7 @@ def start(quantizer, decoder, z, key, naive):
   return trees.flatten(params), codebook
 
 
-def train(quantizer, decoder, batch, steps, naive=False):
+def train(quantizer, decoder, batch, steps, losses, naive=False):
   """The variables after `steps`."""
   key = jax.random.key(1)
   first = max(quantizer.codebook_size, TOKENS) // TOKENS
@@ -259,10 +264,10 @@ def train(quantizer, decoder, batch, steps, naive=False):
   def loss(params, codebook, z, random):
     variables = {'params': trees.unflatten(params), 'codebook': codebook}
     out, decoded = read(
-      quantizer, decoder, variables, z, train=True, random=random
-    )
-    terms = {} if decoder else out.losses
-    total = sum(LOSSES[name] * x for name, x in terms.items())
+      quantizer, decoder, variables, z,
+      train=True, random=random, losses=tuple(losses),
+    )  # fmt: skip
+    total = sum(losses.get(name, 0) * x for name, x in out.losses.items())
     if quantizer.projection:
       total = total + jnp.mean((decoded - z) ** 2)
     return total, out
@@ -315,7 +320,7 @@ def kmeans(quantizer, batch, steps):
 def normaliser(method, batch):
   """(mean, std) of channels, f32[width] each, of 16 batches; (0, 1) if `method`
   reads latents as they are."""
-  if method not in NORMALISED:
+  if METHODS[method].get('name') != 'fsq' or method == 'fsq-mlp-raw':
     return 0.0, 1.0
   z = jnp.concatenate([batch(i) for i in range(16)])
   return z.mean(0), z.std(0)
@@ -325,7 +330,10 @@ def ours(method, batch, codes, width, steps):
   """(f32[n width] -> (indices, latents), its arrays, seconds of training)."""
   section = section_of(method, codes, width)
   quantizer = quantizers.build(section, width, 'float32')
-  decoder = Decoder() if method == 'fsq-decoder' else None
+  decoder = Decoder() if method.startswith('fsq-decoder') else None
+  losses = {} if decoder else dict(LOSSES)
+  if method in ENTROPY:
+    losses['entropy'] = ENTROPY[method]
   mean, std = normaliser(method, batch)
   began = time.perf_counter()
   if method == 'kmeans':
@@ -336,6 +344,7 @@ def ours(method, batch, codes, width, steps):
       decoder,
       lambda i: (batch(i) - mean) / std,
       steps,
+      losses,
       naive=method == 'vq-naive',
     )
 

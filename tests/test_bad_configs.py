@@ -172,7 +172,7 @@ BUILD = [
   (l2(ramp=9), 'losses.l2'),
   (losses(l2=1.0, codebook=1.0), 'losses.codebook'),
   (losses(l2=1.0, commit=0.25), 'losses.commit'),
-  (losses(l2=1.0, entropy=0.1), 'losses.entropy'),
+  (losses(l2=1.0, diversity=0.1), 'losses.diversity'),
   (dict(temperature=dict(start=2.0)), 'temperature is that of'),
   (quantizer(name='vqq'), '"vq"'),
   (quantizer(levels=(8, 5)), 'quantizer ""; there are: '),

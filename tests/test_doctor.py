@@ -227,6 +227,7 @@ def test_a_key_that_is_set_is_not_named():
   'section, key',
   [
     (dict(name='fsq', levels=(8, 5, 4)), 'model.quantizer.projection'),
+    (dict(name='fsq', levels=(8, 5, 4), projection='mlp'), 'losses.entropy'),
     (dict(name='lfq', bits=8), 'losses.entropy'),
     (dict(name='bsq', bits=8), 'losses.entropy'),
   ],

@@ -20,7 +20,7 @@ from vqrae_jax.errors import UserError, did_you_mean
 RUN_OPTIONS = ('scan', 'remat', 'dtype')
 # Fields added after format 1. At these values they are omitted from
 # `config.json`, so that older tokenizers keep their fingerprints. Each value is
-# the default in every class with such a field.
+# the default in every class with such a field, or in the named quantizer.
 LATER_FIELDS = {
   'num_registers': 0,
   'embed_norm': False,
@@ -36,6 +36,7 @@ LATER_FIELDS = {
   'rotation': False,
   'entropy_gamma': 1.0,
   'entropy_temperature': 0.01,
+  'fsq.entropy_temperature': 0.1,
   'preserve_symmetry': False,
   'noise_dropout': 0.0,
   'revive_below': 0.1,

@@ -6,6 +6,7 @@ that a moved or renamed module changes one line of this file.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -236,18 +237,19 @@ DISCRIMINATORS = {
 }
 
 
+@functools.cache
 def init_of(network: str) -> Callable[[jax.Array], Any]:
-  """key -> a network's variables."""
+  """key -> a network's variables; jitted, so traced once."""
   kind, _, name = network.partition(' ')
   if kind == 'loss':
-    return lambda key: networks.random(name, key)
+    return jax.jit(lambda key: networks.random(name, key))
   _, images, _ = stored('tokenizers', 'none')
   if kind == 'discriminator':
     module = discriminators.build(dict(name=name) | DISCRIMINATORS[name])
     images = jnp.float32(images[:1, :, :16]) / 255
   else:
     module = vqrae_jax.build_tokenizer(model(network))
-  return lambda key: module.init(key, images)
+  return jax.jit(lambda key: module.init(key, images))
 
 
 def initial_weights(network: str, leaves: Iterable[str]) -> dict[str, Any]:

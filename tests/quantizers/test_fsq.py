@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vqrae_jax import quantizers
+from vqrae_jax.quantizers import fsq as fsq_lib
 
 
 def fsq(levels, convention, **fields):
@@ -118,3 +119,50 @@ def test_noise_dropout_moves_what_the_decoder_reads():
   gradient = jax.grad(lambda z: run(z, keys).z_q[inner].sum())(z)
   want = (1 - np.tanh(z) ** 2) * inner
   np.testing.assert_allclose(gradient, want, atol=1e-5)
+
+
+def entropy_by_hand(z, levels, convention, temperature, gamma, groups):
+  """f64, every code of a group written out."""
+  levels, total = np.array(levels), 0.0
+  if convention == 'centered':
+    x = (np.tanh(z) + 1) * (levels - 1) / 2
+  else:
+    half, even = (levels - 1) * (1 + 1e-3) / 2, (levels % 2 == 0) / 2
+    x = np.tanh(z + np.arctanh(even / half)) * half - even + levels // 2
+  for group in groups:
+    codes = np.stack(np.meshgrid(*map(np.arange, levels[group])), -1)
+    codes = codes.reshape(-1, len(group))
+    scores = -((x[:, None, group] - codes) ** 2).sum(-1) / temperature
+    p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    mean = p.mean(0)
+    total -= (p * np.log(p)).sum(-1).mean() - gamma * mean @ np.log(mean)
+  return total
+
+
+@pytest.mark.parametrize('convention', ('centered', 'cosmos'))
+@pytest.mark.parametrize(
+  'together, groups', [(2**16, [[0, 1, 2]]), (20, [[0, 1], [2]])]
+)
+def test_the_entropy_is_that_of_whole_codes(
+  convention, together, groups, monkeypatch
+):
+  """In steps of a level, whatever the convention's units; its gradient too."""
+  monkeypatch.setattr(fsq_lib, 'TOGETHER', together)
+  levels, fields = (3, 4, 2), dict(entropy_temperature=0.7, entropy_gamma=0.3)
+  quantizer = fsq(levels, convention, **fields)
+
+  @jax.jit
+  @jax.value_and_grad
+  def run(z):
+    return quantizer.apply({}, z, losses=('entropy',)).losses['entropy']
+
+  z = np.random.default_rng(0).normal(size=(20, 3))
+  value, gradient = run(jnp.asarray(z, jnp.float32))
+
+  def by_hand(z):
+    return entropy_by_hand(z, levels, convention, 0.7, 0.3, groups)
+
+  np.testing.assert_allclose(value, by_hand(z), rtol=1e-5)
+  way = np.random.default_rng(1).normal(size=z.shape)
+  slope = (by_hand(z + 1e-5 * way) - by_hand(z - 1e-5 * way)) / 2e-5
+  np.testing.assert_allclose((gradient * way).sum(), slope, rtol=1e-4)

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
 import pathlib
 import pickle
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -155,17 +155,13 @@ def test_two_workers_may_write_the_same_shard(finished, tmp_path, monkeypatch):
     open_dump(folder).shard(2)
 
 
-WORKER = """
-import pathlib, sys, time
-from tests.tokens import test_dump as t
-form = dict(format='megatron', eod=0)
-writer = t.Writer(pathlib.Path(sys.argv[1]), t.config(**form))
-for number in range(t.SHARDS):
-  if number not in writer.finished:
-    t.write(writer, [number])
-    time.sleep(0.02)
-writer.finish()
-"""
+def work(folder):
+  writer = Writer(folder, config(format='megatron', eod=0))
+  for number in range(SHARDS):
+    if number not in writer.finished:
+      write(writer, [number])
+      time.sleep(0.02)
+  writer.finish()
 
 
 def finished_in(folder):
@@ -175,26 +171,27 @@ def finished_in(folder):
 def test_a_killed_worker_leaves_nothing_behind(tmp_path):
   """Ten times, at any moment after its imports: bytes and listing are those
   of a worker that was not killed. Of two files a shard."""
-  one = Writer(tmp_path / 'one', config(format='megatron', eod=0))
-  write(one)
-  one.finish()
+  work(tmp_path / 'one')
   folder, draw, killed = tmp_path / 'tokens', random.Random(0), 0
-  command = [sys.executable, '-c', WORKER, str(folder)]
+  processes = multiprocessing.get_context('forkserver')
+  processes.set_forkserver_preload([__name__])  # imported once for all
   while killed < 10:
-    worker = subprocess.Popen(command, cwd=ROOT)
+    worker = processes.Process(target=work, args=(folder,))
+    worker.start()
     before = len(finished_in(folder))
-    while worker.poll() is None:
+    while worker.is_alive():
       if [*folder.glob('.0*.writing')] or len(finished_in(folder)) > before:
         break
       time.sleep(0.001)
     time.sleep(draw.random() * 0.02)
-    worker.send_signal(signal.SIGKILL)
-    if worker.wait() == 0:  # it came to its end
+    worker.kill()
+    worker.join()
+    if worker.exitcode == 0:  # it came to its end
       for path in finished_in(folder):
         path.unlink()
     else:
       killed += 1
-  subprocess.run(command, cwd=ROOT, check=True)
+  work(folder)
   assert files(folder) == files(tmp_path / 'one')
 
 

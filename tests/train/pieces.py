@@ -136,8 +136,12 @@ def started(plan, mesh=None, larger=None, draw=drawn):
       for name, factor in (larger or {}).items()
     }
     state, frozen = state_lib.with_leaves(state, frozen, wide)
-    begin = _jitted(state_lib.init_codebook, plan.spec)
-    return begin(state, frozen, tiny.images(8)), frozen
+    if state_lib.inits_codebook(plan.spec, state):
+      begin = _jitted(state_lib.init_codebook, plan.spec.tokenizer)
+      variables = state_lib.variables_of(state, frozen)
+      codebook = begin(variables, state.rng, tiny.images(8))
+      state = state.replace(codebook=codebook)
+    return state, frozen
 
 
 def jitted_on(plan, state, mesh):

@@ -151,13 +151,14 @@ def test_only_what_nothing_brings_is_drawn(
   with jax.set_mesh(made.mesh):
     initialize.restore(made, kept, kept.latest())
   assert not drawn()
-  other = run_config(log=dict(usage_window=6))
-  runs.begun(other | dict(init_from=str(vq_run / 'tokenizer')))
+  # For a device that has drawn nothing yet.
+  mesh = sharding.make_mesh('dp', jax.devices()[1:2])
+  runs.begun(run_config(init_from=str(vq_run / 'tokenizer')), mesh)
   few = {'jit(draw_zeros)', 'jit(draw_codebook_quantizer)'}
   assert drawn() <= few
-  runs.begun(other | dict(init=encoder))
+  runs.begun(run_config(init=encoder), mesh)
   assert drawn() <= few | {'jit(draw_params_decoder)'}
-  runs.begun(other)
+  runs.begun(run_config(), mesh)
   assert {'jit(draw_params_encoder)', *few} <= drawn()
 
 

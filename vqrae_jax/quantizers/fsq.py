@@ -18,7 +18,10 @@ decoder reads it, so that the decoder does not depend on the codes' exact
 values.
 
 No codebook is learned, so it cannot collapse and there is no codebook loss;
-only "centered" has a commitment loss.
+only "centered" has a commitment loss. Codes stay unused where channels depend
+on each other: for that there is the loss "entropy", LFQ's (arXiv 2310.05737).
+A token's softmax over codes is the product of its channels' over their levels,
+of -distance^2 / temperature with levels 1 apart.
 
 bound="clip", with "centered", rounds the projected latents without a tanh, in
 units of levels, and clips, as the PyTorch project does. That project trained
@@ -41,12 +44,14 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.quantizers import base
+from vqrae_jax.specs import at_least
 
 MLP_WIDTH = 512
 FREQUENCIES = 128
 FREQUENCY_STD = 10.0
 NORM_EPS = 1e-5
 START_RMS = 0.25  # of latents of evenly used codes, with projection='mlp'
+TOGETHER = 2**16  # codes of the channels whose entropy is joint, at most
 
 
 def _norm(dtype: str, name: str) -> nn.Module:
@@ -111,9 +116,14 @@ class FSQ(base.Quantizer):
     preserve_symmetry: whether codes are symmetric around 0, with "cosmos".
     noise_dropout: with `preserve_symmetry`, the share of values that are
       shifted in training. In [0, 1].
+    entropy_gamma: in the loss "entropy", the weight of the entropy of the
+      tokens' mean: of all channels together up to 65,536 codes, beyond that a
+      sum over groups of consecutive channels of so many. At least 0.
+    entropy_temperature: of the softmax over a channel's levels, in units of
+      the squared distance of two. Above 0.
   """
 
-  training_fields = ('noise_dropout',)
+  training_fields = ('noise_dropout', 'entropy_gamma', 'entropy_temperature')
 
   choices = (
     ('convention', ('centered', 'cosmos')),
@@ -122,7 +132,7 @@ class FSQ(base.Quantizer):
     ('adapter_out', ('linear', 'fourier')),
   )
 
-  positive = ('epsilon',)
+  positive = ('epsilon', 'entropy_temperature')
 
   levels: tuple[int, ...] = (8, 8, 8)
   convention: str = 'centered'
@@ -132,9 +142,12 @@ class FSQ(base.Quantizer):
   adapter_out: str = 'linear'
   preserve_symmetry: bool = False
   noise_dropout: float = 0.0
+  entropy_gamma: float = 1.0
+  entropy_temperature: float = 0.1
 
   def __post_init__(self):
     super().__post_init__()
+    at_least(0, 'quantizer.', self, 'entropy_gamma')
     levels, cosmos = tuple(self.levels), self.convention == 'cosmos'
     if not levels or min(levels) < 2:
       raise UserError(
@@ -235,7 +248,8 @@ class FSQ(base.Quantizer):
 
   @property
   def loss_names(self):
-    return ('commit',) if self.convention == 'centered' else ()
+    centered = self.convention == 'centered'
+    return ('commit', 'entropy') if centered else ('entropy',)
 
   @property
   def draws(self):
@@ -290,6 +304,22 @@ class FSQ(base.Quantizer):
       return jnp.where(drawn, jnp.clip(codes + noise, -1, 1), codes)
 
     return jax.vmap(moved)(random['samples'], codes)
+
+  def _regulariser(self, name, z, surrogate):
+    offset, scale = self._grid
+    z = surrogate * scale + offset
+    total, first = jnp.zeros(()), 0
+    while first < len(self.levels):
+      sizes = np.cumprod(self.levels[first:], dtype=np.float64)
+      count = max(int((sizes <= TOGETHER).sum()), 1)
+      here = slice(first, first + count)
+      digits = np.indices(self.levels[here], np.float32).reshape(count, -1).T
+      tokens, spread = code_ops.code_entropies(
+        z[..., here], jnp.asarray(digits), self.entropy_temperature
+      )
+      total += tokens - self.entropy_gamma * spread
+      first += count
+    return total
 
   def digits(self, indices: Array) -> Array:
     """i32[...] -> i32[... c], each channel's level, in [0, levels)."""

@@ -107,13 +107,13 @@ def initialize(setup: Setup) -> Started:
   state, frozen = state_lib.sharded_state(
     setup.step, setup.mesh, config.seed, weights.leaves
   )
-  started = Started(state, frozen, _record(setup, frozen, sources))
-  if any(n.startswith(_CODEBOOK) for n in weights.leaves):
-    return started
-  images = setup.place(setup.batches.batch(0))['images']
-  init_codebook = _jitted_codebook(setup.step, setup.mesh)
-  state = init_codebook(started.state, started.frozen, images)
-  return dataclasses.replace(started, state=state)
+  brought = any(n.startswith(_CODEBOOK) for n in weights.leaves)
+  if state_lib.inits_codebook(setup.step, state) and not brought:
+    images = setup.place(setup.batches.batch(0))['images']
+    variables = state_lib.variables_of(state, frozen)
+    init_codebook = _jitted_codebook(setup.tokenizer, setup.mesh)
+    state = state.replace(codebook=init_codebook(variables, state.rng, images))
+  return Started(state, frozen, _record(setup, frozen, sources))
 
 
 def _at_this_batch(setup: Setup, weights: InitialWeights) -> InitialWeights:
@@ -179,12 +179,11 @@ def _record(
 
 
 @functools.lru_cache(maxsize=16)
-def _jitted_codebook(step: Any, mesh: jax.sharding.Mesh) -> Callable:
-  shapes, _ = state_lib.state_shapes(step, mesh)
+def _jitted_codebook(tokenizer: Any, mesh: jax.sharding.Mesh) -> Callable:
+  shapes = jax.eval_shape(lambda: state_lib.random_variables(tokenizer, 0))
   return jax.jit(
-    with_rules(functools.partial(state_lib.init_codebook, step)),
-    out_shardings=sharding.shardings_for(shapes, mesh),
-    donate_argnums=0,
+    with_rules(functools.partial(state_lib.init_codebook, tokenizer)),
+    out_shardings=sharding.shardings_for(shapes, mesh)['codebook'],
   )
 
 

@@ -259,6 +259,9 @@ def read_summary(workdir: Path) -> dict[str, Any]:
     return {}
 
 
+_random_network = jax.jit(networks.random, static_argnums=0)
+
+
 def eval_networks(config: RunConfig) -> Tree:
   """Those of `eval.metrics`, as `metrics.image_rows` takes them.
 
@@ -268,8 +271,7 @@ def eval_networks(config: RunConfig) -> Tree:
   names = config.eval.metrics if config.eval is not None else ()
   if config.init.networks == 'random':
     key = jax.random.key(config.seed)
-    draw = jax.jit(networks.random, static_argnums=0)
-    return {name: draw(name, key) for name in names}
+    return {name: _random_network(name, key) for name in names}
   try:
     return {name: networks.load(name) for name in names}
   except UserError as e:

@@ -188,22 +188,34 @@ def _every_leaf(spec: StepSpec):
   return jax.jit(lambda seed: trees.flatten(random_state(spec, seed)))
 
 
+@functools.lru_cache(maxsize=64)
+def _every_variable(tokenizer: Tokenizer):
+  return jax.jit(lambda seed: trees.flatten(random_variables(tokenizer, seed)))
+
+
 @functools.lru_cache(maxsize=256)
 def _compiled_piece(
-  spec: StepSpec, mesh: jax.sharding.Mesh, names: tuple[str, ...]
+  every: Callable, names: tuple[str, ...], places: tuple[Any, ...]
 ):
-  """seed -> {leaf name: array}, jitted, each leaf made where it lies."""
-  shapes = trees.flatten(state_shapes(spec, mesh))
+  """seed -> {leaf name: array}, jitted, each leaf made in its place.
+
+  Args:
+    every: seed -> {leaf name: array} of all pieces, jitted: traced once.
+    names: of this piece's leaves; `every` may have them as `_brought` does.
+    places: their shardings.
+  """
 
   def draw(seed):
-    leaves = _every_leaf(spec)(seed)  # traced once for all pieces
-    return {name: leaves[name] for name in names}
+    leaves = every(seed)
+    found = {n: leaves.get(n, leaves.get(_brought(n))) for n in names}
+    # Copies: both are donated, and a buffer may be donated once.
+    return {
+      n: jnp.copy(x) if n.startswith('0/ema/') else x for n, x in found.items()
+    }
 
   name = _piece(names[0]).replace('/', '_')
   draw.__name__ = f'draw_{name}'  # for whoever lists programs
-  return jax.jit(
-    draw, out_shardings={name: shapes[name].sharding for name in names}
-  )
+  return jax.jit(draw, out_shardings=dict(zip(names, places, strict=True)))
 
 
 def _laid(
@@ -218,13 +230,20 @@ def _laid(
   pieces: dict[str, list[str]] = {}
   # Of the whole state, so that a run that resumes draws frozen leaves by the
   # programs that it started with: bitwise the same.
-  for name in trees.flatten(state_shapes(spec, mesh)):
+  shapes = trees.flatten(state_shapes(spec, mesh))
+  for name in shapes:
     if _brought(name) not in leaves:
       pieces.setdefault(_piece(name), []).append(name)
   wanted, drawn = trees.flatten(tree).keys(), {}
-  for names in pieces.values():
-    if not wanted.isdisjoint(names):
-      drawn |= _compiled_piece(spec, mesh, tuple(names))(seed)
+  for piece, names in pieces.items():
+    if wanted.isdisjoint(names):
+      continue
+    of_tokenizer = piece.startswith(('params/', 'codebook/'))
+    every = (
+      _every_variable(spec.tokenizer) if of_tokenizer else _every_leaf(spec)
+    )
+    places = tuple(shapes[name].sharding for name in names)
+    drawn |= _compiled_piece(every, tuple(names), places)(seed)
   tree = trees.map_named(lambda name, leaf: drawn.get(name, leaf), tree)
   return with_leaves(*tree, leaves)
 
@@ -296,21 +315,25 @@ def variables_of(
   return variables
 
 
-def init_codebook(
-  spec: StepSpec, state: TrainState, frozen: Frozen, images: jax.Array
-) -> TrainState:
-  """The state with its codebook set from the first batch of images; pure.
+def inits_codebook(spec: StepSpec, state: TrainState) -> bool:
+  """Whether the first batch sets the codebook: there is one, and no schedule
+  freezes it."""
+  moves = spec.updates_codebook or not spec.tokenizer.quantizer.ema_tables
+  return moves and 'quantizer' in state.codebook
 
-  Quantizers without data-dependent initialisation leave it as it is, and so
-  does a schedule that freezes it.
+
+def init_codebook(
+  tokenizer: Tokenizer,
+  variables: Mapping[str, Any],
+  run_key: jax.Array,
+  images: jax.Array,
+) -> dict[str, Any]:
+  """The collection "codebook" set from the first batch of images; pure.
+
+  Quantizers without data-dependent initialisation leave it as it is.
   """
-  quantizer = spec.tokenizer.quantizer
-  held = quantizer.ema_tables and not spec.updates_codebook
-  if 'quantizer' not in state.codebook or held:
-    return state
-  tokens = spec.tokenizer.apply(
-    variables_of(state, frozen), images, method='project_to_code_space'
-  )
-  key = jax.random.fold_in(state.rng, 2**31 - 1)  # a step no run reaches
-  codebook = quantizer.init_codebook(state.codebook['quantizer'], tokens, key)
-  return state.replace(codebook=state.codebook | {'quantizer': codebook})
+  tokens = tokenizer.apply(variables, images, method='project_to_code_space')
+  key = jax.random.fold_in(run_key, 2**31 - 1)  # a step no run reaches
+  old = variables['codebook']
+  new = tokenizer.quantizer.init_codebook(old['quantizer'], tokens, key)
+  return old | {'quantizer': new}
