@@ -12,6 +12,7 @@ import os
 import zipfile
 
 import numpy as np
+from scipy.linalg import lapack
 
 from vqrae_jax.errors import UserError
 
@@ -77,11 +78,13 @@ def load_statistics(
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-  """A [d r] with A A^T = the covariance, of rank r but for rounding."""
-  values, vectors = np.linalg.eigh(covariance)
-  least = max(values[-1], 0) * len(values) * np.finfo(float).eps
-  kept = values > least
-  return vectors[:, kept] * np.sqrt(values[kept])
+  """A [d r] with A A^T = the covariance, of rank r but for rounding: a Cholesky
+  factor whose pivots are the largest variances that are left."""
+  least = np.finfo(float).eps * len(covariance) * np.diag(covariance).max()
+  found, pivots, rank, _ = lapack.dpstrf(covariance, tol=least, lower=1)
+  factor = np.empty((len(covariance), rank))
+  factor[pivots - 1] = np.tril(found)[:, :rank]
+  return factor
 
 
 def frechet_distance(
