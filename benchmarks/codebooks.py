@@ -35,11 +35,10 @@ warm-up, codebook 1, commitment .25. Where a quantizer has a projection, it also
 has the squared error of the latents that come out; a recipe's decoder takes
 that part. "fsq-decoder" has one: three layers that read what comes out, trained
 with it, and no commitment, which FSQ's paper does not have either. "…-entropy"
-also has the loss `entropy`. "vq-even" revives codes of less than
-half of the mean count. FSQ reads latents normalised per channel
-(`model.latents`), but for "fsq-mlp-raw". A codebook starts at the first max(K,
-4,096) tokens. Lloyd's k-means, from k-means++, makes 10 passes over a tenth of
-the same batches.
+also has the loss `entropy`. "vq-even" revives codes of less than half of the
+mean count. FSQ reads latents normalised per channel (`model.latents`), but for
+"fsq-mlp-raw". A codebook starts at the first max(K, 4,096) tokens. Lloyd's
+k-means, from k-means++, makes 10 passes over a tenth of the same batches.
 """
 
 import argparse
@@ -86,8 +85,8 @@ LOSSES = {'codebook': 1.0, 'commit': 0.25}
 ENTROPY = {'fsq-mlp-entropy': 0.2, 'fsq-decoder-entropy': 0.05}
 ADAMW = optim.AdamWConfig(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
 
-# Sections of quantizers, but for the number of codes; the first three are held
-# to a usage of .95 and a perplexity of .5 K.
+# Sections of quantizers, but for the number of codes; "vq", "simvq" and
+# "fsq-mlp" are held to a usage of .95 and a perplexity of .5 K.
 METHODS = {
   'vq': dict(name='vq'),
   'vq-even': dict(name='vq', revive_below=0.5),
