@@ -108,8 +108,9 @@ def initialize(setup: Setup) -> Started:
     setup.step, setup.mesh, config.seed, weights.leaves
   )
   brought = any(n.startswith(_CODEBOOK) for n in weights.leaves)
+  first = setup.batches.batch(0)  # or an error, before anything is written
   if state_lib.inits_codebook(setup.step, state) and not brought:
-    images = setup.place(setup.batches.batch(0))['images']
+    images = setup.place(first)['images']
     variables = state_lib.variables_of(state, frozen)
     init_codebook = _jitted_codebook(setup.tokenizer, setup.mesh)
     state = state.replace(codebook=init_codebook(variables, state.rng, images))
