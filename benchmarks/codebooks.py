@@ -440,7 +440,7 @@ def report():
     one = next(iter(rows.values()))
     versions = ', '.join(f'{k} {v}' for k, v in one['versions'].items())
     dates = ' to '.join(sorted({r['date'] for r in rows.values()}))
-    hardware = ', '.join(sorted({r['hardware'] for r in rows.values()}))
+    hardware = ' or '.join(sorted({r['hardware'] for r in rows.values()}))
     made += [
       f'### {data}, {codes:,} codes, width {width}',
       '',

@@ -330,6 +330,10 @@ class Moved(quantizers.LFQ):
   entropy_gamma: float = 2.0
 
 
+class Rounded(quantizers.FSQ):
+  """With FSQ's own defaults."""
+
+
 @pytest.mark.parametrize(
   'section, words',
   [
@@ -369,6 +373,9 @@ def test_a_default_of_its_own_is_recorded():
     section = dict(name=f'{HERE}:Moved', entropy_gamma=gamma)
     tokenizer = vqrae_jax.build_tokenizer(model(quantizer=section))
     assert vqrae_jax.build_tokenizer(describe(tokenizer)) == tokenizer
+  section = dict(name=f'{HERE}:Rounded', levels=(8, 5, 4))
+  tokenizer = vqrae_jax.build_tokenizer(model(quantizer=section))
+  assert 'entropy_temperature' not in describe(tokenizer)['quantizer']
 
 
 def test_packages_are_told_apart():

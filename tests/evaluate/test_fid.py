@@ -50,6 +50,16 @@ def test_fewer_images_than_features():
   np.testing.assert_allclose(found, want, rtol=1e-11)
 
 
+def test_no_spread_and_not_finite():
+  zero, x = np.zeros((4, 4)), features(30, 4, 0.2)
+  mean, covariance = fid.Moments.of(x).statistics()
+  assert fid.frechet_distance((mean, zero), (mean, zero)) == 0
+  found = fid.frechet_distance((mean, covariance), (mean + 1, zero))
+  np.testing.assert_allclose(found, 4 + np.trace(covariance))
+  covariance[1, 2] = np.nan
+  assert np.isnan(fid.frechet_distance((mean, covariance), (mean, zero)))
+
+
 def test_parts_merge_in_any_order():
   x = features(50, 8, 0.2)
   whole = fid.Moments.of(x)

@@ -121,35 +121,47 @@ def test_noise_dropout_moves_what_the_decoder_reads():
   np.testing.assert_allclose(gradient, want, atol=1e-5)
 
 
-def entropy_by_hand(z, levels, convention, temperature, gamma, groups):
+FORMS = {
+  'centered': dict(convention='centered'),
+  'clip': dict(convention='centered', bound='clip'),
+  'cosmos': dict(convention='cosmos'),
+  'symmetric': dict(convention='cosmos', preserve_symmetry=True),
+}
+
+
+def entropy_by_hand(z, levels, form, temperature, gamma, groups):
   """f64, every code of a group written out."""
   levels, total = np.array(levels), 0.0
-  if convention == 'centered':
-    x = (np.tanh(z) + 1) * (levels - 1) / 2
-  else:
+  if form == 'clip':
+    x = z + (levels - 1) / 2
+  elif form == 'cosmos':
     half, even = (levels - 1) * (1 + 1e-3) / 2, (levels % 2 == 0) / 2
     x = np.tanh(z + np.arctanh(even / half)) * half - even + levels // 2
+  else:
+    x = (np.tanh(z) + 1) * (levels - 1) / 2
   for group in groups:
-    codes = np.stack(np.meshgrid(*map(np.arange, levels[group])), -1)
+    codes = np.stack(np.meshgrid(*(np.arange(levels[c]) for c in group)), -1)
     codes = codes.reshape(-1, len(group))
     scores = -((x[:, None, group] - codes) ** 2).sum(-1) / temperature
-    p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
     mean = p.mean(0)
-    total -= (p * np.log(p)).sum(-1).mean() - gamma * mean @ np.log(mean)
+    own = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+    total += own.mean() + gamma * mean @ np.log(np.maximum(mean, 1e-300))
   return total
 
 
-@pytest.mark.parametrize('convention', ('centered', 'cosmos'))
+@pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize(
   'together, groups', [(2**16, [[0, 1, 2]]), (20, [[0, 1], [2]])]
 )
 def test_the_entropy_is_that_of_whole_codes(
-  convention, together, groups, monkeypatch
+  form, together, groups, monkeypatch
 ):
   """In steps of a level, whatever the convention's units; its gradient too."""
   monkeypatch.setattr(fsq_lib, 'TOGETHER', together)
   levels, fields = (3, 4, 2), dict(entropy_temperature=0.7, entropy_gamma=0.3)
-  quantizer = fsq(levels, convention, **fields)
+  quantizer = fsq(levels, **FORMS[form], **fields)
 
   @jax.jit
   @jax.value_and_grad
@@ -160,9 +172,18 @@ def test_the_entropy_is_that_of_whole_codes(
   value, gradient = run(jnp.asarray(z, jnp.float32))
 
   def by_hand(z):
-    return entropy_by_hand(z, levels, convention, 0.7, 0.3, groups)
+    return entropy_by_hand(z, levels, form, 0.7, 0.3, groups)
 
   np.testing.assert_allclose(value, by_hand(z), rtol=1e-5)
   way = np.random.default_rng(1).normal(size=z.shape)
   slope = (by_hand(z + 1e-5 * way) - by_hand(z - 1e-5 * way)) / 2e-5
   np.testing.assert_allclose((gradient * way).sum(), slope, rtol=1e-4)
+
+
+def test_the_entropy_of_thousands_of_levels():
+  """f32 tells their digits apart to 1e-4, and no more is lost."""
+  quantizer = fsq((4096,), 'centered', bound='clip', entropy_gamma=0.0)
+  z = np.random.default_rng(0).uniform(-2000, 2000, (20, 1)).astype('f4')
+  found = quantizer.apply({}, jnp.asarray(z), losses=('entropy',)).losses
+  want = entropy_by_hand(z.astype('f8'), (4096,), 'clip', 0.1, 0.0, [[0]])
+  np.testing.assert_allclose(found['entropy'], want, rtol=1e-3)

@@ -6,6 +6,7 @@ import multiprocessing
 import pathlib
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -190,8 +191,12 @@ def test_a_killed_worker_leaves_nothing_behind(tmp_path):
       for path in finished_in(folder):
         path.unlink()
     else:
+      assert worker.exitcode == -signal.SIGKILL
       killed += 1
-  work(folder)
+  worker = processes.Process(target=work, args=(folder,))
+  worker.start()
+  worker.join()
+  assert worker.exitcode == 0
   assert files(folder) == files(tmp_path / 'one')
 
 

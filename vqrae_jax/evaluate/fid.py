@@ -92,6 +92,8 @@ def frechet_distance(
 ) -> float:
   """Between two (mean f[d], covariance f[d d])."""
   (m1, c1), (m2, c2) = one, other
+  if not (np.isfinite(c1).all() and np.isfinite(c2).all()):
+    return float('nan')
   roots = np.linalg.svd(_factor(c1).T @ _factor(c2), compute_uv=False)
   distance = ((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2)
   return float(distance - 2 * roots.sum())

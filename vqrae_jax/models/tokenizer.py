@@ -458,7 +458,9 @@ def describe(tokenizer: Tokenizer) -> dict:
         quantizer.quantizer, quantizers.OUTER
       )
     name = quantizers.name_of(quantizer)
-    return {'name': name, **old_fields(fields, name, type(quantizer))}
+    # Another package's FSQ has FSQ's defaults.
+    kind = 'fsq' if isinstance(quantizer, quantizers.FSQ) else name
+    return {'name': name, **old_fields(fields, kind, type(quantizer))}
 
   model = {
     'encoder': spec_fields(tokenizer.encoder_spec),

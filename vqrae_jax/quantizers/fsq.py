@@ -32,6 +32,7 @@ through them is useless (its correlation with the true one was -.05, against
 .995 of a plain MLP).
 """
 
+import functools
 import math
 
 import jax
@@ -118,7 +119,8 @@ class FSQ(base.Quantizer):
       shifted in training. In [0, 1].
     entropy_gamma: in the loss "entropy", the weight of the entropy of the
       tokens' mean: of all channels together up to 65,536 codes, beyond that a
-      sum over groups of consecutive channels of so many. At least 0.
+      sum over groups of consecutive channels, each of so many or of one
+      channel. At least 0.
     entropy_temperature: of the softmax over a channel's levels, in units of
       the squared distance of two. Above 0.
   """
@@ -307,19 +309,28 @@ class FSQ(base.Quantizer):
 
   def _regulariser(self, name, z, surrogate):
     offset, scale = self._grid
-    z = surrogate * scale + offset
+    z = (surrogate * scale + offset).reshape(-1, len(self.levels))
     total, first = jnp.zeros(()), 0
     while first < len(self.levels):
       sizes = np.cumprod(self.levels[first:], dtype=np.float64)
       count = max(int((sizes <= TOGETHER).sum()), 1)
-      here = slice(first, first + count)
-      digits = np.indices(self.levels[here], np.float32).reshape(count, -1).T
-      tokens, spread = code_ops.code_entropies(
-        z[..., here], jnp.asarray(digits), self.entropy_temperature
+      levels = self.levels[first : first + count]
+      tokens, spread = code_ops.entropies(
+        functools.partial(self._scores, levels),
+        math.prod(levels),
+        z[:, first : first + count],
       )
       total += tokens - self.entropy_gamma * spread
       first += count
     return total
+
+  def _scores(self, levels, z):
+    """f32[n c] in digits -> f32[n k], of every code of channels of `levels`."""
+    scores = jnp.zeros((len(z), 1))
+    for size, x in zip(levels, z.T, strict=True):
+      own = -((x[:, None] - jnp.arange(size)) ** 2) / self.entropy_temperature
+      scores = (scores[:, :, None] + own[:, None]).reshape(len(z), -1)
+    return scores
 
   def digits(self, indices: Array) -> Array:
     """i32[...] -> i32[... c], each channel's level, in [0, levels)."""

@@ -6,7 +6,7 @@ tokens), "fsq" or "lfq". Rounding needs a finer grid at each stage: FSQ's stage
 i has steps of L^-i, after latents are softly bounded to the L/2 that its L
 levels cover (arXiv 2107.03312's scheme with FSQ as its quantizer). The index of
 a token is then a number in base L, one digit per stage. The codes of LFQ's
-stage i are +-2^-i, and latents are not bounded; the softmax of its entropy is
+stage i are +-2^-i, and latents are not bounded. The softmax of their entropy is
 taken over tokens and codes in units of the stage's step.
 
 Dropout (arXiv 2107.03312; with a probability as in 2306.06546): a sample keeps

@@ -96,6 +96,7 @@ def initialize(setup: Setup) -> Started:
     UserError: weights that are not there or do not fit the model.
   """
   config = setup.config
+  first = setup.batches.batch(0)  # or an error, before anything is written
   weights = tokenizer_weights(setup.tokenizer, config.init_from, config.init)
   weights = _at_this_batch(setup, weights)
   weights, sources = _with_frozen(setup, weights)
@@ -108,7 +109,6 @@ def initialize(setup: Setup) -> Started:
     setup.step, setup.mesh, config.seed, weights.leaves
   )
   brought = any(n.startswith(_CODEBOOK) for n in weights.leaves)
-  first = setup.batches.batch(0)  # or an error, before anything is written
   if state_lib.inits_codebook(setup.step, state) and not brought:
     images = setup.place(first)['images']
     variables = state_lib.variables_of(state, frozen)
