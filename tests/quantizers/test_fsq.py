@@ -177,7 +177,7 @@ def test_the_entropy_is_that_of_whole_codes(
   np.testing.assert_allclose(value, by_hand(z), rtol=1e-5)
   way = np.random.default_rng(1).normal(size=z.shape)
   slope = (by_hand(z + 1e-5 * way) - by_hand(z - 1e-5 * way)) / 2e-5
-  np.testing.assert_allclose((gradient * way).sum(), slope, rtol=1e-4)
+  np.testing.assert_allclose((gradient * way).sum(), slope, rtol=1e-5)
 
 
 def test_the_entropy_of_thousands_of_levels():

@@ -188,34 +188,22 @@ def _every_leaf(spec: StepSpec):
   return jax.jit(lambda seed: trees.flatten(random_state(spec, seed)))
 
 
-@functools.lru_cache(maxsize=64)
-def _every_variable(tokenizer: Tokenizer):
-  return jax.jit(lambda seed: trees.flatten(random_variables(tokenizer, seed)))
-
-
 @functools.lru_cache(maxsize=256)
 def _compiled_piece(
-  every: Callable, names: tuple[str, ...], places: tuple[Any, ...]
+  spec: StepSpec, mesh: jax.sharding.Mesh, names: tuple[str, ...]
 ):
-  """seed -> {leaf name: array}, jitted, each leaf made in its place.
-
-  Args:
-    every: seed -> {leaf name: array} of all pieces, jitted: traced once.
-    names: of this piece's leaves; `every` may have them as `_brought` does.
-    places: their shardings.
-  """
+  """seed -> {leaf name: array}, jitted, each leaf made where it lies."""
+  shapes = trees.flatten(state_shapes(spec, mesh))
 
   def draw(seed):
-    leaves = every(seed)
-    found = {n: leaves.get(n, leaves.get(_brought(n))) for n in names}
-    # Copies: both are donated, and a buffer may be donated once.
-    return {
-      n: jnp.copy(x) if n.startswith('0/ema/') else x for n, x in found.items()
-    }
+    leaves = _every_leaf(spec)(seed)  # traced once for all pieces
+    return {name: leaves[name] for name in names}
 
   name = _piece(names[0]).replace('/', '_')
   draw.__name__ = f'draw_{name}'  # for whoever lists programs
-  return jax.jit(draw, out_shardings=dict(zip(names, places, strict=True)))
+  return jax.jit(
+    draw, out_shardings={name: shapes[name].sharding for name in names}
+  )
 
 
 def _laid(
@@ -230,20 +218,13 @@ def _laid(
   pieces: dict[str, list[str]] = {}
   # Of the whole state, so that a run that resumes draws frozen leaves by the
   # programs that it started with: bitwise the same.
-  shapes = trees.flatten(state_shapes(spec, mesh))
-  for name in shapes:
+  for name in trees.flatten(state_shapes(spec, mesh)):
     if _brought(name) not in leaves:
       pieces.setdefault(_piece(name), []).append(name)
   wanted, drawn = trees.flatten(tree).keys(), {}
-  for piece, names in pieces.items():
-    if wanted.isdisjoint(names):
-      continue
-    of_tokenizer = piece.startswith(('params/', 'codebook/'))
-    every = (
-      _every_variable(spec.tokenizer) if of_tokenizer else _every_leaf(spec)
-    )
-    places = tuple(shapes[name].sharding for name in names)
-    drawn |= _compiled_piece(every, tuple(names), places)(seed)
+  for names in pieces.values():
+    if not wanted.isdisjoint(names):
+      drawn |= _compiled_piece(spec, mesh, tuple(names))(seed)
   tree = trees.map_named(lambda name, leaf: drawn.get(name, leaf), tree)
   return with_leaves(*tree, leaves)
 
