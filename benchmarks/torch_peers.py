@@ -107,9 +107,9 @@ class Tokenizer(nn.Module):
     self.norm = nn.LayerNorm(decoder['width'], 1e-6)
     self.head = nn.Linear(decoder['width'], 3 * p * p)
 
-  def table(self):
+  def rows(self, basis):
     with torch.autocast(self.basis.device.type, enabled=False):
-      return F.normalize(self.map(self.basis), dim=-1)
+      return F.normalize(self.map(basis), dim=-1)
 
   def nearest(self, z, table):
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
@@ -130,13 +130,17 @@ class Tokenizer(nn.Module):
     mean = y.new_tensor(MEAN).view(3, 1, 1)
     return images_of(y, self.patch, self.side) * std + mean, x
 
-  def forward(self, latents):
-    """(image, features before the head, the quantizer's losses)."""
+  def forward(self, latents, few=False):
+    """(image, features before the head, the quantizer's losses).
+
+    few: whether the map's gradient is of the rows that were read.
+    """
     z = F.normalize(self.project_in(latents).float(), dim=-1)
-    table = self.table()
-    scale = math.sqrt(table.shape[-1])
-    codes = scale * table[self.nearest(z, table)]
-    z = scale * z
+    with torch.set_grad_enabled(not few):
+      table = self.rows(self.basis)
+    scale, indices = math.sqrt(table.shape[-1]), self.nearest(z, table)
+    codes = self.rows(self.basis[indices]) if few else table[indices]
+    codes, z = scale * codes, scale * z
     losses = F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(
       z, codes.detach()
     )
@@ -246,13 +250,13 @@ class Trainer:
     loss.backward()
     self.update(1, self.learning)
 
-  def start(self, images):
+  def start(self, images, few=False):
     for p in self.learning:
       p.requires_grad_(False)
     with self.cast():
       with torch.no_grad():
         latents = self.tokenizer.encoder(images)
-      return self.tokenizer(latents)
+      return self.tokenizer(latents, few)
 
   def rae_step(self, images):
     recon, _, codes = self.start(images)
@@ -268,7 +272,9 @@ class Trainer:
     self.finish(images, recon, together=False)
 
   def clever_step(self, images):
-    recon, features, codes = self.start(images)
+    tokens = len(images) * (self.tokenizer.side // self.tokenizer.patch) ** 2
+    few = 2 * tokens <= len(self.tokenizer.basis)
+    recon, features, codes = self.start(images, few)
     leaf = recon.detach().requires_grad_()
     with self.cast():
       rec = self.image_loss(leaf, images)

@@ -128,6 +128,28 @@ def test_each_loss_moves_its_own_side(kind):
     assert (float(jnp.abs(by_z).sum()) > 0) == (moved == 'z')
 
 
+@pytest.mark.parametrize('distance', ('l2', 'cosine'))
+def test_gradients_of_few_tokens_are_those_of_the_table(distance):
+  """SimVQ's map learns from the rows that few tokens read, from the table if
+  they are many."""
+  quantizer, variables, z = made(f'simvq-{distance}', num_codes=32)
+  assert 2 * z[0, :, 0].size <= 32 < 2 * z[..., 0].size
+
+  @jax.jit
+  @jax.grad
+  def gradient(params, z):
+    v = variables | {'params': params}
+    return quantizer.apply(v, z, train=True).losses['codebook']
+
+  many = gradient(variables['params'], z)
+  few = [gradient(variables['params'], part) for part in z]
+  found = jax.tree.map(lambda *parts: sum(parts) / len(parts), *few)
+  for name, want in many.items():
+    size = jnp.abs(want).max()
+    assert size > 1e-3
+    np.testing.assert_allclose(found[name], want, atol=1e-5 * size)
+
+
 def test_straight_through_is_exact_in_bf16():
   s = jax.random.normal(jax.random.key(0), (4096,)).astype(jnp.bfloat16)
   q = jax.random.normal(jax.random.key(1), (4096,)).astype(jnp.bfloat16)

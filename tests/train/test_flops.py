@@ -8,11 +8,12 @@ that are not padding.
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from tests import tiny
 from tests.train import pieces
-from vqrae_jax import programs
+from vqrae_jax import programs, quantizers
 from vqrae_jax.nn import vgg
 from vqrae_jax.pretrained import networks
 from vqrae_jax.train import step as step_lib
@@ -165,3 +166,26 @@ def test_a_trunk_that_does_not_learn_makes_its_passes_once():
   )
   products = 4 * block(1)[0] + block(1)[1]
   assert 1 <= (more - less) / products < 1.12
+
+
+def test_the_map_of_many_codes_makes_one_pass():
+  """SimVQ's table is computed once for the search and for what is read; the
+  gradient of few tokens does not touch it."""
+  tokens, c = 64, 128
+
+  def count(codes):
+    section = tiny.quantizer('simvq-cosine', num_codes=codes, code_dim=c)
+    quantizer = quantizers.build(section, c, 'float32')
+
+    def loss(params, codebook, z):
+      given = dict(params=params, codebook=codebook)
+      return quantizer.apply(given, z, train=True).losses['codebook']
+
+    z = jnp.zeros((tokens, c))
+    given = jax.eval_shape(quantizer.init, jax.random.key(0), z)
+    step = jax.jit(jax.grad(loss)).lower(given['params'], given['codebook'], z)
+    step = step.compile()
+    return step.cost_analysis()['flops']
+
+  products = 2 * 512 * c * (c + tokens)
+  assert 1 <= (count(1024) - count(512)) / products < 1.1

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vqrae_jax.errors import UserError
+from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops.codes import HIGHEST, unit_rms
 from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.quantizers import base
@@ -104,12 +105,23 @@ class SimVQ(base.Nearest):
     """f32[k c], the codes: the baked ones, else all of basis @ W + b."""
     if self.has_variable('codebook', 'codes'):
       return self.get_variable('codebook', 'codes')
-    basis = self.get_variable('codebook', 'basis')
-    table = jnp.matmul(basis, self.kernel, precision=HIGHEST) + self.bias
-    if self.distance == 'cosine':
-      table = self._scaled(table)
+    table = self._rows(self.get_variable('codebook', 'basis'))
     # The rows are bitwise the same in every program that reads them.
     return jax.lax.optimization_barrier(table)
+
+  def _rows(self, basis):
+    """The codes of rows of the basis, f32[... c]."""
+    rows = jnp.matmul(basis, self.kernel, precision=HIGHEST) + self.bias
+    return self._scaled(rows) if self.distance == 'cosine' else rows
+
+  def _lookup(self, indices):
+    found, n = super()._lookup(indices), indices.size
+    baked = self.has_variable('codebook', 'codes')
+    if baked or not isinstance(n, int) or 2 * n > self.num_codes:
+      return found
+    # A map's gradient from the rows that were read, not from the full table.
+    basis = code_ops.lookup(self.get_variable('codebook', 'basis'), indices)
+    return code_ops.straight_through(self._rows(basis), found)
 
   def _scaled(self, x):
     """Tokens, or the table's rows, as `code_scale` says."""
