@@ -1,5 +1,7 @@
 """Gradients through quantisation against the analytic ones, to 1e-6."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +150,32 @@ def test_gradients_of_few_tokens_are_those_of_the_table(distance):
     size = jnp.abs(want).max()
     assert size > 1e-3
     np.testing.assert_allclose(found[name], want, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize('few', (False, True))
+def test_codes_beside_a_gradient_are_those_of_their_indices(few):
+  """Bitwise, in a table that is normalized."""
+  quantizer, variables, z = made('simvq-cosine', num_codes=96 if few else 32)
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def run(params, z):
+    v = variables | {'params': params}
+    out = quantizer.apply(v, z, train=True)
+    return out.losses['codebook'], (out.codes, out.indices)
+
+  _, (found, indices) = run(variables['params'], z)
+  read = functools.partial(quantizer.apply, method='indices_to_codes')
+  np.testing.assert_array_equal(found, jax.jit(read)(variables, indices))
+
+
+@pytest.mark.parametrize('kind', ('vq-ema', 'simvq-l2', 'fsq-cosmos'))
+def test_latents_that_are_not_finite_reach_the_decoder(kind):
+  """In training, where a step is skipped by its losses: of a frozen encoder
+  without `commit` no other has them."""
+  quantizer, variables, z = made(kind)
+  out = quantizer.apply(variables, z.at[0, 0, 0].set(jnp.nan), train=True)
+  assert not jnp.isfinite(out.z_q[0, 0]).all()
 
 
 def test_straight_through_is_exact_in_bf16():
