@@ -44,12 +44,7 @@ class Decoder(nn.Module):
     x = vit.PatchEmbed(s, name='embed')(z_q)
     x = vit.Transformer(s, name='transformer')(x, vit.rotation(s, (gh, gw)))
     features = vit.norm(s, 'norm')(x)
-    x = nn.Dense(
-      s.patch_size**2 * 3,
-      dtype=s.dtype,
-      kernel_init=vit.XAVIER,
-      name='head',
-    )(features)
+    x = vit.dense(s, s.patch_size**2 * 3, 'head')(features)
     x = x[:, s.num_prefix_tokens :].reshape(b, gh, gw, x.shape[-1])
     x = image_ops.unpatchify(x.astype('float32'), s.patch_size)
     x = image_ops.denormalize(x, spec.pixel_norm.mean, spec.pixel_norm.std)
@@ -73,8 +68,6 @@ class FeatureDecoder(nn.Module):
     x = vit.norm(s, 'norm')(x)
     x = x[:, s.num_prefix_tokens :].reshape(*z_q.shape[:3], s.width)
     return {
-      name: nn.Dense(
-        self.width, dtype=s.dtype, kernel_init=vit.XAVIER, name=f'{name}_head'
-      )(x)
+      name: vit.dense(s, self.width, f'{name}_head')(x)
       for name in ('deep', *['shallow'] * self.spec.shallow)
     }
