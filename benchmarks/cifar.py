@@ -1,9 +1,9 @@
 """python -m benchmarks.cifar --cache=cifar.npz [--side=ours] [--only=vq,fsq]
-  [--steps=2000] [--seeds=3] [--json=F] [--compile]
+  [--steps=1000] [--seeds=3] [--json=F] [--compile]
 
 Tokenizers of CIFAR-10 from scratch, all of one model and budget: 32-pixel
-images as 64 tokens of 10 bits (FSQ 9.966), a ViT of four blocks of 192 channels
-on either side, 2000 steps of 128 images, L2 and the quantizer's own losses,
+images as 64 tokens of 10 bits (FSQ 9.966), a ViT of two blocks of 128 channels
+on either side, 1000 steps of 64 images, L2 and the quantizer's own losses,
 AdamW. Three seeds of each quantizer; a seed decides the order of images and the
 first weights of both ViTs, which are the same under each quantizer.
 
@@ -68,7 +68,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'cifar.json'
 SIDE, PATCH, GRID = 32, 4, (8, 8)
 VIT = dict(
-  width=192, depth=4, num_heads=3, mlp_dim=768, patch_size=PATCH, grid=GRID
+  width=128,
+  depth=2,
+  num_heads=2,
+  mlp_dim=512,
+  patch_size=PATCH,
+  grid=GRID,
+  scan=False,
 )
 ADAMW = optim.AdamWConfig(b2=0.95, weight_decay=0.01)
 COMMIT = 0.02
@@ -78,9 +84,8 @@ VQ = dict(name='vq', num_codes=CODES)
 # name: (the quantizer, the weights of its losses)
 OURS = {
   'vq': (VQ, dict(commit=COMMIT)),
-  'vq-decay-.95': (VQ | dict(decay=0.95), dict(commit=COMMIT)),
   'simvq': (
-    dict(name='simvq', num_codes=CODES, code_dim=VIT['width']),
+    dict(name='simvq', num_codes=CODES, code_dim=192),
     dict(codebook=1.0, commit=COMMIT),
   ),
   'fsq': (dict(name='fsq', levels=LEVELS, convention='cosmos'), {}),
@@ -481,8 +486,8 @@ def main():
   parser.add_argument('--data', help='shards to make the cache of')
   parser.add_argument('--side', choices=(*SIDES, 'both'), default='both')
   parser.add_argument('--only', help='names of quantizers, a,b')
-  parser.add_argument('--steps', type=int, default=2000)
-  parser.add_argument('--batch', type=int, default=128)
+  parser.add_argument('--steps', type=int, default=1000)
+  parser.add_argument('--batch', type=int, default=64)
   parser.add_argument('--lr', type=float, default=1e-3)
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--json', type=pathlib.Path, default=RESULTS)

@@ -82,7 +82,11 @@ LEVELS = {
 }
 LOSSES = {'codebook': 1.0, 'commit': 0.25}
 # Weights of the loss `entropy`.
-ENTROPY = {'fsq-mlp-entropy': 0.2, 'fsq-decoder-entropy': 0.05}
+ENTROPY = {
+  'vq-mlp-entropy': 0.1,
+  'fsq-mlp-entropy': 0.2,
+  'fsq-decoder-entropy': 0.05,
+}
 ADAMW = optim.AdamWConfig(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
 
 # Sections of quantizers, but for the number of codes; "vq", "simvq" and
@@ -90,6 +94,13 @@ ADAMW = optim.AdamWConfig(b1=0.9, b2=0.999, weight_decay=1e-4, clip=1.0)
 METHODS = {
   'vq': dict(name='vq'),
   'vq-even': dict(name='vq', revive_below=0.5),
+  'vq-mlp-entropy': dict(
+    name='vq',
+    projection='mlp',
+    code_dim=32,
+    distance='cosine',
+    entropy_temperature=0.05,
+  ),
   'simvq': dict(name='simvq'),
   'fsq-mlp': dict(name='fsq', projection='mlp'),
   'fsq-mlp-entropy': dict(name='fsq', projection='mlp'),

@@ -25,7 +25,6 @@ from vqrae_jax.data import sources
 from vqrae_jax.evaluate import metrics
 from vqrae_jax.models.tokenizer import Tokenizer
 from vqrae_jax.ops import codes as code_ops
-from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.types import Tree
 
@@ -50,7 +49,7 @@ def to_earlier(table: Array) -> Array:
   half_norms = 0.5 * jnp.sum(table * table, axis=-1)
 
   def chunk(rows, number, counted):
-    dots = jnp.einsum('nc,kc->nk', rows, table, precision=HIGHEST)
+    dots = jnp.einsum('nc,kc->nk', rows, table, precision='highest')
     others = finite & (jnp.arange(k) < number[:, None])
     nearest = jnp.argmin(jnp.where(others, half_norms - dots, jnp.inf), -1)
     found = jnp.linalg.norm(rows - table[nearest], axis=-1)

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from vqrae_jax.ops import images as image_ops
 
-HIGHEST = jax.lax.Precision.HIGHEST
 Scalar = Float[Array, '']
 Logits = Float[Array, '...']
 LeCamState = dict[str, Scalar]
@@ -131,7 +130,7 @@ def head_gradient(
   g = image_ops.patchify(g, patch)
   g = g.reshape(g.shape[0], g.shape[1] * g.shape[2], g.shape[3])
   x = features[:, prefix:].astype(jnp.float32)
-  return jnp.einsum('bne,bnp->ep', x, g, precision=HIGHEST)
+  return jnp.einsum('bne,bnp->ep', x, g, precision='highest')
 
 
 def adaptive_weight(

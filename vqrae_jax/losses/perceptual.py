@@ -24,7 +24,6 @@ from vqrae_jax.ops import images as image_ops
 from vqrae_jax.specs import IMAGENET_NORM, RunOptions
 from vqrae_jax.types import LossInputs, Tree
 
-HIGHEST = jax.lax.Precision.HIGHEST
 # LPIPS's normalization of images in [-1, 1] before VGG16.
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _SIDE = 224
@@ -81,7 +80,9 @@ def lpips_distances(x: LossInputs) -> Float[Array, 'b']:
   total = jnp.zeros(len(targets), jnp.float32)
   for n, (a, b) in enumerate(zip(recon, target, strict=True), 1):
     head = jnp.asarray(weights['heads'][f'tap{n}'], jnp.float32)
-    distance = jnp.einsum('bhwc,c->bhw', (a - b) ** 2, head, precision=HIGHEST)
+    distance = jnp.einsum(
+      'bhwc,c->bhw', (a - b) ** 2, head, precision='highest'
+    )
     total += distance.mean((1, 2))
   return total
 

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from vqrae_jax.ops import trees
 
-HIGHEST = jax.lax.Precision.HIGHEST
 EPS = 1e-12  # torch's, the least that both norms divide by
 
 
@@ -32,14 +31,14 @@ def _matrix(kernel: Array) -> Array:
 def _iterate(kernel: Array, u: Array) -> tuple[Array, Array]:
   """One power iteration: u f32[o] -> (u, v f32[k*c])."""
   w = _matrix(kernel)
-  v = _unit(jnp.einsum('io,o->i', w, u, precision=HIGHEST))
-  return _unit(jnp.einsum('io,i->o', w, v, precision=HIGHEST)), v
+  v = _unit(jnp.einsum('io,o->i', w, u, precision='highest'))
+  return _unit(jnp.einsum('io,i->o', w, v, precision='highest')), v
 
 
 def sigma(kernel: Array, u: Array, v: Array) -> Float[Array, '']:
   """v'Wu, differentiable in the kernel alone."""
   u, v = jax.lax.stop_gradient((u, v))
-  return jnp.einsum('i,io,o->', v, _matrix(kernel), u, precision=HIGHEST)
+  return jnp.einsum('i,io,o->', v, _matrix(kernel), u, precision='highest')
 
 
 def advance(params: Any, spectral: Any) -> Any:

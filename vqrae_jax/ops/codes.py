@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-HIGHEST = jax.lax.Precision.HIGHEST
 BATCH_AXES = ('data', 'fsdp')  # mesh axes that shard a batch of tokens
 SCORES_PER_CHUNK = 2**24  # f32 scores at once on a device: 64 MiB
 
@@ -221,7 +220,7 @@ def code_entropies(
   squares = jnp.sum(codes * codes, axis=-1)
 
   def scores(tokens):
-    dots = jnp.einsum('nc,kc->nk', tokens - center, codes, precision=HIGHEST)
+    dots = jnp.einsum('nc,kc->nk', tokens - center, codes, precision='highest')
     return (2 * dots - squares) / temperature
 
   flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
@@ -233,7 +232,7 @@ def orthogonality(codes: Float[Array, 'k c']) -> Float[Array, '']:
   (arXiv 2112.00384, eq. 2)."""
   rows, k = unit(codes), codes.shape[0]
   # Of the same norm as C C^T, and c x c instead of k x k.
-  gram = jnp.einsum('kc,kd->cd', rows, rows, precision=HIGHEST)
+  gram = jnp.einsum('kc,kd->cd', rows, rows, precision='highest')
   return jnp.sum(gram * gram) / k**2 - 1 / k
 
 

@@ -26,7 +26,6 @@ from jaxtyping import Array, Float
 
 from vqrae_jax.errors import UserError, choose
 
-HIGHEST = jax.lax.Precision.HIGHEST
 LOW, HIGH = -0.01, 1.01  # [0, 1] with a margin for rounding
 
 
@@ -179,7 +178,7 @@ def resize(
     old, new = x.shape[axis], size[axis + 3]
     if old != new:
       weights = resize_matrix(old, new, method, antialias).astype(np.float32)
-      x = jnp.einsum(products, x, weights, precision=HIGHEST)
+      x = jnp.einsum(products, x, weights, precision='highest')
   return x
 
 
@@ -268,7 +267,7 @@ def resize_exact(
   for old, new, products in order:
     if old != new:
       digits = _digits(old, new, method)
-      x = _round(jnp.einsum(products, x, digits, precision=HIGHEST))
+      x = _round(jnp.einsum(products, x, digits, precision='highest'))
   return x / 255.0
 
 

@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vqrae_jax.ops import codes as code_ops
-from vqrae_jax.ops.codes import HIGHEST
 
 # As on a TPU: six products of bf16 parts, with the error of f32 products; on a
 # GPU faster for wide codes (`on_cuda`).
@@ -287,7 +286,7 @@ def _chunks(searcher, margins, z, scale, center, codes) -> Found:
 def direct(
   codes: Codes,
   *,
-  precision: jax.lax.PrecisionLike = HIGHEST,
+  precision: jax.lax.PrecisionLike = 'highest',
   margins: bool = False,
 ) -> Callable[[Array], Found]:
   """A search for tokens f32[n c] that computes every score in f32."""
@@ -372,7 +371,7 @@ def _rounded(x: Array) -> Array:
 def shortlist(
   codes: Codes,
   *,
-  precision: jax.lax.PrecisionLike = HIGHEST,
+  precision: jax.lax.PrecisionLike = 'highest',
   groups: Callable = grouped,
 ) -> Callable[[Array], Found]:
   """A search for tokens f32[n c] by scores in bf16; codes that may be nearest
@@ -434,7 +433,7 @@ def on_cuda(codes: Codes, margins: bool) -> Callable:
   as fast; narrow ones would take up to four times as long
   (docs/quantizers.md)."""
   wide = codes.rows.shape[1] >= 512
-  precision = SIX_BF16 if wide else HIGHEST
+  precision = SIX_BF16 if wide else 'highest'
   return direct(codes, precision=precision, margins=margins)
 
 

@@ -24,7 +24,6 @@ from jaxtyping import Array
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
 from vqrae_jax.ops import trees
-from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.specs import PostQuantSpec, at_least, one_of
 from vqrae_jax.types import QuantizerOutput
@@ -145,11 +144,11 @@ class Quantizer(nn.Module):
     """[... d] -> [... c]."""
     if self.projection == 'mlp':
       return MLP(self.code_width)
-    return nn.Dense(self.code_width, precision=HIGHEST)
+    return nn.Dense(self.code_width, precision='highest')
 
   def make_project_out(self) -> nn.Module:
     """[... c] -> [... d]."""
-    return nn.Dense(self.latent_dim, dtype=self.dtype, precision=HIGHEST)
+    return nn.Dense(self.latent_dim, dtype=self.dtype, precision='highest')
 
   def from_code_space(self, z: Array) -> Array:
     """The inverse projection, [... c] -> [... d]."""
@@ -261,7 +260,7 @@ class Quantizer(nn.Module):
         c if self.post_quant.space == 'code' else d,
         (kernel, kernel),
         dtype=self.dtype,
-        precision=HIGHEST,
+        precision='highest',
       )
     self.setup_codes()
 
@@ -398,9 +397,9 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = nn.Dense(x.shape[-1], precision=HIGHEST, name='dense0')(x)
+    x = nn.Dense(x.shape[-1], precision='highest', name='dense0')(x)
     x = jax.nn.gelu(x, approximate=False)
-    return nn.Dense(self.features, precision=HIGHEST, name='dense1')(x)
+    return nn.Dense(self.features, precision='highest', name='dense1')(x)
 
 
 def check_quantizer(quantizer: Quantizer, where: str) -> None:

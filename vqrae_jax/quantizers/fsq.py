@@ -43,7 +43,6 @@ from jaxtyping import Array
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
-from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.quantizers import base
 from vqrae_jax.specs import at_least
 
@@ -69,7 +68,7 @@ class MLPProjection(nn.Module):
     x = _norm('float32', 'norm')(x)
     for i, width in enumerate((MLP_WIDTH, MLP_WIDTH, self.features)):
       x = jax.nn.gelu(x, approximate=False) if i else x
-      x = nn.Dense(width, precision=HIGHEST, name=f'dense{i}')(x)
+      x = nn.Dense(width, precision='highest', name=f'dense{i}')(x)
     gain = nn.initializers.constant(3.0)
     return jnp.tanh(x) * self.param('gain', gain, (self.features,))
 
@@ -84,7 +83,7 @@ class FourierOut(nn.Module):
   @nn.compact
   def __call__(self, x: Array, frequencies: Array) -> Array:
     turns = jnp.matmul(
-      2 * math.pi * x.astype(jnp.float32), frequencies, precision=HIGHEST
+      2 * math.pi * x.astype(jnp.float32), frequencies, precision='highest'
     )
     x = jnp.concatenate([jnp.sin(turns), jnp.cos(turns)], -1)
     x = x.astype(self.dtype)
@@ -93,7 +92,7 @@ class FourierOut(nn.Module):
         x = _norm(self.dtype, f'norm{i - 1}')(x)
         x = jax.nn.gelu(x, approximate=False)
       x = nn.Dense(
-        self.features, dtype=self.dtype, precision=HIGHEST, name=f'dense{i}'
+        self.features, dtype=self.dtype, precision='highest', name=f'dense{i}'
       )(x)
     return x
 
@@ -219,7 +218,7 @@ class FSQ(base.Quantizer):
         START_RMS**2 / square, 'fan_in', 'truncated_normal'
       )
       return nn.Dense(
-        self.latent_dim, dtype=self.dtype, precision=HIGHEST, kernel_init=init
+        self.latent_dim, dtype=self.dtype, precision='highest', kernel_init=init
       )
     return super().make_project_out()
 

@@ -18,7 +18,6 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from vqrae_jax.ops import codes as code_ops
-from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.quantizers import base
 
 
@@ -64,7 +63,7 @@ class Gumbel(base.TableQuantizer):
 
   def _logits(self, tokens):
     """f32[n c] -> f32[n k]."""
-    return jnp.matmul(tokens, self.kernel, precision=HIGHEST) + self.bias
+    return jnp.matmul(tokens, self.kernel, precision='highest') + self.bias
 
   def _assign(self, z, train, random):
     shape, c = z.shape[:-1], z.shape[-1]
@@ -91,7 +90,7 @@ class Gumbel(base.TableQuantizer):
         key = jax.random.wrap_key_data(rest[0], impl=jax.random.key_impl(keys))
         logits = logits + jax.vmap(draw)(key)
       soft = jax.nn.softmax(logits / temperature)
-      soft = jnp.matmul(soft, table, precision=HIGHEST)
+      soft = jnp.matmul(soft, table, precision='highest')
       return soft, jnp.argmax(logits, -1).astype(jnp.int32)
 
     drawn = () if keys is None else (jax.random.key_data(keys),)

@@ -22,7 +22,6 @@ from jaxtyping import Array
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import images as image_ops
-from vqrae_jax.ops.codes import HIGHEST
 from vqrae_jax.quantizers import base, nested
 
 
@@ -111,7 +110,7 @@ class MultiScale(nested.Nested):
   def setup_codes(self):
     super().setup_codes()
     self.phi = [
-      nn.Conv(self.code_width, (3, 3), precision=HIGHEST)
+      nn.Conv(self.code_width, (3, 3), precision='highest')
       for _ in range(self.phis)
     ]
     if self.is_initializing():

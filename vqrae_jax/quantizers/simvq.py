@@ -25,7 +25,7 @@ from flax import linen as nn
 
 from vqrae_jax.errors import UserError
 from vqrae_jax.ops import codes as code_ops
-from vqrae_jax.ops.codes import HIGHEST, unit_rms
+from vqrae_jax.ops.codes import unit_rms
 from vqrae_jax.ops.nearest import nearest_code
 from vqrae_jax.quantizers import base
 
@@ -86,7 +86,7 @@ class SimVQ(base.Nearest):
     self.kernel = self.param('kernel', init, (c, c))
     self.bias = self.param('bias', nn.initializers.zeros, (c,))
     if self.token_map:
-      self.map_tokens = nn.Dense(c, precision=HIGHEST)
+      self.map_tokens = nn.Dense(c, precision='highest')
     if self.is_initializing():
       self.table('basis', self.basis_std, (self.num_codes, c))
 
@@ -111,7 +111,7 @@ class SimVQ(base.Nearest):
 
   def _rows(self, basis):
     """The codes of rows of the basis, f32[... c]."""
-    rows = jnp.matmul(basis, self.kernel, precision=HIGHEST) + self.bias
+    rows = jnp.matmul(basis, self.kernel, precision='highest') + self.bias
     return self._scaled(rows) if self.distance == 'cosine' else rows
 
   def _lookup(self, indices):
