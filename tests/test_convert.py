@@ -27,6 +27,7 @@ from vqrae_jax.models.tokenizer import build_tokenizer
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import vqrae_torch
 from vqrae_jax.specs import EncoderSpec, build_spec, merge_sections
+from vqrae_jax.weights.files import WeightFile
 
 torch = pytest.importorskip('torch')
 safetensors_torch = pytest.importorskip('safetensors.torch')
@@ -370,6 +371,12 @@ def test_what_else_the_project_does_not_have(changes, key):
   vqrae_torch.check_counterpart(build_tokenizer(model))
   tokenizer = build_tokenizer(merge_sections(model, changes))
   assert key in error_of(vqrae_torch.to_torch, tokenizer, {})
+
+
+def test_a_file_of_two_models_is_refused():
+  keys = 'encoder.x', 'module.encoder.x', 'decoder.x'
+  file = WeightFile('a.pt', dict.fromkeys(keys, np.zeros(1)))
+  assert 'encoder.x more than once' in error_of(vqrae_torch.split, file)
 
 
 def test_every_row_of_the_table_has_a_family():

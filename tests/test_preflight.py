@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -138,6 +139,14 @@ def test_the_accumulation_that_fits_is_found(tmp_path, monkeypatch, capsys):
     (dict(batch_size=12), ['--mesh=8'], 'batch_size=12'),
     (dict(losses=dict(l3=1.0)), ['--mesh=8'], 'l3'),
     (dict(data=dict(source='nowhere', image_size=16)), [], 'data.examples'),
+    (
+      dict(
+        data=dict(source='bundled:photos', image_size=16),
+        eval=dict(source='nowhere'),
+      ),
+      [],
+      r'"nowhere".*--config.eval.source, .include, .exclude\)$',
+    ),
     ({}, ['--mesh=8', '--topology=v5e:2x2'], '--topology'),
     ({}, ['--mesh=9000'], '--mesh=9000'),
     ({}, ['--topology=h900:8'], 'h900:8 must be as v5e:8x8'),
@@ -177,6 +186,21 @@ def test_data_may_be_elsewhere():
   config = tiny.run(data=data, model=tiny.model(depth=1), duration='1 epochs')
   found = preflight.preflight(config, jax.devices()[:1])['data']
   assert '64 images' in found and 'nowhere' in found
+
+
+def test_a_gpus_share_of_memory(monkeypatch):
+  name, kind = 'XLA_CLIENT_MEM_FRACTION', preflight.GPUS['h100'][0]
+  gpu = types.SimpleNamespace(
+    platform='gpu', device_kind=kind, memory_stats=lambda: None
+  )
+  monkeypatch.setenv(name, '.5')
+  half = preflight.memory_limit(gpu)
+  monkeypatch.delenv(name)
+  assert half == pytest.approx(preflight.memory_limit(gpu) / 1.5)
+  for word in ('half', 'nan', 'inf', '-1'):
+    monkeypatch.setenv(name, word)
+    with pytest.raises(UserError, match=f'{name}={word}'):
+      preflight.memory_limit(gpu)
 
 
 @pytest.mark.slow

@@ -256,6 +256,22 @@ def test_ten_views_of_an_image():
     np.testing.assert_allclose(y.mean(), (top + bottom) / 2 - 0.5, atol=0.6)
 
 
+def test_a_resized_view_may_be_no_square():
+  """`side` is what the image's shorter side becomes; five crops alone need the
+  image to cover their frame."""
+  image = Image.fromarray(np.zeros((400, 400, 3), np.uint8))
+
+  class Source(list):
+    picture = list.__getitem__
+
+  for crops, height in ((1, 64 * 4 / 3), (5, 64 * 400 / 450)):
+    layout = Layout(64, (4, 6), (64, 96), crops=crops)
+    views = tokenize.Views(Source([image]), layout, 300)
+    assert views[0].shape == (crops, 64, 96, 3)
+    top, _, bottom, _ = views.boxes[0][-1]
+    np.testing.assert_allclose(bottom - top, height, atol=0.01)
+
+
 def test_views_are_rows_of_their_own(tmp_path, expected):
   """The centre of one crop, and its mirror image."""
   out = run(tmp_path, '--flip --format=llamagen --shard_images=7')

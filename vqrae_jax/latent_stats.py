@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from vqrae_jax import cli
+from vqrae_jax import cli, hosts
 from vqrae_jax.data import pipeline
 from vqrae_jax.errors import UserError
 from vqrae_jax.files import atomic_write
@@ -116,7 +116,8 @@ def main(argv: list[str]) -> None:
   cli.required(values, 'config', 'out')
   out = cli.new_file(values.out, '.npz')
   cli.join_hosts(values)
-  measure(values, out)
+  with hosts.loss_reported():
+    measure(values, out)
 
 
 def define(values: flags.FlagValues) -> None:
@@ -224,7 +225,8 @@ def measure(values: flags.FlagValues, out: pathlib.Path) -> None:
     return pipeline.centre_crop(image, section.size, min(section.size))[None]
 
   def check(skipped, seen):
-    if skipped > section.max_skipped * seen or skipped == seen:
+    most = round(section.max_skipped * seen, 6)  # .29 of 100 is 29
+    if skipped > most or skipped == seen:
       raise UserError(
         f'{skipped} of {seen} images cannot be read; data.max_skipped allows a '
         f'share of {section.max_skipped:g}, and never all of them'

@@ -235,8 +235,7 @@ def _data(run: config_lib.RunConfig) -> tuple[int, str]:
   """(images of an epoch, a line on the source)."""
   source, examples = run.data.source, run.data.examples
   try:
-    found = len(setup_lib.open_data(run)[0])
-    return found, f'{found} images at {source}'
+    found = setup_lib.open_images(run, 'data')
   except UserError as e:
     if source == config_lib.PLACEHOLDERS['data.source'][0] and not examples:
       return STAND_IN, f'not named yet; {STAND_IN} images stand in for it'
@@ -246,6 +245,8 @@ def _data(run: config_lib.RunConfig) -> tuple[int, str]:
         'images in an epoch'
       ) from None
     return examples, f'{examples:.0f} images; not found here: {e}'
+  setup_lib.open_held_out(run, found)
+  return len(found), f'{len(found)} images at {source}'
 
 
 def _devices(mesh: jax.sharding.Mesh) -> str:
@@ -454,7 +455,16 @@ def memory_limit(device: Any) -> int | None:
     return stats['bytes_limit']
   known = HBM
   if device.platform == 'gpu':
-    share = float(next(filter(None, map(os.environ.get, SHARES)), 0.75))
+    name = next(filter(os.environ.get, SHARES), None)
+    try:
+      share = float(os.environ[name]) if name else 0.75
+    except ValueError:
+      share = 0.0
+    if not 0 < share < math.inf:
+      raise UserError(
+        f"${name}={os.environ[name]} must be a share of a device's memory, "
+        'as 0.75'
+      )
     known = {kind: size * share for kind, size, *_ in GPUS.values()}
   size = known.get(device.device_kind)
   return size and int(size * GIB)

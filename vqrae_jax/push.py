@@ -204,8 +204,9 @@ def _name(source: str | None) -> str:
 
 def _training(config: config_lib.RunConfig, figures: dict[str, Any]) -> str:
   data, model = config.data, dict(config.model)
+  sizes = ' or '.join(f'{h}x{w}' for h, w in data.sizes)
   lines = [
-    f'- data: {_name(data.source)}, {data.image_size} px, crop={data.crop}, '
+    f'- data: {_name(data.source)}, {sizes} px, crop={data.crop}, '
     f'flip={data.flip}',
     f'- {figures.get("steps")} steps of {config.batch_size} images '
     f'(duration={config.duration}, seed={config.seed}, '

@@ -42,6 +42,15 @@ def test_size_rule_with_unlike_patches(h, w):
   np.testing.assert_allclose(latents, out.latents, atol=1e-5)
 
 
+def test_the_native_size_is_one_that_the_quantizer_takes():
+  """Also where the decoder's positions are of another grid."""
+  model = tiny.model('multiscale')
+  model['quantizer'] = model['quantizer'] | dict(scales=(1, 2))
+  tokenizer = build_tokenizer(model)
+  assert tokenizer.decoder_spec.vit.grid == (4, 4)
+  assert tokenizer.index_shape(*tokenizer.native_size) == (5,)
+
+
 def test_rope2d_on_both_sides_takes_any_grid():
   """No leaf is of positions, yet moving an image's patches moves more than
   their latents."""

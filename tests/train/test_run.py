@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 import types
 
@@ -19,13 +21,15 @@ import vqrae_jax
 from tests import runs, tiny
 from tests.train import pieces
 from vqrae_jax import push, sharding
-from vqrae_jax.errors import UserError
+from vqrae_jax.data.decode import EncodedImages
+from vqrae_jax.errors import Stopped, UserError
 from vqrae_jax.export import __main__ as export_main
 from vqrae_jax.files import to_path
 from vqrae_jax.losses import adversarial
 from vqrae_jax.train import export as run_export
 from vqrae_jax.train import gan, loop, reporting
 from vqrae_jax.train import setup as setup_lib
+from vqrae_jax.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -448,6 +452,21 @@ def test_a_model_card_has_what_the_run_left(ran, images):
     push.read_run(workdir, 64 * '0')
 
 
+def test_decoders_keep_enough_for_every_size(config, monkeypatch):
+  """The longest side, not that of the largest area."""
+  sides, plain = [], EncodedImages.decoded_by
+
+  def decoded_by(source, decoder, side):
+    sides.append(side)
+    return plain(source, decoder, side)
+
+  monkeypatch.setattr(EncodedImages, 'decoded_by', decoded_by)
+  sizes = ((32, 32), (8, 64))
+  data = dict(source=config()['data']['source'], image_size=sizes)
+  runs.setup(config(data=data | dict(crop='squash'), eval=None))
+  assert sides == [2 * 64]
+
+
 @pytest.fixture
 def train_broken(run_config, tmp_path, monkeypatch):
   """(numbers, **keys) -> None: trains six steps, with a NaN in the images of
@@ -469,11 +488,16 @@ def train_broken(run_config, tmp_path, monkeypatch):
 
 
 def test_nonfinite_steps_are_skipped_and_logged(train_broken, tmp_path, caplog):
-  train_broken((3, 4))
+  rates = ('encoder/.*', None), ('.*', dict(lr=1e-3, warmup=4))
+  train_broken((3, 4), schedules=rates)
   assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
   found = runs.rows(tmp_path)
   assert [r['nonfinite'] for r in found] == [0, 0, 1, 2, 2, 2]
   assert found[2]['loss/l2'] is None and found[4]['loss/l2'] is not None
+  # What each step asked for and added: skipped ones count for no schedule.
+  rates = [r['lr/decoder'] for r in found]
+  np.testing.assert_allclose(rates, np.array([1, 2, 3, 3, 3, 4]) * 2.5e-4)
+  assert [r['update_norm'] > 0 for r in found] == [1, 1, 0, 0, 1, 1]
   one, two = [s for s in caplog.messages if 'max_nonfinite' in s]
   assert 'step 3' in one and '1 in a row' in one
   assert 'step 4' in two and '2 in a row' in two
@@ -493,6 +517,28 @@ def test_too_many_nonfinite_steps_stop_the_run(
   with pytest.raises(loop.NonFinite, match=words):
     train_broken(numbers, max_nonfinite=most)
   assert not (tmp_path / 'tokenizer').exists()
+
+
+def test_a_signal_while_the_last_state_is_written(
+  run_config, tmp_path, monkeypatch
+):
+  """Nothing is lost, and it says so."""
+  finish = Checkpoints._finish
+
+  def signalled(self, folder):
+    os.kill(os.getpid(), signal.SIGTERM)
+    finish(self, folder)
+
+  config = run_config(checkpoint=dict(every=2, keep=1))
+  before = signal.signal(signal.SIGTERM, lambda *_: None)
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, '_finish', signalled)
+    with pytest.raises(Stopped, match='SIGTERM after step 2, which is saved'):
+      loop.train(config, tmp_path)
+  signal.signal(signal.SIGTERM, before)
+  assert Checkpoints(tmp_path / 'checkpoints').steps() == [2]
+  assert loop.train(config, tmp_path)['steps'] == 2
+  assert (tmp_path / 'tokenizer').is_dir()
 
 
 def test_what_a_gan_run_logs(simvq_config, tmp_path, log, monkeypatch):

@@ -377,13 +377,19 @@ def split(source: WeightFile) -> dict[str, WeightFile]:
   """The file's arrays by the part of the tokenizer that they belong to.
 
   Raises:
-    UserError: the file has no encoder or no decoder.
+    UserError: the file has no encoder or no decoder, or a key twice.
   """
   parts: dict[str, dict] = {p: {} for p in _OURS}
   for key in source:
     plain = re.sub(_WRAPPERS, '', key)
     part = plain.split('.', 1)[0]
-    parts[part if part in _OURS else 'quantizer'][plain] = source[key]
+    found = parts[part if part in _OURS else 'quantizer']
+    if plain in found:
+      raise UserError(
+        f'{source.name} holds {plain} more than once, under several prefixes; '
+        'save the weights of one model'
+      )
+    found[plain] = source[key]
   for part in ('encoder', 'decoder'):
     if not parts[part]:
       raise UserError(

@@ -332,7 +332,12 @@ def run(
       if stopped_by:
         loop.stop(stopped_by)
     loop.settle()
-  return state, loop.figures()
+    figures = loop.figures()
+    # A signal meanwhile finds the last state on disk too.
+    checkpoints.wait()
+    if stopped_by := stop(total):
+      loop.stop(stopped_by)
+  return state, figures
 
 
 class _Loop:
@@ -402,7 +407,10 @@ class _Loop:
         logging.warning('step %d: %s', number, warning)
       wait, self.waited = self.waited, 0.0
       row = active_metrics(number, metrics, setup.hparams)
-      row |= setup.rates_at(number - 1, self.position.nonfinite)
+      skipped = int(metrics['nonfinite'])
+      row |= setup.rates_at(number - 1, self.position.nonfinite - skipped)
+      if skipped:  # the state's last update is that of a step before
+        row |= {n: 0.0 for n in row if n.endswith('update_norm')}
       row['nonfinite'] = self.position.nonfinite
       row['skipped'] = self.position.skipped
       self.report.row(number, row | evaluated, wait)

@@ -208,12 +208,14 @@ def setup(
   """
   config_lib.check_placeholders(config)
   tokenizer = _build_model(config)
-  source, held_out = open_data(config)
+  source = open_images(config, 'data')
+  held_out = open_held_out(config, source)
   planned = _plan(config, tokenizer, len(source), mesh)
   data = config.data
   augment = Augment(data.size, data.resize, data.crop, data.flip)
+  ample = max(dataclasses.replace(augment, size=s).ample for s in data.sizes)
   batches = TrainBatches(
-    source.decoded_by(data.decoder, augment.ample),
+    source.decoded_by(data.decoder, ample),
     augment,
     sizes=data.sizes,
     batch_size=config.batch_size,
@@ -280,30 +282,32 @@ def _plan(
   return Plan(config, step, hparams, shapes, total, mesh)
 
 
-def open_data(
-  config: config_lib.RunConfig,
-) -> tuple[EncodedImages, EncodedImages | None]:
-  """(training images, held-out images or None), looked at before training."""
+def open_images(config: config_lib.RunConfig, section: str) -> EncodedImages:
+  """The images of "data" or "eval"."""
+  spec = getattr(config, section)
+  try:
+    return open_source(spec.source, spec.include, spec.exclude)
+  except UserError as e:
+    keys = f'--config.{section}.source, .include, .exclude'
+    raise UserError(f'{e} ({keys})') from None
 
-  def opened(section, spec):
-    try:
-      return open_source(spec.source, spec.include, spec.exclude)
-    except UserError as e:
-      keys = f'--config.{section}.source, .include, .exclude'
-      raise UserError(f'{e} ({keys})') from None
 
-  source = opened('data', config.data)
+def open_held_out(
+  config: config_lib.RunConfig, source: EncodedImages
+) -> EncodedImages | None:
+  """The held-out images of a run that trains on `source`, looked at before
+  training; None without `eval`."""
   if config.eval is None:
-    return source, None
-  held_out, tile = opened('eval', config.eval), config.eval.tile
-  evaluator.check_tiles(held_out, tile)
+    return None
+  held_out = open_images(config, 'eval')
+  evaluator.check_tiles(held_out, config.eval.tile)
   if shared := held_out.shared_with(source):
     logging.warning(
       '%d of the %d held-out images are trained on too: leave them out with '
       'data.exclude, or choose others with eval.include',
       shared, len(held_out),
     )  # fmt: skip
-  return source, held_out
+  return held_out
 
 
 def plan_step(
