@@ -135,8 +135,8 @@ def test_one_finite_code_has_no_margin():
 def keys_of(quantizer, figures):
   """{key without its value} of all findings."""
   found = doctor.findings(quantizer, [figures])
-  assert all(f.what and f.keys and '\n' not in f.what for f in found)
-  return {key.partition('=')[0] for f in found for key in f.keys}
+  assert all(f['what'] and f['keys'] and '\n' not in f['what'] for f in found)
+  return {key.partition('=')[0] for f in found for key in f['keys']}
 
 
 def built(**section):

@@ -358,7 +358,7 @@ def _convert_autoencoder_rae(folder: pathlib.Path, out: pathlib.Path) -> None:
     print(f'noise_tau={noise}: continue with --config.noise_tau={noise}')
   report_roundtrip(fits)
   print('parity with diffusers: not measured')
-  variables = trees.unflatten(autoencoder_rae.load(fits) | leaves)
+  variables = trees.unflatten(vqrae_torch.load(fits) | leaves)
   fingerprint = export.save_tokenizer(tokenizer, variables, out)
   print(f'wrote {out}, fingerprint {fingerprint[:12]}…')
 

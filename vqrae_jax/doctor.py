@@ -10,7 +10,6 @@ Images are cut into tiles of the size that the tokenizer was made for; smaller
 images are enlarged to that size.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -191,9 +190,7 @@ def examine(
     batch_size=batch_size,
     stages=found,
     together=[f for _, f in together],
-    findings=[
-      dataclasses.asdict(f) for f in findings(tokenizer.quantizer, judged)
-    ],
+    findings=findings(tokenizer.quantizer, judged),
   )
   shown = [s for s, _ in together] or stages
   title = (
@@ -210,21 +207,6 @@ def examine(
 
 # ----------------------------------------------------------------------------
 # Findings.
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-  """What is wrong, and the config keys that cure it.
-
-  Attributes:
-    stage: of several codes a token; "" if it has one.
-    what: one sentence.
-    keys: each as a config has it, with the value that helps.
-  """
-
-  stage: str
-  what: str
-  keys: tuple[str, ...]
 
 
 class _Keys:
@@ -300,11 +282,13 @@ class _Keys:
     return found or ['model.latents.norm="channel"']
 
 
-def findings(quantizer: Any, stages: list[dict]) -> list[Finding]:
-  """What is wrong with a quantizer, by the figures of its tables."""
+def findings(quantizer: Any, stages: list[dict]) -> list[dict[str, Any]]:
+  """What is wrong with a quantizer, by the figures of its tables: "stage", ""
+  if it has one; "what", one sentence; "keys" of the config that cure it, each
+  with the value that helps."""
   keys = _Keys(quantizer)
   return [
-    Finding(f['name'] if len(stages) > 1 else '', what, tuple(cures))
+    dict(stage=f['name'] * (len(stages) > 1), what=what, keys=cures)
     for f in stages
     for what, cures in _of_stage(keys, f)
   ]

@@ -120,7 +120,7 @@ def hold(model, folder, x, steps, values=1e-5, slopes=1e-5):
     reference.train(training)
     want, (gradients, dx) = torch_gradients(reference, x, seed)
     if training:
-      vectors = advance(params, vectors)
+      vectors = trees.unflatten(advance(*map(trees.flatten, (params, vectors))))
     for name, leaf in reference.leaves()[1].items():
       assert error(trees.flatten(vectors)[name], leaf) < 1e-5, name
     rest = {'backbone': backbone, 'spectral': vectors}

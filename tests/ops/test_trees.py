@@ -1,4 +1,4 @@
-"""Leaf names, first matches, partitions, and reports of misfits."""
+"""Leaf names, first matches, and reports of misfits."""
 
 import jax.numpy as jnp
 import pytest
@@ -15,10 +15,10 @@ def test_names_round_trip():
   assert trees.unflatten(flat)['a']['c'] is TREE['a']['c']
 
 
-def test_partition_and_merge():
-  kept, left = trees.partition(TREE, lambda n: n.startswith('a'))
-  assert set(kept) == {'a/b', 'a/c'} and set(left) == {'d'}
-  assert set(trees.merge(kept, left)) == {'a', 'd'}
+def test_merge_nests_flat_parts():
+  rest = trees.flatten(TREE)
+  kept = {name: rest.pop(name) for name in ('a/b', 'a/c')}
+  assert set(trees.merge(kept, rest)) == {'a', 'd'}
 
 
 def test_the_first_row_that_matches_whole_claims():

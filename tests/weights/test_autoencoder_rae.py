@@ -14,7 +14,7 @@ from tests.weights.files import equal, error_of
 from vqrae_jax import convert, encoders, export
 from vqrae_jax.models.tokenizer import build_tokenizer, variable_shapes
 from vqrae_jax.ops import trees
-from vqrae_jax.pretrained import autoencoder_rae
+from vqrae_jax.pretrained import autoencoder_rae, vqrae_torch
 from vqrae_jax.specs import merge_sections
 from vqrae_jax.weights import files
 
@@ -193,7 +193,7 @@ def opened(kind='dinov2', state=None, **changes):
   found, fits, statistics = autoencoder_rae.read(
     config | changes, 'config.json', source
   )
-  return found, autoencoder_rae.load(fits) | statistics
+  return found, vqrae_torch.load(fits) | statistics
 
 
 ATTENTION = {

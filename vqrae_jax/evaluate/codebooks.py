@@ -109,7 +109,6 @@ class Stage:
       and "margin".
     sample: f32[at most SAMPLE, c] of the tokens, uniformly.
     moved: {what changed: [tokens whose index moved, tokens]}.
-    searches: how many are merged in it.
   """
 
   name: str
@@ -117,7 +116,6 @@ class Stage:
   rows: dict[str, list[np.ndarray]]
   sample: np.ndarray
   moved: dict[str, np.ndarray]
-  searches: int = 1
 
   def column(self, name: str) -> np.ndarray | None:
     """One of `rows`, for all tokens."""
@@ -132,7 +130,7 @@ def merged(stages: list[Stage]) -> Stage:
   sample = sample[rng.permutation(len(sample))[:SAMPLE]]
   rows = {n: [x for s in stages for x in s.rows[n]] for n in first.rows}
   moved = {n: sum(s.moved[n] for s in stages) for n in first.moved}
-  return Stage('all', first.table, rows, sample, moved, len(stages))
+  return Stage('all', first.table, rows, sample, moved)
 
 
 def gather(

@@ -81,13 +81,8 @@ def main(argv: list[str]) -> None:
   else:
     from vqrae_jax.train import initialize
 
-    workdir = initialize.reachable(values.run, '--run')
-    if not (workdir / 'checkpoints').is_dir():
-      raise UserError(
-        f"--run={values.run} has no checkpoints; name a run's workdir"
-      )
     tokenizer, weights = initialize.of_run(
-      workdir, key='--run', trusted=values.trusted
+      values.run, key='--run', trusted=values.trusted
     )
     print(weights.summary)
     tokenizer = tokenizer.with_run_options(**options)

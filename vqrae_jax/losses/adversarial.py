@@ -133,17 +133,11 @@ def head_gradient(
   return jnp.einsum('bne,bnp->ep', x, g, precision='highest')
 
 
-def adaptive_weight(
-  norm_rec: Scalar,
-  norm_gan: Scalar,
-  eps: float = 1e-6,
-  low: float = 0.0,
-  high: float = MAX_WEIGHT,
-) -> Scalar:
-  """clip(norm_rec / (norm_gan + eps), low, high) (arXiv 2012.09841).
+def adaptive_weight(norm_rec: Scalar, norm_gan: Scalar) -> Scalar:
+  """clip(norm_rec / (norm_gan + 1e-6), 0, MAX_WEIGHT) (arXiv 2012.09841).
 
   Args:
     norm_rec, norm_gan: norms over the global batch of `head_gradient` for the
       weighted reconstruction losses and for the adversarial loss.
   """
-  return jnp.clip(norm_rec / (norm_gan + eps), low, high)
+  return jnp.clip(norm_rec / (norm_gan + 1e-6), 0.0, MAX_WEIGHT)

@@ -78,7 +78,7 @@ class Encoder(nn.Module):
     if spec.layers is None:
       x = vit.Transformer(s, name='transformer')(x, rotation)
       return output(x, spec.output_norm)
-    blocks = vit.IntermediateLayers(s, spec.layers, name='transformer')
+    blocks = vit.Transformer(s, spec.layers, name='transformer')
     outputs = map(output, blocks(x, rotation), spec.norms)
     return jnp.stack([*outputs], axis=3)
 

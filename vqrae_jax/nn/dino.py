@@ -57,7 +57,7 @@ class Backbone(nn.Module):
     x = image_ops.normalize(x, IMAGENET_NORM.mean, IMAGENET_NORM.std)
     x = image_ops.patchify(x.astype(s.dtype), s.patch_size)
     x = vit.PatchEmbed(s, name='embed')(x)
-    x = vit.IntermediateLayers(s, self.taps, name='transformer')(x)
+    x = vit.Transformer(s, self.taps, name='transformer')(x)
     return x[:, :, s.num_prefix_tokens :]
 
 

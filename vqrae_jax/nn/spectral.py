@@ -6,14 +6,12 @@ discriminator's gradient. Gradients go through W, not through the vectors.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
-
-from vqrae_jax.ops import trees
 
 EPS = 1e-12  # torch's, the least that both norms divide by
 
@@ -41,25 +39,16 @@ def sigma(kernel: Array, u: Array, v: Array) -> Float[Array, '']:
   return jnp.einsum('i,io,o->', v, _matrix(kernel), u, precision='highest')
 
 
-def advance(params: Any, spectral: Any) -> Any:
-  """One power iteration for every kernel that has vectors in `spectral`.
-
-  Args:
-    params: the discriminator's, nested or {leaf name: leaf}.
-    spectral: its collection "spectral", nested or flat too; {} stays {}.
-
-  Returns:
-    The next `spectral`, in the same form.
-  """
-  kernels, vectors = trees.flatten(params), trees.flatten(spectral)
+def advance(params: Mapping, spectral: Mapping) -> dict[str, Array]:
+  """One power iteration for every kernel that has vectors in `spectral`, all of
+  them {leaf name: leaf}; {} stays {}."""
   moved = {}
-  for name in vectors:
+  for name in spectral:
     home, _, last = name.rpartition('/')
     if last == 'u':
-      u, v = _iterate(kernels[f'{home}/kernel'], vectors[name])
+      u, v = _iterate(params[f'{home}/kernel'], spectral[name])
       moved |= {name: u, f'{home}/v': v}
-  moved = jax.lax.stop_gradient(moved)
-  return trees.map_named(lambda name, _: moved[name], spectral)
+  return jax.lax.stop_gradient(moved)
 
 
 def uniform(fan_in: int) -> nn.initializers.Initializer:

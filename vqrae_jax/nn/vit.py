@@ -152,59 +152,41 @@ class Block(nn.Module):
     return x, x if self.emit else None
 
 
-def _stack(s: ViTSpec, initializing: bool, emit: bool = False) -> nn.Module:
-  """The blocks as one module "blocks": (x, rotation) -> (x, outputs), which are
-  f[depth b n d] with `emit`, else None."""
-  # On a GPU a loop copies what it reads and keeps, a quarter of the time of
-  # forward and backward; but only a loop guarantees remat, and it compiles in
-  # seconds.
-  unrolls = target().platform == 'gpu' and not (s.remat or initializing)
-  scan = s.scan and not unrolls
-  block = Block
-  if s.remat:
-    # Outside a loop XLA would merge the recomputation with the first one.
-    block = nn.remat(Block, prevent_cse=not scan, policy=REMAT[s.remat])
-  stack = nn.scan(
-    block,
-    variable_axes={'params': 0},
-    split_rngs={'params': True},
-    in_axes=nn.broadcast,
-    length=s.depth,
-    unroll=1 if scan else s.depth,
-  )
-  return stack(s, emit, name='blocks')
-
-
 class Transformer(nn.Module):
-  """`depth` blocks over tokens [b n d]; parameters stacked under "blocks"."""
+  """`depth` blocks over tokens [b n d]; parameters stacked under "blocks".
 
-  spec: ViTSpec
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b n d'], rotation: posemb.Rotation | None = None
-  ) -> Float[Array, 'b n d']:
-    stack = _stack(self.spec, self.is_initializing())
-    return stack(x.astype(self.spec.dtype), rotation)[0]
-
-
-class IntermediateLayers(nn.Module):
-  """A `Transformer` with the same leaves that returns outputs of its blocks.
-
-  [b n d] -> [t b n d]: the outputs of the blocks `layers`, counted from 0, in
-  that order, repeated or not. The scan keeps the outputs of all blocks.
+  With `layers` [t b n d], the outputs of these blocks, counted from 0, in that
+  order, repeated or not. The scan then keeps the outputs of all blocks.
   """
 
   spec: ViTSpec
-  layers: tuple[int, ...]
+  layers: tuple[int, ...] | None = None
 
   @nn.compact
   def __call__(
     self, x: Float[Array, 'b n d'], rotation: posemb.Rotation | None = None
-  ) -> Float[Array, 't b n d']:
+  ) -> Float[Array, '*t b n d']:
     s = self.spec
-    stack = _stack(s, self.is_initializing(), emit=True)
-    outputs = stack(x.astype(s.dtype), rotation)[1]
+    # On a GPU a loop copies what it reads and keeps, a quarter of the time of
+    # forward and backward; but only a loop guarantees remat, and it compiles in
+    # seconds.
+    unrolls = not (s.remat or self.is_initializing())
+    scan = s.scan and not (unrolls and target().platform == 'gpu')
+    block = Block
+    if s.remat:
+      # Outside a loop XLA would merge the recomputation with the first one.
+      block = nn.remat(Block, prevent_cse=not scan, policy=REMAT[s.remat])
+    stack = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=s.depth,
+      unroll=1 if scan else s.depth,
+    )(s, self.layers is not None, name='blocks')
+    x, outputs = stack(x.astype(s.dtype), rotation)
+    if self.layers is None:
+      return x
     return jnp.stack([outputs[i] for i in self.layers])
 
 

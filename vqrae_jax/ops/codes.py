@@ -74,7 +74,22 @@ def lookup(
   gathered table, and the gradient is a reduce-scatter of the table's rows.
   """
   flat = indices.reshape(math.prod(indices.shape))
-  found = _by_device(functools.partial(_rows, len(codes)), flat, codes)
+  rows = functools.partial(_rows, len(codes))
+  if (split := _split(flat.shape[0], len(codes))) is not None:
+    axes, axis = split
+
+    def local(flat, codes):
+      if axis:
+        codes = jax.lax.all_gather(codes, axis, tiled=True)
+      return _rows(codes.shape[0], flat, codes)
+
+    rows = jax.shard_map(
+      local,
+      in_specs=(PartitionSpec(axes), PartitionSpec(axis)),
+      out_specs=PartitionSpec(axes),
+      check_vma=False,
+    )
+  found = rows(flat, codes)
   return found.reshape(*indices.shape, codes.shape[-1])
 
 
@@ -120,27 +135,6 @@ def _split(n: Any, rows: int) -> tuple[tuple[str, ...], str | None] | None:
   if shards == 1 or not isinstance(n, int) or n % shards:
     return None
   return axes, table_axis(rows)
-
-
-def _by_device(fn: Callable, tokens: Array, codes: Array) -> Array:
-  """fn(tokens [n …], codes [k c]) -> [n …]; under an ambient mesh each device
-  applies it to its own tokens."""
-  split = _split(tokens.shape[0], len(codes))
-  if split is None:
-    return fn(tokens, codes)
-  axes, rows = split
-
-  def local(tokens, codes):
-    if rows:
-      codes = jax.lax.all_gather(codes, rows, tiled=True)
-    return fn(tokens, codes)
-
-  return jax.shard_map(
-    local,
-    in_specs=(PartitionSpec(axes), PartitionSpec(rows)),
-    out_specs=PartitionSpec(axes),
-    check_vma=False,
-  )(tokens, codes)
 
 
 def by_chunk(fn: Callable, size: int, *tokens: Array) -> Any:

@@ -81,16 +81,6 @@ def first_match(
   return claimed
 
 
-def partition(
-  tree: Any, keep: Callable[[str], bool]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """({name: leaf} of those to keep, {name: leaf} of the others)."""
-  kept, others = {}, {}
-  for name, leaf in flatten(tree).items():
-    (kept if keep(name) else others)[name] = leaf
-  return kept, others
-
-
 def merge(*parts: Mapping[str, Any]) -> dict:
   """Nested dicts from disjoint flat parts."""
   return unflatten({n: leaf for part in parts for n, leaf in part.items()})

@@ -370,15 +370,6 @@ def read(
   return tokenizer, fits, statistics
 
 
-def load(fits: Mapping[str, Pretrained]) -> dict[str, np.ndarray]:
-  """{"params/…": array} of all parts."""
-  return {
-    f'params/{part}/{name}': leaf
-    for part, fitted in fits.items()
-    for name, leaf in fitted.load().items()
-  }
-
-
 def _of_part(leaves: Mapping[str, Any], part: str) -> dict[str, Any]:
   prefix = f'params/{part}/'
   return {

@@ -31,12 +31,9 @@ def export_run(
   Raises:
     UserError: no run there, or no checkpoint that verifies.
   """
-  workdir = initialize.reachable(run, '--run')
-  if not (workdir / 'checkpoints').is_dir():
-    raise UserError(f"--run={run} has no checkpoints; name a run's workdir")
-  if to_path(out).exists() and to_path(out) != workdir / 'tokenizer':
+  if to_path(out).exists() and to_path(out) != to_path(run) / 'tokenizer':
     raise UserError(f'--out={out} exists and is not replaced; name another')
-  tokenizer, weights = initialize.of_run(workdir, key='--run', trusted=trusted)
+  tokenizer, weights = initialize.of_run(run, key='--run', trusted=trusted)
   variables = trees.unflatten(weights.leaves)
   print(weights.summary)
   return export.save_tokenizer(tokenizer, variables, out)

@@ -159,8 +159,8 @@ def restore(
     weights, sources = _with_frozen(setup, weights)
     if weights.summary:
       logging.info('loaded beside the checkpoint: %s', weights.summary)
-    frozen = state_lib.sharded_frozen(
-      setup.step, setup.mesh, setup.config.seed, weights.leaves
+    _, frozen = state_lib.sharded_state(
+      setup.step, setup.mesh, setup.config.seed, weights.leaves, (None, frozen)
     )
     started = Started(state, frozen, _record(setup, frozen, sources))
   check_frozen(
@@ -484,7 +484,7 @@ def _of_tokenizer(want: Tokenizer, path: Path) -> InitialWeights:
 
 
 def of_run(
-  workdir: Path,
+  run: str | os.PathLike,
   want: Tokenizer | None = None,
   key: str = 'init_from',
   trusted: Collection[str] = (),
@@ -493,7 +493,7 @@ def of_run(
   its latest checkpoint).
 
   Args:
-    workdir: the run's.
+    run: its workdir.
     want: the tokenizer that it must be, if any.
     key: what names the run, for errors.
     trusted: packages whose code it may be made of, beside those of `want`.
@@ -501,6 +501,9 @@ def of_run(
   Raises:
     UserError: no checkpoint there that verifies, or another tokenizer.
   """
+  workdir = reachable(run, key)
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(f"{key}={run} has no checkpoints; name a run's workdir")
   where, path = f'{key}={workdir}', workdir / 'config.json'
   try:
     config = config_lib.read_config(json.loads(path.read_bytes()))

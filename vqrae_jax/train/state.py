@@ -116,8 +116,8 @@ def random_variables(tokenizer: Tokenizer, seed: Any) -> Any:
 def random_state(spec: StepSpec, seed: Any) -> tuple[TrainState, Frozen]:
   """The state at step 0 and the frozen leaves, from a seed; pure."""
   variables = random_variables(spec.tokenizer, seed)
-  keep = set(spec.trainable)
-  params, rest = trees.partition(variables['params'], keep.__contains__)
+  rest = trees.flatten(variables['params'])
+  params = {name: rest.pop(name) for name in spec.trainable}
   quantizer = spec.tokenizer.quantizer
   discriminator = backbone = teacher = None
   if spec.gan is not None:
@@ -206,36 +206,15 @@ def _compiled_piece(
   )
 
 
-def _laid(
-  spec: StepSpec,
-  mesh: jax.sharding.Mesh,
-  seed: int,
-  leaves: Mapping[str, Any],
-  tree: tuple[TrainState | None, Frozen],
-) -> tuple[Any, Frozen]:
-  """`tree`, a part of `state_shapes`, as arrays: the given leaves, and the
-  seed's random ones where none is given; a program for each network."""
-  pieces: dict[str, list[str]] = {}
-  # Of the whole state, so that a run that resumes draws frozen leaves by the
-  # programs that it started with: bitwise the same.
-  for name in trees.flatten(state_shapes(spec, mesh)):
-    if _brought(name) not in leaves:
-      pieces.setdefault(_piece(name), []).append(name)
-  wanted, drawn = trees.flatten(tree).keys(), {}
-  for names in pieces.values():
-    if not wanted.isdisjoint(names):
-      drawn |= _compiled_piece(spec, mesh, tuple(names))(seed)
-  tree = trees.map_named(lambda name, leaf: drawn.get(name, leaf), tree)
-  return with_leaves(*tree, leaves)
-
-
 def sharded_state(
   spec: StepSpec,
   mesh: jax.sharding.Mesh,
   seed: int,
   leaves: Mapping[str, Any] | None = None,
-) -> tuple[TrainState, Frozen]:
-  """The state at step 0 and the frozen leaves, laid on the mesh.
+  tree: tuple[TrainState | None, Frozen] | None = None,
+) -> tuple[TrainState | None, Frozen]:
+  """The state at step 0 and the frozen leaves, laid on the mesh; a program
+  draws those of each network.
 
   Args:
     spec: the step's.
@@ -244,19 +223,22 @@ def sharded_state(
     leaves: {"params/…", "codebook/…", or "teacher/…" and the other frozen
       trees: array} to start from instead (`initialize.py`); what they bring is
       not drawn.
+    tree: the part of `state_shapes` that is wanted; None: all of it.
   """
-  return _laid(spec, mesh, seed, leaves or {}, state_shapes(spec, mesh))
-
-
-def sharded_frozen(
-  spec: StepSpec,
-  mesh: jax.sharding.Mesh,
-  seed: int,
-  leaves: Mapping[str, Any],
-) -> Frozen:
-  """The frozen leaves of `sharded_state` alone."""
-  tree = None, state_shapes(spec, mesh)[1]
-  return _laid(spec, mesh, seed, leaves, tree)[1]
+  leaves, shapes = leaves or {}, state_shapes(spec, mesh)
+  tree = tree or shapes
+  pieces: dict[str, list[str]] = {}
+  # Of the whole state, so that a run that resumes draws frozen leaves by the
+  # programs that it started with: bitwise the same.
+  for name in trees.flatten(shapes):
+    if _brought(name) not in leaves:
+      pieces.setdefault(_piece(name), []).append(name)
+  wanted, drawn = trees.flatten(tree).keys(), {}
+  for names in pieces.values():
+    if not wanted.isdisjoint(names):
+      drawn |= _compiled_piece(spec, mesh, tuple(names))(seed)
+  tree = trees.map_named(lambda name, leaf: drawn.get(name, leaf), tree)
+  return with_leaves(*tree, leaves)
 
 
 def with_leaves(
