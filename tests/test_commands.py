@@ -232,12 +232,12 @@ def test_reconstruct_images(tile, size, reconstruct, tmp_path, capsys):
 
 
 def test_tiles_have_the_grid_that_statistics_are_of(reconstruct, tmp_path):
-  """The decoder's own grid is 4x4, the statistics' 2x2: tiles of 8 px."""
+  """The decoder's own grid is 4x4, the statistics' 2x3: tiles of 8x12 px."""
   here, path = (
     tmp_path / 'tokenizer',
     runs.images(tmp_path / 'photos', 20, 30) / 'image0.png',
   )
-  tokenizer = tiny.normalised('fsq-cosmos', 'position', grid=(2, 2))
+  tokenizer = tiny.normalised('fsq-cosmos', 'position', grid=(2, 3))
   export.save_tokenizer(*tokenizer, here)
   reconstruct(path, tmp_path / 'out', tokenizer=here)
   with Image.open(tmp_path / 'out' / 'image0.png') as image:

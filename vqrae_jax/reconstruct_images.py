@@ -79,12 +79,12 @@ def reconstruct_folder(
   if not tokenizer.codebook_size:
     print('this tokenizer is continuous: images pass through latents')
   p = tokenizer.patch_size
-  if tile is None:
-    tile = min(tokenizer.native_size)
-  if tile < 0 or tile % p:
+  if tile is not None and (tile < 0 or tile % p):
     raise UserError(
       f'--tile={tile} must be 0 or a multiple of the decoder patch {p}'
     )
+  whole = tile == 0
+  size = tokenizer.native_size if tile is None else (tile or p,) * 2
   names, columns, skipped = source.names, [], []
   for i, image in tqdm(
     each_image(source), total=len(source), unit='img', disable=None
@@ -95,7 +95,7 @@ def reconstruct_folder(
       skipped.append(image)
       continue
     original, recon = evaluator.reconstruct_tiled(
-      tokenizer, variables, image, tile or p, whole=tile == 0
+      tokenizer, variables, image, size, whole=whole
     )
     picture = visualize.to_uint8(recon)
     db = evaluator.psnr(original, recon)
@@ -105,7 +105,8 @@ def reconstruct_folder(
       columns.append((original, picture, f'{name}  {db:.1f} dB'))
   if not columns:
     raise skipped[-1]
-  how = f'from tokens of {tile}-px tiles' if tile else 'in one piece'
+  how = f'from tokens of tiles of {size[0]}x{size[1]} pixels'
+  how = 'in one piece' if whole else how
   page = visualize.comparison(
     *zip(*columns, strict=True), title=f'images {how}'
   )

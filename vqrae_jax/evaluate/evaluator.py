@@ -228,13 +228,13 @@ def evaluate_tiles(
   }
 
 
-def crop_to(image: np.ndarray, multiple: int) -> np.ndarray:
-  """The centre of uint8 [h w 3] whose sides are multiples of `multiple`."""
-  h, w = (n // multiple * multiple for n in image.shape[:2])
+def crop_to(image: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
+  """The centre of uint8 [h w 3] that full tiles cover."""
+  h, w = (n // t * t for n, t in zip(image.shape, tile, strict=False))
   if not (h and w):
     raise UserError(
       f'an image of {image.shape[0]}x{image.shape[1]} is smaller than '
-      f'{multiple} pixels, the least this tokenizer takes here'
+      f'{tile[0]}x{tile[1]} pixels, the least this tokenizer takes here'
     )
   top, left = (image.shape[0] - h) // 2, (image.shape[1] - w) // 2
   return image[top : top + h, left : left + w]
@@ -312,7 +312,7 @@ def reconstruct_tiled(
   tokenizer: Tokenizer,
   variables: Tree,
   image: np.ndarray,
-  tile: int,
+  tile: int | tuple[int, int],
   batch_size: int = 32,
   whole: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -321,7 +321,7 @@ def reconstruct_tiled(
   Args:
     tokenizer, variables: the tokenizer.
     image: uint8 [h w 3], of any size.
-    tile: the side that each tile has, a multiple of the patch.
+    tile: the side or (h, w) of each tile, multiples of the patch.
     batch_size: tiles at once.
     whole: the image is one piece, cropped to a multiple of `tile`.
 
@@ -329,8 +329,9 @@ def reconstruct_tiled(
     (uint8 the centre of `image` that full tiles cover, f32 its reconstruction
     in [0, 1]).
   """
+  tile = (tile, tile) if isinstance(tile, int) else tile
   image = crop_to(image, tile)
-  size = image.shape[:2] if whole else (tile, tile)
+  size = image.shape[:2] if whole else tile
   batch_size = 1 if whole else batch_size
   run = functools.partial(_jitted(_quantized), tokenizer, variables)
   tiles = pipeline.tiles(image, size)
