@@ -36,9 +36,10 @@ has the squared error of the latents that come out; a recipe's decoder takes
 that part. "fsq-decoder" has one: three layers that read what comes out, trained
 with it, and no commitment, which FSQ's paper does not have either. "…-entropy"
 also has the loss `entropy`. "vq-even" revives codes of less than half of the
-mean count. FSQ reads latents normalised per channel (`model.latents`), but for
-"fsq-mlp-raw". A codebook starts at the first max(K, 4,096) tokens. Lloyd's
-k-means, from k-means++, makes 10 passes over a tenth of the same batches.
+mean count. FSQ and "vq-mlp-entropy" read latents normalised per channel
+(`model.latents`), but for "fsq-mlp-raw". A codebook starts at the first
+max(K, 4,096) tokens. Lloyd's k-means, from k-means++, makes 10 passes over a
+tenth of the same batches.
 """
 
 import argparse
@@ -98,8 +99,8 @@ METHODS = {
     name='vq',
     projection='mlp',
     code_dim=32,
-    distance='cosine',
-    entropy_temperature=0.05,
+    revive_below=0.5,
+    entropy_temperature=2.0,
   ),
   'simvq': dict(name='simvq'),
   'fsq-mlp': dict(name='fsq', projection='mlp'),
@@ -330,7 +331,8 @@ def kmeans(quantizer, batch, steps):
 def normaliser(method, batch):
   """(mean, std) of channels, f32[width] each, of 16 batches; (0, 1) if `method`
   reads latents as they are."""
-  if METHODS[method].get('name') != 'fsq' or method == 'fsq-mlp-raw':
+  projected = method.startswith(('fsq', 'vq-mlp'))
+  if not projected or method == 'fsq-mlp-raw':
     return 0.0, 1.0
   z = jnp.concatenate([batch(i) for i in range(16)])
   return z.mean(0), z.std(0)
