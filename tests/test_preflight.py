@@ -186,6 +186,10 @@ def test_data_may_be_elsewhere():
   config = tiny.run(data=data, model=tiny.model(depth=1), duration='1 epochs')
   found = preflight.preflight(config, jax.devices()[:1])['data']
   assert '64 images' in found and 'nowhere' in found
+  config['data'] |= dict(source='bundled:photos')
+  config['eval'] = dict(source='elsewhere')  # the held-out images alone
+  found = preflight.preflight(config, jax.devices()[:1])['data']
+  assert 'bundled:photos' in found and 'elsewhere' in found
 
 
 def test_a_gpus_share_of_memory(monkeypatch):

@@ -245,8 +245,14 @@ def _data(run: config_lib.RunConfig) -> tuple[int, str]:
         'images in an epoch'
       ) from None
     return examples, f'{examples:.0f} images; not found here: {e}'
-  setup_lib.open_held_out(run, found)
-  return len(found), f'{len(found)} images at {source}'
+  line = f'{len(found)} images at {source}'
+  try:
+    setup_lib.open_held_out(run, found)
+  except UserError as e:
+    if not examples:
+      raise
+    line += f'; not found here: {e}'
+  return len(found), line
 
 
 def _devices(mesh: jax.sharding.Mesh) -> str:

@@ -74,6 +74,7 @@ def test_product_has_the_gradients_of_matmul():
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = ((2, 3, 5), (5, 7), (2, 3, 7))
   x, kernel, dy = map(jax.random.normal, keys, shapes)
+  assert vit.product(x[:0], kernel).shape == (0, 3, 7)
   for a in (x, x[0], x[0, 0]):
     found, want = (jax.vjp(f, a, kernel) for f in (vit.product, jnp.matmul))
     cotangent = dy.reshape(-1, 7)[: a.size // 5].reshape(want[0].shape)

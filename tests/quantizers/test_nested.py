@@ -546,7 +546,7 @@ def test_multiscale_starts_at_tokens_of_all_scales():
   assert out.indices.shape == (16, 21) and quantizer.index_shape((4, 4)) == (
     21,
   )
-  assert quantizer.grid == (4, 4)
+  assert quantizer.only_grid == (4, 4)
   assert float(out.losses['commit']) < 0.9
   assert (out.stats['counts'] > 0).mean() > 0.5
 

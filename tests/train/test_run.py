@@ -541,6 +541,22 @@ def test_a_signal_while_the_last_state_is_written(
   assert (tmp_path / 'tokenizer').is_dir()
 
 
+def test_a_signal_at_the_last_step_of_a_run_without_checkpoints(
+  run_config, tmp_path, monkeypatch
+):
+  """It is finished: to start over would lose it."""
+  rates_at = setup_lib.Setup.rates_at
+
+  def signalled(setup, step, skipped):
+    if step == 1:
+      signal.raise_signal(signal.SIGTERM)
+    return rates_at(setup, step, skipped)
+
+  monkeypatch.setattr(setup_lib.Setup, 'rates_at', signalled)
+  loop.train(run_config(checkpoint=dict(every=0)), tmp_path)
+  assert (tmp_path / 'tokenizer').is_dir()
+
+
 def test_what_a_gan_run_logs(simvq_config, tmp_path, log, monkeypatch):
   """Metrics start with what they measure; an alarm is logged once; another run
   that starts from it says what is drawn anew."""

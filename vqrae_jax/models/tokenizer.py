@@ -89,10 +89,10 @@ class Tokenizer(nn.Module):
 
   @property
   def native_size(self) -> tuple[int, int]:
-    """The native image size (h, w) in pixels, at which neither the decoder's
-    positions nor per-position statistics are resampled; the only one of a
-    quantizer with scales."""
-    own = self.quantizer.grid or self.latents_spec.grid
+    """The native image size (h, w) in pixels: the only one that a quantizer
+    with scales takes; else that at which neither the decoder's positions nor
+    per-position statistics are resampled."""
+    own = self.quantizer.only_grid or self.latents_spec.grid
     gh, gw = own or self.decoder_spec.vit.grid
     return gh * self.patch_size, gw * self.patch_size
 

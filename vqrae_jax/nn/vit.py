@@ -49,7 +49,8 @@ def product(x: Float[Array, '... i'], kernel: Float[Array, 'i o']) -> Array:
   it would copy those of several."""
   if target().platform != 'cpu':
     return x @ kernel
-  return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+  y = x.reshape(-1, len(kernel)) @ kernel
+  return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def dense(

@@ -87,7 +87,7 @@ class Quantizer(nn.Module):
   # Codebook tables that `update_codebook` moves; schedules may freeze them.
   ema_tables: ClassVar[Sequence[str]] = ()
   # (gh, gw), the only grid of tokens it takes; None for any.
-  grid: ClassVar[tuple[int, int] | None] = None
+  only_grid: ClassVar[tuple[int, int] | None] = None
   # Fields that only training reads: if only these differ, equal leaves give
   # equal codes.
   training_fields: ClassVar[Sequence[str]] = ()

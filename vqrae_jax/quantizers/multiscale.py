@@ -83,7 +83,7 @@ class MultiScale(nested.Nested):
     return [(s, s) if isinstance(s, int) else tuple(s) for s in self.scales]
 
   @property
-  def grid(self):
+  def only_grid(self):
     return self.sizes[-1]
 
   @property
@@ -105,9 +105,9 @@ class MultiScale(nested.Nested):
     return (sum(map(math.prod, self.sizes)),)
 
   def _check_grid(self, grid: tuple[int, ...]) -> None:
-    if tuple(grid) != self.grid:
+    if tuple(grid) != self.only_grid:
       raise UserError(
-        f'quantizer.scales end in {self.grid}, but the grid of tokens is '
+        f'quantizer.scales end in {self.only_grid}, but the grid of tokens is '
         f'{tuple(grid)}: make the last scale (rows, columns) of the grid'
       )
 
@@ -146,7 +146,7 @@ class MultiScale(nested.Nested):
     """A scale's map f32[... h w c] -> what it adds to the grid."""
     # Computed from the same values by themselves, whatever is around them.
     codes = jax.lax.optimization_barrier(codes)
-    codes = image_ops.resize(codes, self.grid, 'bicubic', antialias=False)
+    codes = image_ops.resize(codes, self.only_grid, 'bicubic', antialias=False)
     return jax.lax.optimization_barrier(self._smoothed(codes, scale))
 
   def _added(self, scale: int, indices: Array) -> Array:

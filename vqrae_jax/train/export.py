@@ -31,7 +31,8 @@ def export_run(
   Raises:
     UserError: no run there, or no checkpoint that verifies.
   """
-  if to_path(out).exists() and to_path(out) != to_path(run) / 'tokenizer':
+  own = initialize.reachable(run, '--run') / 'tokenizer'
+  if to_path(out).exists() and to_path(out) != own:
     raise UserError(f'--out={out} exists and is not replaced; name another')
   tokenizer, weights = initialize.of_run(run, key='--run', trusted=trusted)
   variables = trees.unflatten(weights.leaves)

@@ -335,7 +335,7 @@ def run(
     figures = loop.figures()
     # A signal meanwhile finds the last state on disk too.
     checkpoints.wait()
-    if stopped_by := stop(total):
+    if every and (stopped_by := stop(total)):
       loop.stop(stopped_by)
   return state, figures
 
