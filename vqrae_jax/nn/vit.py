@@ -10,6 +10,8 @@ same loop is unrolled. `PatchEmbed` embeds patches, positions and prefix tokens;
 complete networks are in `models/`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -44,13 +46,25 @@ def norm(spec: ViTSpec, name: str, affine: bool = True) -> nn.Module:
   )
 
 
+@jax.custom_vjp
 def product(x: Float[Array, '... i'], kernel: Float[Array, 'i o']) -> Array:
-  """x @ kernel. A CPU takes tokens in one dimension: for the kernel's gradient
-  it would copy those of several."""
-  if target().platform != 'cpu':
-    return x @ kernel
-  y = x.reshape(-1, len(kernel)) @ kernel
-  return y.reshape(*x.shape[:-1], kernel.shape[1])
+  """x @ kernel, whose gradient for the kernel is computed as [i o]. JAX's own
+  rule transposes it from [o i], which takes a CPU twice as long. Like fused
+  attention, it has no forward-mode derivative."""
+  return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_gradient(given, dy):
+  x, kernel = given
+  dx = jax.lax.dot_general(dy, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+  if target().platform == 'cpu':  # it would copy tokens of several dimensions
+    tokens = math.prod(x.shape[:-1])
+    x, dy = (a.reshape(tokens, a.shape[-1]) for a in (x, dy))
+  rows = tuple(range(x.ndim - 1))
+  return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+product.defvjp(lambda *given: (product(*given), given), _product_gradient)
 
 
 def dense(
