@@ -92,10 +92,8 @@ class Views:
 
     image, size = self._source.picture(index), self._layout.image_size
     w, h = image.size
-    frame = size
-    if self._layout.crops == 5:
-      wider = self._side / min(size)
-      frame = tuple(max(n, round(n * wider)) for n in size)
+    wider = self._side / min(size) if self._layout.crops == 5 else 1
+    frame = tuple(max(n, round(n * wider)) for n in size)
     full = pipeline.resized(h, w, self._side, frame)
     top, left = ((a - b) // 2 for a, b in zip(full, size, strict=True))
     corners = [(top, left)]

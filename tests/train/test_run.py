@@ -488,8 +488,8 @@ def train_broken(run_config, tmp_path, monkeypatch):
 
 
 def test_nonfinite_steps_are_skipped_and_logged(train_broken, tmp_path, caplog):
-  rates = ('encoder/.*', None), ('.*', dict(lr=1e-3, warmup=4))
-  train_broken((3, 4), schedules=rates)
+  warmed = ('encoder/.*', None), ('.*', dict(lr=1e-3, warmup=4))
+  train_broken((3, 4), schedules=warmed)
   assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
   found = runs.rows(tmp_path)
   assert [r['nonfinite'] for r in found] == [0, 0, 1, 2, 2, 2]
@@ -531,11 +531,13 @@ def test_a_signal_while_the_last_state_is_written(
 
   config = run_config(checkpoint=dict(every=2, keep=1))
   before = signal.signal(signal.SIGTERM, lambda *_: None)
-  with monkeypatch.context() as patch:
-    patch.setattr(Checkpoints, '_finish', signalled)
-    with pytest.raises(Stopped, match='SIGTERM after step 2, which is saved'):
-      loop.train(config, tmp_path)
-  signal.signal(signal.SIGTERM, before)
+  try:
+    with monkeypatch.context() as patch:
+      patch.setattr(Checkpoints, '_finish', signalled)
+      with pytest.raises(Stopped, match='SIGTERM after step 2, which is saved'):
+        loop.train(config, tmp_path)
+  finally:
+    signal.signal(signal.SIGTERM, before)
   assert Checkpoints(tmp_path / 'checkpoints').steps() == [2]
   assert loop.train(config, tmp_path)['steps'] == 2
   assert (tmp_path / 'tokenizer').is_dir()

@@ -249,7 +249,7 @@ class MultiScale(nested.Nested):
 
   def init_codebook(self, codebook, z, rng):
     """Codes placed at tokens of all scales, taking phi as the identity."""
-    grid = self.sizes[-1]
+    grid = self.only_grid
 
     def take(rest, scale):
       return self._shrunk(rest, scale).reshape(-1, z.shape[-1])

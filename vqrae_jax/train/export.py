@@ -31,8 +31,8 @@ def export_run(
   Raises:
     UserError: no run there, or no checkpoint that verifies.
   """
-  own = initialize.reachable(run, '--run') / 'tokenizer'
-  if to_path(out).exists() and to_path(out) != own:
+  own, target = to_path(run) / 'tokenizer', initialize.reachable(out, '--out')
+  if target.exists() and target != own:
     raise UserError(f'--out={out} exists and is not replaced; name another')
   tokenizer, weights = initialize.of_run(run, key='--run', trusted=trusted)
   variables = trees.unflatten(weights.leaves)
