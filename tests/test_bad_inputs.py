@@ -44,6 +44,7 @@ COMMANDS = [
   (latent_stats, '--config=mine.py --out=/proc/s.npz', '--out=/proc'),
   (doctor, '--tokenizer=tokenizer', '--data'),
   (doctor, '--tokenizer=nowhere --data=photos', 'nowhere'),
+  (doctor, '--tokenizer=~nosuchuser/t --data=photos', '~nosuchuser'),
   (doctor, '--tokenizer=tokenizer --data=photos --images=9', '--images=9.* 3'),
   (doctor, '--tokenizer=tokenizer --data=photos --json=a.txt', r'\.json'),
   (doctor, '--tokenizer=tokenizer --data=photos --out=notes.txt', '--out'),

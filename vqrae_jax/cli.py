@@ -95,7 +95,7 @@ def new_file(path: str, ending: str, flag: str = '--out') -> pathlib.Path:
   Raises:
     UserError: another ending, no such folder, or something is there.
   """
-  out = pathlib.Path(path).expanduser()
+  out = pathlib.Path(os.path.expanduser(path))
   if out.suffix != ending:
     raise UserError(f'{flag}={path} must end in {ending}')
   if out.exists() or out.is_symlink():
@@ -114,7 +114,7 @@ def new_folder(path: str) -> pathlib.Path:
   """
   if '://' in path:
     raise UserError(f'--out={path} is a URL; name a local folder')
-  return pathlib.Path(path).expanduser()
+  return pathlib.Path(os.path.expanduser(path))
 
 
 COMPILERS = 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'
@@ -211,7 +211,7 @@ def find_config(path: str) -> str:
   Raises:
     UserError: no such file.
   """
-  file = pathlib.Path(path).expanduser()
+  file = pathlib.Path(os.path.expanduser(path))
   if not file.is_file():
     names = {p.name for p in _recipes().glob('[!_]*.py')} - {'common.py'}
     known = [f'configs/{name}' for name in sorted(names)]

@@ -29,6 +29,7 @@ beside the weights never runs.
 import ast
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> None:
   if values.to not in ('ours', 'torch', 'diffusers'):
     raise UserError(f'--to={values.to} must be ours, torch or diffusers')
   source = parse_source(values.source, ENCODERS)
-  out = pathlib.Path(values.out).expanduser()
+  out = pathlib.Path(os.path.expanduser(values.out))
   is_encoder = values.to == 'ours' and source.kind not in ('rae', 'vqrae_torch')
   for name in ('config', 'quantizer') if is_encoder else ('row', 'dtype'):
     if (name == 'config' and values.config) or values[name].present:

@@ -217,8 +217,10 @@ class Model:
     line = (
       f'**{psnr:.2f} dB** PSNR · {tokens:,} indices of '
       f'{self.tokenizer.codebook_size:,} codes · {bits:,.0f} bits, '
-      f'{bits / n:.3f} a pixel, 1/{24 * n / bits:.0f} of the image'
+      f'{bits / n:.3f} a pixel'
     )
+    if bits:
+      line += f', 1/{24 * n / bits:.0f} of the image'
     return line + f' · {changed:,} tokens edited' * bool(changed)
 
 

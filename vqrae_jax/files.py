@@ -17,7 +17,7 @@ def to_path(path: str | os.PathLike) -> Path:
   """A `pathlib.Path`, or an `epath.Path` of a URL such as gs://bucket/run."""
   if is_url(path):
     return epath.Path(path)
-  return pathlib.Path(path).expanduser()
+  return pathlib.Path(os.path.expanduser(path))
 
 
 def is_url(path: str | os.PathLike) -> bool:

@@ -13,7 +13,7 @@ def cache_folder() -> pathlib.Path:
   `~/.cache/vqrae_jax`; it need not exist."""
   own = os.environ.get('VQRAE_JAX_CACHE')
   if own:
-    return pathlib.Path(own).expanduser()
+    return pathlib.Path(os.path.expanduser(own))
   base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   return pathlib.Path(base) / 'vqrae_jax'
 

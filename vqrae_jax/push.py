@@ -11,6 +11,7 @@ controls who may write: log in with `hf auth login`, or set HF_TOKEN.
 """
 
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -58,11 +59,11 @@ def main(argv: list[str]) -> None:
   tokenizer, variables = export.load_tokenizer(
     values.tokenizer, trusted=values.trusted
   )
-  folder = pathlib.Path(values.tokenizer).expanduser()
+  folder = pathlib.Path(os.path.expanduser(values.tokenizer))
   fingerprint = json.loads((folder / export.CONFIG).read_text())['fingerprint']
   run = None
   if values.run:
-    run = read_run(pathlib.Path(values.run).expanduser(), fingerprint)
+    run = read_run(pathlib.Path(os.path.expanduser(values.run)), fingerprint)
   parameters = sum(x.size for x in jax.tree.leaves(variables['params']))
   text = card(values.repo, tokenizer, parameters, fingerprint, run)
   print(f'{upload(folder, text, values.repo, values.private)}')

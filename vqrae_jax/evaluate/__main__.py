@@ -16,6 +16,7 @@ from there if it was stopped.
 """
 
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Collection
@@ -203,7 +204,7 @@ def _network_files(
     name, equals, file = text.partition('=')
     if not equals:
       raise UserError(f'--weights={text} must be NAME=FILE')
-    given[name] = pathlib.Path(file).expanduser()
+    given[name] = pathlib.Path(os.path.expanduser(file))
   for name in metrics:
     if name not in METRICS:
       raise UserError(

@@ -274,7 +274,7 @@ class Dump:
 
   def __init__(self, folder: str | os.PathLike, fingerprint: str | None = None):
     """See `open_dump`."""
-    self.folder = pathlib.Path(folder).expanduser()
+    self.folder = pathlib.Path(os.path.expanduser(folder))
     if not (self.folder / CONFIG).is_file():
       raise UserError(f'{folder} holds no dump of tokens: no {CONFIG}')
     config = read_json(self.folder / CONFIG)

@@ -348,7 +348,8 @@ def plan_step(
     raise UserError(
       f'log.usage_window={config.log.usage_window} steps of '
       f'{q.codes_per_token * q.codebook_size} counts take '
-      f'{window / 2**30:.1f} GiB; shorten the window'
+      f'{window / 2**30:.1f} GiB, more than 1; count fewer '
+      'steps, or use fewer codes'
     )
   optimizer, numbers = optim.make_optimizer(
     config.optim, schedules, trainable, total, steps_per_epoch, epoch=epoch

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import struct
 import textwrap
@@ -266,7 +267,7 @@ def open_weights(path: str | pathlib.Path) -> WeightFile:
     UserError: nothing there, or a file that is damaged or not what its name
       says.
   """
-  path = pathlib.Path(path).expanduser()
+  path = pathlib.Path(os.path.expanduser(path))
   if path.is_dir():
     path = _in_directory(path)
   if not path.is_file():

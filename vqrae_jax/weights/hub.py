@@ -8,6 +8,7 @@ encoders have their own table (`encoders.PUBLISHED`).
 
 import dataclasses
 import logging
+import os
 import pathlib
 import re
 import shutil
@@ -298,7 +299,7 @@ def parse_source(text: str, rows: Iterable[str] = ()) -> Source:
   match = _SCHEME.fullmatch(text)
   if match is not None:
     return _with_scheme(text, *match.groups())
-  path = pathlib.Path(text).expanduser()
+  path = pathlib.Path(os.path.expanduser(text))
   if '/' in text or text.startswith(('.', '~')) or path.exists():
     return Source('path', str(path))
   raise UserError(
@@ -315,7 +316,7 @@ def _with_scheme(text: str, scheme: str, value: str) -> Source:
   if scheme != 'hf':
     if not value:
       raise UserError(f'"{text}" names no file; write {scheme}:FILE')
-    return Source(scheme, str(pathlib.Path(value).expanduser()))
+    return Source(scheme, str(pathlib.Path(os.path.expanduser(value))))
   match = _HUB.fullmatch(value)
   if match is None:
     raise UserError(f'"{text}" is not a hub id; write hf:ORG/NAME[@REV]')
