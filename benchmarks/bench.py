@@ -389,7 +389,7 @@ def data_row(data, batches, side=224, decoder='pil'):
   flips: decoding and cropping is what both do."""
   augment = pipeline.Augment((side, side), resize=side, flip=False)
   source = sources.open_source(data).decoded_by(decoder, augment.ample)
-  loader = pipeline.TrainBatches(source, augment, batch_size=64, seed=0)
+  loader = pipeline.TrainBatches(source, [augment], batch_size=64, seed=0)
   threads = pipeline.reading_threads()
   stretches = {name: itertools.count(step=batches) for name in ('ours', 'bare')}
 

@@ -195,7 +195,7 @@ def encode(images, root, cache):
   augment = pipeline.Augment((size, size), resize)
   total = math.ceil(TEST / TOKENS)
   for split, source in zip(('train', 'test'), splits, strict=True):
-    batches = pipeline.TrainBatches(source, augment, batch_size=rows, seed=0)
+    batches = pipeline.TrainBatches(source, [augment], batch_size=rows, seed=0)
     files = [
       np.lib.format.open_memmap(
         cache / f'{images}-{block}-{split}.npy.part',

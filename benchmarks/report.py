@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vqrae_jax.evaluate import visualize
 from vqrae_jax.files import atomic_write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -212,11 +213,7 @@ def sheet(
   that each image is about `side` high."""
   made = []
   for images in columns.values():
-    large = [
-      x.repeat(n, 0).repeat(n, 1)
-      for x in images
-      for n in (max(side // len(x), 1),)
-    ]
+    large = [visualize.enlarged(x, len(x), side) for x in images]
     made.append(np.concatenate(large))
   page = np.concatenate(made, axis=1)
   image = Image.new('RGB', (page.shape[1], page.shape[0] + 22), 'white')

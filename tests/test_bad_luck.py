@@ -28,7 +28,7 @@ def test_what_is_skipped_and_what_is_converted(place, tmp_path):
   config = bad.config() | dict(data=data, batch_size=batch, duration=every)
   figures = loop.train(config, tmp_path / 'run')
   source = open_source(str(photos))
-  batches = TrainBatches(source, Augment((16, 16)), batch_size=batch, seed=0)
+  batches = TrainBatches(source, [Augment((16, 16))], batch_size=batch, seed=0)
   skipped = sum(int(batches.batch(s)['skipped'].sum()) for s in range(every))
   assert figures['skipped'] == skipped >= len(bad.BROKEN)
   text = (tmp_path / 'run' / 'unreadable.jsonl').read_text()
@@ -50,7 +50,7 @@ def test_a_share_that_is_allowed_never_stops_a_run(tmp_path):
   steps = -(-6 // batch)  # of 5 images: into the second epoch
   for seed in range(100):
     batches = TrainBatches(
-      source, Augment((16, 16)), batch_size=batch, seed=seed
+      source, [Augment((16, 16))], batch_size=batch, seed=seed
     )
     skipped = [batches.batch(s)['skipped'].sum() for s in range(steps)]
     if sum(skipped) == 2:
@@ -69,7 +69,7 @@ def test_a_substitute_that_is_unreadable_too_is_not_counted(tmp_path):
   source = open_source(str(photos))
   for seed in range(8):
     batches = TrainBatches(
-      source, Augment((16, 16)), batch_size=2 * count, seed=seed
+      source, [Augment((16, 16))], batch_size=2 * count, seed=seed
     )
     assert batches.batch(0)['skipped'].sum() == count
 

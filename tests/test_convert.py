@@ -245,7 +245,7 @@ BAD = [
   ('', '--source'),
   ('--source=vqrae_torch:w.pt --out=ours', '--config'),
   ('--source=dinov2-base --out=ours --row=dinov2-large', '--row=dinov2-large'),
-  (ENCODER + ' --dtype=float16', 'did you mean "bfloat16"'),
+  (ENCODER + ' --dtype=float16', '--dtype=float16.*bfloat16'),
   (ENCODER + ' --config=c.py', '--config'),
   ('--source=./w.pt --out=taken', '--out=taken'),
   ('--source=./w.pt --out=ours.pt', '--out=ours.pt'),

@@ -22,20 +22,15 @@ LAYOUTS = {'dp': 1, 'fsdp': 1, 'fsdp+tp': 2}
 def margins(tokenizer, variables, images):
   """(margin f64[n], scale): gaps between the two best choices of a token."""
 
-  def read(t, z):
-    tokens = t.quantizer.to_code_space(z)
-    surrogate, _ = t.quantizer._assign(tokens, False, None)
-    return surrogate, t.quantizer.baked_codebook()
-
   @jax.jit
-  def code_space(variables, images):
-    latents = vqrae_jax.encode(tokenizer, variables, images)
-    return tokenizer.apply(variables, latents, method=read)
+  def search(variables, images):
+    (found,) = tokenizer.apply(variables, images, method='search_codes')
+    return found.tokens, found.table
 
-  z, baked = code_space(variables, images)
+  z, table = search(variables, images)
   z = np.asarray(z, np.float64).reshape(-1, z.shape[-1])
-  if baked:
-    table = np.asarray(baked['codes'], np.float64)
+  if table is not None:
+    table = np.asarray(table, np.float64)
     scores = ((z[:, None] - table[None]) ** 2).sum(-1)
     best = np.sort(scores, axis=1)
     return best[:, 1] - best[:, 0], np.abs(scores).mean()

@@ -106,13 +106,6 @@ def expected(here):
   return {name: encode(name) for name in ('tok', 'residual')}
 
 
-def files(folder):
-  return {
-    str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-    for p in folder.rglob('*')
-  }
-
-
 @pytest.mark.parametrize('name', FORMATS)
 def test_every_format_holds_the_indices(tmp_path, here, name, expected, capsys):
   """Of a folder; keys, labels and boxes beside them, broken images listed."""
@@ -295,8 +288,8 @@ def test_workers_share_and_skip(tmp_path, capsys):
   said = capsys.readouterr().out
   assert '1 of 3 shards are not finished' in said
   assert '1 already finished' in said
-  assert files(out) == files(one)
-  before = files(out)
+  assert tiny.files(out) == tiny.files(one)
+  before = tiny.files(out)
   for flags, words in (
     ('--offset=5', 'offset=1, not 5'), ('--crops=5', 'crops=1, not 5'),
     ('--size=32', 'image_size'), ('--format=webdataset', 'format='),
@@ -310,7 +303,7 @@ def test_workers_share_and_skip(tmp_path, capsys):
   ):
     with pytest.raises(UserError, match=f'--out=.*({words})'):
       run(tmp_path, **keys)
-  assert files(out) == before
+  assert tiny.files(out) == before
 
 
 def test_damaged_tars_lose_no_other_image(tmp_path, here, expected):
@@ -448,7 +441,7 @@ def test_ten_kills_leave_the_same_dump(tmp_path):
     else:
       killed += 1
   subprocess.run(command(out), env=environment(), check=True)
-  assert files(out) == files(tmp_path / 'a')
+  assert tiny.files(out) == tiny.files(tmp_path / 'a')
 
 
 @pytest.mark.slow
@@ -465,4 +458,4 @@ def test_two_hosts_of_a_pod_share_the_shards(tmp_path):
   said = [process.communicate(timeout=300)[0] for process in running]
   assert [process.returncode for process in running] == [0, 0]
   assert all('wrote 5 shards of 9 images' in out for out in said)
-  assert files(tmp_path / 'a') == files(tmp_path / 'b')
+  assert tiny.files(tmp_path / 'a') == tiny.files(tmp_path / 'b')

@@ -240,3 +240,11 @@ def without_clocks(row: dict) -> dict:
   """A row of metrics.jsonl without what depends on the machine's speed."""
   clocks = ('images_per_second', 'data_wait')
   return {k: v for k, v in row.items() if k not in clocks}
+
+
+def files(folder):
+  """{path: bytes, or None of a folder} of all below."""
+  return {
+    str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+    for p in folder.rglob('*')
+  }

@@ -41,7 +41,7 @@ from absl import flags
 
 from vqrae_jax import cli, export
 from vqrae_jax.encoders import ENCODERS, PUBLISHED, converted
-from vqrae_jax.errors import UserError, did_you_mean, read_json
+from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.files import atomic_write
 from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.latents import read_statistics
@@ -77,11 +77,6 @@ _FLAGS = {
   ),
   'out': (None, 'a directory, or for single files F.safetensors or F.npz'),
   'row': (None, "the table's row for an encoder without a config.json"),
-  'dtype': (
-    'float32',
-    "the type of a converted encoder's weights, float32 or bfloat16",
-  ),
-  'to': ('ours', 'ours, or the way back: torch, diffusers'),
   'quantizer': (
     '',
     'quantizer fields that the file does not show, which override the '
@@ -101,14 +96,16 @@ def define(values: flags.FlagValues) -> None:
   """The command's flags but --config."""
   for name, (default, text) in _FLAGS.items():
     flags.DEFINE_string(name, default, text, flag_values=values)
+  text = "the type of a converted encoder's weights"
+  flags.DEFINE_enum('dtype', 'float32', DTYPES, text, flag_values=values)
+  text, ways = 'ours, or the way back', ('ours', 'torch', 'diffusers')
+  flags.DEFINE_enum('to', 'ours', ways, text, flag_values=values)
 
 
 def main(argv: list[str]) -> None:
   """Parses flags, converts one source, prints the report."""
   values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, define)
   cli.required(values, 'source', 'out')
-  if values.to not in ('ours', 'torch', 'diffusers'):
-    raise UserError(f'--to={values.to} must be ours, torch or diffusers')
   source = parse_source(values.source, ENCODERS)
   out = pathlib.Path(os.path.expanduser(values.out))
   is_encoder = values.to == 'ours' and source.kind not in ('rae', 'vqrae_torch')
@@ -219,8 +216,6 @@ def convert_encoder(
   """
   from tqdm import tqdm
 
-  if dtype not in DTYPES:
-    raise UserError(f'--dtype={dtype}{did_you_mean(dtype, DTYPES)}')
   if row is not None and source in ENCODERS:
     raise UserError(f'--row={row}: {source} is itself a row; leave --row out')
   found = encoders.find_encoder(source, row)

@@ -197,9 +197,7 @@ def examine(
     f'{report["quantizer"]["name"]}, {tokenizer.codebook_size} codes: '
     f'{tokenizer_dir} on {data}, {report["images"]} images'
   )
-  page = visualize.codebook_page(
-    [(s, f) for s, f in zip(shown, judged, strict=True)], title
-  )
+  page = visualize.codebook_page(list(zip(shown, judged, strict=True)), title)
   for stage in (*found, *report['together']):
     stage.pop('counts')
   return report, page

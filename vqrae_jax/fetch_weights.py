@@ -70,6 +70,7 @@ def needed(config: Any) -> list[str]:
   of its own, and the networks inside its losses, discriminator and figures,
   unless `init.networks` is "random". Each once, encoders first.
   """
+  from vqrae_jax.pretrained.networks import NEEDS
 
   def section(*keys: str) -> Any:
     node = config
@@ -91,7 +92,7 @@ def needed(config: Any) -> list[str]:
     wanted.append(section('discriminator', 'name'))
     wanted += section('eval', 'metrics') or ()
   for name in wanted:
-    names += hub.NEEDS.get(name, ())
+    names += NEEDS.get(name, ())
   return list(dict.fromkeys(names))
 
 

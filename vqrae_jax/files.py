@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import uuid
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -56,3 +57,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     with contextlib.suppress(OSError):
       temporary.unlink()
     raise
+
+
+def write_json(path: Path, value: Any) -> None:
+  """JSON, all of it or nothing."""
+  with atomic_write(path) as file:
+    file.write(json.dumps(value, indent=2, default=str).encode() + b'\n')

@@ -13,7 +13,6 @@ need beside their results is not counted.
 import contextlib
 import dataclasses
 import datetime
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ from jax.experimental import topologies
 
 from vqrae_jax import cli, inference, programs, sharding
 from vqrae_jax.errors import UserError
-from vqrae_jax.files import atomic_write
+from vqrae_jax.files import write_json
 from vqrae_jax.models.tokenizer import variable_shapes
 from vqrae_jax.ops import trees
 from vqrae_jax.train import config as config_lib
@@ -76,8 +75,7 @@ def main(argv: list[str]) -> None:
   report['command'] = f'python -m {MODULE} {" ".join(argv)}'
   print(text_of(report))
   if out:
-    with atomic_write(out) as file:
-      file.write(json.dumps(report, indent=1).encode())
+    write_json(out, report)
   if not report['fits']:
     raise UserError(verdict(report))
 

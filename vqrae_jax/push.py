@@ -22,6 +22,7 @@ from absl import flags
 from vqrae_jax import __version__, cli, export
 from vqrae_jax.encoders import PUBLISHED, row_of
 from vqrae_jax.errors import UserError
+from vqrae_jax.evaluate import metrics
 from vqrae_jax.models.tokenizer import Tokenizer, describe, packages_of
 from vqrae_jax.train import config as config_lib
 from vqrae_jax.train import reporting
@@ -234,7 +235,7 @@ def _figures(config: config_lib.RunConfig, figures: dict[str, Any]) -> str:
       f'tiles of {tile} px, encoded to indices and decoded; PSNR and SSIM of '
       'values in [0, 1].'
     )
-  return f'{protocol}\n\n```\n{reporting.table(figures)}\n```'
+  return f'{protocol}\n\n```\n{metrics.table(figures)}\n```'
 
 
 def _licence(config: config_lib.RunConfig) -> str:

@@ -318,7 +318,7 @@ def samples(
   source, every = sources.open_source(data), []
   for host in range(hosts):
     batches = pipeline.TrainBatches(
-      source, pipeline.Augment(**augment), batch_size=4, seed=seed,
+      source, [pipeline.Augment(**augment)], batch_size=4, seed=seed,
       process_index=host, process_count=hosts,
     ).iterate(0)  # fmt: skip
     every.append([next(batches), next(batches)])

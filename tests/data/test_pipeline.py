@@ -45,12 +45,13 @@ class Flawed:
 THIRDS = range(0, 50, 3)
 
 
-def batches(source, **keys):
+def batches(source, sizes=((8, 8),), **keys):
   keys = dict(batch_size=8, seed=5) | keys
-  return pipeline.TrainBatches(source, pipeline.Augment((8, 8)), **keys)
+  augments = [pipeline.Augment(size) for size in sizes]
+  return pipeline.TrainBatches(source, augments, **keys)
 
 
-@pytest.mark.parametrize('sizes', ((), ((4, 6), (8, 8), (8, 12))))
+@pytest.mark.parametrize('sizes', (((8, 8),), ((4, 6), (8, 8), (8, 12))))
 def test_hosts_take_slices_of_one_global_batch(sizes):
   """Wherever they start: the position is the step. Of several sizes each step
   has one."""
@@ -69,7 +70,7 @@ def test_hosts_take_slices_of_one_global_batch(sizes):
       jax.tree.map(np.testing.assert_array_equal, found, whole.batch(step))
       assert found['index'].tolist() == [*range(8 * step, 8 * step + 8)]
   shapes = {whole.batch(step)['images'].shape[1:3] for step in range(12)}
-  assert shapes == set(sizes or [(8, 8)])
+  assert shapes == set(sizes)
 
 
 def test_unreadable_images_are_replaced_and_change_no_other():

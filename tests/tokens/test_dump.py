@@ -15,6 +15,7 @@ import grain
 import numpy as np
 import pytest
 
+from tests import tiny
 from vqrae_jax.errors import UserError
 from vqrae_jax.tokens import Shard, Writer, dump, open_dump
 
@@ -49,13 +50,6 @@ def write(writer, numbers=range(SHARDS)):
   for number in numbers:
     skipped = [(f'{number}/{number % IMAGES}.png', 'damaged')]
     writer.write(*content(number), f'shard {number}', skipped)
-
-
-def files(folder):
-  return {
-    str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-    for p in folder.rglob('*')
-  }
 
 
 @pytest.fixture(scope='module')
@@ -116,7 +110,7 @@ def test_workers_in_any_order_write_the_same(finished, tmp_path):
     (folder / '.dead.writing').touch()
   assert writer.finish() == writer.finish()
   edited = dict(data='there', versions=dict(jax='9'))
-  found, want = files(folder), files(finished)
+  found, want = tiny.files(folder), tiny.files(finished)
   for name in ('config.json', 'dataset.json'):
     a, b = json.loads(found.pop(name)), json.loads(want.pop(name))
     assert a == b | edited
@@ -150,7 +144,7 @@ def test_two_workers_may_write_the_same_shard(finished, tmp_path, monkeypatch):
 
   monkeypatch.setattr(dump.os, 'replace', slow)
   write(behind, [2])
-  assert files(folder) == files(finished)
+  assert tiny.files(folder) == tiny.files(finished)
   (folder / 'shards' / '00002.array_record').unlink()
   with pytest.raises(UserError, match='finished/00002.json and run tokenize'):
     open_dump(folder).shard(2)
@@ -197,7 +191,7 @@ def test_a_killed_worker_leaves_nothing_behind(tmp_path):
   worker.start()
   worker.join()
   assert worker.exitcode == 0
-  assert files(folder) == files(tmp_path / 'one')
+  assert tiny.files(folder) == tiny.files(tmp_path / 'one')
 
 
 @pytest.mark.parametrize(
@@ -210,10 +204,10 @@ def test_a_killed_worker_leaves_nothing_behind(tmp_path):
   ],
 )
 def test_another_dump_is_refused(finished, keys, words):
-  before = files(finished)
+  before = tiny.files(finished)
   with pytest.raises(UserError, match=words):
     Writer(finished, config() | keys)
-  assert files(finished) == before
+  assert tiny.files(finished) == before
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -201,11 +201,6 @@ def test_needs_of_losses_and_of_encoders_given_elsewhere(keys, want):
   assert fetch_weights.needed(config | keys) == want
 
 
-def test_needs_are_what_the_losses_open():
-  for term, parts in networks.PARTS.items():
-    assert hub.NEEDS[term] == tuple(row for row, _ in parts.values())
-
-
 def test_the_hub_out_of_reach(monkeypatch):
   """Its own message, which is long, ends between two words of it."""
   words = [f'word{n}' for n in range(100)]
@@ -221,7 +216,7 @@ def test_the_table(capsys):
   fetch_weights.main(['--list'])
   words = capsys.readouterr().out.split()
   assert {'siglip-large-patch16-384', *hub.FILES} <= {*words}
-  for rows in hub.NEEDS.values():
+  for rows in networks.NEEDS.values():
     assert set(rows) <= set(hub.FILES)
   for row in hub.FILES.values():
     assert row.licence and row.url.startswith('https://')

@@ -12,7 +12,7 @@ from tests.weights.files import equal, error_of
 from vqrae_jax.errors import UserError
 from vqrae_jax.weights import files
 from vqrae_jax.weights.load import Pretrained, export
-from vqrae_jax.weights.rules import Rule, Table, computed, ignore
+from vqrae_jax.weights.rules import Computed, Ignore, Rule, Table
 
 POSITIONS = np.arange(6, dtype=np.float32).reshape(2, 3) / 7
 D, LAYERS, P = 6, 3, 2
@@ -27,8 +27,8 @@ TABLE = Table(
     Rule('layer.{i}.fc.weight', 'blocks/fc/kernel', 'linear'),
     Rule('layer.{i}.gain', 'blocks/gain'),
     Rule('scale', 'scale'),
-    computed('fixed', lambda: POSITIONS, 'computed here', hint='set x=y'),
-    ignore(r'head\..*', 'not needed'),
+    Computed('fixed', lambda: POSITIONS, 'computed here', hint='set x=y'),
+    Ignore(r'head\..*', 'not needed'),
   )
 )
 
@@ -190,7 +190,7 @@ def test_types_of_the_file_are_cast_to_the_models(dtype):
   [
     (Rule('a', 'x'), Rule('b', 'x')),
     (Rule('a', 'x'), Rule('a', 'y')),
-    (Rule('a', 'x'), ignore('a|b', 'why'), Rule('b', 'y')),
+    (Rule('a', 'x'), Ignore('a|b', 'why'), Rule('b', 'y')),
   ],
 )
 def test_faults_of_a_table(rows):

@@ -182,28 +182,23 @@ class TrainBatches:
   def __init__(
     self,
     source: EncodedImages,
-    augment: Augment,
+    augments: Sequence[Augment],
     *,
     batch_size: int,
     seed: int,
-    sizes: Sequence[tuple[int, int]] = (),
     process_index: int = 0,
     process_count: int = 1,
   ):
     """Args:
     source: the images.
-    augment: how each becomes a training image.
-    sizes: (h, w) of which each step draws one in place of `augment.size`.
+    augments: how each becomes a training image; of several each step draws
+      one.
     batch_size: B, over all hosts: a multiple of P.
     seed: of the order and of the crops.
     process_index, process_count: p and P.
     """
     local = batch_size // process_count
-    self._source, self._seed = source, seed
-    self._augments = [
-      dataclasses.replace(augment, size=size)
-      for size in sizes or (augment.size,)
-    ]
+    self._source, self._seed, self._augments = source, seed, augments
     self._unreadable: dict[str, str] = {}
     self._lock = threading.Lock()
     order = _global_order(len(source), seed)

@@ -20,7 +20,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights.rules import Rule, Table, ignore
+from vqrae_jax.weights.rules import Ignore, Rule, Table
 
 _OPENAI = dict(
   mean=(0.48145466, 0.4578275, 0.40821073),
@@ -79,9 +79,9 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.norm('pre_layrnorm', 'embed/norm'),
     *naming.blocks('encoder.layers.{i}.', naming.HF_CLIP, naming.HF_CLIP_NORMS),
     *naming.final_norm(spec, 'post_layernorm'),
-    ignore(r'(visual|text)_projection\..*', "CLIP's joint embedding space"),
-    ignore(r'text_model\..*|logit_scale', 'the text tower'),
-    ignore(r'embeddings\.position_ids', 'the numbers 0, 1, 2, …'),
+    Ignore(r'(visual|text)_projection\..*', "CLIP's joint embedding space"),
+    Ignore(r'text_model\..*|logit_scale', 'the text tower'),
+    Ignore(r'embeddings\.position_ids', 'the numbers 0, 1, 2, …'),
   )
   return Table(rows)
 

@@ -17,7 +17,7 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import UserError
 from vqrae_jax.specs import LATER_FIELDS, RUN_OPTIONS, EncoderSpec, ViTSpec
-from vqrae_jax.weights.rules import Rule, Table, ignore
+from vqrae_jax.weights.rules import Ignore, Rule, Table
 
 FORMAT_VERSION = 1
 # A section that a tokenizer's config.json does not have.
@@ -28,7 +28,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """Every leaf of the file, unchanged."""
   rows: list = [Rule(name, name) for name in shapes]
   if why := spec.final_norm and naming.norm_unused(spec):
-    rows.append(ignore('norm/.*', why))
+    rows.append(Ignore('norm/.*', why))
   return Table(tuple(rows), ())
 
 

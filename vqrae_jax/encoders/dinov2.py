@@ -15,7 +15,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights.rules import Rule, Table, ignore
+from vqrae_jax.weights.rules import Ignore, Rule, Table
 
 _SIZES = {
   'small': dict(width=384, depth=12, num_heads=6, mlp_dim=1536),
@@ -56,13 +56,13 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   rows = (
     *naming.hf_embeddings(),
     Rule('embeddings.register_tokens', 'embed/registers', 'batched'),
-    ignore(r'embeddings\.mask_token', 'no patch is masked here'),
+    Ignore(r'embeddings\.mask_token', 'no patch is masked here'),
     *naming.blocks(layer, naming.HF_ATTENTION | linears),
     *gated,
     Rule(f'{layer}layer_scale1.lambda1', f'{BLOCKS}scale1'),
     Rule(f'{layer}layer_scale2.lambda1', f'{BLOCKS}scale2'),
     *naming.final_norm(spec, 'layernorm'),
-    ignore(r'classifier\..*', 'a head: latents are taken before it'),
+    Ignore(r'classifier\..*', 'a head: latents are taken before it'),
   )
   return Table(rows)
 

@@ -21,7 +21,7 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights.rules import Rule, Table, ignore
+from vqrae_jax.weights.rules import Ignore, Rule, Table
 
 _SMALL = dict(width=384, depth=12, num_heads=6, mlp_dim=1536)
 # SwiGLU: two thirds of 6 x width, of 3 x width in the 7B.
@@ -81,7 +81,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.convolution('embeddings.patch_embeddings'),
     Rule('embeddings.cls_token', 'embed/prefix', 'batched'),
     Rule('embeddings.register_tokens', 'embed/registers', 'batched'),
-    ignore(r'embeddings\.mask_token', 'no patch is masked here'),
+    Ignore(r'embeddings\.mask_token', 'no patch is masked here'),
     *naming.blocks(layer, _LINEARS),
     Rule(f'{layer}layer_scale1.lambda1', f'{BLOCKS}scale1'),
     Rule(f'{layer}layer_scale2.lambda1', f'{BLOCKS}scale2'),

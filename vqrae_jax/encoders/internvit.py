@@ -18,7 +18,7 @@ from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.errors import choose
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights.rules import Rule, Table, ignore
+from vqrae_jax.weights.rules import Ignore, Rule, Table
 
 _6B = dict(width=3200, num_heads=25, mlp_dim=12800)
 _6B |= dict(norm='rms', qkv_bias=False, qk_norm=True)
@@ -47,7 +47,7 @@ ROWS = {
   'internvit-6b-448px-v2_5': _row(448, depth=45, **_6B),
 }
 
-_OTHERS = ignore(
+_OTHERS = Ignore(
   r'(language_model|mlp1|multi_modal_projector|lm_head)\..*',
   'the language model around the encoder',
 )
@@ -88,7 +88,7 @@ def hf_table(spec: EncoderSpec, shapes: Shapes) -> Table:
   )
   rows = (
     *naming.hf_embeddings(),
-    ignore(r'embeddings\.mask_token', 'no patch is masked here'),
+    Ignore(r'embeddings\.mask_token', 'no patch is masked here'),
     *_rows(layer, linears, naming.HF_NORMS, 'lambda_', 'attention'),
     *naming.final_norm(spec, 'layernorm'),
     _OTHERS,

@@ -13,7 +13,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights.rules import Table, ignore
+from vqrae_jax.weights.rules import Ignore, Table
 
 _HUGE = dict(width=1280, depth=32, num_heads=16, mlp_dim=5120)
 
@@ -44,7 +44,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.hf_embeddings(),
     *naming.hf_vit('encoder.layer.{i}.'),
     *naming.final_norm(spec, 'layernorm'),
-    ignore(r'decoder\..*', "the pre-training's decoder"),
+    Ignore(r'decoder\..*', "the pre-training's decoder"),
   )
   return Table(rows)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vqrae_jax.errors import UserError, choose
 from vqrae_jax.specs import IMAGENET_NORM, EncoderSpec
-from vqrae_jax.weights.rules import Rule, Table, ignore
+from vqrae_jax.weights.rules import Ignore, Rule, Table
 
 BLOCKS = 'transformer/blocks/'
 _FINAL_NORM = {
@@ -142,7 +142,7 @@ def final_norm(spec: EncoderSpec, theirs: str) -> list:
   if not spec.final_norm:
     return []
   why = norm_unused(spec)
-  return [ignore(rf'{theirs}\..*', why)] if why else norm(theirs, 'norm')
+  return [Ignore(rf'{theirs}\..*', why)] if why else norm(theirs, 'norm')
 
 
 _TANH = dict.fromkeys(('gelu_pytorch_tanh', 'gelu_new'), 'gelu_tanh')

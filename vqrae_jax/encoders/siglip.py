@@ -22,7 +22,7 @@ from typing import Any
 from vqrae_jax.encoders import naming
 from vqrae_jax.encoders.naming import BLOCKS, Shapes
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights.rules import Rule, Table, by_heads, ignore
+from vqrae_jax.weights.rules import Ignore, Rule, Table, by_heads
 
 _SIZES = naming.SIZES | {
   'so400m': dict(width=1152, depth=27, num_heads=16, mlp_dim=4304)
@@ -85,9 +85,9 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     Rule('embeddings.position_embedding.weight', 'embed/positions', 'grid'),
     *naming.blocks('encoder.layers.{i}.', naming.HF_CLIP, naming.HF_CLIP_NORMS),
     *naming.final_norm(spec, 'post_layernorm'),
-    ignore(r'head\..*', 'the pooling head: latents are taken before it'),
-    ignore(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
-    ignore(r'embeddings\.position_ids', 'the numbers 0, 1, 2, …'),
+    Ignore(r'head\..*', 'the pooling head: latents are taken before it'),
+    Ignore(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
+    Ignore(r'embeddings\.position_ids', 'the numbers 0, 1, 2, …'),
   )
   return Table(rows)
 
@@ -121,11 +121,11 @@ def big_vision_table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *_big_vision_block(block, spec.vit.num_heads),
     Rule('Transformer/encoder_norm/scale', 'norm/scale'),
     Rule('Transformer/encoder_norm/bias', 'norm/bias'),
-    ignore('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
-    ignore('txt/.*|t|b', 'the text tower'),
+    Ignore('(MAPHead_0|head)/.*', 'the pooling head: latents are before it'),
+    Ignore('txt/.*|t|b', 'the text tower'),
   ]
   if why := naming.norm_unused(spec):
-    rows.append(ignore('Transformer/encoder_norm/.*', why))
+    rows.append(Ignore('Transformer/encoder_norm/.*', why))
   return Table(tuple(rows), ('params/', 'opt/target/', 'img/'))
 
 

@@ -15,7 +15,6 @@ host saves its part beside --out, on a disk that all hosts share, and continues
 from there if it was stopped.
 """
 
-import json
 import os
 import pathlib
 import shutil
@@ -27,8 +26,8 @@ from absl import flags
 
 from vqrae_jax import cli
 from vqrae_jax.errors import UserError, did_you_mean
-from vqrae_jax.evaluate.metrics import METRICS
-from vqrae_jax.files import atomic_write, digest
+from vqrae_jax.evaluate.metrics import METRICS, table
+from vqrae_jax.files import digest, write_json
 
 MODULE = 'vqrae_jax.evaluate'
 EXAMPLE = (
@@ -178,10 +177,11 @@ def evaluate(
     protocol=card,
   )
   visualize.save_png(_page(run, part), out.with_suffix('.png'))
-  with atomic_write(out) as file:
-    file.write((json.dumps(report, indent=2) + '\n').encode())
+  write_json(out, report)
   shutil.rmtree(parts, ignore_errors=True)
-  print(_table(report))
+  n, lost = part.sums.images, len(part.skipped)
+  print(f'{n} image{"s" * (n != 1)}' + f' ({lost} skipped)' * bool(lost))
+  print(table(report))
   if 'rfid' in figures and part.sums.images < ENOUGH:
     print(
       f'\nwarning: rFID on {part.sums.images} images: with fewer than '
@@ -197,7 +197,6 @@ def _network_files(
 ) -> dict[str, dict[str, pathlib.Path]]:
   """{metric: {row of `weights.hub.FILES`: file}} of those with a network."""
   from vqrae_jax.pretrained import networks
-  from vqrae_jax.weights import hub
 
   given = {}
   for text in weights:
@@ -210,7 +209,7 @@ def _network_files(
       raise UserError(
         f'--metrics: unknown metric "{name}"{did_you_mean(name, METRICS)}'
       )
-  known = [row for name in metrics for row in hub.NEEDS[name]]
+  known = [row for name in metrics for row in networks.NEEDS[name]]
   for name in given:
     if name not in known:
       raise UserError(
@@ -323,35 +322,6 @@ def _page(run: Any, part: Any) -> Any:
       columns[i] = *sides, label
   title = f'best, median and worst of {len(order)} images by PSNR'
   return visualize.comparison(*zip(*columns.values(), strict=True), title=title)
-
-
-_TABLE = (
-  ('psnr_mean', 'PSNR, mean over images', '{:.2f} dB'),
-  ('psnr', 'PSNR of the pooled error', '{:.2f} dB'),
-  ('ssim', 'SSIM', '{:.4f}'),
-  ('lpips', 'LPIPS (VGG)', '{:.4f}'),
-  ('rfid', 'rFID', '{:.3f}'),
-  ('usage', 'codebook usage', '{:.1%}'),
-  ('perplexity', 'perplexity', '{:,.1f}'),
-  ('effective_bits', 'effective bits per token', '{:.2f}'),
-  ('bits_per_image', 'bits per image', '{:,.0f}'),
-  ('knn', 'k-NN accuracy of latents', '{:.1%}'),
-  ('knn_quantized', '  after quantization', '{:.1%}'),
-  ('linear', 'linear probe of latents', '{:.1%}'),
-  ('linear_quantized', '  after quantization', '{:.1%}'),
-)
-
-
-def _table(report: dict[str, Any]) -> str:
-  """The figures a line each."""
-  n, lost = report['images'], len(report['skipped'])
-  lines = [f'{n} image{"s" * (n != 1)}' + f' ({lost} skipped)' * bool(lost)]
-  lines += [
-    f'  {label:27}{form.format(report[key]):>12}'
-    for key, label, form in _TABLE
-    if key in report
-  ]
-  return '\n'.join(lines)
 
 
 if __name__ == '__main__':

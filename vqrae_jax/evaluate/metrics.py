@@ -9,6 +9,8 @@ the networks of `pretrained/networks.py`. Sums are f64, on the host.
 import dataclasses
 import math
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,39 @@ def entropy(counts: np.ndarray) -> np.ndarray:
   return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
 
 
+# Of a run or an evaluation, in the order of `table`.
+FIGURES = (
+  ('psnr', 'PSNR, dB (pooled error)', '.2f'),
+  ('psnr_mean', 'PSNR, dB (mean over images)', '.2f'),
+  ('psnr_block_mean', 'PSNR of block means, dB', '.2f'),
+  ('psnr_shuffled', 'PSNR with codes shuffled, dB', '.2f'),
+  ('ssim', 'SSIM', '.4f'),
+  ('lpips', 'LPIPS (VGG)', '.4f'),
+  ('rfid', 'rFID', '.3f'),
+  ('codes_used', 'codes used', ',d'),
+  ('usage', 'codebook usage', '.1%'),
+  ('perplexity', 'perplexity of the codes', ',.1f'),
+  ('effective_bits', 'effective bits per token', '.2f'),
+  ('bits_per_image', 'bits per image, nominal', ',.0f'),
+  ('knn', 'k-NN accuracy of latents', '.1%'),
+  ('knn_quantized', '  after quantization', '.1%'),
+  ('linear', 'linear probe of latents', '.1%'),
+  ('linear_quantized', '  after quantization', '.1%'),
+  ('train_seconds', 'training, s', '.0f'),
+  ('images_per_second', 'images/s', '.0f'),
+  ('data_wait', 'time waiting for data', '.1%'),
+)
+
+
+def table(figures: Mapping[str, Any]) -> str:
+  """Those of `FIGURES` that are there, a line each."""
+  return '\n'.join(
+    f'  {words:28} {format(figures[key], form):>10}'
+    for key, words, form in FIGURES
+    if key in figures
+  )
+
+
 @jax.jit
 def image_rows(
   images: jax.Array, targets: jax.Array, networks: Tree
@@ -156,8 +191,8 @@ def sums_of(rows: dict[str, np.ndarray], pixels: int) -> Sums:
   return sums
 
 
-def compare(images, targets, count: int, networks: Tree | None = None) -> Sums:
+def compare(images, targets, count: int) -> Sums:
   """The sums of one batch, of its first `count` rows; see `image_rows`."""
-  rows = image_rows(images, targets, networks or {})
+  rows = image_rows(images, targets, {})
   rows = {name: np.asarray(x)[:count] for name, x in rows.items()}
   return sums_of(rows, math.prod(targets.shape[1:]))

@@ -36,10 +36,10 @@ import numpy as np
 from vqrae_jax import __version__, inference
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.export import canonical_json, fingerprint, load, written_whole
+from vqrae_jax.files import digest
 from vqrae_jax.models.tokenizer import Tokenizer, describe
 from vqrae_jax.ops import trees
 from vqrae_jax.specs import EncoderSpec
-from vqrae_jax.weights.hub import digest
 
 FORMAT_VERSION = 1
 CARD, LOADER, VARIABLES = 'bundle.json', 'load.py', 'variables.npz'

@@ -39,7 +39,7 @@ from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import IMAGENET_NORM, TORCH_BICUBIC, EncoderSpec
 from vqrae_jax.weights.files import WeightFile, arrays
 from vqrae_jax.weights.load import TOLERANCE, Pretrained, export
-from vqrae_jax.weights.rules import Ignore, Table, computed, ignore
+from vqrae_jax.weights.rules import Computed, Ignore, Table
 
 CLASS = 'AutoencoderRAE'
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
@@ -186,9 +186,9 @@ def _tables(tokenizer: Tokenizer, kind: str, old: bool) -> dict[str, Table]:
     ),
     'statistics': Table(
       (
-        computed('encoder_mean', lambda: _channels(pixels.mean), _PIXELS),
-        computed('encoder_std', lambda: _channels(pixels.std), _PIXELS),
-        ignore(
+        Computed('encoder_mean', lambda: _channels(pixels.mean), _PIXELS),
+        Computed('encoder_std', lambda: _channels(pixels.std), _PIXELS),
+        Ignore(
           r'_latents_(mean|std)', 'stored as codebook/latents, with std + 1e-5'
         ),
       ),

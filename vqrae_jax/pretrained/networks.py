@@ -29,7 +29,7 @@ from vqrae_jax.types import Tree
 from vqrae_jax.weights import hub
 from vqrae_jax.weights.files import open_weights
 from vqrae_jax.weights.load import Pretrained
-from vqrae_jax.weights.rules import Rule, Table, ignore
+from vqrae_jax.weights.rules import Ignore, Rule, Table
 
 # ----------------------------------------------------------------------------
 # DINO ViT-S/8 (arXiv 2104.14294) as the discriminator's backbone.
@@ -55,8 +55,8 @@ TABLE = Table(
       tuple(f'{name}/bias' for name in naming.QKV),
       ('same', 'zeros', 'same'),
     ),
-    ignore(r'norm\..*', 'the final norm: features are taken before it'),
-    ignore(r'head\..*', 'the head that DINO trained with'),
+    Ignore(r'norm\..*', 'the final norm: features are taken before it'),
+    Ignore(r'head\..*', 'the head that DINO trained with'),
   ),
   ('module.', '_orig_mod.', 'backbone.'),
 )
@@ -148,7 +148,7 @@ def _inception_rows() -> list[Rule]:
 VGG16_TABLE = Table(
   (
     *_vgg_rows(),
-    ignore(r'classifier\..*', 'the classifier: LPIPS reads convolutions'),
+    Ignore(r'classifier\..*', 'the classifier: LPIPS reads convolutions'),
   )
 )
 HEADS_TABLE = Table(
@@ -161,8 +161,8 @@ CONVNEXT_TABLE = Table(tuple(_convnext_rows()))
 INCEPTION_TABLE = Table(
   (
     *_inception_rows(),
-    ignore(r'.*\.num_batches_tracked', 'a count of training batches'),
-    ignore(r'fc\..*', 'the classifier: features come before it'),
+    Ignore(r'.*\.num_batches_tracked', 'a count of training batches'),
+    Ignore(r'fc\..*', 'the classifier: features come before it'),
   )
 )
 
@@ -174,6 +174,11 @@ PARTS = {
   },
   'convnext': {'net': ('convnext-small', CONVNEXT_TABLE)},
   'rfid': {'net': ('inception', INCEPTION_TABLE)},
+}
+# {loss, metric or discriminator: rows of `hub.FILES`}.
+NEEDS = {
+  **{t: tuple(row for row, _ in parts.values()) for t, parts in PARTS.items()},
+  'dino': ('dino-s8',),
 }
 
 

@@ -20,7 +20,7 @@ from vqrae_jax.ops import posemb
 from vqrae_jax.specs import DecoderSpec
 from vqrae_jax.weights.files import WeightFile
 from vqrae_jax.weights.load import TOLERANCE, Pretrained, export
-from vqrae_jax.weights.rules import Rule, Table, computed, ignore
+from vqrae_jax.weights.rules import Computed, Ignore, Rule, Table
 
 _POSITIONS = 'decoder_pos_embed'
 # Values of all published decoders.
@@ -42,7 +42,7 @@ def rae_table(spec: DecoderSpec) -> Table:
   if spec.vit.posemb == 'learned':
     positions = naming.positions(_POSITIONS)
   else:
-    positions = computed(
+    positions = Computed(
       _POSITIONS,
       lambda: _fixed_positions(spec),
       'fixed sin-cos positions',
@@ -56,7 +56,7 @@ def rae_table(spec: DecoderSpec) -> Table:
     *naming.hf_vit('decoder_layers.{i}.'),
     *naming.norm('decoder_norm', 'norm'),
     *naming.dense('decoder_pred', 'head'),
-    ignore(
+    Ignore(
       r'(encoder|quantizer|fsq_projection|fsq_unprojection|post_quant_conv)'
       r'\..*',
       'a part of the tokenizer other than its decoder',

@@ -34,7 +34,7 @@ from vqrae_jax.pretrained import rae
 from vqrae_jax.specs import TORCH_BICUBIC, EncoderSpec
 from vqrae_jax.weights.files import WeightFile
 from vqrae_jax.weights.load import Pretrained, export
-from vqrae_jax.weights.rules import PREFIXES, Rule, Table, computed, ignore
+from vqrae_jax.weights.rules import PREFIXES, Computed, Ignore, Rule, Table
 
 # ------------------------------------------------------------------ encoders
 
@@ -252,8 +252,8 @@ def _fsq_rows(q: quantizers.FSQ) -> list:
   buffers, why = fsq_buffers(q.levels), 'computed from quantizer.levels'
   if (q.adapter_in, q.adapter_out) == ('linear', 'linear'):
     del buffers['quantizer.scales']
-    rows.append(ignore(r'quantizer\.(scales|_basis|_levels)', why))
-  rows += [computed(k, lambda x=x: x, why) for k, x in buffers.items()]
+    rows.append(Ignore(r'quantizer\.(scales|_basis|_levels)', why))
+  rows += [Computed(k, lambda x=x: x, why) for k, x in buffers.items()]
   return rows
 
 
@@ -303,15 +303,15 @@ def quantizer_table(q: quantizers.Quantizer) -> Table:
       )
     ours = _C if q.update == 'ema' else _P
     rows.append(Rule(_TABLES[q.update], f'{ours}codes'))
-    rows.append(ignore(_AVERAGE, 'EMA state, which no tokenizer has'))
+    rows.append(Ignore(_AVERAGE, 'EMA state, which no tokenizer has'))
   elif isinstance(q, quantizers.SimVQ):
     _check_simvq(q)
     rows.append(Rule('quantizer.embedding.weight', f'{_C}basis'))
     rows += naming.dense('quantizer.embedding_proj', _P.rstrip('/'))
     rows += naming.dense('quantizer.z_proj', f'{_P}map_tokens')
     temperature = 'a temperature, which does not change the nearest code'
-    rows.append(ignore(r'quantizer\.l2_norm_scale', temperature))
-    rows.append(ignore(_AVERAGE, 'counts of codes, for a log'))
+    rows.append(Ignore(r'quantizer\.l2_norm_scale', temperature))
+    rows.append(Ignore(_AVERAGE, 'counts of codes, for a log'))
   if q.post_quant is not None:
     rows.append(Rule('post_quant_conv.weight', f'{_P}post_conv/kernel', 'conv'))
     rows.append(Rule('post_quant_conv.bias', f'{_P}post_conv/bias'))

@@ -98,6 +98,10 @@ class Layout:
     shape = -1, self.views, *self.index_shape
     return np.asarray(rows, np.int32).reshape(shape)
 
+  def each_view(self, values: Sequence) -> list:
+    """One value per image -> the same value for each of its views."""
+    return [value for value in values for _ in range(self.views)]
+
   def ids(self, tokens: np.ndarray) -> np.ndarray:
     """i32[n v *index_shape] in [0, K) -> i32[n*v, ids per sequence]."""
     rows = self.rows(tokens) + self.offset
@@ -144,10 +148,6 @@ class Shard:
   def file(self, ending: str) -> str:
     """The name of this shard's file."""
     return f'{self.number:05}.{ending}'
-
-  def each_view(self, values: Sequence, views: int) -> list:
-    """One value per image -> the same value for each of its views."""
-    return [value for value in values for _ in range(views)]
 
 
 class Format(NamedTuple):
@@ -247,7 +247,7 @@ def _read_megatron(folder, layout, shard):
 
 def _write_jsonl(folder, layout, shard, tokens):
   rows = layout.rows(tokens)
-  labels = shard.each_view(shard.labels, layout.views)
+  labels = layout.each_view(shard.labels)
   with open(folder / shard.file('jsonl'), 'w') as file:
     for label, row in zip(labels, rows, strict=True):
       line = dict(class_id=label, tokens=row.tolist())
@@ -310,7 +310,7 @@ def _write_parquet(folder, layout, shard, tokens):
   grid = layout.index_shape[:2] if len(layout.index_shape) > 1 else (None, None)
 
   def column(values, kind):
-    return pyarrow.array(shard.each_view(values, layout.views), kind)
+    return pyarrow.array(layout.each_view(values), kind)
 
   table = pyarrow.table(
     {
@@ -340,8 +340,8 @@ def _read_parquet(folder, layout, shard):
 def _write_hdf5(folder, layout, shard, tokens):
   import h5py
 
-  keys = np.array(shard.each_view(shard.keys, layout.views), object)
-  labels = shard.each_view(shard.labels, layout.views)
+  keys = np.array(layout.each_view(shard.keys), object)
+  labels = layout.each_view(shard.labels)
   with h5py.File(folder / shard.file('h5'), 'w') as file:
     file.create_dataset('code', data=layout.rows(tokens).astype(np.int32))
     file.create_dataset('label', data=np.array(labels, np.int64))

@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
   if values.dry_run and profile:
     raise UserError('--dry_run runs one step; leave --profile out')
   cli.join_hosts(values)
-  from vqrae_jax.train import compile_cache, loop, reporting
+  from vqrae_jax.evaluate.metrics import table
+  from vqrae_jax.train import compile_cache, loop
 
   source = values['config'].default_as_str
   workdir = to_path(values.workdir or default_workdir(source))
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
     )
     return
   figures = loop.train(values.config, workdir, profile)
-  print(f'\n{workdir}\n{reporting.table(figures)}\n\n{_next_steps(workdir)}')
+  print(f'\n{workdir}\n{table(figures)}\n\n{_next_steps(workdir)}')
 
 
 def _next_steps(workdir: Path) -> str:

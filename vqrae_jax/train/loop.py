@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from vqrae_jax import export, hosts, sharding
 from vqrae_jax.errors import Stopped, UserError, read_json
-from vqrae_jax.files import Path, is_url
+from vqrae_jax.files import Path, is_url, write_json
 from vqrae_jax.paths import check_writable
 from vqrae_jax.train import compile_cache, reporting
 from vqrae_jax.train import config as config_lib
@@ -225,7 +225,7 @@ def train(
         if manifest is not None:
           _warn_of_changes(workdir / 'config.json', config)
         recorded = config_lib.recorded(config)
-        reporting.write_json(workdir / 'config.json', recorded)
+        write_json(workdir / 'config.json', recorded)
       logging.info('%s', setup.describe())
       if spec.every:
         checkpoints.begin_from(position.step)
@@ -260,8 +260,8 @@ def run(
   workdir: Path,
   checkpoints: Checkpoints,
   position: Position,
-  check_lock: Callable[[], None] = lambda: None,
-  profile: tuple[int, int] | None = None,
+  check_lock: Callable[[], None],
+  profile: tuple[int, int] | None,
 ) -> tuple[Any, dict[str, Any]]:
   """(the last state, the run's figures): all steps that are left.
 
@@ -272,7 +272,7 @@ def run(
     checkpoints: where the state is saved.
     position: of `started.state`.
     check_lock: is called before each checkpoint.
-    profile: steps of a trace.
+    profile: steps of a trace, or None.
   """
   loop = _Loop(setup, started, workdir, checkpoints, position)
   total, every = setup.total_steps, setup.config.checkpoint.every

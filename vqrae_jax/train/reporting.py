@@ -26,7 +26,7 @@ from vqrae_jax import export, sharding
 from vqrae_jax.data import sources
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.evaluate import evaluator, metrics, visualize
-from vqrae_jax.files import Path, atomic_write, is_url
+from vqrae_jax.files import Path, atomic_write, is_url, write_json
 from vqrae_jax.models.tokenizer import packages_of
 from vqrae_jax.pretrained import networks
 from vqrae_jax.train import state as state_lib
@@ -39,23 +39,6 @@ _QUIET = ('skipped', 'nonfinite')
 SHOWN = 8  # images of a picture on the way
 PAGE_IMAGES = 12  # of the page at the end
 LARGE = 128  # pixels: smaller images are enlarged by an integer factor
-# Figures of summary.json in the order of the table at the end.
-_TABLE = (
-  ('psnr', 'PSNR, dB (held out, pooled)', '.2f'),
-  ('psnr_block_mean', 'PSNR of block means, dB', '.2f'),
-  ('psnr_shuffled', 'PSNR with codes shuffled, dB', '.2f'),
-  ('ssim', 'SSIM', '.3f'),
-  ('lpips', 'LPIPS (VGG)', '.4f'),
-  ('rfid', 'rFID', '.2f'),
-  ('codes_used', 'codes used', 'd'),
-  ('usage', 'codebook usage', '.1%'),
-  ('perplexity', 'perplexity of the codes', '.1f'),
-  ('effective_bits', 'effective bits per token', '.2f'),
-  ('bits_per_image', 'bits per image, nominal', '.0f'),
-  ('train_seconds', 'training, s', '.0f'),
-  ('images_per_second', 'images/s', '.0f'),
-  ('data_wait', 'time waiting for data', '.1%'),
-)
 
 
 class _Lines:
@@ -245,12 +228,6 @@ def _wandb_run(workdir: Path, setup: Setup, start_step: int) -> Any:
   return run
 
 
-def write_json(path: Path, value: Any) -> None:
-  """JSON, all of it or nothing."""
-  with atomic_write(path) as file:
-    file.write(json.dumps(value, indent=2, default=str).encode() + b'\n')
-
-
 def read_summary(workdir: Path) -> dict[str, Any]:
   """What summary.json holds; {} if it is absent or damaged."""
   try:
@@ -400,14 +377,3 @@ def picture_of(tokenizer, variables, source, tile: int) -> Image.Image:
     labels.append(f'{source.names[i]}  {psnr:.1f} dB')
   title = f'originals above reconstructions, from tokens of {tile}-px tiles'
   return visualize.comparison(originals, recons, labels, title)
-
-
-def table(figures: dict[str, Any]) -> str:
-  """The figures that a user asks for first, a line each."""
-  rows = [
-    (words, format(figures[key], form))
-    for key, words, form in _TABLE
-    if key in figures
-  ]
-  width = max(len(words) for words, _ in rows)
-  return '\n'.join(f'  {words:<{width}}  {value:>9}' for words, value in rows)

@@ -212,12 +212,11 @@ def setup(
   held_out = open_held_out(config, source)
   planned = _plan(config, tokenizer, len(source), mesh)
   data = config.data
-  augment = Augment(data.size, data.resize, data.crop, data.flip)
-  ample = max(dataclasses.replace(augment, size=s).ample for s in data.sizes)
+  augments = [Augment(s, data.resize, data.crop, data.flip) for s in data.sizes]
+  ample = max(augment.ample for augment in augments)
   batches = TrainBatches(
     source.decoded_by(data.decoder, ample),
-    augment,
-    sizes=data.sizes,
+    augments,
     batch_size=config.batch_size,
     seed=config.seed,
     process_index=jax.process_index(),

@@ -95,15 +95,6 @@ FILES = {
   ),
 }
 
-# {a loss, a metric or a discriminator's name, as in a config: the rows that it
-# needs}.
-NEEDS = {
-  'lpips': ('vgg16', 'lpips-vgg'),
-  'convnext': ('convnext-small',),
-  'dino': ('dino-s8',),
-  'rfid': ('inception',),
-}
-
 
 _LENGTH = 'Content-Length'
 

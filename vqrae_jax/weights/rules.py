@@ -3,8 +3,8 @@ r"""The rows of a weight table: what each key of a published file becomes.
   Rule('layers.{i}.fc1.weight', 'blocks/mlp/fc1/kernel', 'linear')
   Rule('layers.{i}.qkv.weight', ('…/query/kernel', '…/key/kernel', …), 'linear')
   Rule('cls_token', 'embed/prefix', 'batched')
-  ignore(r'head\..*', 'the pooling head: latents are taken before it')
-  computed('pos_embed', positions, 'fixed sin-cos, computed here')
+  Ignore(r'head\..*', 'the pooling head: latents are taken before it')
+  Computed('pos_embed', positions, 'fixed sin-cos, computed here')
 
 A table is total: every source key is matched by one row, and every layer of
 every destination leaf is filled by one (`load.py` enforces this). Rows are
@@ -166,9 +166,6 @@ class Computed:
   value: Callable[[], np.ndarray]
   why: str
   hint: str = ''
-
-
-ignore, computed = Ignore, Computed  # as tables write them
 
 
 @dataclasses.dataclass(frozen=True)
