@@ -222,13 +222,15 @@ def reconstruct(tmp_path_factory):
 )
 def test_reconstruct_images(tile, size, reconstruct, tmp_path, capsys):
   photos, out = runs.images(tmp_path / 'photos', 20, 30), tmp_path / 'out'
-  reconstruct(photos, out, *([f'--tile={tile}'] if tile < 16 else []))
   names = {p.name for p in photos.iterdir()} | {'comparison.png'}
+  Image.new('RGB', (40, 3)).save(photos / 'flat.png')  # below a patch
+  reconstruct(photos, out, *([f'--tile={tile}'] if tile < 16 else []))
   assert {p.name for p in out.iterdir()} == names
   with Image.open(out / 'image0.png') as image:
     assert image.size == size
   printed = capsys.readouterr().out
   assert printed.count(' dB ') == 4 and 'comparison.png' in printed
+  assert 'flat  skipped: 3x40 pixels' in printed and '(1 skipped)' in printed
 
 
 def test_tiles_have_the_grid_that_statistics_are_of(reconstruct, tmp_path):

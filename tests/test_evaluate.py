@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -135,11 +136,9 @@ def test_figures_page_and_protocol(world, by_hand, measured):
   assert {p.name for p in folder.iterdir()} == {'m.json', 'm.png'}
 
 
-def test_a_stopped_evaluation_goes_on(
-  world, measured, tmp_path, monkeypatch, capsys
-):
-  """From its last batch, to the same bits."""
-  on_one_device(monkeypatch)
+def stop_after_a_batch(patch):
+  """The sizes of batches, filled as they are measured; after the first, saved,
+  the user stops the command."""
   measure, seen = part.evaluator.measure, []
 
   def stopped(*args, **options):
@@ -149,8 +148,17 @@ def test_a_stopped_evaluation_goes_on(
       if len(seen) == 1:
         raise KeyboardInterrupt
 
-  monkeypatch.setattr(part, 'SAVE_EVERY_S', 0)
-  monkeypatch.setattr(part.evaluator, 'measure', stopped)
+  patch.setattr(part, 'SAVE_EVERY_S', 0)
+  patch.setattr(part.evaluator, 'measure', stopped)
+  return seen
+
+
+def test_a_stopped_evaluation_goes_on(
+  world, measured, tmp_path, monkeypatch, capsys
+):
+  """From its last batch, to the same bits."""
+  on_one_device(monkeypatch)
+  seen = stop_after_a_batch(monkeypatch)
   with pytest.raises(KeyboardInterrupt):
     run(world, tmp_path / 'm.json')
   assert not (tmp_path / 'm.json').exists()
@@ -159,6 +167,22 @@ def test_a_stopped_evaluation_goes_on(
   assert {p.name for p in tmp_path.iterdir()} == {'m.json', 'm.png'}
   out = capsys.readouterr().out
   assert f'{found["rfid"]:.3f}' in out and '2,048' in out
+
+
+def test_other_files_are_measured_from_the_start(world, tmp_path, monkeypatch):
+  """A stopped evaluation goes on with the files that it began with."""
+  on_one_device(monkeypatch)
+  photos = shutil.copytree(world / 'photos', tmp_path / 'photos')
+  argv = [f'--tokenizer={world}/tokenizer', f'--data={photos}',
+          f'--out={tmp_path}/m.json', '--metrics=']  # fmt: skip
+  stop_after_a_batch(monkeypatch)
+  with pytest.raises(KeyboardInterrupt):
+    command.main(argv)
+  assert (tmp_path / 'm.json.parts').is_dir()
+  shutil.copy(photos / 'a' / '0.png', photos / BAD)
+  command.main(argv)
+  found = json.loads((tmp_path / 'm.json').read_text())
+  assert found['images'] == 5 and not found['skipped']
 
 
 def test_classes_of_one_image_have_no_probes(world, tmp_path, monkeypatch):
@@ -177,8 +201,9 @@ def test_classes_of_one_image_have_no_probes(world, tmp_path, monkeypatch):
   assert 2 * 192 < page.width < 3 * 192 + 140
 
 
-def test_a_damaged_record_may_be_the_first(world, tmp_path, monkeypatch):
-  """It has no label either; the others are probed by theirs."""
+def test_damaged_files_are_named(world, tmp_path, monkeypatch):
+  """A record, also as the first, which has no label; the others are probed by
+  theirs. A tar that ends early."""
   on_one_device(monkeypatch)
   good = [makers.example(image=makers.png(i), label=i % 2) for i in range(4)]
   makers.array_record(tmp_path / 'x.array_record', [b'damaged', *good])
@@ -189,6 +214,16 @@ def test_a_damaged_record_may_be_the_first(world, tmp_path, monkeypatch):
   found = json.loads((tmp_path / 'm.json').read_text())
   assert found['images'] == 4 and [*found['skipped']] == ['x.array_record:0']
   assert found['classes'] == 2 and 0 <= found['knn'] <= 1
+  whole = makers.tar(
+    tmp_path / 'x.tar', [(f'{i}.png', makers.png(i)) for i in range(4)]
+  ).read_bytes()
+  (tmp_path / 'x.tar').write_bytes(whole[: whole.index(b'3.png') + 700])
+  command.main([
+    f'--tokenizer={world}/tokenizer', f'--data={tmp_path}/x.tar',
+    f'--out={tmp_path}/tar.json', '--metrics=',
+  ])  # fmt: skip
+  found = json.loads((tmp_path / 'tar.json').read_text())
+  assert found['images'] == 3 and [*found['skipped']] == ['x.tar']
 
 
 @pytest.mark.slow

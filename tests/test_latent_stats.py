@@ -163,3 +163,11 @@ def test_bad_input_is_one_line(argv, words, photos, here):
     latent_stats.main(['--config=mine.py', '--out=s.npz', *argv.split()])
   assert '\n' not in str(error.value)
   assert {p.name for p in here.iterdir()} == before
+
+
+def test_latents_that_training_changes_have_none(photos, here):
+  config = write_config()
+  config['model']['encoder'] |= dict(layers=(0, 1), fuse='attention')
+  (here / 'mine.py').write_text(f'def get_config():\n  return {config!r}\n')
+  with pytest.raises(UserError, match='fuse="attention" trains the latents'):
+    latent_stats.main(['--config=mine.py', f'--data={photos}', '--out=s.npz'])

@@ -146,6 +146,11 @@ def _encoder(spec: Any, tokenizer: Any, mesh: Any) -> Callable:
   from vqrae_jax.ops import trees
   from vqrae_jax.train import initialize
 
+  if getattr(tokenizer.encoder_spec, 'fuse', '') == 'attention':
+    raise UserError(
+      'encoder.fuse="attention" trains the latents: they have no statistics '
+      'before training'
+    )
   # Neither has a part in latents; the statistics are not there yet.
   init = dataclasses.replace(spec.init, decoder=None, latents=None)
   given = initialize.tokenizer_weights(tokenizer, spec.init_from, init)

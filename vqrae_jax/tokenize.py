@@ -496,6 +496,8 @@ def main(argv: list[str]) -> None:
   if dataset is None:
     left = worker.count - len(worker.finished)
     print(f'{left} of {worker.count} shards are not finished')
+  elif not dataset['images']:
+    raise UserError(f'no image of "{values.data}" can be read')
   else:
     print(
       f'finished: {dataset["images"]} images, {dataset["tokens"]} tokens, '

@@ -53,8 +53,10 @@ def test_folders_are_searched_in_depth_and_sorted(folder):
 
 
 def test_sub_folders_are_classes(tmp_path):
-  """Numbered in sorted order over all images, chosen or not."""
-  for name in ('dog/a/1.jpg', 'dog/2.jpg', 'cat/3.jpg', 'emu/4.jpg'):
+  """Numbered in sorted order over all images, chosen or not; hidden files and
+  folders have none."""
+  names = 'dog/a/1.jpg', 'dog/2.jpg', 'cat/3.jpg', 'emu/4.jpg'
+  for name in (*names, '.trash/1.jpg', 'dog/.a/2.jpg', 'dog/.3.jpg'):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
   for data in ('', '/*/**/*.jpg', '/{emu/4,dog/2,cat/3,dog/a/1}.jpg'):

@@ -88,6 +88,12 @@ def test_statistics_files(tmp_path):
   np.savez(bad, mu=mean, sigma=covariance * np.nan)
   with pytest.raises(UserError, match='bad.npz has NaN'):
     fid.load_statistics(bad, 8)
+  np.savez_compressed(bad, mu=mean, sigma=covariance)
+  data = bytearray(bad.read_bytes())
+  data[240:304] = b'\xff' * 64  # no stream of zlib
+  bad.write_bytes(data)
+  with pytest.raises(UserError, match='bad.npz'):
+    fid.load_statistics(bad, 8)
   good.write_bytes(good.read_bytes()[:100])
   with pytest.raises(UserError, match='good.npz'):
     fid.load_statistics(good, 8)

@@ -13,7 +13,9 @@ from skimage import metrics as peer
 import vqrae_jax
 from tests import tiny
 from vqrae_jax.data import pipeline
+from vqrae_jax.errors import read_json
 from vqrae_jax.evaluate import evaluator, metrics, visualize
+from vqrae_jax.files import write_json
 from vqrae_jax.losses.perceptual import lpips
 from vqrae_jax.pretrained import networks
 from vqrae_jax.types import LossInputs
@@ -24,6 +26,16 @@ def pairs(n=3, side=24):
   targets = tiny.images(n, side, side)
   images = targets / 255 + rng.normal(0, 0.1, targets.shape)
   return np.clip(images, 0, 1).astype(np.float32), targets
+
+
+def test_figures_without_a_value(tmp_path):
+  """JSON has no NaN, and a table no line for it."""
+  path = tmp_path / 'm.json'
+  write_json(path, {'psnr': float('nan'), 'ssim': 0.5, 'more': [float('inf')]})
+  found = read_json(path)
+  assert found == {'psnr': None, 'ssim': 0.5, 'more': [None]}
+  shown = metrics.table(found)
+  assert 'SSIM' in shown and 'PSNR' not in shown
 
 
 def test_against_scikit_image():

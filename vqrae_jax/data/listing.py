@@ -67,7 +67,7 @@ def files_below(root: str) -> Iterator[str]:
   """Paths of all files below a folder, relative to it, unsorted.
 
   A file whose status cannot be read, such as a link to itself, is skipped with
-  a warning; broken links are skipped.
+  a warning; broken links and hidden files and folders (".x") are skipped.
 
   Raises:
     UserError: a folder cannot be listed.
@@ -88,6 +88,8 @@ def files_below(root: str) -> Iterator[str]:
     except OSError as e:
       raise UserError(f'cannot list the folder {where}: {e.strerror}') from None
     for entry in entries:
+      if entry.name.startswith('.'):
+        continue
       name = os.path.join(folder, entry.name)
       try:
         if entry.is_dir(follow_symlinks=False):

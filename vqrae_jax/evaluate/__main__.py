@@ -15,6 +15,7 @@ host saves its part beside --out, on a disk that all hosts share, and continues
 from there if it was stopped.
 """
 
+import hashlib
 import os
 import pathlib
 import shutil
@@ -144,6 +145,7 @@ def evaluate(
   if fid_stats is not None:
     if 'rfid' not in metrics:
       raise UserError('--fid_stats is for rfid, which --metrics leaves out')
+    fid_stats = os.path.expanduser(fid_stats)
     reference = fid.load_statistics(fid_stats, inception.WIDTH)
   source = open_source(data)
   chosen = choose_images(source, images, data)
@@ -152,8 +154,13 @@ def evaluate(
   latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*sides), '--size')
   card = _protocol(tokenizer, variables, data, sides, files, fid_stats)
   run = part_lib.Run(tokenizer, variables, source, chosen, sides, _load(files))
-  # What must match for a part to be continued.
-  identity = card | dict(images=len(chosen), hosts=jax.process_count())
+  # What must match for a part to be continued; a host may have its own copies.
+  sizes = [(path.name, path.stat().st_size) for path in source.paths]
+  identity = card | dict(
+    files=hashlib.sha256(repr(sizes).encode()).hexdigest(),
+    images=len(chosen),
+    hosts=jax.process_count(),
+  )
   parts = out.with_name(f'{out.name}.parts')
   part = part_lib.measure(run, parts, identity)
   if jax.process_count() > 1:
@@ -170,16 +177,17 @@ def evaluate(
   if tokenizer.codebook_size:
     figures['bits_per_image'] = evaluator.bits_per_image(tokenizer, *sides)
   figures |= _probes(run, part)
+  skipped = {**source.damaged, **part.skipped}
   report = figures | dict(
     tokenizer=str(tokenizer_dir),
-    skipped=part.skipped,
+    skipped=skipped,
     device=f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     protocol=card,
   )
   visualize.save_png(_page(run, part), out.with_suffix('.png'))
   write_json(out, report)
   shutil.rmtree(parts, ignore_errors=True)
-  n, lost = part.sums.images, len(part.skipped)
+  n, lost = part.sums.images, len(skipped)
   print(f'{n} image{"s" * (n != 1)}' + f' ({lost} skipped)' * bool(lost))
   print(table(report))
   if 'rfid' in figures and part.sums.images < ENOUGH:

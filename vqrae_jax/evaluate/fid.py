@@ -10,6 +10,7 @@ are at distance 0.
 import dataclasses
 import os
 import zipfile
+import zlib
 
 import numpy as np
 from scipy.linalg import lapack
@@ -63,7 +64,9 @@ def load_statistics(
   try:
     with np.load(path) as file:
       mean, covariance = (np.asarray(file[n], float) for n in ('mu', 'sigma'))
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+  except (
+    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error
+  ) as e:  # fmt: skip
     raise UserError(
       f'{path} is not an .npz of statistics ("mu" and "sigma"): {e}'
     ) from None

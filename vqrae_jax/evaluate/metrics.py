@@ -131,7 +131,7 @@ def table(figures: Mapping[str, Any]) -> str:
   return '\n'.join(
     f'  {words:28} {format(figures[key], form):>10}'
     for key, words, form in FIGURES
-    if key in figures
+    if figures.get(key) is not None
   )
 
 

@@ -210,7 +210,7 @@ class Writer:
     brief = 'number', 'source', 'images', 'files', 'sha256'
     shards, skipped = [], []
     for number in numbers:  # of whose images not all fit into memory
-      row = _finished(self.folder, number)
+      row = _read(self.folder / FINISHED / f'{number:05}.json')
       shards.append({name: row[name] for name in brief})
       skipped += [[row['source'], *image] for image in row['skipped']]
     images = sum(shard['images'] for shard in shards)
@@ -250,9 +250,9 @@ def _to_disk(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def _finished(folder: pathlib.Path, number: int) -> dict:
-  path = folder / FINISHED / f'{number:05}.json'
-  try:  # of any length, unlike `read_json`
+def _read(path: pathlib.Path) -> dict:
+  """A file of ours, of any length, unlike `read_json`."""
+  try:
     return json.loads(path.read_bytes())
   except (OSError, ValueError) as e:
     raise UserError(
@@ -296,7 +296,7 @@ class Dump:
         f'{folder} is not finished: {done} of {config["shard_count"]} shards '
         'are; run the same tokenize command to write the others'
       )
-    self.info = read_json(self.folder / DATASET)
+    self.info = _read(self.folder / DATASET)
     self.layout = _layout(self.info)
     find_format(self.info['format'])
     counts = [shard['images'] for shard in self.info['shards']]
@@ -349,7 +349,7 @@ class Dump:
     count = self.info['shard_count']
     if not 0 <= number < count:
       raise IndexError(f'shard {number} of {count}')
-    row = _finished(self.folder, number)
+    row = _read(self.folder / FINISHED / f'{number:05}.json')
     fields = {field.name for field in dataclasses.fields(Shard)}
     shard = Shard(**{k: v for k, v in row.items() if k in fields})
     # Not kept: grain pickles a source for its processes, and functions cannot
@@ -402,7 +402,8 @@ def card(dataset: Mapping[str, Any]) -> str:
     '',
     f'{dataset["images"]:,} images, {dataset["rows"]:,} rows of '
     f'{dataset["tokens"] // max(dataset["rows"], 1):,} indices, '
-    f'{len(dataset["skipped"]):,} images skipped (`{DATASET}` lists them).',
+    f'{len(dataset["skipped"]):,} images or files skipped (`{DATASET}` lists '
+    'them).',
     '',
     f'- tokenizer: `{dataset["fingerprint"]}`',
     f'- indices of a row: {shape} in [0, {layout.codebook_size}), of '

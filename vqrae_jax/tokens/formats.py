@@ -303,7 +303,8 @@ def _write_parquet(folder, layout, shard, tokens):
   from pyarrow import parquet
 
   def lists(rows):
-    ends = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    ends = np.arange(len(rows) + 1) * rows.shape[1]
+    ends = pyarrow.array(ends, pyarrow.int32())  # an error beyond 2^31
     flat = pyarrow.array(rows.astype(np.int32).ravel())
     return pyarrow.ListArray.from_arrays(ends, flat)
 
