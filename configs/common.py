@@ -36,7 +36,7 @@ def base() -> ml_collections.ConfigDict:
     crop='random',
     flip=True,
     decoder='pil',
-    examples=optional(int),
+    examples=optional(object),
     max_skipped=0.01,
   )
   config.init_from = optional(str)
@@ -47,7 +47,7 @@ def base() -> ml_collections.ConfigDict:
     networks='published',
   )
   config.teacher = optional(str)
-  config.networks = dict(dtype=optional(str), remat=optional(bool))
+  config.networks = dict(dtype=optional(str), remat=optional(object))
   config.discriminator = optional(object)
   config.optim = dict(
     b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=of_any_type(1.0)
@@ -59,7 +59,7 @@ def base() -> ml_collections.ConfigDict:
   )  # fmt: skip
   config.checkpoint = dict(every=1000, keep=3)
   config.eval = dict(
-    source=optional(str), tile=optional(int), every=0, metrics=()
+    source=optional(str), tile=optional(object), every=0, metrics=()
   )
   config.eval.update(include=(), exclude=(), batch_size=32)
   return config

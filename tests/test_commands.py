@@ -191,7 +191,9 @@ def test_overrides_reach_the_config():
       ['--config.log.every=7', '--config', 'configs/quickstart.py:steps=60',
        '--config.data.include', "('a*', 'b')", '--noconfig.data.flip',
        '--config.data.image_size=(64, 32)', '--config.init.encoder=x',
-       '--config.optim.clip=None', '--config.teacher=None', '--dry_run']
+       '--config.optim.clip=None', '--config.teacher=None',
+       '--config.data.examples=5e9', '--config.networks.remat=None',
+       '--config.eval.tile=32', '--dry_run']
     )  # fmt: skip
   (config,) = dry_run.call_args.args
   assert (config.log.every, config.duration) == (7, '60 steps')
@@ -202,6 +204,8 @@ def test_overrides_reach_the_config():
     run = config_lib.read_config(had)
     assert run.data.sizes == ((64, 32),)
     assert run.optim.clip is None and run.teacher is None
+    assert run.data.examples == 5e9 and run.networks.remat is None
+    assert run.eval.tile == 32
 
 
 @pytest.fixture(scope='module')

@@ -260,6 +260,9 @@ BAD = [
   (MODEL + ' --config.model.encoder.output_norm=affine', 'post_layernorm'),
   (MODEL.replace('=ours', '=taken'), 'taken'),
   (MODEL.replace('w.pt', 'odd.pt'), 'quantizer.codebook;'),
+  (MODEL.replace('w.pt', 'flat.pt'), r'quantizer.embedding has shape \[1, '),
+  (MODEL.replace('w.pt', 'buffer.pt'), 'quantizer.embedding.weight is missing'),
+  (MODEL.replace('w.pt', 'levels.pt'), 'quantizer.scales'),
   (MODEL.replace('w.pt', 'attn.pt'), 'attention projector'),
   (MODEL.replace('w.pt', 'extra.pt'), 'quantizer.more'),
   (MODEL.replace('w.pt', 'nan.pt'), 'NaN'),
@@ -283,6 +286,10 @@ def bad_files(tmp_path_factory):
     extra=good | {'quantizer.more': ones},
     nan=good | {'quantizer.embedding': table * np.nan},
     attn=good | {'fsq_projection.transformer.x': ones},
+    flat=good | {'quantizer.embedding': table[None]},
+    buffer=good | {'quantizer.embedding_proj.weight': torch.ones(2, 2)},
+    levels=no_quantizer
+    | {'fsq_projection.weight': ones, 'quantizer.scales': ones * np.nan},
     odd=no_quantizer | {'quantizer.codebook': table},  # FSQ's grid there
     d=torch_rae.state_dict(latent=32),
     mae=state_of(kind='mae'),
@@ -355,6 +362,7 @@ def test_a_bound_that_the_project_does_not_have_is_not_written():
   'changes, key',
   [
     (dict(encoder=dict(vit=dict(patch_size=5))), 'encoder.resize='),
+    (dict(encoder=dict(output_norm='none')), 'encoder.output_norm='),
     (dict(feature_decoder={}), 'feature_decoder'),
     (dict(decoder=dict(pixel_norm=dict(mean=(0, 0, 0)))), 'decoder.pixel_norm'),
     (dict(latents=dict(norm='channel')), 'latents.norm='),

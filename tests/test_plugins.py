@@ -49,6 +49,11 @@ def mean_square(x):
   return jnp.mean(x.out.latents.astype(jnp.float32) ** 2)
 
 
+def a_pair(x):
+  """No loss: it has more than one value."""
+  return x.reconstruction.mean(), {}
+
+
 def a_row(x):
   """No loss: a value an image."""
   return x.reconstruction.mean((1, 2, 3))
@@ -280,7 +285,9 @@ def test_a_section_that_is_wrong(sections, words):
     (dict(edge=dict(LOSSES['edge'], on='pixels')), 'losses.edge.on=.*images'),
     (dict(edge=dict(LOSSES['edge'], fn='own_parts.edge:edges')), '"edge"'),
     (dict(edge=dict(weight=1.0, fn=f'{HERE}:HERE')), 'is no function'),
+    (dict(edge=dict(weight=1.0, fn=f'{HERE}:Transposed')), 'is no function'),
     (dict(row=dict(weight=1.0, fn=f'{HERE}:a_row')), r'losses.row .*\[4\]'),
+    (dict(pair=dict(weight=1.0, fn=f'{HERE}:a_pair')), 'losses.pair .*tuple'),
   ],
 )
 def test_a_loss_that_is_wrong(losses, words, tmp_path):

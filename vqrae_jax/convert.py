@@ -131,6 +131,12 @@ def main(argv: list[str]) -> None:
     tokenizer, variables = export.load_tokenizer(source.value)
     if values.to == 'torch':
       _write_arrays(out, vqrae_torch.to_torch(tokenizer, variables))
+      vit = tokenizer.encoder_spec.vit
+      print(
+        'no weight shows these of the encoder, which must be the same in '
+        f'PyTorch: num_heads={vit.num_heads}, act="{vit.act}", norm_eps='
+        f'{vit.norm_eps:g}, and how its positions are resized'
+      )
     else:
       _write_autoencoder_rae(tokenizer, variables, out)
   elif is_encoder:

@@ -13,7 +13,7 @@ from tests.encoders.references import error
 from tests.nn import torch_discriminators as references
 from vqrae_jax.errors import UserError
 from vqrae_jax.nn import discriminators, spectral
-from vqrae_jax.nn.dino import DINO_S8, DinoDiscriminator
+from vqrae_jax.nn.dino import DINO_S8, Backbone, DinoDiscriminator
 from vqrae_jax.nn.patchgan import PatchGAN
 from vqrae_jax.nn.vgg import VGG16
 from vqrae_jax.ops import trees
@@ -130,6 +130,17 @@ def hold(model, folder, x, steps, values=1e-5, slopes=1e-5):
     for name, gradient in gradients.items():
       if name.endswith('kernel'):
         assert error(dp[name], gradient) < slopes, name
+
+
+def test_dino_knows_where_its_patches_are():
+  """With "rope2d" too: columns that change places change what is read."""
+  model = Backbone(dataclasses.replace(VIT, posemb='rope2d'), (2,))
+  x = images(1, 16, 16, 3)
+  other = jnp.concatenate([x[:, :, 8:], x[:, :, :8]], axis=2)
+  run = jax.jit(model.init_with_output)
+  found, moved = (run(jax.random.key(0), y)[0][0, 0] for y in (x, other))
+  moved = jnp.roll(moved.reshape(4, 4, -1), 2, axis=1).reshape(found.shape)
+  assert error(moved, found) > 1e-3
 
 
 def test_dino_equals_torch_over_three_steps(tmp_path):

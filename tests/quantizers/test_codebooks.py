@@ -173,9 +173,11 @@ def test_simvq_codebook_stays_in_use():
 
 
 @pytest.mark.parametrize('distance', ('l2', 'cosine'))
-def test_simvq_starts_at_tokens(distance):
-  """Each token is its own code, whatever its size."""
-  quantizer = made(4, 'simvq', num_codes=6, code_dim=4, distance=distance)
+@pytest.mark.parametrize('mapped', (False, True))
+def test_simvq_starts_at_tokens(distance, mapped):
+  """Each token, as it is compared, is its own code, whatever its size."""
+  fields = dict(num_codes=6, code_dim=4, distance=distance, token_map=mapped)
+  quantizer = made(4, 'simvq', **fields)
   z = jax.random.normal(jax.random.key(0), (6, 4)) * 3
   variables = quantizer.init(jax.random.key(2), z)
   tokens = quantizer.apply(variables, z, method='to_code_space')
@@ -190,7 +192,6 @@ def test_gradient_table_and_a_random_basis_leave_the_collection_alone():
   for name, fields in (
     ('vq', dict(update='gradient')),
     ('simvq', dict(basis_init='normal')),
-    ('simvq', dict(token_map=True)),
   ):
     quantizer = made(4, name, num_codes=7, code_dim=4, **fields)
     codebook = {'basis': jnp.ones(3)}

@@ -24,6 +24,8 @@ from vqrae_jax.train import loop
     ('fsq-cosmos', dict(noise_tau=0.8), ['noise_tau']),
     ('none', dict(noise_tau=0.8), []),  # noise is for continuous latents
     ('simvq-l2', dict(commit=0.01), []),
+    ('vq-ema', dict(accumulate=2), []),
+    ('vq-ema', dict(accumulate=2, entropy=0.1), ['accumulate']),
     *((kind, {}, []) for kind in tiny.LOSSES),
   ],
 )
@@ -35,12 +37,12 @@ def test_unusual_values_are_named(kind, keys, named):
   if kind in tiny.NESTED:
     of_each = tiny.NESTED[kind]['quantizer']
     fields = dict(quantizer=of_each | dict(num_codes=512))
-  weights = {k: fields.pop(k) for k in ('commit', 'lpips') if k in fields}
-  losses = losses | weights
-  noise = fields.pop('noise_tau', 0.0)
+  names = 'commit', 'lpips', 'entropy'
+  losses = losses | {k: fields.pop(k) for k in names if k in fields}
+  run = {k: fields.pop(k) for k in ('noise_tau', 'accumulate') if k in fields}
   model = tiny.model(kind, **fields)
   spec = config_lib.read_config(
-    tiny.run(kind, model=model, losses=losses, noise_tau=noise)
+    tiny.run(kind, model=model, losses=losses, **run)
   )
   line = config_lib.config_warnings(spec, build_tokenizer(spec.model)) or ''
   assert re.findall(r'(\w+)=', line) == named and '\n' not in line

@@ -5,6 +5,7 @@
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -56,6 +57,13 @@ def test_misfits_name_both_sides(fields, latent, words):
   spec = dataclasses.replace(SPEC, vit=vit)
   message = error_of(fit, STATE, spec, latent)
   assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('dtype', ('float16', ml_dtypes.bfloat16))
+def test_fixed_positions_of_fewer_bits_are_still_fixed(dtype):
+  state = {k: v.astype(dtype) for k, v in STATE.items()}
+  assert not rae.has_trained_positions(files.arrays('d.pt', state), SPEC)
+  assert 'decoder_pos_embed' in fit(state).ignored
 
 
 def test_foreign_positions_are_named():

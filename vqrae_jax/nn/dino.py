@@ -57,7 +57,8 @@ class Backbone(nn.Module):
     x = image_ops.normalize(x, IMAGENET_NORM.mean, IMAGENET_NORM.std)
     x = image_ops.patchify(x.astype(s.dtype), s.patch_size)
     x = vit.PatchEmbed(s, name='embed')(x)
-    x = vit.Transformer(s, self.taps, name='transformer')(x)
+    rotation = vit.rotation(s, s.grid)
+    x = vit.Transformer(s, self.taps, name='transformer')(x, rotation)
     return x[:, :, s.num_prefix_tokens :]
 
 

@@ -164,7 +164,7 @@ def detect(source: WeightFile, latent_dim: int, name: str) -> Form:
   elif 'quantizer.embedding_proj.weight' in source:
     form = _detect_simvq(source)
   elif update:
-    k, c = source[_TABLES[update]].shape
+    k, c = _shape(source, _TABLES[update], 2)
     fields = dict(num_codes=k, code_dim=c, update=update, projection=False)
     form = Form('vq', fields, {}, f'VQ, {k} codes of {c}, update="{update}"')
   elif not any(k.startswith('quantizer.') for k in source):
@@ -179,12 +179,20 @@ def detect(source: WeightFile, latent_dim: int, name: str) -> Form:
     )
   post, summary = None, form.summary
   if 'post_quant_conv.weight' in source:
-    width, *_, kernel = source['post_quant_conv.weight'].shape
+    width, *_, kernel = _shape(source, 'post_quant_conv.weight', 4)
     code = form.name != 'fsq' or width != latent_dim
     post = dict(kernel=kernel, space='code' if code else 'latent')
     summary += f', post_quant {kernel}x{kernel}'
   fields = form.fields | dict(post_quant=post)
   return dataclasses.replace(form, fields=fields, summary=summary)
+
+
+def _shape(source: WeightFile, key: str, ndim: int) -> tuple[int, ...]:
+  found = source[key].shape if key in source else None
+  if found is None or len(found) != ndim:
+    what = 'is missing' if found is None else f'has shape {list(found)}'
+    raise UserError(f'{source.name}: {key} {what}; it has {ndim} dimensions')
+  return found
 
 
 def _detect_fsq(source: WeightFile) -> Form:
@@ -200,8 +208,13 @@ def _detect_fsq(source: WeightFile) -> Form:
   if 'quantizer.scales' in source:
     tops = source['quantizer.scales'].read()
   elif 'quantizer.codebook' in source:
-    tops = source['quantizer.codebook'].read().max(0)
+    tops = source['quantizer.codebook'].read().max(0, initial=-1)
   if tops is not None:
+    if tops.ndim != 1 or not (np.isfinite(tops) & (tops > 0)).all():
+      raise UserError(
+        f'{source.name}: the largest values of quantizer.scales or .codebook '
+        'are not (levels - 1) / 2 of each channel'
+      )
     levels = fields['levels'] = tuple(round(2 * float(t) + 1) for t in tops)
   defaults = {}
   if mlp:
@@ -215,7 +228,7 @@ def _detect_fsq(source: WeightFile) -> Form:
 
 
 def _detect_simvq(source: WeightFile) -> Form:
-  k, c = source['quantizer.embedding.weight'].shape
+  k, c = _shape(source, 'quantizer.embedding.weight', 2)
   mapped = 'quantizer.z_proj.weight' in source
   fields = dict(num_codes=k, code_dim=c, projection=False, token_map=mapped)
   if 'quantizer.l2_norm_scale' in source:
@@ -478,6 +491,11 @@ def check_counterpart(tokenizer: Tokenizer) -> None:
   encoder_family(tokenizer.encoder_spec)
   spec, q = tokenizer.encoder_spec, tokenizer.quantizer
   quantizer_table(q)
+  if spec.output_norm == 'none':
+    raise UserError(
+      'encoder.output_norm="none": the PyTorch project normalizes latents, '
+      'which gives other indices; train with "plain" or "affine" to convert'
+    )
   if isinstance(q, quantizers.FSQ) and q.bound == 'tanh':
     raise UserError(
       'quantizer.bound="tanh": the FSQ of the PyTorch project clips and would '

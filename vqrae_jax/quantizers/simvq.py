@@ -92,7 +92,7 @@ class SimVQ(base.Nearest):
 
   def init_codebook(self, codebook, z, rng, tokens=None):
     """The basis at tokens of the batch, as they are compared."""
-    if self.basis_init == 'normal' or self.token_map:
+    if self.basis_init == 'normal':
       return codebook
     if self.normalize or self.distance == 'cosine':
       z = unit_rms(z)
@@ -130,9 +130,11 @@ class SimVQ(base.Nearest):
     x = unit_rms(x)
     return x if self.code_scale == 'rms' else x * self.code_dim**-0.5
 
+  def to_code_space(self, latents):
+    z = super().to_code_space(latents)
+    return self.map_tokens(z) if self.token_map else z
+
   def _assign(self, z, train, random):
-    if self.token_map:
-      z = self.map_tokens(z)
     table = self._table()
     if self.code_scale != 'rms':  # compared by angle, whatever their size
       indices = nearest_code(unit_rms(z), unit_rms(table))

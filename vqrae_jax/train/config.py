@@ -147,7 +147,7 @@ class OtherTerm(LossTerm):
   def load(self, name: str) -> Callable[[Any], Any]:
     """The function, imported. `name` is the loss's, for the errors."""
     found = plugins.load(self.fn, f'losses.{name}.fn')
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
       raise UserError(f'losses.{name}.fn="{self.fn}" is no function')
     return found
 
@@ -488,7 +488,9 @@ class RunConfig:
     duration: "30 epochs", "2000 steps" or a number of steps. Above 0 steps.
     batch_size: B, images of one optimizer step over all hosts. At least 1.
     accumulate: how many microbatches a step's batch is split into, computed
-      sequentially; the result equals the full batch's. At least 1.
+      sequentially; the result equals the full batch's, but for the losses
+      "entropy" and "diversity": each microbatch has its own entropy of the
+      tokens' mean. At least 1.
     seed: of the initial weights, the order of images, crops, and every other
       random draw of training. At least 0.
     optim: AdamW of the tokenizer.
@@ -797,4 +799,11 @@ def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
     for key, value, (low, high) in found
     if not low <= value <= high
   ]
+  if spec.accumulate > 1:
+    odd += [
+      f'accumulate={spec.accumulate} with losses.{name} (its entropy of the '
+      "tokens' mean is that of a microbatch)"
+      for name in ('entropy', 'diversity')
+      if name in terms
+    ]
   return f'unusual: {", ".join(odd)}' if odd else None

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vqrae_jax.errors import UserError
@@ -85,13 +86,15 @@ def _reconstruct(
 
 def _scalar(name: str, value: Any) -> jax.Array:
   """The value of a loss, checked: one of another package may give anything."""
-  shape, dtype = jnp.shape(value), jnp.result_type(value)
-  if shape or dtype != jnp.float32:
+  what = type(value).__name__
+  if isinstance(value, (jax.Array, np.ndarray, np.generic, float)):
+    value = jnp.asarray(value)
+    what = f'{value.dtype}{list(value.shape)}'
+  if what != 'float32[]':
     raise UserError(
-      f'losses.{name} returns {dtype}{list(shape)}; it must return a scalar, '
-      'float32[]'
+      f'losses.{name} returns {what}; it must return a scalar, float32[]'
     )
-  return jnp.asarray(value)
+  return value
 
 
 def _at_image(
@@ -198,7 +201,8 @@ def accumulated(
 
   Microbatch m holds samples m, m + A, …: each device keeps the rows it has.
   All have the same size, so that the means of gradients and losses equal those
-  of the full batch; stats are sums. With an adaptive adversarial loss, forward
+  of the full batch (but for entropies of the tokens' mean, which are of a
+  microbatch); stats are sums. With an adaptive adversarial loss, forward
   passes over all microbatches come first, to compute the full batch's adaptive
   weight. They keep each image's cotangents and the output of a frozen encoder,
   so that the second pass repeats neither the losses nor that encoder.

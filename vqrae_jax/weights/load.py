@@ -192,6 +192,11 @@ def _flat(expected: Expected) -> list[Piece]:
   return [p for pieces in expected.pieces.values() for p in pieces]
 
 
+def as_stored(values: np.ndarray, dtype: Any) -> np.ndarray:
+  """f32 values after a file of `dtype`, which may be rounded."""
+  return values if _is_integer(dtype) else values.astype(dtype).astype('f4')
+
+
 def _is_integer(dtype: Any) -> bool:
   return np.dtype(dtype).kind in 'biu'
 
@@ -237,7 +242,8 @@ class Pretrained:
     for name, row in self._expected.computed.items():
       if key := self._keys.get(name):
         have = self._read(key, np.dtype('float32'))
-        off = float(np.max(np.abs(have - row.value()), initial=0))
+        want = as_stored(row.value(), source[key].dtype)
+        off = float(np.max(np.abs(have - want), initial=0))
         if off > TOLERANCE:
           raise UserError(
             f'{source.name}: {printable(key)} differs by up to {off:.3g} from '
