@@ -25,6 +25,7 @@ import argparse
 import datetime
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -258,7 +259,7 @@ def main():
   )
 
   def path(text):
-    return pathlib.Path(text).expanduser().resolve()
+    return pathlib.Path(os.path.expanduser(text)).resolve()
 
   parser.add_argument('--data', type=path)
   parser.add_argument('--steps', type=int, default=600)

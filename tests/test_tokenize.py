@@ -351,6 +351,8 @@ def test_a_shard_without_any_image_is_no_accident(tmp_path):
     run(tmp_path, data=str(folder))
   with pytest.raises(UserError, match='no image .* can be read'):
     run(tmp_path / 'small', '--shard_images=5', str(folder))
+  dump = open_dump(tmp_path / 'small' / 'out')
+  assert len(dump.info['skipped']) == 20 and not len(dump)
   # Nor is one image that is all the data.
   with pytest.raises(UserError, match='none of the 1 images'):
     run(tmp_path / 'one', data=str(folder / '0.png'))

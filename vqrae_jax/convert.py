@@ -131,11 +131,12 @@ def main(argv: list[str]) -> None:
     tokenizer, variables = export.load_tokenizer(source.value)
     if values.to == 'torch':
       _write_arrays(out, vqrae_torch.to_torch(tokenizer, variables))
-      vit = tokenizer.encoder_spec.vit
+      vit, heads = tokenizer.encoder_spec.vit, tokenizer.decoder_spec.vit
       print(
-        'no weight shows these of the encoder, which must be the same in '
-        f'PyTorch: num_heads={vit.num_heads}, act="{vit.act}", norm_eps='
-        f'{vit.norm_eps:g}, and how its positions are resized'
+        'to be set alike in PyTorch, since no weight shows them: '
+        f'encoder num_heads={vit.num_heads}, act="{vit.act}", norm_eps='
+        f'{vit.norm_eps:g}, how its positions are resized; decoder num_heads='
+        f'{heads.num_heads}'
       )
     else:
       _write_autoencoder_rae(tokenizer, variables, out)

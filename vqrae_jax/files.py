@@ -61,7 +61,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def write_json(path: Path, value: Any) -> None:
   """JSON, all of it or nothing; null where a number is not finite."""
-  text = json.dumps(value, default=str)
-  value = json.loads(text, parse_constant=lambda _: None)
+  value = json.loads(json.dumps(value), parse_constant=lambda _: None)
   with atomic_write(path) as file:
     file.write(json.dumps(value, indent=2).encode() + b'\n')

@@ -90,13 +90,11 @@ def reconstruct_folder(
     each_image(source), total=len(source), unit='img', disable=None
   ):
     name = names[i]
-    if (
-      not isinstance(image, ImageDecodeError)
-      and min(image.shape[0] // size[0], image.shape[1] // size[1]) < 1
-    ):
-      h, w = image.shape[:2]
-      reason = f'{h}x{w} pixels are less than a tile of {size[0]}x{size[1]}'
-      image = ImageDecodeError(source.name(i), reason)
+    if not isinstance(image, ImageDecodeError):
+      (h, w), (least_h, least_w) = image.shape[:2], size
+      if h < least_h or w < least_w:
+        reason = f'{h}x{w} pixels, and {least_h}x{least_w} are the least here'
+        image = ImageDecodeError(name, reason)
     if isinstance(image, ImageDecodeError):
       tqdm.write(f'{name}  skipped: {image.reason}')
       skipped.append(image)

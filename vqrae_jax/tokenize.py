@@ -496,8 +496,6 @@ def main(argv: list[str]) -> None:
   if dataset is None:
     left = worker.count - len(worker.finished)
     print(f'{left} of {worker.count} shards are not finished')
-  elif not dataset['images']:
-    raise UserError(f'no image of "{values.data}" can be read')
   else:
     print(
       f'finished: {dataset["images"]} images, {dataset["tokens"]} tokens, '
@@ -506,6 +504,11 @@ def main(argv: list[str]) -> None:
   if values.verify and dataset is not None:
     print(worker.verify())
   hosts.wait_for_all('the end of the work')
+  if dataset is not None and not dataset['images']:
+    raise UserError(
+      f'no image of "{values.data}" can be read; remove {values.out} before '
+      'another try'
+    )
 
 
 def define_job(values: flags.FlagValues) -> None:

@@ -604,6 +604,9 @@ RESIDUAL = dict(name='residual', stages=2, quantizer=VQ)
     (RESIDUAL | dict(quantizer=FSQ | dict(bound='tanh')),
      "quantizer.quantizer.bound='tanh'"),
     (RESIDUAL | dict(quantizer=FSQ, stages=9), 'quantizer.stages=9'),
+    (dict(name='grouped', groups=2, quantizer=dict(
+       name='simvq', code_dim=C // 2, token_map=True)),
+     'quantizer.quantizer.token_map'),
     (dict(name='grouped', groups=4, quantizer=VQ), 'quantizer.groups=4'),
     (dict(name='grouped', groups=4, quantizer=RESIDUAL), 'quantizer.groups=4'),
     (dict(name='multiscale', quantizer=FSQ), '"fsq"'),

@@ -25,7 +25,7 @@ from vqrae_jax.train import loop
     ('none', dict(noise_tau=0.8), []),  # noise is for continuous latents
     ('simvq-l2', dict(commit=0.01), []),
     ('vq-ema', dict(accumulate=2), []),
-    ('vq-ema', dict(accumulate=2, entropy=0.1), ['accumulate']),
+    ('vq-ema', dict(accumulate=2, diversity=0.1), ['accumulate']),
     *((kind, {}, []) for kind in tiny.LOSSES),
   ],
 )
@@ -37,7 +37,7 @@ def test_unusual_values_are_named(kind, keys, named):
   if kind in tiny.NESTED:
     of_each = tiny.NESTED[kind]['quantizer']
     fields = dict(quantizer=of_each | dict(num_codes=512))
-  names = 'commit', 'lpips', 'entropy'
+  names = 'commit', 'lpips', 'diversity'
   losses = losses | {k: fields.pop(k) for k in names if k in fields}
   run = {k: fields.pop(k) for k in ('noise_tau', 'accumulate') if k in fields}
   model = tiny.model(kind, **fields)

@@ -154,8 +154,11 @@ def evaluate(
   latents.check_grid(tokenizer.latents_spec, tokenizer.grid(*sides), '--size')
   card = _protocol(tokenizer, variables, data, sides, files, fid_stats)
   run = part_lib.Run(tokenizer, variables, source, chosen, sides, _load(files))
-  # What must match for a part to be continued; a host may have its own copies.
-  sizes = [(path.name, path.stat().st_size) for path in source.paths]
+  # What must match for a part to be continued.
+  paths = source.paths
+  if len(paths) == len(source):  # a file an image
+    paths = [paths[i] for i in chosen]
+  sizes = [(str(path), _size(path)) for path in paths]
   identity = card | dict(
     files=hashlib.sha256(repr(sizes).encode()).hexdigest(),
     images=len(chosen),
@@ -198,6 +201,14 @@ def evaluate(
     )
   print(f'\nwrote {out} and {out.with_suffix(".png")}')
   return report
+
+
+def _size(path: pathlib.Path) -> int:
+  """In bytes; -1 of a file that is gone."""
+  try:
+    return path.stat().st_size
+  except OSError:
+    return -1
 
 
 def _network_files(

@@ -120,7 +120,8 @@ def read_all(parts: pathlib.Path, identity: dict) -> Part:
     found.append(_read(file, identity))
     if found[-1] is None:
       raise UserError(
-        f'{file} is missing: --out must be on a disk that all hosts share'
+        f'{file} is missing or of other files: --out must be on a disk that '
+        'all hosts share, and --data the same on all'
       )
   n = sum(len(p.measured) for p in found)
   arrays = {}

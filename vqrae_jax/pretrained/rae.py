@@ -19,7 +19,7 @@ from vqrae_jax.models.decoder import DECODERS, Decoder
 from vqrae_jax.ops import posemb
 from vqrae_jax.specs import DecoderSpec
 from vqrae_jax.weights.files import WeightFile
-from vqrae_jax.weights.load import TOLERANCE, Pretrained, as_stored, export
+from vqrae_jax.weights.load import Pretrained, deviation, export
 from vqrae_jax.weights.rules import Computed, Ignore, Rule, Table
 
 _POSITIONS = 'decoder_pos_embed'
@@ -99,8 +99,7 @@ def has_trained_positions(source: WeightFile, spec: DecoderSpec) -> bool:
   found = next((x for k, x in source.items() if k.endswith(_POSITIONS)), None)
   if found is None or found.shape != fixed.shape:
     return False
-  fixed = as_stored(fixed, found.dtype)
-  return float(np.abs(found.read().astype('f4') - fixed).max()) > TOLERANCE
+  return deviation(found.read().astype('f4'), fixed, found.dtype) > 0
 
 
 def _sizes(source: WeightFile) -> str:

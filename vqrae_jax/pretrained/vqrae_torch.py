@@ -191,7 +191,9 @@ def _shape(source: WeightFile, key: str, ndim: int) -> tuple[int, ...]:
   found = source[key].shape if key in source else None
   if found is None or len(found) != ndim:
     what = 'is missing' if found is None else f'has shape {list(found)}'
-    raise UserError(f'{source.name}: {key} {what}; it has {ndim} dimensions')
+    raise UserError(
+      f'{source.name}: {key} {what}; it must have {ndim} dimensions'
+    )
   return found
 
 
@@ -208,7 +210,7 @@ def _detect_fsq(source: WeightFile) -> Form:
   if 'quantizer.scales' in source:
     tops = source['quantizer.scales'].read()
   elif 'quantizer.codebook' in source:
-    tops = source['quantizer.codebook'].read().max(0, initial=-1)
+    tops = source['quantizer.codebook'].read().astype('f4').max(0, initial=-1)
   if tops is not None:
     if tops.ndim != 1 or not (np.isfinite(tops) & (tops > 0)).all():
       raise UserError(
@@ -464,6 +466,12 @@ def fit(source: WeightFile, tokenizer: Tokenizer) -> dict[str, Pretrained]:
 
 
 def _check_latents(tokenizer: Tokenizer) -> None:
+  if getattr(tokenizer.encoder_spec, 'output_norm', '') == 'none':
+    raise UserError(
+      'model.encoder.output_norm="none": the PyTorch project normalizes '
+      'latents, and its indices are others; only "plain" and "affine" are '
+      'converted'
+    )
   if tokenizer.latents_spec.norm != 'none':
     raise UserError(
       f'model.latents.norm="{tokenizer.latents_spec.norm}": the PyTorch '
@@ -491,11 +499,6 @@ def check_counterpart(tokenizer: Tokenizer) -> None:
   encoder_family(tokenizer.encoder_spec)
   spec, q = tokenizer.encoder_spec, tokenizer.quantizer
   quantizer_table(q)
-  if spec.output_norm == 'none':
-    raise UserError(
-      'encoder.output_norm="none": the PyTorch project normalizes latents, '
-      'which gives other indices; train with "plain" or "affine" to convert'
-    )
   if isinstance(q, quantizers.FSQ) and q.bound == 'tanh':
     raise UserError(
       'quantizer.bound="tanh": the FSQ of the PyTorch project clips and would '

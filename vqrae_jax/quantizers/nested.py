@@ -22,8 +22,8 @@ from vqrae_jax.quantizers import base
 
 PARTS = 'parts'
 # Values required of a nested quantizer's fields, if it has them; and a stage's.
-_ALONE = {'rotation': False, 'noise_dropout': 0.0}
-_SUBTRACTED = {'distance': 'l2', 'normalize': False, 'token_map': False}
+_ALONE = {'rotation': False, 'noise_dropout': 0.0, 'token_map': False}
+_SUBTRACTED = {'distance': 'l2', 'normalize': False}
 
 
 def value_of(module: base.Quantizer, name: str, default: Any) -> Any:
@@ -61,8 +61,8 @@ class Nested(base.Quantizer):
     for field, right in _ALONE.items():
       if value_of(self.quantizer, field, right) != right:
         raise UserError(
-          f'quantizer.quantizer.{field}: a quantizer of several codes passes '
-          f'gradients by itself; set it to {right!r}'
+          f'quantizer.quantizer.{field} is of a quantizer alone, not of the '
+          f'parts of several; set it to {right!r}'
         )
 
   @property
@@ -218,7 +218,7 @@ def check_residual(quantizer: base.Quantizer) -> None:
   """Checks that a code can be subtracted from the token that it quantizes.
 
   Raises:
-    UserError: the quantizer compares tokens by angle, scaled, or mapped.
+    UserError: the quantizer compares tokens by angle or scaled.
   """
   for field, right in _SUBTRACTED.items():
     have = value_of(quantizer, field, right)

@@ -253,8 +253,8 @@ def _to_disk(path: pathlib.Path) -> None:
 def _read(path: pathlib.Path) -> dict:
   """A file of ours, of any length, unlike `read_json`."""
   try:
-    return json.loads(path.read_bytes())
-  except (OSError, ValueError) as e:
+    return {**json.loads(path.read_bytes())}
+  except (OSError, ValueError, TypeError) as e:
     raise UserError(
       f'{path} is damaged: {e}; remove it and run tokenize again'
     ) from None

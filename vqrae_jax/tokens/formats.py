@@ -303,8 +303,12 @@ def _write_parquet(folder, layout, shard, tokens):
   from pyarrow import parquet
 
   def lists(rows):
-    ends = np.arange(len(rows) + 1) * rows.shape[1]
-    ends = pyarrow.array(ends, pyarrow.int32())  # an error beyond 2^31
+    if rows.size >= 2**31:
+      raise UserError(
+        f'{rows.size:,} indices are too many for a shard of parquet; lower '
+        '--shard_images'
+      )
+    ends = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
     flat = pyarrow.array(rows.astype(np.int32).ravel())
     return pyarrow.ListArray.from_arrays(ends, flat)
 

@@ -10,6 +10,7 @@ before them speaks of a tuple's elements, ", or None" after them adds None.
 """
 
 import dataclasses
+import json
 import math
 import operator
 import pathlib
@@ -660,13 +661,13 @@ def plain(config: Any) -> Any:
 
 
 def recorded(config: Any) -> Any:
-  """`plain`, as config.json has it: JSON has no tuples, and a list of two sizes
-  would be read as two squares."""
+  """`plain`, as config.json has it: what JSON lacks is text, and a list of two
+  sizes would be read as two squares."""
   size = _at(config, 'data', 'image_size')
   found = plain(config)
   if isinstance(size, tuple):
     found['data']['image_size'] = (size,)
-  return found
+  return json.loads(json.dumps(found, default=str))
 
 
 def _at(config: Any, section: str, key: str) -> Any:
@@ -780,7 +781,8 @@ COMMIT, COMMIT_LPIPS = (0.001, 0.5), (0.1, 0.5)
 
 
 def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
-  """One line that names every value outside its usual range, or None."""
+  """One line that names every value outside its usual range, and losses that
+  `accumulate` changes; or None."""
   terms = spec.terms()
   quantizer, key = nested.innermost(tokenizer.quantizer, 'model.quantizer')
   name = quantizers.name_of(quantizer)

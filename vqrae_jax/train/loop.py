@@ -8,7 +8,6 @@ gets.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -224,8 +223,7 @@ def train(
         workdir.mkdir(parents=True, exist_ok=True)
         if manifest is not None:
           _warn_of_changes(workdir / 'config.json', config)
-        recorded = config_lib.recorded(config)
-        write_json(workdir / 'config.json', recorded)
+        write_json(workdir / 'config.json', config_lib.recorded(config))
       logging.info('%s', setup.describe())
       if spec.every:
         checkpoints.begin_from(position.step)
@@ -526,6 +524,6 @@ def _warn_of_changes(path: Path, config: Any) -> None:
   except UserError as e:
     logging.warning('%s; it is not compared', e)
     return
-  now = json.loads(json.dumps(config_lib.recorded(config), default=str))
+  now = config_lib.recorded(config)
   for key, (before, after) in config_lib.differences(old, now).items():
     logging.warning('the config changed: %s was %s, is %s', key, before, after)

@@ -192,9 +192,18 @@ def _flat(expected: Expected) -> list[Piece]:
   return [p for pieces in expected.pieces.values() for p in pieces]
 
 
-def as_stored(values: np.ndarray, dtype: Any) -> np.ndarray:
-  """f32 values after a file of `dtype`, which may be rounded."""
-  return values if _is_integer(dtype) else values.astype(dtype).astype('f4')
+def deviation(found: np.ndarray, want: np.ndarray, dtype: Any) -> float:
+  """The largest distance of a file's values from those computed here, 0 if all
+  are within `TOLERANCE` before they were rounded to the file's dtype."""
+  if _is_integer(dtype):
+    dtype = np.float32
+  with np.errstate(over='ignore'):
+    low, high = (
+      (want + off).astype(dtype).astype(np.float32)
+      for off in (-TOLERANCE, TOLERANCE)
+    )
+  off = np.where((low <= found) & (found <= high), 0, np.abs(found - want))
+  return float(np.max(off, initial=0))
 
 
 def _is_integer(dtype: Any) -> bool:
@@ -242,9 +251,8 @@ class Pretrained:
     for name, row in self._expected.computed.items():
       if key := self._keys.get(name):
         have = self._read(key, np.dtype('float32'))
-        want = as_stored(row.value(), source[key].dtype)
-        off = float(np.max(np.abs(have - want), initial=0))
-        if off > TOLERANCE:
+        off = deviation(have, row.value(), source[key].dtype)
+        if off:
           raise UserError(
             f'{source.name}: {printable(key)} differs by up to {off:.3g} from '
             f'what the model computes ({row.why})'
