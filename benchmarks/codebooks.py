@@ -452,7 +452,8 @@ def report():
     least = rows['kmeans']['error'] if 'kmeans' in rows else None
     one = next(iter(rows.values()))
     versions = ', '.join(f'{k} {v}' for k, v in one['versions'].items())
-    dates = ' to '.join(sorted({r['date'] for r in rows.values()}))
+    dates = [row['date'] for row in rows.values()]
+    dates = ' to '.join(sorted({min(dates), max(dates)}))
     hardware = ' or '.join(sorted({r['hardware'] for r in rows.values()}))
     made += [
       f'### {data}, {codes:,} codes, width {width}',
