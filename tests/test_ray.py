@@ -12,7 +12,6 @@ import pytest
 
 from tests import runs, tiny
 from tests.data import makers
-from tests.tokens.test_dump import files
 from vqrae_jax import export
 
 pytestmark = pytest.mark.slow
@@ -74,4 +73,4 @@ def test_a_killed_actor_leaves_the_same_dump(tmp_path):
   assert driver.returncode == 0
   assert len(running) == 2
   assert f'finished with {IMAGES - IMAGES // 20} images, 8 skipped' in said
-  assert files(tmp_path / 'ray') == files(tmp_path / 'one')
+  assert tiny.files(tmp_path / 'ray') == tiny.files(tmp_path / 'one')
