@@ -73,6 +73,12 @@ def run(world, out, *flags):
   return json.loads(out.read_text())
 
 
+def without_networks(world, data, out, *flags):
+  command.main([f'--tokenizer={world}/tokenizer', f'--data={data}',
+                f'--out={out}', '--metrics=', *flags])  # fmt: skip
+  return json.loads(out.read_text())
+
+
 def near(found, want, rtol=1e-6):
   for name in FIGURES:
     np.testing.assert_allclose(found[name], want[name], rtol, err_msg=name)
@@ -173,29 +179,24 @@ def test_other_files_are_measured_from_the_start(world, tmp_path, monkeypatch):
   """A stopped evaluation goes on with the files that it began with."""
   on_one_device(monkeypatch)
   photos = shutil.copytree(world / 'photos', tmp_path / 'photos')
-  argv = [f'--tokenizer={world}/tokenizer', f'--data={photos}',
-          f'--out={tmp_path}/m.json', '--metrics=']  # fmt: skip
   stop_after_a_batch(monkeypatch)
   with pytest.raises(KeyboardInterrupt):
-    command.main(argv)
+    without_networks(world, photos, tmp_path / 'm.json')
   assert (tmp_path / 'm.json.parts').is_dir()
   shutil.copy(photos / 'a' / '0.png', photos / BAD)
-  command.main(argv)
-  found = json.loads((tmp_path / 'm.json').read_text())
+  found = without_networks(world, photos, tmp_path / 'm.json')
   assert found['images'] == 5 and not found['skipped']
 
 
 def test_classes_of_one_image_have_no_probes(world, tmp_path, monkeypatch):
   """And a picture that is there is not replaced."""
   on_one_device(monkeypatch)
-  argv = [f'--tokenizer={world}/tokenizer', f'--data={world}/photos',
-          f'--out={tmp_path}/m.json', '--metrics=', '--images=2']  # fmt: skip
+  args = world, world / 'photos', tmp_path / 'm.json', '--images=2'
   (tmp_path / 'm.png').write_bytes(b'mine')
   with pytest.raises(UserError, match='m.png exists'):
-    command.main(argv)
+    without_networks(*args)
   (tmp_path / 'm.png').unlink()
-  command.main(argv)
-  found = json.loads((tmp_path / 'm.json').read_text())
+  found = without_networks(*args)
   assert found['images'] == 2 and 'knn' not in found
   page = Image.open(tmp_path / 'm.png')  # none twice
   assert 2 * 192 < page.width < 3 * 192 + 140
@@ -207,22 +208,15 @@ def test_damaged_files_are_named(world, tmp_path, monkeypatch):
   on_one_device(monkeypatch)
   good = [makers.example(image=makers.png(i), label=i % 2) for i in range(4)]
   makers.array_record(tmp_path / 'x.array_record', [b'damaged', *good])
-  command.main([
-    f'--tokenizer={world}/tokenizer', f'--data={tmp_path}/x.array_record',
-    f'--out={tmp_path}/m.json', '--metrics=',
-  ])  # fmt: skip
-  found = json.loads((tmp_path / 'm.json').read_text())
+  path = tmp_path / 'x.array_record'
+  found = without_networks(world, path, tmp_path / 'm.json')
   assert found['images'] == 4 and [*found['skipped']] == ['x.array_record:0']
   assert found['classes'] == 2 and 0 <= found['knn'] <= 1
-  whole = makers.tar(
-    tmp_path / 'x.tar', [(f'{i}.png', makers.png(i)) for i in range(4)]
-  ).read_bytes()
-  (tmp_path / 'x.tar').write_bytes(whole[: whole.index(b'3.png') + 700])
-  command.main([
-    f'--tokenizer={world}/tokenizer', f'--data={tmp_path}/x.tar',
-    f'--out={tmp_path}/tar.json', '--metrics=',
-  ])  # fmt: skip
-  found = json.loads((tmp_path / 'tar.json').read_text())
+  images = [(f'{i}.png', makers.png(i)) for i in range(4)]
+  path = makers.tar(tmp_path / 'x.tar', images)
+  whole = path.read_bytes()
+  path.write_bytes(whole[: whole.index(b'3.png') + 700])
+  found = without_networks(world, path, tmp_path / 'tar.json')
   assert found['images'] == 3 and [*found['skipped']] == ['x.tar']
 
 
