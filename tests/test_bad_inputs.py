@@ -134,6 +134,7 @@ STARTS = [
   (dict(init=dict(encoder='dinov2-bas')), 'dinov2-base'),
   (dict(init=dict(encoder='./no')), 'init.encoder=./no'),
   (dict(init=dict(encoder='photos')), 'init.encoder=photos'),
+  (dict(eval=dict(source='photos', metrics=('lpips',))), 'eval.metrics'),
 ]
 
 PHOTOS = dict(source='photos', image_size=16)

@@ -3,6 +3,7 @@ non-finite values, full disks. A run goes on and counts, or says what to do."""
 
 import json
 import shutil
+from unittest import mock
 
 import pytest
 
@@ -90,6 +91,25 @@ def test_damaged_notes_do_not_stop_a_run(place, tmp_path, monkeypatch, capsys):
   err = capsys.readouterr().err
   assert 'config.json is damaged' in err
   assert 'orbax' not in err and 'save' not in err
+
+
+def test_curves_that_cannot_be_written_do_not_stop_a_run(
+  place, tmp_path, monkeypatch, caplog
+):
+  """A network disk that fails once; TensorBoard's own writer would wait for its
+  thread for ever."""
+  from tensorboardX import record_writer
+
+  monkeypatch.chdir(place)
+  fails = mock.Mock(side_effect=OSError('no answer'))
+  monkeypatch.setattr(record_writer.RecordWriter, 'flush', fails)
+  log = dict(every=1, images_every=0, usage_window=5, tensorboard=True)
+  assert (
+    loop.train(bad.config() | dict(log=log), tmp_path / 'run')['steps'] == 2
+  )
+  assert [row['step'] for row in runs.rows(tmp_path / 'run')] == [1, 2]
+  (line,) = [r.message for r in caplog.records if 'TensorBoard' in r.message]
+  assert 'no answer' in line and fails.call_count == 1
 
 
 def test_pictures_that_are_skipped_are_counted(place, tmp_path, capsys):

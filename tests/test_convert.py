@@ -271,6 +271,11 @@ BAD = [
   ('--source=./taken --to=torch --out=b.safetensors', 'taken'),
   ('--source=rae:w.pt --to=torch --out=b.safetensors', '--to=torch'),
   ('--source=./x --to=torch --out=b.pt', '.safetensors'),
+  ('--source=./x --to=torch --out=b.safetensors --config=c.py', '--config'),
+  ('--source=./x --to=diffusers --out=b --quantizer=a=3', '--quantizer'),
+  ('--source=rae:d.pt --config=c.py --out=o --quantizer=a=3', '--quantizer'),
+  ('--source=./w.pt --out=gs://b/ours', 'gs://b/ours is a URL'),
+  (MODEL.replace('=ours', '=gs://b/ours'), 'gs://b/ours is a URL'),
   ('--source=./x --to=torch --out=no/b.safetensors', 'no folder no'),
 ]  # fmt: skip
 

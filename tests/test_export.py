@@ -132,6 +132,14 @@ def test_a_failed_write_leaves_the_old_tokenizer(tmp_path, monkeypatch):
   vqrae_jax.load_tokenizer(path)
 
 
+def test_a_link_stays(tmp_path):
+  path = saved('fsq-cosmos', tmp_path)
+  (link := tmp_path / 'link').symlink_to(path)
+  export.save_tokenizer(*made('fsq-cosmos'), link)
+  assert link.is_symlink() and {*tmp_path.iterdir()} == {path, link}
+  vqrae_jax.load_tokenizer(path)
+
+
 def test_a_checkpoint_of_pytorch_is_to_be_converted(tmp_path):
   (tmp_path / 'm.pt').write_bytes(b'PK')
   with pytest.raises(UserError, match=r'convert .*vqrae_torch:.*m\.pt'):

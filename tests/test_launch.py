@@ -214,6 +214,23 @@ def test_shellcheck(name):
   assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize(
+  'tasks, devices', [({}, '0,1,2,3'), (dict(SLURM_NTASKS='4'), '')]
+)
+def test_one_task_of_a_node_has_all_its_gpus(tasks, devices, tmp_path):
+  """Also where sbatch was given no number of tasks, and so sets none."""
+  stand_in = tmp_path / 'srun'
+  stand_in.write_text('#!/bin/sh\necho "has ${JAX_LOCAL_DEVICE_IDS}."\n')
+  stand_in.chmod(0o755)
+  node = dict(SLURM_JOB_ID='1', SLURM_JOB_NUM_NODES='2', SLURM_GPUS_ON_NODE='4')
+  path = f'{tmp_path}:{os.environ["PATH"]}'
+  done = subprocess.run(
+    ['bash', LAUNCH / 'slurm.sbatch'], env=dict(PATH=path, **node, **tasks),
+    capture_output=True, text=True, timeout=60,
+  )  # fmt: skip
+  assert f'has {devices}.' in done.stdout, done.stderr
+
+
 GCLOUD = """#!/bin/sh
 # Runs what it would have a worker do, here.
 for word; do

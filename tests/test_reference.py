@@ -209,6 +209,8 @@ CHOICES = {
 # Those that ask for another key as well.
 NOT_ALONE = {
   ('losses.distill.target', 'teacher'),
+  ('schedules.decay', 'constant'),
+  ('discriminator.schedule.decay', 'constant'),
   ('discriminator.name', 'dino'),
   ('model.encoder.fuse', 'attention'),
   ('model.latents.norm', 'none'),

@@ -106,15 +106,23 @@ def new_file(path: str, ending: str, flag: str = '--out') -> pathlib.Path:
   return out
 
 
-def new_folder(path: str) -> pathlib.Path:
+def new_folder(path: str, absent: bool = False) -> pathlib.Path:
   """The local folder that --out names, made later if absent.
 
+  Args:
+    path: of the flag.
+    absent: whether it must not be there yet.
+
   Raises:
-    UserError: a URL.
+    UserError: a URL, something is there, or it cannot be written.
   """
   if '://' in path:
     raise UserError(f'--out={path} is a URL; name a local folder')
-  return pathlib.Path(os.path.expanduser(path))
+  out = pathlib.Path(os.path.expanduser(path))
+  if absent and (out.exists() or out.is_symlink()):
+    raise UserError(f'--out={path} exists and is not replaced; name another')
+  check_writable(out, '--out')
+  return out
 
 
 COMPILERS = 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'

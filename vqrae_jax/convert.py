@@ -29,7 +29,6 @@ beside the weights never runs.
 import ast
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,7 +46,6 @@ from vqrae_jax.models.encoder import Encoder
 from vqrae_jax.models.latents import read_statistics
 from vqrae_jax.models.tokenizer import Tokenizer, build_tokenizer
 from vqrae_jax.ops import trees
-from vqrae_jax.paths import check_writable
 from vqrae_jax.pretrained import autoencoder_rae, encoders, rae, vqrae_torch
 from vqrae_jax.specs import (
   DTYPES,
@@ -107,7 +105,6 @@ def main(argv: list[str]) -> None:
   values = cli.parse_config_flag(argv, MODULE, EXAMPLE, ABOUT, define)
   cli.required(values, 'source', 'out')
   source = parse_source(values.source, ENCODERS)
-  out = pathlib.Path(os.path.expanduser(values.out))
   is_encoder = values.to == 'ours' and source.kind not in ('rae', 'vqrae_torch')
   for name in ('config', 'quantizer') if is_encoder else ('row', 'dtype'):
     if (name == 'config' and values.config) or values[name].present:
@@ -124,10 +121,15 @@ def main(argv: list[str]) -> None:
         f'--source={values.source} with --to={values.to} must be the directory '
         'of a tokenizer'
       )
+    if values.config or values['quantizer'].present:
+      raise UserError(
+        f'--to={values.to} goes without --config and --quantizer: a tokenizer '
+        'has a config of its own'
+      )
     if values.to == 'torch':
-      out = cli.new_file(str(out), '.safetensors')
+      out = cli.new_file(values.out, '.safetensors')
     else:
-      _check_new_folder(out)
+      out = _folder(values.out, absent=True)
     tokenizer, variables = export.load_tokenizer(source.value)
     if values.to == 'torch':
       _write_arrays(out, vqrae_torch.to_torch(tokenizer, variables))
@@ -141,7 +143,7 @@ def main(argv: list[str]) -> None:
     else:
       _write_autoencoder_rae(tokenizer, variables, out)
   elif is_encoder:
-    _check_new_folder(out)
+    out = _folder(values.out, absent=True)
     if folder := _autoencoder_rae(source):
       for name in ('row', 'dtype'):
         if values[name].present:
@@ -150,9 +152,11 @@ def main(argv: list[str]) -> None:
     else:
       convert_encoder(values.source, out, values.row, values.dtype)
   else:
+    if source.kind == 'rae' and values['quantizer'].present:
+      raise UserError('--quantizer is for full models; rae:FILE has no codes')
     file = open_weights(source.value)
     if source.kind == 'rae' and set(file) <= {'mean', 'var'}:
-      out, arrays = cli.new_file(str(out), '.npz'), read_statistics(file)
+      out, arrays = cli.new_file(values.out, '.npz'), read_statistics(file)
       print(f'read {file.name}: mean and var of shape {arrays["mean"].shape}')
       _write_arrays(out, arrays)  # RAE's latents, bitwise
       return print(f'to start a run with them: --config.init.latents={out}')
@@ -161,10 +165,11 @@ def main(argv: list[str]) -> None:
     if not isinstance(model, dict):
       raise UserError('--config: the config has no section "model"')
     if source.kind == 'rae':
-      out = cli.new_file(str(out), '.safetensors')
+      out = cli.new_file(values.out, '.safetensors')
       _convert_decoder(file, model, out)
     else:
-      _convert_tokenizer(file, model, _quantizer_fields(values.quantizer), out)
+      out, fields = _folder(values.out), _quantizer_fields(values.quantizer)
+      _convert_tokenizer(file, model, fields, out)
 
 
 def _quantizer_fields(text: str) -> dict[str, Any]:
@@ -180,10 +185,11 @@ def _quantizer_fields(text: str) -> dict[str, Any]:
     ) from None
 
 
-def _check_new_folder(out: pathlib.Path) -> None:
-  if out.exists() or out.is_symlink() or out.suffix in _FILES:
-    raise UserError(f'--out={out} must be a directory that is not there yet')
-  check_writable(out, '--out')
+def _folder(path: str, absent: bool = False) -> pathlib.Path:
+  out = cli.new_folder(path, absent)
+  if out.suffix in _FILES:
+    raise UserError(f'--out={path} must be a directory, not a file')
+  return out
 
 
 def _write_arrays(out: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:

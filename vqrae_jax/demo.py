@@ -240,7 +240,7 @@ def page(model: Model, title: str) -> Any:
 
   def warned(text):
     gr.Warning(text)
-    return [gr.skip()] * 6  # an error would take all pictures away
+    return [gr.skip()] * len(outputs)  # an error would take all pictures away
 
   def views(state):
     crop, indices = state['crop'], state['indices']
@@ -255,11 +255,22 @@ def page(model: Model, title: str) -> Any:
       difference,
       model.figures(crop, recon, changed),
       recon,
+      *occurrences(state),
     )
+
+  def occurrences(state):
+    """The image dark but for the tokens of the chosen code, and a line."""
+    if state['code'] is None:
+      return None, ''
+    kept = model.where(state['indices'], state['code'])
+    count = f'{int(kept.sum())} of {kept.size:,} tokens'
+    return model.shown(
+      state['crop'], kept
+    ), f'code **{state["code"]}**: {count}'
 
   def opened(image):
     if image is None:
-      return [None] * 6
+      return [None] * len(outputs)
     crop = model.crop(image)
     indices = model.encode(crop)
     return views(dict(crop=crop, own=indices, indices=indices, code=None))
@@ -268,10 +279,8 @@ def page(model: Model, title: str) -> Any:
     if state is None:
       return None, None, ''
     code = model.token_at(state['indices'], *event.index)
-    kept = model.where(state['indices'], code)
     state = state | dict(code=code)
-    caption = f'code **{code}**: {int(kept.sum())} of {kept.size:,} tokens'
-    return state, model.shown(state['crop'], kept), caption
+    return state, *occurrences(state)
 
   def edited(state, brush, event: gr.SelectData):
     if state is None or state['code'] is None:
@@ -324,7 +333,7 @@ def page(model: Model, title: str) -> Any:
     with gr.Row():
       brush = gr.Slider(1, 16, 4, step=1, label='brush size, tokens per side')
       restore = gr.Button("The image's own tokens again")
-    outputs = [state, slider, tokens, difference, figures, recon]
+    outputs = [state, slider, tokens, difference, figures, recon, same, caption]
     upload.change(opened, upload, outputs)
     tokens.select(chosen, state, [state, same, caption])
     recon.select(edited, [state, brush], outputs)

@@ -84,6 +84,11 @@ class Schedule:
     one_of('decay', self.decay, DECAYS)
     at_least(0, '', self, 'lr', 'end_lr')
     steps_of(self.warmup, 1, 'warmup')
+    if self.decay == 'constant' and self.end_lr not in (0, self.lr):
+      raise UserError(
+        f'decay="constant" stays at lr={self.lr}; end_lr={self.end_lr} needs '
+        '"cosine" or "linear"'
+      )
     if not self.lr and not self.end_lr:
       raise UserError('lr=0 trains nothing; None freezes leaves')
     if any(factor is not None and factor < 0 for factor in self.layers or ()):

@@ -26,7 +26,6 @@ from absl import flags, logging
 
 from vqrae_jax import cli
 from vqrae_jax.errors import UserError
-from vqrae_jax.paths import check_writable
 from vqrae_jax.tokens import FORMATS, Dump, Layout, Shard, Writer, find_format
 
 MODULE = 'vqrae_jax.tokenize'
@@ -136,7 +135,6 @@ class Worker:
     form = find_format(job.format)
     _check_flags(job, form)
     out = cli.new_folder(job.out)
-    check_writable(out, '--out')
     self._listing = sources.list_source(job.data)
     self._of_files = self._listing.kind != 'image'
     self._opened = None if self._of_files else self._open(self._listing)

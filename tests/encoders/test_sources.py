@@ -116,6 +116,12 @@ def test_a_dinov3_that_nobody_published(change):
     encoders.fields_of(dict(model_type='dinov3_vit') | change, 'x')
 
 
+def test_a_config_with_infinity():
+  config = dict(model_type='dinov2', mlp_ratio=float('inf'))
+  with pytest.raises(UserError, match='x cannot be read .*infinity'):
+    encoders.fields_of(config, 'x')
+
+
 @pytest.mark.parametrize('revision', ('', '@main', f'@{COMMIT}'))
 def test_a_hub_id_in_the_cache(cached, revision):
   snapshot = cached('someone/tiny', saved('siglip').iterdir())

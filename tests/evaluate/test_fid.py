@@ -82,7 +82,8 @@ def test_statistics_files(tmp_path):
   with pytest.raises(UserError, match='good.npz.* 16 '):
     fid.load_statistics(good, 16)
   np.savez(bad, mu=mean)
-  for path in (bad, tmp_path / 'none.npz', tmp_path):
+  np.save(tmp_path / 'array.npy', mean)
+  for path in (bad, tmp_path / 'none.npz', tmp_path, tmp_path / 'array.npy'):
     with pytest.raises(UserError, match='"sigma"'):
       fid.load_statistics(path, 8)
   np.savez(bad, mu=mean, sigma=covariance * np.nan)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,16 @@ def test_damage_falls_back_to_the_step_before(kept, tmp_path, how, caplog):
   assert kept.latest()['says'] == 2
   (line,) = [r.message for r in caplog.records if r.levelname == 'WARNING']
   assert 'checkpoint 3 is not used' in line and words in line
+
+
+def test_a_disk_that_does_not_answer_costs_no_checkpoint(kept, monkeypatch):
+  """Falling back would remove the newest step."""
+  with monkeypatch.context() as patch:
+    fails = mock.Mock(side_effect=OSError('no answer'))
+    patch.setattr('vqrae_jax.train.checkpoint.digest', fails)
+    with pytest.raises(OSError, match='no answer'):
+      kept.latest()
+  assert kept.latest()['says'] == 3
 
 
 def test_a_manifest_of_another_version_is_refused(kept, tmp_path):

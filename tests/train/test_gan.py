@@ -15,7 +15,7 @@ from vqrae_jax.losses import adversarial
 from vqrae_jax.ops import trees
 from vqrae_jax.train import state as state_lib
 from vqrae_jax.train import step as step_lib
-from vqrae_jax.train.gan import Alarms
+from vqrae_jax.train.gan import Alarms, active_metrics
 
 torch = pytest.importorskip('torch')
 F = torch.nn.functional
@@ -337,6 +337,23 @@ def test_what_has_not_started_and_skipped_steps_are_not_judged():
   few = Alarms(None, {}, 0, reachable=0.1)
   assert sounded(few, (5, 6), **silent | dict(usage=0.05)) == []
   assert len(sounded(few, (7, 8), **silent | dict(usage=0.005))) == 1
+
+
+def test_metrics_start_with_what_they_measure():
+  """By their whole names: those of added losses may begin like others."""
+  names = (
+    'loss/l2', 'loss/gan', 'loss/gan_more', 'adaptive_weight', 'loss/r1',
+    'loss/discriminator', 'logits/real', 'discriminator/grad_norm',
+  )  # fmt: skip
+  numbers = dict(losses=dict(gan=dict(start=4)), discriminator=dict(start=2))
+
+  def waiting(step):
+    kept = active_metrics(step, dict.fromkeys(names, 1.0), numbers)
+    return {*names} - kept.keys()
+
+  late = {'loss/gan', 'adaptive_weight'}
+  assert waiting(2) == {*names} - {'loss/l2', 'loss/gan_more'}
+  assert waiting(3) == waiting(4) == late and not waiting(5)
 
 
 def test_guessing_depends_on_the_loss():

@@ -1,5 +1,6 @@
 """Two processes train as one: same losses, one export; and one that is lost."""
 
+import contextlib
 import shutil
 import signal
 
@@ -70,6 +71,32 @@ def test_two_hosts_train_as_one(config, tmp_path, caplog, monkeypatch):
   # What two hosts saved at step 1, one goes on with.
   loop.train(config, two)
   check_same(two, one)
+
+
+def test_hosts_that_differ_are_refused(config, tmp_path, monkeypatch):
+  """By images or settings; where the images lie is each host's own."""
+  sent = []
+
+  def gathered(mine):
+    sent.append(mine)
+    return np.stack([sent[0], mine])
+
+  monkeypatch.setattr(multihost_utils, 'process_allgather', gathered)
+  copied = shutil.copytree(tmp_path / 'images', tmp_path / 'copied')
+  same = dict(config['data'], source=str(copied))
+  setups = [
+    runs.setup(config | keys)
+    for keys in ({}, dict(data=same), dict(seed=1), dict(ema=0.5))
+  ]
+  (copied / 'image3.png').unlink()
+  setups.append(runs.setup(config | dict(data=same)))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for made, words in zip(
+    setups, ('', '', 'settings', 'settings', 'images'), strict=True
+  ):
+    raised = pytest.raises(UserError, match=f'hosts 1 have other {words}')
+    with raised if words else contextlib.nullcontext():
+      made.check_agreement()
 
 
 def test_a_gathered_leaf_is_dropped_before_the_next(monkeypatch):

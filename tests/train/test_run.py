@@ -96,7 +96,7 @@ def test_rows_of_metrics(ran):
   for row in found:
     assert row.keys() >= {
       'loss/l2', 'psnr', 'grad_norm', 'usage', 'perplexity',
-      'images_per_second', 'lr/decoder',
+      'images_per_second', 'lr/decoder', 'update_norm',
     }  # fmt: skip
     assert row['weight/l2'] == 1.0 and row['nonfinite'] == 0
   # Held-out figures of the EMA weights; the last are the export's.
@@ -558,6 +558,15 @@ def test_a_signal_at_the_last_step_of_a_run_without_checkpoints(
   monkeypatch.setattr(setup_lib.Setup, 'rates_at', signalled)
   loop.train(run_config(checkpoint=dict(every=0)), tmp_path)
   assert (tmp_path / 'tokenizer').is_dir()
+
+
+def test_the_logged_rate_is_the_highest_of_the_blocks(images):
+  schedules = (
+    ('.*/transformer/.*', dict(lr=1e-3, layers=(0.25, 0.5))),
+    ('.*', dict(lr=1e-4)),
+  )
+  made = runs.setup(runs.plain(images, 'fsq-cosmos', schedules=schedules))
+  assert made.rates_at(0)['lr/decoder'] == pytest.approx(5e-4)
 
 
 def test_what_a_gan_run_logs(simvq_config, tmp_path, log, monkeypatch):

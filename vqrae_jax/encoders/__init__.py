@@ -95,7 +95,7 @@ def fields_of(config: Mapping[str, Any], where: str) -> dict:
     return _READERS[kind](config)
   except UserError as e:
     raise UserError(f'{where}: {e}') from None
-  except (TypeError, ValueError, AttributeError) as e:
+  except (TypeError, ValueError, ArithmeticError, AttributeError) as e:
     raise UserError(f'{where} cannot be read as a {kind} config: {e}') from None
 
 

@@ -65,10 +65,11 @@ def load_statistics(
     with np.load(path) as file:
       mean, covariance = (np.asarray(file[n], float) for n in ('mu', 'sigma'))
   except (
-    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error
-  ) as e:  # fmt: skip
+    OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile,
+    zlib.error,
+  ):  # fmt: skip
     raise UserError(
-      f'{path} is not an .npz of statistics ("mu" and "sigma"): {e}'
+      f'{path} cannot be read as an .npz of statistics, "mu" and "sigma"'
     ) from None
   if mean.shape != (width,) or covariance.shape != (width, width):
     raise UserError(

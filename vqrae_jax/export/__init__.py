@@ -125,6 +125,7 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   fails.
   """
   # A unique name: two writers never share a folder, and no link is followed.
+  path = path.resolve()  # of a link, its target is replaced
   temporary = path.with_name(f'.{uuid.uuid4().hex}.writing')
   temporary.mkdir(parents=True)
   try:

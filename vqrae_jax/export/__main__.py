@@ -16,7 +16,6 @@ from vqrae_jax.errors import UserError
 from vqrae_jax.export import bundle
 from vqrae_jax.inference import PRECISIONS
 from vqrae_jax.ops import trees
-from vqrae_jax.paths import check_writable
 from vqrae_jax.specs import DTYPES
 
 MODULE = 'vqrae_jax.export'
@@ -67,10 +66,7 @@ def main(argv: list[str]) -> None:
   if values.precision == 'canonical' and values['dtype'].present:
     raise UserError('--precision=canonical computes in f32; leave --dtype out')
   _size(values.size, (1, 1))
-  out = cli.new_folder(values.out)
-  if out.exists() or out.is_symlink():
-    raise UserError(f'--out={out} exists and is not replaced; name another')
-  check_writable(out, '--out')
+  out = cli.new_folder(values.out, absent=True)
   # An accelerator would put its own kernels into the programs.
   jax.config.update('jax_platforms', 'cpu')
   options = dict(dtype=values.dtype, scan=True, remat=False)

@@ -43,6 +43,7 @@ from vqrae_jax.specs import EncoderSpec
 
 FORMAT_VERSION = 1
 CARD, LOADER, VARIABLES = 'bundle.json', 'load.py', 'variables.npz'
+FILES = {'encode.jax', 'decode.jax', LOADER, VARIABLES}
 PLATFORMS = ('cpu', 'tpu', 'cuda', 'rocm')
 
 
@@ -193,7 +194,7 @@ def load_bundle(
   Raises:
     UserError: no bundle there, another format version, or a damaged file.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(os.path.expanduser(path))
   if not (path / CARD).is_file():
     raise UserError(f'no bundle at {path}: it has no {CARD}')
   card = read_json(path / CARD)
@@ -202,8 +203,14 @@ def load_bundle(
       f'{path} has format version {card.get("format_version")}, this package '
       f'reads {FORMAT_VERSION}; install the version that wrote it'
     )
-  for name, want in dict(card.get('files') or {}).items():
-    file = path / pathlib.PurePath(name).name
+  files = card.get('files')
+  if not isinstance(files, dict) or set(files) != FILES:
+    raise UserError(
+      f'{path / CARD} is damaged: "files" must have the SHA-256 of '
+      f'{", ".join(sorted(FILES))}'
+    )
+  for name, want in files.items():
+    file = path / name
     if not file.is_file() or digest(file) != want:
       raise UserError(
         f'{file} is damaged or missing: its SHA-256 is not that of {CARD}; '

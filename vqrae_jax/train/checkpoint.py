@@ -122,9 +122,11 @@ _STEP = re.compile(r'[0-9]{8,}')
 # A save that was killed, by Orbax's name for it.
 _KILLED = re.compile(r'[0-9]{8,}\.orbax-checkpoint-tmp.*')
 _SUMS = re.compile(r'sha256\.[0-9]+-of-([0-9]+)\.json')
-# What reading damaged JSON, or JSON of another form, raises.
+# What reading damaged JSON, or JSON of another form, raises. Other errors of a
+# disk may pass: no checkpoint is given up for them.
 _UNREADABLE = (
-  OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+  FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError,
+  KeyError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
 _KILLED_SAVE = 'its save was not completed'
 _ORBAX = os.path.dirname(ocp.__file__)

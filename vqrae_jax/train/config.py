@@ -196,6 +196,8 @@ class DiscriminatorSpec:
   def __post_init__(self):
     choose(DISCRIMINATORS, self.name, 'discriminator.name')
     choose(D_LOSSES, self.loss, 'discriminator.loss')
+    if 'name' in self.fields:
+      raise UserError('discriminator.fields.name is "discriminator.name"')
     steps_of(self.start, 1, 'discriminator.start')
     at_least(1, 'discriminator.', self, 'updates')
     at_least(0, 'discriminator.', self, 'lecam', 'r1')
@@ -572,6 +574,7 @@ class RunConfig:
       )
     given |= {f'features/{k}': value for k, value in features.items()}
     for name, value in given.items():
+      name = str(name)
       where = f'losses.{name.replace("/", ".")}'
       kind = TERMS.get(name, LossTerm)
       if not isinstance(value, Mapping):
@@ -579,6 +582,8 @@ class RunConfig:
       if name not in known:
         if 'fn' not in value or not re.fullmatch(r'\w+', name):
           raise UserError(f'unknown "{where}"{did_you_mean(name, known)}')
+        if name in ('discriminator', 'lecam', 'r1'):
+          raise UserError(f'{where}: the discriminator has a loss of that name')
         kind = OtherTerm
       terms[name] = build_spec(kind, value, where)
     if not terms:

@@ -289,14 +289,16 @@ def active_metrics(
     metrics: of the step.
     hparams: numbers on the host.
   """
-  waiting: tuple[str, ...] = ()
+  waiting: set[str] = set()
   if 'discriminator' in hparams:
     if step <= hparams['losses']['gan']['start']:
-      waiting += ('loss/gan', 'adaptive_weight')
+      waiting |= {'loss/gan', 'adaptive_weight'}
     if step <= hparams['discriminator']['start']:
-      waiting += ('loss/discriminator', 'loss/lecam', 'loss/r1')
-      waiting += ('logits/', 'discriminator/')
-  return {k: v for k, v in metrics.items() if not k.startswith(waiting)}
+      waiting |= {'loss/discriminator', 'loss/lecam', 'loss/r1'}
+      waiting |= {'logits', 'discriminator'}
+  return {
+    k: v for k, v in metrics.items() if not {k, k.partition('/')[0]} & waiting
+  }
 
 
 # A discriminator whose loss is below this share of what guessing gives.

@@ -42,6 +42,7 @@ from vqrae_jax.train.initialize import (
 from vqrae_jax.train.reporting import finish
 from vqrae_jax.train.setup import Setup
 from vqrae_jax.train.step import judged
+from vqrae_jax.types import Tree
 
 REMEDY = 'lower the learning rate, lengthen the warm-up, or compute in float32'
 
@@ -178,6 +179,8 @@ def train(
   check_workdir(workdir)
   check_no_run_in(workdir)
   setup = setup_lib.setup(config_lib.read_config(config))
+  setup.check_agreement()
+  reporting.check_wandb(setup.config)
   total, spec = setup.total_steps, setup.config.checkpoint
   if profile and (last := profile[1]) > total:
     raise UserError(f'--profile={profile[0]}:{last} is past the {total} steps')
@@ -190,6 +193,7 @@ def train(
     )
   with contextlib.ExitStack() as lock:  # held to the last file
     lock.enter_context(hosts.loss_reported())
+    networks = reporting.eval_networks(setup.config)
     with jax.set_mesh(setup.mesh), contextlib.closing(checkpoints):
       manifest = checkpoints.latest()
       position = Position(**(manifest['position'] if manifest else {}))
@@ -213,6 +217,10 @@ def train(
           _warn_of_changes(workdir / 'config.json', config)
           return figures
         logging.info('resumed from step %d', position.step)
+        if profile and profile[1] <= position.step:
+          logging.warning(
+            '--profile=%d:%d: these steps are done, nothing is traced', *profile
+          )
       check_lock = lock.enter_context(only_run_in(workdir))
       if not agreed(checkpoints.steps() == seen):
         raise UserError(
@@ -228,8 +236,9 @@ def train(
       if spec.every:
         checkpoints.begin_from(position.step)
       state, figures = run(
-        setup, started, workdir, checkpoints, position, check_lock, profile
-      )
+        setup, started, networks, workdir, checkpoints, position, check_lock,
+        profile,
+      )  # fmt: skip
       variables = state_lib.variables_of(state, started.frozen, ema=True)
       variables = sharding.host_copy(variables, setup.mesh, everywhere=False)
     return finish(setup, variables, workdir, figures)
@@ -238,6 +247,9 @@ def train(
 def dry_run(config: Any) -> dict[str, float]:
   """One step, nothing written; its metrics."""
   setup = setup_lib.setup(config_lib.read_config(config))
+  setup.check_agreement()
+  reporting.check_wandb(setup.config)
+  reporting.eval_networks(setup.config)
   with jax.set_mesh(setup.mesh):
     started = initialize(setup)
     batch = setup.place(setup.batches.batch(0))
@@ -255,6 +267,7 @@ def dry_run(config: Any) -> dict[str, float]:
 def run(
   setup: Setup,
   started: Started,
+  networks: Tree,
   workdir: Path,
   checkpoints: Checkpoints,
   position: Position,
@@ -266,16 +279,18 @@ def run(
   Args:
     setup: everything static.
     started: the state, the frozen trees and their record.
+    networks: of the held-out metrics.
     workdir: where rows, pictures and checkpoints go.
     checkpoints: where the state is saved.
     position: of `started.state`.
     check_lock: is called before each checkpoint.
     profile: steps of a trace, or None.
   """
-  loop = _Loop(setup, started, workdir, checkpoints, position)
+  visualizer = reporting.Visualizer(setup, started.frozen, networks)
+  loop = _Loop(setup, visualizer, workdir, checkpoints, position)
   total, every = setup.total_steps, setup.config.checkpoint.every
   state, step_fn = started.state, setup.train_step()
-  update_norms, rows = setup.update_norms(), setup.config.log.every
+  update_norms = setup.update_norms()
   hparams = setup_lib.f32(setup.hparams)
   batches = setup.batches.iterate(position.step)
   compiled = set()  # shapes of images
@@ -292,7 +307,7 @@ def run(
       loop.wait(time.perf_counter() - asked)
       batch = setup.place(batch)
       state, metrics = step_fn(state, started.frozen, hparams, batch)
-      if number % rows == 0 or number == total:
+      if loop.has_row(number):
         metrics |= update_norms(state, hparams)
       # One step behind, so that the device always has work.
       loop.settle()
@@ -344,16 +359,15 @@ class _Loop:
   def __init__(
     self,
     setup: Setup,
-    started: Started,
+    visualizer: reporting.Visualizer,
     workdir: Path,
     checkpoints: Checkpoints,
     position: Position,
   ):
-    self.setup, self.workdir = setup, workdir
+    self.setup, self.visualizer, self.workdir = setup, visualizer, workdir
     self.checkpoints, self.position = checkpoints, position
     self.first = position.step
     config = setup.config
-    self.visualizer = reporting.Visualizer(setup, started.frozen)
     tokens = math.prod(setup.tokenizer.index_shape(*config.data.size))
     tokens *= config.log.usage_window * config.batch_size
     tokens //= setup.tokenizer.quantizer.codes_per_token  # of each codebook
@@ -367,6 +381,21 @@ class _Loop:
     self.measured = self.first  # the step that speed is measured from
     self.waited = self.waited_in_all = 0.0
 
+  def _due(self, every: int, number: int) -> bool:
+    """Each so many steps, and the last one; 0: never."""
+    last = number == self.setup.total_steps
+    return bool(every) and (number % every == 0 or last)
+
+  def _evaluates(self, number: int) -> bool:
+    spec = self.setup.config.eval
+    return spec is not None and self._due(spec.every, number)
+
+  def has_row(self, number: int) -> bool:
+    """Whether a step has a row of metrics."""
+    return self._due(self.setup.config.log.every, number) or self._evaluates(
+      number
+    )
+
   def wait(self, seconds: float) -> None:
     """A batch came after so many. At most so long the device waited, where it
     had ended its step before that."""
@@ -377,12 +406,10 @@ class _Loop:
 
   def show(self, state: Any, number: int) -> None:
     """Pictures and held-out figures, where the config asks for them."""
-    config, last = self.setup.config, number == self.setup.total_steps
-    every = config.log.images_every
-    if every and (number % every == 0 or last):
+    every = self.setup.config.log.images_every
+    if self._due(every, number):
       self.report.picture(number, self.visualizer.picture(state))
-    every = config.eval.every if config.eval is not None else 0
-    if every and (number % every == 0 or last):
+    if self._evaluates(number):
       self.evaluated[number] = self.visualizer.figures(state)
 
   def settle(self) -> None:
@@ -398,9 +425,7 @@ class _Loop:
     self._check_skipped()
     self.report.step()
     self.alarms.add(number, metrics)
-    evaluated = self.evaluated.pop(number, {})
-    every, last = setup.config.log.every, number == setup.total_steps
-    if number % every == 0 or last or evaluated:
+    if self.has_row(number):
       for warning in self.alarms.warnings():
         logging.warning('step %d: %s', number, warning)
       wait, self.waited = self.waited, 0.0
@@ -411,7 +436,7 @@ class _Loop:
         row |= {n: 0.0 for n in row if n.endswith('update_norm')}
       row['nonfinite'] = self.position.nonfinite
       row['skipped'] = self.position.skipped
-      self.report.row(number, row | evaluated, wait)
+      self.report.row(number, row | self.evaluated.pop(number, {}), wait)
 
   def _check_nonfinite(self, number: int, metrics: Mapping) -> None:
     """Logs that a step was skipped; stops where too many are."""

@@ -38,6 +38,7 @@ from vqrae_jax.types import Tree
 _QUIET = ('skipped', 'nonfinite')
 SHOWN = 8  # images of a picture on the way
 PAGE_IMAGES = 12  # of the page at the end
+FLUSH = 120  # seconds between two writes of TensorBoard's file
 LARGE = 128  # pixels: smaller images are enlarged by an integer factor
 
 
@@ -73,6 +74,51 @@ class _Lines:
       file.write(line)
 
 
+class _Curves:
+  """TensorBoard's file. Where it cannot be written, its curves end and the run
+  goes on: `SummaryWriter` would wait for its dead thread for ever."""
+
+  def __init__(self, folder: Path, start_step: int):
+    from tensorboardX import event_file_writer, record_writer
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    record_writer.directory_check(str(folder))
+    self._file: Any = event_file_writer.EventsWriter(str(folder / 'events'))
+    self._flushed = 0.0
+    # Curves of an earlier start are cut here.
+    start = SessionLog(status=SessionLog.START)
+    self.add(start_step + 1, session_log=start)
+
+  def add(self, step: int, **content: Any) -> None:
+    """One field of TensorBoard's `Event`."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    if self._file is None:
+      return
+    now = time.time()
+    try:
+      self._file.write_event(Event(wall_time=now, step=step, **content))
+      if now > self._flushed + FLUSH:
+        self._flushed = now
+        self._file.flush()
+    except Exception as e:  # of a disk, or of a bucket's own library
+      self._stop(e)
+
+  def close(self) -> None:
+    if self._file is not None:
+      try:
+        self._file.close()
+      except Exception as e:
+        self._stop(e)
+
+  def _stop(self, error: Exception) -> None:
+    logging.warning(
+      'TensorBoard\'s file cannot be written (%s): its curves end here, '
+      'metrics.jsonl goes on', error,
+    )  # fmt: skip
+    self._file = None
+
+
 class Report:
   """Writes a run's metrics while it trains."""
 
@@ -102,12 +148,10 @@ class Report:
       workdir / 'metrics.jsonl', lambda row: row['step'] <= start_step
     )
     if setup.config.log.tensorboard:
-      from tensorboardX import SummaryWriter
-
       folder = workdir / 'tensorboard'
       if not start_step and folder.exists():  # the curves of an earlier run
         epath.Path(folder).rmtree()
-      self._events = SummaryWriter(str(folder), purge_step=start_step + 1)
+      self._events = _Curves(folder, start_step)
     if setup.config.log.wandb:
       self._wandb = _wandb_run(workdir, setup, start_step)
 
@@ -170,9 +214,11 @@ class Report:
       }
       self._bar.set_postfix(brief, refresh=False)
     if self._events is not None:
+      from tensorboardX import summary
+
       for name, value in row.items():
         if name != 'step' and value is not None:
-          self._events.add_scalar(name, value, step)
+          self._events.add(step, summary=summary.scalar(name, value))
     if self._wandb is not None:
       self._wandb.log({k: v for k, v in row.items() if v is not None}, step)
 
@@ -180,9 +226,10 @@ class Report:
     """uint8 [3h w 3] as pictures/STEP.png, a small one enlarged, and into
     TensorBoard."""
     if self._events is not None:
-      self._events.add_image(
-        'reconstructions', picture, step, dataformats='HWC'
-      )
+      from tensorboardX import summary
+
+      image = summary.image('reconstructions', picture, dataformats='HWC')
+      self._events.add(step, summary=image)
     if self._wandb is not None:
       import wandb
 
@@ -201,19 +248,22 @@ class Report:
       self._wandb.finish()
 
 
-def _wandb_run(workdir: Path, setup: Setup, start_step: int) -> Any:
-  """A new run of Weights & Biases, or the one that this workdir began.
-
-  Raises:
-    UserError: the package is not installed.
-  """
+def check_wandb(config: RunConfig) -> None:
+  """Raises UserError if `log.wandb` needs a package that is not installed."""
   try:
-    import wandb
+    if config.log.wandb:
+      import wandb  # noqa: F401
   except ImportError:
     raise UserError(
-      f'log.wandb={setup.config.log.wandb} needs a package: pip install '
+      f'log.wandb={config.log.wandb} needs a package: pip install '
       "'vqrae_jax[wandb]'"
     ) from None
+
+
+def _wandb_run(workdir: Path, setup: Setup, start_step: int) -> Any:
+  """A new run of Weights & Biases, or the one that this workdir began."""
+  import wandb
+
   path = workdir / 'wandb_id'
   known = path.read_text() if start_step and path.exists() else None
   run = wandb.init(
@@ -263,9 +313,8 @@ class Visualizer:
   may lie over all of them.
   """
 
-  def __init__(self, setup: Setup, frozen: Any):
-    self._setup, self._frozen = setup, frozen
-    self._networks = eval_networks(setup.config)  # or an error, before a step
+  def __init__(self, setup: Setup, frozen: Any, networks: Tree):
+    self._setup, self._frozen, self._networks = setup, frozen, networks
 
   @functools.cached_property
   def images(self) -> np.ndarray:
@@ -281,14 +330,10 @@ class Visualizer:
     )
     return tiles[sources.spread(len(tiles), SHOWN)]
 
-  def _variables(self, state: Any) -> Any:
-    return state_lib.variables_of(state, self._frozen, ema=True)
-
   def picture(self, state: Any) -> np.ndarray:
     """uint8 [3h m*w 3]: the images above their reconstructions and tokens."""
-    found = _reconstruct(
-      self._setup.tokenizer, self._variables(state), self.images
-    )
+    variables = state_lib.variables_of(state, self._frozen, ema=True)
+    found = _reconstruct(self._setup.tokenizer, variables, self.images)
     recon, latents = sharding.host_copy(found, self._setup.mesh)
     tokens = visualize.token_map(latents, recon.shape[1:3])
     return visualize.grid(self.images, visualize.to_uint8(recon), tokens)
@@ -305,7 +350,7 @@ class Visualizer:
     total = metrics.Sums()
     for measured in evaluator.measure(
       self._setup.tokenizer,
-      self._variables(state),
+      state_lib.variables_of(state, self._frozen, ema=True),
       evaluator.tile_batches(self._setup.held_out, spec.tile, batch),
       place=place,
       read=lambda x: sharding.host_copy(x, mesh),

@@ -7,6 +7,7 @@ after days of training. Weights are loaded in the next stage (`initialize.py`).
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
+from jax.experimental import multihost_utils
 
 from vqrae_jax import export, optim, plugins, quantizers, sharding
 from vqrae_jax.data.decode import EncodedImages
 from vqrae_jax.data.pipeline import Augment, TrainBatches
-from vqrae_jax.data.sources import open_source
+from vqrae_jax.data.sources import open_source, spread
 from vqrae_jax.errors import UserError
 from vqrae_jax.evaluate import evaluator
 from vqrae_jax.losses import QUANTIZER_TERMS
@@ -76,7 +78,9 @@ class Plan:
     rates: dict[str, float] = {}
     for name, index, _ in optimizer.leaves:
       part = f'lr/{name.split("/")[0]}'
-      rates[part] = max(rates.get(part, 0.0), float(now[index]))
+      factors = numbers['optimizer']['schedules'][index].get('layers', 1.0)
+      rate = float(now[index] * np.max(factors))
+      rates[part] = max(rates.get(part, 0.0), rate)
     if self.step.temperature is not None:
       rates['temperature'] = float(
         optim.learning_rate(self.step.temperature, numbers['temperature'], step)
@@ -124,6 +128,37 @@ class Setup(Plan):
       'decoder': config.data.decoder,
       'model': json.loads(export.canonical_json(describe(self.tokenizer))),
     }
+
+  def check_agreement(self) -> None:
+    """All hosts have one run: else they would train on, each its own.
+
+    Raises:
+      UserError: on every host, with what they differ in.
+    """
+    if jax.process_count() == 1:
+      return
+    sources = [s for s in (self.source, self.held_out) if s is not None]
+    config = dataclasses.asdict(self.config)
+    for section in ('data', 'eval'):
+      (config[section] or {}).pop('source', None)  # a disk of each host's own
+    seen = {
+      'settings': config,
+      'images': [
+        [len(s), *(s.name(i) for i in spread(len(s), 1000))] for s in sources
+      ],
+    }
+    digests = [hashlib.sha256(repr(x).encode()).digest() for x in seen.values()]
+    mine = np.stack([np.frombuffer(x, np.uint8) for x in digests])
+    found = multihost_utils.process_allgather(mine)
+    for i, what in enumerate(seen):
+      others = np.flatnonzero((found[:, i] != found[0, i]).any(-1))
+      if len(others):
+        raise UserError(
+          f'hosts {", ".join(map(str, others))} have other {what} than host 0 '
+          f'(this is host {jax.process_index()}: {len(self.source)} images, '
+          f'{self.total_steps} steps); start all with the same command on the '
+          'same files'
+        )
 
   def describe(self) -> str:
     """One line: what is trained, on what, where."""
