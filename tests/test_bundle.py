@@ -142,6 +142,8 @@ def test_half_precision_and_the_card(tmp_path, capsys):
   (out / 'decode.jax').write_bytes(data)
   with pytest.raises(UserError, match=r'decode\.jax'):
     bundle.load_bundle(out)
+  with pytest.raises(UserError, match='gs://b/x is a URL'):
+    bundle.save_bundle(*half, 'gs://b/x')
   (out / bundle.CARD).write_text(json.dumps(card | dict(files={})))
   with pytest.raises(UserError, match='"files" must have .*load.py'):
     bundle.load_bundle(out)

@@ -132,6 +132,16 @@ def test_one_finite_code_has_no_margin():
   assert 'median' not in codebooks.figures(stage, K)['margins']
 
 
+def test_a_table_of_several_scales_is_judged_by_their_tokens():
+  """Whatever each search has kept: of one token here, of a thousand there."""
+  table, z = healthy()
+  few, many = stage_of(table, z[:20]), stage_of(table, z)
+  few.sample, many.sample = few.sample + 100, many.sample[: len(z) // 2]
+  sample = codebooks.merged([few, many]).sample
+  far = (sample.mean(-1) > 50).sum()
+  assert far / len(sample) == pytest.approx(20 / (20 + len(z)), rel=0.1)
+
+
 def keys_of(quantizer, figures):
   """{key without its value} of all findings."""
   found = doctor.findings(quantizer, [figures])
@@ -197,6 +207,21 @@ def test_findings_name_the_key(fault, section, keys):
 @pytest.mark.parametrize(
   'fault, section, key',
   [
+    (
+      'long',
+      SIMVQ | dict(distance='cosine', normalize=False),
+      'model.quantizer.normalize',
+    ),
+    (
+      'dead',
+      dict(
+        name='grouped',
+        groups=2,
+        projection='mlp',
+        quantizer=dict(name='fsq', levels=(8, 8)),
+      ),
+      'model.quantizer.projection',
+    ),
     # Unit vectors, which an affine map does not take.
     ('long', EMA | dict(affine=True), 'model.quantizer.distance'),
     (

@@ -218,10 +218,12 @@ class _Keys:
     self.name = name_of(inner)
     self.value: Callable = lambda field: value_of(inner, field, None)
     self.losses = inner.loss_names
-    self.projection = quantizer.projection if not self.nested else True
+    self.projection = quantizer.projection
 
   def unless(self, **fields: Any) -> list[str]:
     """The keys of those fields that have another value now."""
+    if self.value('distance') == 'cosine':  # unit vectors as they are
+      fields.pop('normalize', None)
     return [
       f'{self.prefix}{name}={json.dumps(v) if isinstance(v, str) else v}'
       for name, v in fields.items()

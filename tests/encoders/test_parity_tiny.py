@@ -15,6 +15,7 @@ import vqrae_jax
 from tests.encoders import references
 from tests.encoders.references import model, saved
 from vqrae_jax import convert
+from vqrae_jax.errors import UserError
 from vqrae_jax.ops import trees
 from vqrae_jax.pretrained import encoders
 
@@ -104,6 +105,21 @@ def test_siglip_with_its_text_tower(prefix, tiny_row, copy):
   have = vqrae_jax.load_encoder(str(copy))
   assert have[0].spec.resize == 'bilinear'
   check_equal(have, want)
+  # And with a classifier, and pixels as other processors describe them.
+  state['classifier.weight'] = torch.ones(2)
+  save_file(state, copy / 'model.safetensors')
+  for pixels, mean, std in (
+    (dict(image_mean=0.25, image_std=0.5, resample=None), 0.25, 0.5),
+    (dict(do_normalize=False, rescale_factor=1 / 255), 0.0, 1.0),
+  ):
+    (copy / 'preprocessor_config.json').write_text(json.dumps(pixels))
+    spec = vqrae_jax.load_encoder(str(copy))[0].spec
+    assert spec.pixel_norm.mean == (mean,) * 3
+    assert spec.pixel_norm.std == (std,) * 3
+  for pixels in (dict(rescale_factor=1 / 127.5), dict(do_rescale=False)):
+    (copy / 'preprocessor_config.json').write_text(json.dumps(pixels))
+    with pytest.raises(UserError, match='preprocessor_config.*1/255'):
+      vqrae_jax.load_encoder(str(copy))
 
 
 def test_clip_with_its_text_tower(tmp_path):

@@ -634,7 +634,10 @@ def test_wrong_shapes_say_what_is_right():
   residual = made('residual')
   scales = made('multiscale', scales=(1, 2), phis=0)
   variables = jax.eval_shape(residual.init, jax.random.key(0), tokens(2, C))
+  inner = dict(name='residual', stages=2, quantizer=FSQ)
+  groups = made('grouped', groups=2, quantizer=inner)
   for quantizer, method, x, key in (
+    (groups, 'codes_to_indices', tokens(2, C), 'residual groups'),
     (residual, 'indices_to_codes', np.zeros((2, 3), int), 'stages=8'),
     (residual, 'codes_to_indices', tokens(2, C), 'indices_to_stage_codes'),
     (scales, 'latents_to_indices', tokens(1, 4, 4, C), 'quantizer.scales'),

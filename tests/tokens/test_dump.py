@@ -6,6 +6,7 @@ import multiprocessing
 import pathlib
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +244,44 @@ def test_damage_is_named(finished, tmp_path):
   path.unlink()
   with pytest.raises(UserError, match=r'00002\.array_record'):
     dump[2 * 3 * 2]
+
+
+@pytest.mark.parametrize(
+  'name, text, words',
+  (
+    ('dataset.json', lambda x: dict(x, rows=7), 'all rows'),
+    ('dataset.json', lambda x: dict(x, shards=x['shards'][1:]), 'all shards'),
+    ('dataset.json', lambda x: {**x, 'shards': 3}, 'dataset.json'),
+    ('dataset.json', lambda x: {'rows': 3}, 'dataset.json'),
+    ('dataset.json', 9000 * '[', 'dataset.json'),
+    ('finished/00000.json', '{}', '00000.json'),
+    ('finished/00000.json', lambda x: dict(x, labels=[]), 'as long'),
+    ('config.json', lambda x: dict(shard_count=6, format_version=1), 'None'),
+    ('codebook.npy', 'x', 'codebook.npy'),
+    ('codebook.npy', None, 'codebook.npy'),
+  ),
+)
+def test_damaged_notes_are_named(finished, tmp_path, name, text, words):
+  folder = shutil.copytree(finished, tmp_path / 'tokens')
+  (folder / 'finished' / 'notes.json').touch()
+  if callable(text):
+    text = json.dumps(text(json.loads((folder / name).read_bytes())))
+  if text is not None:
+    (folder / name).write_text(text)
+  with pytest.raises(UserError, match=words) as error:
+    opened = open_dump(folder, 'f' * 64)
+    _ = opened[0], opened.codebook()
+  assert '\n' not in str(error.value)
+
+
+def test_a_stray_file_is_no_shard(finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / 'tokens')
+  (folder / 'finished' / 'notes.json').touch()
+  assert Writer(folder, config()).finished == {*range(SHARDS)}
+  (folder / 'dataset.json').unlink()
+  shutil.rmtree(folder / 'finished')
+  with pytest.raises(UserError, match='not finished: 0 of 6'):
+    open_dump(folder)
 
 
 @pytest.mark.parametrize('name', ('array_record', 'jsonl', 'webdataset'))

@@ -22,6 +22,7 @@ from vqrae_jax.train import loop
     ('fsq-centered', dict(commit=1e-4), ['commit']),
     ('fsq-cosmos', dict(epsilon=1e-6), ['epsilon']),
     ('fsq-cosmos', dict(noise_tau=0.8), ['noise_tau']),
+    ('fsq-cosmos', dict(levels=(300, 2), dtype='bfloat16'), ['dtype']),
     ('none', dict(noise_tau=0.8), []),  # noise is for continuous latents
     ('simvq-l2', dict(commit=0.01), []),
     ('vq-ema', dict(accumulate=2), []),
@@ -40,7 +41,8 @@ def test_unusual_values_are_named(kind, keys, named):
   names = 'commit', 'lpips', 'diversity'
   losses = losses | {k: fields.pop(k) for k in names if k in fields}
   run = {k: fields.pop(k) for k in ('noise_tau', 'accumulate') if k in fields}
-  model = tiny.model(kind, **fields)
+  dtype = dict(dtype=fields.pop('dtype', 'float32'))
+  model = tiny.model(kind, **fields) | dtype
   spec = config_lib.read_config(
     tiny.run(kind, model=model, losses=losses, **run)
   )

@@ -80,6 +80,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.blocks('encoder.layers.{i}.', naming.HF_CLIP, naming.HF_CLIP_NORMS),
     *naming.final_norm(spec, 'post_layernorm'),
     Ignore(r'(visual|text)_projection\..*', "CLIP's joint embedding space"),
+    Ignore(r'classifier\..*', 'the classifier: latents are taken before it'),
     Ignore(r'text_model\..*|logit_scale', 'the text tower'),
     Ignore(r'embeddings\.position_ids', 'the numbers 0, 1, 2, …'),
   )

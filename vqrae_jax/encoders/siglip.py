@@ -86,6 +86,7 @@ def table(spec: EncoderSpec, shapes: Shapes) -> Table:
     *naming.blocks('encoder.layers.{i}.', naming.HF_CLIP, naming.HF_CLIP_NORMS),
     *naming.final_norm(spec, 'post_layernorm'),
     Ignore(r'head\..*', 'the pooling head: latents are taken before it'),
+    Ignore(r'classifier\..*', 'the classifier: latents are taken before it'),
     Ignore(r'text_model\..*|logit_(scale|bias)', 'the text tower'),
     Ignore(r'embeddings\.position_ids', 'the numbers 0, 1, 2, …'),
   )

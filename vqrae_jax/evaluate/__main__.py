@@ -260,7 +260,7 @@ def _protocol(
     data=data,
     crop=(
       f'the shorter side to {min(sides)} pixels (Pillow, bicubic with '
-      f'antialias), the centre {sides[0]}x{sides[1]}'
+      f'antialias and reducing_gap=3), the centre {sides[0]}x{sides[1]}'
     ),
     range='reconstructions clipped to [0, 1] and rounded to 8 bits',
     ssim='gaussian window of 11, sigma 1.5, data range 1, mean over channels',

@@ -125,9 +125,14 @@ class Stage:
 
 def merged(stages: list[Stage]) -> Stage:
   """Stages that share a table, merged into one."""
-  first, rng = stages[0], np.random.default_rng(0)
-  sample = np.concatenate([s.sample for s in stages])
-  sample = sample[rng.permutation(len(sample))[:SAMPLE]]
+  first = stages[0]
+  # Of each by the number of its tokens; a sample's first are a sample too.
+  counts = [len(s.column('indices')) for s in stages]
+  have = [len(s.sample) / n for s, n in zip(stages, counts, strict=True)]
+  share = min(SAMPLE / sum(counts), *have)
+  sample = np.concatenate([
+    s.sample[: round(n * share)] for s, n in zip(stages, counts, strict=True)
+  ])  # fmt: skip
   rows = {n: [x for s in stages for x in s.rows[n]] for n in first.rows}
   moved = {n: sum(s.moved[n] for s in stages) for n in first.moved}
   return Stage('all', first.table, rows, sample, moved)

@@ -36,7 +36,7 @@ import numpy as np
 from vqrae_jax import __version__, inference
 from vqrae_jax.errors import UserError, read_json
 from vqrae_jax.export import canonical_json, fingerprint, load, written_whole
-from vqrae_jax.files import digest
+from vqrae_jax.files import digest, is_url
 from vqrae_jax.models.tokenizer import Tokenizer, describe
 from vqrae_jax.ops import trees
 from vqrae_jax.specs import EncoderSpec
@@ -101,7 +101,9 @@ def save_bundle(
     UserError: a continuous tokenizer, a size that it does not take, or an
       unknown platform.
   """
-  path = pathlib.Path(path)
+  if is_url(path):
+    raise UserError(f'{path} is a URL; a bundle is written to a local folder')
+  path = pathlib.Path(os.path.expanduser(path))
   if not tokenizer.codebook_size:
     raise UserError(
       'the tokenizer is continuous (model.quantizer.name="none"): a bundle '

@@ -111,11 +111,22 @@ def _published_fields(path: pathlib.Path, config: dict) -> dict:
     return fields
   pixels = read_json(path / PIXELS)
   norm = dict(fields['pixel_norm'])
+  scale = pixels.get('rescale_factor')
+  if pixels.get('do_rescale') is False or scale not in (None, 1 / 255):
+    raise UserError(
+      f'{path / PIXELS}: do_rescale and rescale_factor must bring 8 bits to '
+      '[0, 1], by 1/255'
+    )
   for theirs, ours in (('image_mean', 'mean'), ('image_std', 'std')):
-    if isinstance(pixels.get(theirs), list):
-      norm[ours] = tuple(pixels[theirs])
+    value = pixels.get(theirs)
+    if isinstance(value, int | float):
+      norm[ours] = (float(value),) * 3
+    elif value is not None:
+      norm[ours] = tuple(value)
+  if pixels.get('do_normalize') is False:
+    norm |= dict(mean=(0.0,) * 3, std=(1.0,) * 3)
   fields['pixel_norm'] = norm
-  if 'resample' in pixels:
+  if pixels.get('resample') is not None:
     what = f'resample of {path / PIXELS}'
     fields['resize'] = choose(_RESAMPLE, str(pixels['resample']), what)
   return fields

@@ -141,6 +141,11 @@ class Grouped(nested.Nested):
   def codes_to_indices(self, codes):
     """f32[... c] -> i32[... q]; not available for residual groups, whose codes
     are sums."""
+    if isinstance(self.quantizer, nested.Nested):
+      raise UserError(
+        "codes_to_indices of residual groups is not available: a group's codes "
+        'are summed'
+      )
     found = [
       self._call(i, 'codes_to_indices', x)
       for i, x in enumerate(jnp.split(codes, self.groups, -1))

@@ -24,7 +24,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,11 @@ CONFIG, DATASET, CARD = 'config.json', 'dataset.json', 'README.md'
 CODEBOOK, SHARDS, FINISHED = 'codebook.npy', 'shards', 'finished'
 # Of config.json, what may differ between the workers of one dump.
 _FREE = ('data', 'versions')
+_BRIEF = ('number', 'source', 'images', 'files', 'sha256')  # of a shard
+# What reading damaged JSON, or JSON of another form, raises.
+_DAMAGES = (
+  OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
 
 
 def _json(value: Any) -> bytes:
@@ -99,8 +104,7 @@ class Writer:
   @property
   def finished(self) -> set[int]:
     """Numbers of the finished shards."""
-    names = os.listdir(self.folder / FINISHED)
-    return {int(n[:-5]) for n in names if n.endswith('.json')}
+    return _finished(self.folder)
 
   def write(
     self,
@@ -207,11 +211,10 @@ class Writer:
     return dataset
 
   def _dataset(self, numbers: range) -> dict:
-    brief = 'number', 'source', 'images', 'files', 'sha256'
     shards, skipped = [], []
     for number in numbers:  # of whose images not all fit into memory
-      row = _read(self.folder / FINISHED / f'{number:05}.json')
-      shards.append({name: row[name] for name in brief})
+      _, row = _read(self.folder / FINISHED / f'{number:05}.json', _shard)
+      shards.append({name: row[name] for name in _BRIEF})
       skipped += [[row['source'], *image] for image in row['skipped']]
     images = sum(shard['images'] for shard in shards)
     layout = self.layout
@@ -225,6 +228,11 @@ class Writer:
       skipped=skipped,
       shards=shards,
     )
+
+
+def _finished(folder: pathlib.Path) -> set[int]:
+  names = (path.stem for path in (folder / FINISHED).glob('*.json'))
+  return {int(name) for name in names if name.isdecimal()}
 
 
 def _short(value: Any) -> str:
@@ -250,14 +258,38 @@ def _to_disk(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def _read(path: pathlib.Path) -> dict:
-  """A file of ours, of any length, unlike `read_json`."""
+def _read(path: pathlib.Path, parse: Callable[[dict], Any]) -> Any:
+  """What `parse` makes of a file of ours, of any length, unlike `read_json`."""
   try:
-    return {**json.loads(path.read_bytes())}
-  except (OSError, ValueError, TypeError) as e:
+    return parse({**json.loads(path.read_bytes())})
+  except UserError:
+    raise
+  except _DAMAGES as e:
     raise UserError(
-      f'{path} is damaged: {e}; remove it and run tokenize again'
+      f'{path} is damaged: {e!r:.200}; remove it and run tokenize again'
     ) from None
+
+
+def _described(info: dict) -> tuple[Layout, np.ndarray]:
+  """(layout, the number of images before each shard) of dataset.json."""
+  layout = _layout(info)
+  find_format(info['format'])
+  starts = np.cumsum([0, *(shard['images'] for shard in info['shards'])])
+  if len(starts) != info['shard_count'] + 1:
+    raise ValueError('it does not have all shards')
+  if info['rows'] != starts[-1] * layout.views:
+    raise ValueError('its shards do not have all rows')
+  return layout, starts
+
+
+def _shard(row: dict) -> tuple[Shard, dict]:
+  """(images, all that is known) of a finished shard."""
+  fields = {field.name for field in dataclasses.fields(Shard)}
+  shard = Shard(**{k: v for k, v in row.items() if k in fields})
+  lists = shard.keys, shard.labels, shard.positions
+  if {*map(len, lists)} != {row['images']}:
+    raise ValueError('its lists are not as long as it has images')
+  return shard, {name: row[name] for name in (*_BRIEF, 'skipped')}
 
 
 class Dump:
@@ -285,22 +317,20 @@ class Dump:
         f'{folder} has format version {config.get("format_version")}, this '
         f'package reads {FORMAT_VERSION}'
       )
-    if fingerprint is not None and config['fingerprint'] != fingerprint:
+    made_by = str(config.get('fingerprint'))
+    if fingerprint is not None and made_by != fingerprint:
       raise UserError(
         f'{folder} holds tokens of another tokenizer: its fingerprint is '
-        f'{config["fingerprint"][:12]}…, and {fingerprint[:12]}… is wanted'
+        f'{made_by[:12]}…, and {fingerprint[:12]}… is wanted'
       )
     if not (self.folder / DATASET).is_file():
-      done = len(os.listdir(self.folder / FINISHED))
+      done = len(_finished(self.folder))
       raise UserError(
         f'{folder} is not finished: {done} of {config["shard_count"]} shards '
         'are; run the same tokenize command to write the others'
       )
-    self.info = _read(self.folder / DATASET)
-    self.layout = _layout(self.info)
-    find_format(self.info['format'])
-    counts = [shard['images'] for shard in self.info['shards']]
-    self._starts = np.concatenate([[0], np.cumsum(counts)])
+    self.info = _read(self.folder / DATASET, dict)
+    self.layout, self._starts = _read(self.folder / DATASET, _described)
     self._kept: dict[int, tuple[Sequence, Sequence, np.ndarray]] = {}
 
   def __len__(self) -> int:
@@ -349,9 +379,7 @@ class Dump:
     count = self.info['shard_count']
     if not 0 <= number < count:
       raise IndexError(f'shard {number} of {count}')
-    row = _read(self.folder / FINISHED / f'{number:05}.json')
-    fields = {field.name for field in dataclasses.fields(Shard)}
-    shard = Shard(**{k: v for k, v in row.items() if k in fields})
+    shard, row = _read(self.folder / FINISHED / f'{number:05}.json', _shard)
     # Not kept: grain pickles a source for its processes, and functions cannot
     # be pickled.
     form, folder = FORMATS[self.info['format']], self.folder / SHARDS
@@ -373,7 +401,13 @@ class Dump:
   def codebook(self) -> np.ndarray:
     """f32[K c]; with several codes per token [q K c], q = 1 if they share a
     table."""
-    return np.load(self.folder / CODEBOOK)
+    try:
+      return np.load(self.folder / CODEBOOK)
+    except (OSError, ValueError, EOFError) as e:
+      raise UserError(
+        f'{self.folder / CODEBOOK} cannot be read: {e}; a quantizer without a '
+        'table has none'
+      ) from None
 
 
 def open_dump(

@@ -31,7 +31,7 @@ from vqrae_jax.nn.discriminators import DISCRIMINATORS
 from vqrae_jax.nn.vgg import MIN_SIDE
 from vqrae_jax.ops import trees
 from vqrae_jax.optim import DECAYS, UNITS, AdamWConfig, Schedule, steps_of
-from vqrae_jax.quantizers import nested
+from vqrae_jax.quantizers import base, nested
 from vqrae_jax.sharding import LAYOUTS
 from vqrae_jax.specs import (
   DTYPES,
@@ -813,4 +813,20 @@ def config_warnings(spec: RunConfig, tokenizer: Tokenizer) -> str | None:
       for name in ('entropy', 'diversity')
       if name in terms
     ]
+  values = _values_of_fsq(tokenizer.quantizer)
+  if values > 256 and tokenizer.quantizer.dtype == 'bfloat16':
+    odd.append(
+      f'model.dtype="bfloat16" with {values} values a channel of {key} (it '
+      'tells 256 apart, and the decoder gets equal latents of more)'
+    )
   return f'unusual: {", ".join(odd)}' if odd else None
+
+
+def _values_of_fsq(quantizer: base.Quantizer) -> int:
+  """The most values that a channel of FSQ's codes has; 0 for others."""
+  stages = 1
+  while isinstance(quantizer, nested.Nested):
+    stages *= nested.value_of(quantizer, 'stages', 1)
+    quantizer = quantizer.quantizer
+  name = quantizers.name_of(quantizer)
+  return max(quantizer.levels) ** stages if name == 'fsq' else 0

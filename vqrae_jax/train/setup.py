@@ -365,6 +365,12 @@ def plan_step(
     config.schedule_rows(), [*leaves, *tables], 'schedules'
   )
   trainable = {n: leaf for n, leaf in leaves.items() if schedules[n]}
+  frozen = [name for name in tables if schedules[name] is None]
+  if 0 < len(frozen) < len(tables):
+    raise UserError(
+      f'schedules freeze {", ".join(frozen)}, but {", ".join(tables)} are '
+      'updated together: freeze all or none'
+    )
   if not trainable:
     raise UserError('schedules freeze every leaf: there is nothing to train')
   total = optim.steps_of(config.duration, steps_per_epoch, 'duration')
@@ -433,7 +439,7 @@ def plan_step(
     teacher=config.teacher is not None,
     usage_window=config.log.usage_window,
     networks_run=config.networks.over(config.model),
-    updates_codebook=any(schedules[n] is not None for n in tables),
+    updates_codebook=len(frozen) < len(tables),
     gan=gan,
   )
   return spec, hparams, shapes, total
