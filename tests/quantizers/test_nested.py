@@ -634,7 +634,8 @@ def test_wrong_shapes_say_what_is_right():
   residual = made('residual')
   scales = made('multiscale', scales=(1, 2), phis=0)
   variables = jax.eval_shape(residual.init, jax.random.key(0), tokens(2, C))
-  inner = dict(name='residual', stages=2, quantizer=FSQ)
+  fsq = dict(name='fsq', levels=(8, 8, 8))
+  inner = dict(name='residual', stages=2, quantizer=fsq)
   groups = made('grouped', groups=2, quantizer=inner)
   for quantizer, method, x, key in (
     (groups, 'codes_to_indices', tokens(2, C), 'residual groups'),
