@@ -634,7 +634,7 @@ def test_wrong_shapes_say_what_is_right():
   residual = made('residual')
   scales = made('multiscale', scales=(1, 2), phis=0)
   variables = jax.eval_shape(residual.init, jax.random.key(0), tokens(2, C))
-  fsq = dict(name='fsq', levels=(8, 8, 8))
+  fsq = dict(name='fsq', levels=(8, 8, 8), bound='clip')
   inner = dict(name='residual', stages=2, quantizer=fsq)
   groups = made('grouped', groups=2, quantizer=inner)
   for quantizer, method, x, key in (
