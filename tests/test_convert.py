@@ -254,6 +254,8 @@ BAD = [
   ('--source=./taken --to=torch --out=b.safetensors --row=x', '--row'),
   (MODEL + ' --to=jax', '--to=jax'),
   (MODEL + ' --quantizer=levels', '--quantizer=levels'),
+  (MODEL + ' --quantizer=**{}', '--quantizer='),
+  (MODEL + ' --quantizer=a=' + 9999 * '-' + '1', '--quantizer='),
   (MODEL + ' --quantizer=num_codes=3', 'num_codes=3.* 48'),
   (MODEL + ' --quantizer=num_code=3', 'did you mean "num_codes"'),
   (MODEL + ' --config.model.encoder.vit.depth=1', 'encoder.layers.1'),

@@ -177,8 +177,10 @@ def _quantizer_fields(text: str) -> dict[str, Any]:
     call = ast.parse(f'dict({text})', mode='eval').body
     if not isinstance(call, ast.Call) or call.args:
       raise ValueError
+    if any(k.arg is None for k in call.keywords):  # **fields
+      raise ValueError
     return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-  except (ValueError, SyntaxError, TypeError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     raise UserError(
       f'--quantizer={text} must be field=value,… as in '
       '--quantizer=levels=(8,5,5),bound="clip"'

@@ -144,6 +144,18 @@ def test_clip_with_its_text_tower(tmp_path):
     check_equal(have, want)
 
 
+def test_dinov3_without_registers(tmp_path):
+  """Their file holds an empty array."""
+  import transformers
+
+  kind = next(k for k in references.KINDS if k.startswith('dinov3'))
+  config = model(kind).config.to_dict() | dict(num_register_tokens=0)
+  config = transformers.DINOv3ViTConfig(**config)
+  transformers.DINOv3ViTModel(config).save_pretrained(tmp_path)
+  encoder, _ = vqrae_jax.load_encoder(str(tmp_path))
+  assert encoder.spec.vit.num_registers == 0
+
+
 def test_mae_with_its_pretraining_decoder(tmp_path):
   import transformers
 

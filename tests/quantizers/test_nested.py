@@ -610,6 +610,8 @@ RESIDUAL = dict(name='residual', stages=2, quantizer=VQ)
     (dict(name='grouped', groups=4, quantizer=VQ), 'quantizer.groups=4'),
     (dict(name='grouped', groups=4, quantizer=RESIDUAL), 'quantizer.groups=4'),
     (dict(name='multiscale', quantizer=FSQ), '"fsq"'),
+    (dict(name='grouped', groups=2, quantizer=FSQ | dict(adapter_in='mlp')),
+     'leave it out, and set model.quantizer.projection'),
     (dict(name='multiscale', scales=(), quantizer=VQ), 'quantizer.scales=()'),
     (dict(name='multiscale', scales=(4, 2), quantizer=VQ), 'quantizer.scales'),
     (dict(name='multiscale', scales=(4.0,), quantizer=VQ), 'quantizer.scales'),

@@ -76,11 +76,13 @@ _LINEARS |= {
 
 def table(spec: EncoderSpec, shapes: Shapes) -> Table:
   """The table of the hub's keys."""
-  layer = 'layer.{i}.'
+  layer, theirs = 'layer.{i}.', 'embeddings.register_tokens'
   rows = (
     *naming.convolution('embeddings.patch_embeddings'),
     Rule('embeddings.cls_token', 'embed/prefix', 'batched'),
-    Rule('embeddings.register_tokens', 'embed/registers', 'batched'),
+    Rule(theirs, 'embed/registers', 'batched')
+    if spec.vit.num_registers
+    else Ignore(theirs, 'there are none'),
     Ignore(r'embeddings\.mask_token', 'no patch is masked here'),
     *naming.blocks(layer, _LINEARS),
     Rule(f'{layer}layer_scale1.lambda1', f'{BLOCKS}scale1'),
