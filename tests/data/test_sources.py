@@ -162,7 +162,7 @@ def test_a_broken_and_a_lost_file_are_named(folder, monkeypatch):
     raise OSError(errno.EMFILE, 'Too many open files')
 
   # No fault of an image.
-  monkeypatch.setattr(sources, 'open', full, raising=False)
+  monkeypatch.setattr(os, 'open', full)
   with pytest.raises(OSError, match='Too many open files'):
     source[2]
 

@@ -118,8 +118,8 @@ def refuse_if_ours(error: OSError) -> None:
     raise error
 
 
-def read_bytes(file: io.RawIOBase, start: int, size: int, where: str) -> bytes:
-  """`size` bytes of an open file from `start`, in one read if possible.
+def read_bytes(file: int, start: int, size: int, where: str) -> bytes:
+  """`size` bytes of a file descriptor from `start`, in one read if possible.
 
   Raises:
     ImageDecodeError: more than 1 GiB, or the file ends early.
@@ -128,7 +128,7 @@ def read_bytes(file: io.RawIOBase, start: int, size: int, where: str) -> bytes:
     raise ImageDecodeError(where, f'{size:,} bytes are too many')
   parts = []
   # Some file systems return less than requested.
-  while size and (part := os.pread(file.fileno(), size, start)):
+  while size and (part := os.pread(file, size, start)):
     parts.append(part)
     start, size = start + len(part), size - len(part)
   if size:

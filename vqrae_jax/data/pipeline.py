@@ -78,6 +78,10 @@ def augment_image(
   """
   if isinstance(image, np.ndarray):
     image = Image.fromarray(image)
+  return np.asarray(_augmented(image, augment, rng))
+
+
+def _augmented(image: Image.Image, augment: Augment, rng) -> Image.Image:
   w, h = image.size
   ch, cw = augment.size
   if augment.crop == 'squash':
@@ -142,10 +146,10 @@ def window(
   return image.resize((cw, ch), Image.BICUBIC, box=box, reducing_gap=3), box
 
 
-def _flipped(image: Image.Image, augment: Augment, rng) -> np.ndarray:
+def _flipped(image: Image.Image, augment: Augment, rng) -> Image.Image:
   if augment.flip and rng.random() < 0.5:
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  return np.asarray(image)
+  return image
 
 
 def _global_order(n: int, seed: int) -> grain.MapDataset:
@@ -262,6 +266,8 @@ class TrainBatches:
       draw = np.random.default_rng((self._seed, step, _SIZES))
       augment = self._augments[draw.integers(several)]
     images = np.empty((len(index), *augment.size, 3), np.uint8)
+    # NumPy's copy would let another thread take the interpreter: 1 % an image.
+    flat, size = memoryview(images).cast('B'), 3 * math.prod(augment.size)
     skipped = np.empty(len(index), np.int32)
 
     def fill(rows):
@@ -274,7 +280,8 @@ class TrainBatches:
         skipped[row] = attempts > 0
         state['state']['counter'][:] = 0, 0, 0, i
         philox.state = state
-        images[row] = augment_image(image, augment, rng)
+        pixels = _augmented(image, augment, rng).tobytes()
+        flat[row * size : (row + 1) * size] = pixels
 
     batch = dict(images=images, index=index, photo=photo, skipped=skipped)
     return batch, fill
@@ -283,27 +290,29 @@ class TrainBatches:
     """Batches from `start_step` on, read ahead by threads.
 
     A thread takes the next image that no other has taken, so that all of them
-    work on the batch that is needed next.
+    work on the batch that is needed next. They end with the iterator, after the
+    image that each is at: if they outlived it, a kernel may start the next
+    iterator's on one core.
     """
     reading: collections.deque = collections.deque()
     threads = reading_threads()
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    try:
-      for step in itertools.count(start_step):
-        batch, fill = self._empty(step)
-        rows = iter(range(len(batch['index'])))  # which the threads share
-        work = [pool.submit(fill, rows) for _ in range(threads)]
-        reading.append((batch, rows, work))
-        if len(reading) > _AHEAD:
-          batch, _, work = reading[0]
-          for part in work:
-            part.result()
-          reading.popleft()
-          yield batch
-    finally:
-      for _, rows, _ in reading:
-        for _ in rows:  # none is left to read
-          pass
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      try:
+        for step in itertools.count(start_step):
+          batch, fill = self._empty(step)
+          rows = iter(range(len(batch['index'])))  # which the threads share
+          work = [pool.submit(fill, rows) for _ in range(threads)]
+          reading.append((batch, rows, work))
+          if len(reading) > _AHEAD:
+            batch, _, work = reading[0]
+            for part in work:
+              part.result()
+            reading.popleft()
+            yield batch
+      finally:
+        for _, rows, _ in reading:
+          for _ in rows:  # none is left to read
+            pass
 
 
 def tiles(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

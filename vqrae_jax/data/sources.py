@@ -41,9 +41,12 @@ class ImageFiles(EncodedImages):
       self._numbers = {name: i for i, name in enumerate(folders)}
 
   def _bytes(self, row: int) -> bytes:
-    # In one read: after each, another thread may take the interpreter.
-    with open(where := self._where(row), 'rb', buffering=0) as file:
-      return read_bytes(file, 0, os.fstat(file.fileno()).st_size, where)
+    # In few calls: in each, another thread may take the interpreter.
+    file = os.open(where := self._where(row), os.O_RDONLY)
+    try:
+      return read_bytes(file, 0, os.fstat(file).st_size, where)
+    finally:
+      os.close(file)
 
   def _name(self, row: int) -> str:
     return self._listing.names[row]

@@ -224,13 +224,16 @@ class TarShards(EncodedImages):
     shard, _ = self._place(row)
     path = os.path.join(self._listing.root, self._listing.names[shard])
     try:
-      with open(path, 'rb', buffering=0) as file:
-        if _stamp(os.fstat(file.fileno())) != self._stamps[shard]:
-          raise UserError(
-            f'the shard {path} has changed since it was indexed; start again'
-          )
-        return read_bytes(file, offset, size, self._where(row))
+      file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
       raise UserError(
         f'the shard {path} is gone since it was indexed'
       ) from None
+    try:
+      if _stamp(os.fstat(file)) != self._stamps[shard]:
+        raise UserError(
+          f'the shard {path} has changed since it was indexed; start again'
+        )
+      return read_bytes(file, offset, size, self._where(row))
+    finally:
+      os.close(file)
