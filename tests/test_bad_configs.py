@@ -183,7 +183,6 @@ BUILD = [
   (quantizer(name='fsq', levels=()), 'levels'),
   (quantizer(name='simvq', distance='cosin'), '"cosine"'),
   (quantizer(name='vq', num_codes=HUGE), 'model.quantizer.num_codes='),
-  (quantizer(name='vq', update='gradient', data_init='kmeans++'), 'data_init'),
   (
     model(quantizer=dict(name='vq', update='gradient', affine=True))
     | rows(('quantizer/token_mean', None), ('.*', RATE)),

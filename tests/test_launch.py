@@ -215,7 +215,12 @@ def test_shellcheck(name):
 
 
 @pytest.mark.parametrize(
-  'tasks, devices', [({}, '0,1,2,3'), (dict(SLURM_NTASKS='4'), '')]
+  'tasks, devices',
+  [
+    ({}, '0,1,2,3'),
+    (dict(SLURM_NTASKS='8'), ''),
+    (dict(SLURM_NTASKS_PER_NODE='4'), ''),
+  ],
 )
 def test_one_task_of_a_node_has_all_its_gpus(tasks, devices, tmp_path):
   """Also where sbatch was given no number of tasks, and so sets none."""

@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
 
 def _quantizer_fields(text: str) -> dict[str, Any]:
   try:
-    call = ast.parse(f'dict({text})', mode='eval').body
+    call = ast.parse(f'dict({text}\n)', mode='eval').body
     if not isinstance(call, ast.Call) or call.args:
       raise ValueError
     if any(k.arg is None for k in call.keywords):  # **fields

@@ -264,9 +264,8 @@ def page(model: Model, title: str) -> Any:
       return None, ''
     kept = model.where(state['indices'], state['code'])
     count = f'{int(kept.sum())} of {kept.size:,} tokens'
-    return model.shown(
-      state['crop'], kept
-    ), f'code **{state["code"]}**: {count}'
+    caption = f'code **{state["code"]}**: {count}'
+    return model.shown(state['crop'], kept), caption
 
   def opened(image):
     if image is None:

@@ -11,7 +11,6 @@ from absl import flags
 
 from vqrae_jax import cli
 from vqrae_jax.errors import UserError
-from vqrae_jax.paths import check_writable
 
 MODULE = 'vqrae_jax.reconstruct_images'
 EXAMPLE = (
@@ -72,7 +71,6 @@ def reconstruct_folder(
   from vqrae_jax.data.sources import open_source
   from vqrae_jax.evaluate import evaluator, visualize
 
-  check_writable(out, '--out')
   source = open_source(images)
   _check_outputs(source, out)
   tokenizer, variables = export.load_tokenizer(tokenizer_dir, trusted=trusted)

@@ -110,7 +110,7 @@ def test_siglip_with_its_text_tower(prefix, tiny_row, copy):
   save_file(state, copy / 'model.safetensors')
   for pixels, mean, std in (
     (dict(image_mean=0.25, image_std=0.5, resample=None), 0.25, 0.5),
-    (dict(do_normalize=False, rescale_factor=1 / 255), 0.0, 1.0),
+    (dict(do_normalize=False, rescale_factor=0.00392157), 0.0, 1.0),
   ):
     (copy / 'preprocessor_config.json').write_text(json.dumps(pixels))
     spec = vqrae_jax.load_encoder(str(copy))[0].spec

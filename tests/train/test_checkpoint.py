@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from tests import runs, tiny
 from tests.train import pieces
@@ -115,6 +116,12 @@ def test_a_disk_that_does_not_answer_costs_no_checkpoint(kept, monkeypatch):
     fails = mock.Mock(side_effect=OSError('no answer'))
     patch.setattr('vqrae_jax.train.checkpoint.digest', fails)
     with pytest.raises(OSError, match='no answer'):
+      kept.latest()
+  with monkeypatch.context() as patch:  # of another host, which says why
+    patch.setattr(
+      multihost_utils, 'process_allgather', lambda x: np.array([x, 3])
+    )
+    with pytest.raises(OSError, match='another host .* checkpoint 3'):
       kept.latest()
   assert kept.latest()['says'] == 3
 

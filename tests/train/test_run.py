@@ -85,7 +85,6 @@ def test_what_a_run_leaves(ran, images):
   assert kept['data']['source'] == str(images)
   with Image.open(workdir / 'reconstructions.png') as page:
     assert page.width > 100
-  assert any((workdir / 'tensorboard').iterdir())
   assert any((workdir / 'profile').rglob('*.xplane.pb'))
 
 
@@ -176,6 +175,31 @@ def test_scalars_and_pictures_go_to_wandb(config, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(UserError, match=r'log.wandb=mine .*vqrae_jax\[wandb\]'):
     loop.train(config(**keys), tmp_path / 'other')
+
+
+def test_tensorboard_has_all_rows(ran):
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+  (path,) = (ran[1] / 'tensorboard').iterdir()
+  data, events = path.read_bytes(), []
+  while data:  # of length, its sum, an event, its sum
+    size = int.from_bytes(data[:8], 'little')
+    events.append(Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  assert events[1].session_log.status == SessionLog.START
+  found, pictures = {}, []
+  for event in events:
+    for value in event.summary.value:
+      if value.HasField('image'):
+        pictures.append(event.step)
+      else:
+        found.setdefault(event.step, {})[value.tag] = value.simple_value
+  assert pictures == [3, 5]
+  rows = {row.pop('step'): row for row in runs.rows(ran[1])}
+  assert found.keys() == rows.keys()
+  for step, row in rows.items():
+    want = {k: x for k, x in row.items() if x is not None}
+    assert found[step] == pytest.approx(want, rel=1e-6)
 
 
 def test_the_figures_are_of_the_files(ran, images):

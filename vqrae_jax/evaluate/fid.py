@@ -67,9 +67,10 @@ def load_statistics(
   except (
     OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile,
     zlib.error,
-  ):  # fmt: skip
+  ) as e:  # fmt: skip
     raise UserError(
-      f'{path} cannot be read as an .npz of statistics, "mu" and "sigma"'
+      f'{path} cannot be read as an .npz of statistics, "mu" and "sigma" '
+      f'({e!r:.100})'
     ) from None
   if mean.shape != (width,) or covariance.shape != (width, width):
     raise UserError(

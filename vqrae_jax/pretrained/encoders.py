@@ -9,6 +9,7 @@ another package is built.
 """
 
 import dataclasses
+import math
 import pathlib
 import re
 from typing import Any
@@ -111,19 +112,22 @@ def _published_fields(path: pathlib.Path, config: dict) -> dict:
     return fields
   pixels = read_json(path / PIXELS)
   norm = dict(fields['pixel_norm'])
-  scale = pixels.get('rescale_factor')
-  if pixels.get('do_rescale') is False or scale not in (None, 1 / 255):
+  scale = pixels.get('rescale_factor', 1 / 255)
+  odd = not isinstance(scale, float) or not math.isclose(
+    scale, 1 / 255, rel_tol=1e-6
+  )
+  if odd or not pixels.get('do_rescale', True):
     raise UserError(
       f'{path / PIXELS}: do_rescale and rescale_factor must bring 8 bits to '
       '[0, 1], by 1/255'
     )
   for theirs, ours in (('image_mean', 'mean'), ('image_std', 'std')):
     value = pixels.get(theirs)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
       norm[ours] = (float(value),) * 3
     elif value is not None:
       norm[ours] = tuple(value)
-  if pixels.get('do_normalize') is False:
+  if not pixels.get('do_normalize', True):
     norm |= dict(mean=(0.0,) * 3, std=(1.0,) * 3)
   fields['pixel_norm'] = norm
   if pixels.get('resample') is not None:

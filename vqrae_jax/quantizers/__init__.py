@@ -108,8 +108,8 @@ def _nested(
         f'{key}.{name} is not set here: the nested quantizer lies in code '
         + (f'space; set {where}.{name}' if outer else 'space, in f32')
       )
-  for name in ('adapter_in', 'adapter_out'):
-    if cls is FSQ and fields.get(name, 'linear') != 'linear':
+  for name in ('adapter_in', 'adapter_out') if cls is FSQ else ():
+    if fields.get(name, 'linear') != 'linear':
       raise UserError(
         f'{key}.{name}={fields[name]!r}: a nested quantizer has no projection '
         f'of its own; leave it out, and set {where}.projection'

@@ -97,11 +97,6 @@ class VQ(base.Nearest):
       raise UserError(
         f'quantizer.revive_below={self.revive_below} must lie in [0, 1)'
       )
-    if self.update == 'gradient' and self.data_init == 'kmeans++':
-      raise UserError(
-        'quantizer.data_init="kmeans++" is of quantizer.update="ema"; codes '
-        'that gradients train start at random'
-      )
     if not 0 <= self.decay < 1:
       raise UserError(f'quantizer.decay={self.decay} must lie in [0, 1)')
     if self.affine and self.distance != 'l2':

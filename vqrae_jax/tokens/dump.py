@@ -270,8 +270,9 @@ def _read(path: pathlib.Path, parse: Callable[[dict], Any]) -> Any:
     ) from None
 
 
-def _described(info: dict) -> tuple[Layout, np.ndarray]:
-  """(layout, the number of images before each shard) of dataset.json."""
+def _described(info: dict) -> tuple[dict, Layout, np.ndarray]:
+  """(all of it, the layout, the number of images before each shard) of
+  dataset.json."""
   layout = _layout(info)
   find_format(info['format'])
   starts = np.cumsum([0, *(shard['images'] for shard in info['shards'])])
@@ -279,7 +280,7 @@ def _described(info: dict) -> tuple[Layout, np.ndarray]:
     raise ValueError('it does not have all shards')
   if info['rows'] != starts[-1] * layout.views:
     raise ValueError('its shards do not have all rows')
-  return layout, starts
+  return info, layout, starts
 
 
 def _shard(row: dict) -> tuple[Shard, dict]:
@@ -329,8 +330,8 @@ class Dump:
         f'{folder} is not finished: {done} of {config["shard_count"]} shards '
         'are; run the same tokenize command to write the others'
       )
-    self.info = _read(self.folder / DATASET, dict)
-    self.layout, self._starts = _read(self.folder / DATASET, _described)
+    found = _read(self.folder / DATASET, _described)
+    self.info, self.layout, self._starts = found
     self._kept: dict[int, tuple[Sequence, Sequence, np.ndarray]] = {}
 
   def __len__(self) -> int:

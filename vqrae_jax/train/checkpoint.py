@@ -270,6 +270,7 @@ class Checkpoints:
 
     Raises:
       UserError: there are steps, but none of them verifies.
+      OSError: a disk does not answer, of whatever host.
     """
     newest = np.full(1000, -1)
     found = self._folders()[: -len(newest) - 1 : -1]
@@ -277,9 +278,17 @@ class Checkpoints:
     newest = multihost_utils.broadcast_one_to_all(newest)
     why = ''
     for step in newest[newest >= 0].tolist():
-      fault = self._fault(step)
+      fault = error = None
+      try:
+        fault = self._fault(step)
+      except OSError as e:
+        error = e
       found = 0 if fault is None else 1 if fault == _KILLED_SAVE else 2
-      found = multihost_utils.process_allgather(np.int32(found)).max()
+      found = multihost_utils.process_allgather(np.int32(3 if error else found))
+      if (found := found.max()) == 3:
+        raise error or OSError(
+          f'another host cannot read checkpoint {step}; see its log'
+        )
       if not found:
         return _manifest(self._path(step))
       if fault is not None:

@@ -179,8 +179,6 @@ def train(
   check_workdir(workdir)
   check_no_run_in(workdir)
   setup = setup_lib.setup(config_lib.read_config(config))
-  setup.check_agreement()
-  reporting.check_wandb(setup.config)
   total, spec = setup.total_steps, setup.config.checkpoint
   if profile and (last := profile[1]) > total:
     raise UserError(f'--profile={profile[0]}:{last} is past the {total} steps')
@@ -193,7 +191,8 @@ def train(
     )
   with contextlib.ExitStack() as lock:  # held to the last file
     lock.enter_context(hosts.loss_reported())
-    networks = reporting.eval_networks(setup.config)
+    setup.check_agreement()
+    reporting.check_wandb(setup.config)
     with jax.set_mesh(setup.mesh), contextlib.closing(checkpoints):
       manifest = checkpoints.latest()
       position = Position(**(manifest['position'] if manifest else {}))
@@ -221,6 +220,7 @@ def train(
           logging.warning(
             '--profile=%d:%d: these steps are done, nothing is traced', *profile
           )
+      networks = reporting.eval_networks(setup.config)
       check_lock = lock.enter_context(only_run_in(workdir))
       if not agreed(checkpoints.steps() == seen):
         raise UserError(
@@ -247,10 +247,10 @@ def train(
 def dry_run(config: Any) -> dict[str, float]:
   """One step, nothing written; its metrics."""
   setup = setup_lib.setup(config_lib.read_config(config))
-  setup.check_agreement()
-  reporting.check_wandb(setup.config)
-  reporting.eval_networks(setup.config)
-  with jax.set_mesh(setup.mesh):
+  with hosts.loss_reported(), jax.set_mesh(setup.mesh):
+    setup.check_agreement()
+    reporting.check_wandb(setup.config)
+    reporting.eval_networks(setup.config)
     started = initialize(setup)
     batch = setup.place(setup.batches.batch(0))
     hparams = setup_lib.f32(setup.hparams)

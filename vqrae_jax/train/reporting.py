@@ -38,7 +38,6 @@ from vqrae_jax.types import Tree
 _QUIET = ('skipped', 'nonfinite')
 SHOWN = 8  # images of a picture on the way
 PAGE_IMAGES = 12  # of the page at the end
-FLUSH = 120  # seconds between two writes of TensorBoard's file
 LARGE = 128  # pixels: smaller images are enlarged by an integer factor
 
 
@@ -84,39 +83,49 @@ class _Curves:
 
     record_writer.directory_check(str(folder))
     self._file: Any = event_file_writer.EventsWriter(str(folder / 'events'))
-    self._flushed = 0.0
+    # A bucket gets all of the file again each time.
+    self._every, self._flushed = 600 if is_url(folder) else 120, 0.0  # seconds
     # Curves of an earlier start are cut here.
     start = SessionLog(status=SessionLog.START)
-    self.add(start_step + 1, session_log=start)
+    self._add(start_step + 1, session_log=start)
 
-  def add(self, step: int, **content: Any) -> None:
-    """One field of TensorBoard's `Event`."""
-    from tensorboardX.proto.event_pb2 import Event
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    from tensorboardX import summary
+    from tensorboardX.proto.summary_pb2 import Summary
 
-    if self._file is None:
-      return
-    now = time.time()
-    try:
-      self._file.write_event(Event(wall_time=now, step=step, **content))
-      if now > self._flushed + FLUSH:
-        self._flushed = now
-        self._file.flush()
-    except Exception as e:  # of a disk, or of a bucket's own library
-      self._stop(e)
+    each = [summary.scalar(name, x).value[0] for name, x in values.items()]
+    self._add(step, summary=Summary(value=each))
+
+  def image(self, step: int, picture: np.ndarray) -> None:
+    from tensorboardX import summary
+
+    image = summary.image('reconstructions', picture, dataformats='HWC')
+    self._add(step, summary=image)
 
   def close(self) -> None:
-    if self._file is not None:
-      try:
-        self._file.close()
-      except Exception as e:
-        self._stop(e)
+    self._try(lambda file: file.close())
 
-  def _stop(self, error: Exception) -> None:
-    logging.warning(
-      'TensorBoard\'s file cannot be written (%s): its curves end here, '
-      'metrics.jsonl goes on', error,
-    )  # fmt: skip
-    self._file = None
+  def _add(self, step: int, **content: Any) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    now = time.time()
+    event = Event(wall_time=now, step=step, **content)
+    self._try(lambda file: file.write_event(event))
+    if now > self._flushed + self._every:
+      self._flushed = now
+      self._try(lambda file: file.flush())
+
+  def _try(self, write: Callable[[Any], Any]) -> None:
+    if self._file is None:
+      return
+    try:
+      write(self._file)
+    except Exception as e:  # of a disk, or of a bucket's own library
+      self._file = None
+      logging.warning(
+        "TensorBoard's file cannot be written (%s): its curves end here, "
+        'metrics.jsonl goes on', e,
+      )  # fmt: skip
 
 
 class Report:
@@ -213,23 +222,18 @@ class Report:
         if k.startswith('loss/') or k in ('psnr', 'usage')
       }
       self._bar.set_postfix(brief, refresh=False)
-    if self._events is not None:
-      from tensorboardX import summary
-
-      for name, value in row.items():
-        if name != 'step' and value is not None:
-          self._events.add(step, summary=summary.scalar(name, value))
+    row = {k: v for k, v in row.items() if v is not None}
     if self._wandb is not None:
-      self._wandb.log({k: v for k, v in row.items() if v is not None}, step)
+      self._wandb.log(row, step)
+    if self._events is not None:
+      del row['step']
+      self._events.scalars(step, row)
 
   def picture(self, step: int, picture: np.ndarray) -> None:
     """uint8 [3h w 3] as pictures/STEP.png, a small one enlarged, and into
     TensorBoard."""
     if self._events is not None:
-      from tensorboardX import summary
-
-      image = summary.image('reconstructions', picture, dataformats='HWC')
-      self._events.add(step, summary=image)
+      self._events.image(step, picture)
     if self._wandb is not None:
       import wandb
 
@@ -251,7 +255,7 @@ class Report:
 def check_wandb(config: RunConfig) -> None:
   """Raises UserError if `log.wandb` needs a package that is not installed."""
   try:
-    if config.log.wandb:
+    if config.log.wandb and not jax.process_index():  # which alone logs
       import wandb  # noqa: F401
   except ImportError:
     raise UserError(
