@@ -26,7 +26,7 @@ from vqrae_jax.train import __main__ as train
 from vqrae_jax.train.checkpoint import Checkpoints
 
 LAUNCH = runs.ROOT / 'launch'
-STEPS = 24
+STEPS = 96
 SLURM = """
 ClusterName=test
 SlurmctldHost=localhost({host})
