@@ -36,6 +36,10 @@ def choose(table, word: str, what: str):
     ) from None
 
 
+# What reading a value out of damaged JSON, or JSON of another form, raises.
+BAD_JSON = ValueError, KeyError, TypeError, AttributeError, RecursionError
+
+
 def read_json(path: pathlib.Path) -> dict:
   """The object in a JSON file of the user's.
 

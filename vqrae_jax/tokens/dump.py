@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from vqrae_jax.errors import UserError, read_json
+from vqrae_jax.errors import BAD_JSON, UserError, read_json
 from vqrae_jax.files import atomic_write
 from vqrae_jax.tokens.formats import FORMATS, Layout, Shard, find_format
 
@@ -39,10 +39,6 @@ CODEBOOK, SHARDS, FINISHED = 'codebook.npy', 'shards', 'finished'
 # Of config.json, what may differ between the workers of one dump.
 _FREE = ('data', 'versions')
 _BRIEF = ('number', 'source', 'images', 'files', 'sha256')  # of a shard
-# What reading damaged JSON, or JSON of another form, raises.
-_DAMAGES = (
-  OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
-)  # fmt: skip
 
 
 def _json(value: Any) -> bytes:
@@ -264,7 +260,7 @@ def _read(path: pathlib.Path, parse: Callable[[dict], Any]) -> Any:
     return parse({**json.loads(path.read_bytes())})
   except UserError:
     raise
-  except _DAMAGES as e:
+  except (OSError, *BAD_JSON) as e:
     raise UserError(
       f'{path} is damaged: {e!r:.200}; remove it and run tokenize again'
     ) from None

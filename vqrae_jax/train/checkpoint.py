@@ -34,7 +34,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import BAD_JSON, UserError
 from vqrae_jax.files import atomic_write, digest, is_url
 from vqrae_jax.ops import trees
 from vqrae_jax.train.config import differences
@@ -122,11 +122,9 @@ _STEP = re.compile(r'[0-9]{8,}')
 # A save that was killed, by Orbax's name for it.
 _KILLED = re.compile(r'[0-9]{8,}\.orbax-checkpoint-tmp.*')
 _SUMS = re.compile(r'sha256\.[0-9]+-of-([0-9]+)\.json')
-# What reading damaged JSON, or JSON of another form, raises. Other errors of a
-# disk may pass: no checkpoint is given up for them.
+# Other errors of a disk may pass: no checkpoint is given up for them.
 _UNREADABLE = (
-  FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError,
-  KeyError, TypeError, AttributeError, RecursionError,
+  FileNotFoundError, NotADirectoryError, IsADirectoryError, *BAD_JSON,
 )  # fmt: skip
 _KILLED_SAVE = 'its save was not completed'
 _ORBAX = os.path.dirname(ocp.__file__)

@@ -241,7 +241,7 @@ def train(
       )  # fmt: skip
       variables = state_lib.variables_of(state, started.frozen, ema=True)
       variables = sharding.host_copy(variables, setup.mesh, everywhere=False)
-    return finish(setup, variables, workdir, figures)
+    return finish(setup, networks, variables, workdir, figures)
 
 
 def dry_run(config: Any) -> dict[str, float]:

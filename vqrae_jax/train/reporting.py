@@ -371,13 +371,18 @@ def _reconstruct(tokenizer, variables, images):
 
 
 def finish(
-  setup: Setup, variables: Any, workdir: Path, figures: dict[str, Any]
+  setup: Setup,
+  networks: Tree,
+  variables: Any,
+  workdir: Path,
+  figures: dict[str, Any],
 ) -> dict[str, Any]:
   """Exports the tokenizer, evaluates the export as a user would open it, and
   writes summary.json; returns what that holds.
 
   Args:
     setup: the run's.
+    networks: of the held-out metrics.
     variables: the EMA weights and the live codebook.
     workdir: where tokenizer/, summary.json and reconstructions.png go.
     figures: what the loop measured.
@@ -404,7 +409,7 @@ def finish(
       setup.held_out,
       spec.tile,
       spec.batch_size,
-      eval_networks(setup.config),
+      networks,
     )
     figures['eval_images'] = names
     page = picture_of(tokenizer, variables, setup.held_out, spec.tile)

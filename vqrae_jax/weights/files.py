@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from vqrae_jax.errors import UserError
+from vqrae_jax.errors import BAD_JSON, UserError
 
 
 def printable(text: object, width: int = 90) -> str:
@@ -350,9 +350,7 @@ def _open_shards(path: pathlib.Path) -> WeightFile:
       raise ValueError('shards are files beside their index')
     if any(name.endswith(_INDEX) or not name for name in names):
       raise ValueError('an index is not a shard')
-  except (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
-  ) as e:  # fmt: skip
+  except (OSError, *BAD_JSON) as e:
     raise UserError(
       f'{path} is not an index of shards ({printable(repr(e))}); it needs a '
       '"weight_map" of key to file name'
